@@ -1,0 +1,256 @@
+"""Every option of stepwell: typed, frozen, documented with its unit, in one place.
+
+A stage takes the group of options that it needs (`joint(..., options: JointOptions)`); `CompressConfig`
+is all of them together, so one flat list of names serves Python keywords, command line flags and
+`config.yaml`. Nothing here imports torch: `stepwell --help` must be quick.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from tyro.conf import arg
+
+from stepwell.errors import ConfigError, did_you_mean
+
+Augment = Literal["auto", "none", "affine", "crop", "resized-crop"]
+Schedule = Literal["cosine", "linear", "cosine-restarts"]
+Rule = Literal["npsd", "npsd-chord-teacher", "npsd-chord-student", "lambda"]
+Metric = Literal["auto", "top1", "likelihood"]
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Options(BaseModel):
+    """Base of all option groups: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class DataOptions(Options):
+    """Where the images are and how they are fed."""
+
+    data: str = ""
+    """Image folder (train/CLASS/* with val/ and/or test/, or one folder of classes, or a flat folder of
+    unlabelled images), or a data set of timm such as torch/cifar10 or hfds/NAME."""
+    data_root: Path | None = None
+    """Where a data set of timm lies on disk (torch/cifar10 and the like)."""
+    selection_data: Path | None = None
+    """A folder of classes to choose the assistant on, instead of a tenth of the training images."""
+    skip_bad_images: bool = False
+    """Leave out images that cannot be decoded, and count them, instead of stopping at the first."""
+    augment: Augment = "auto"
+    """Training augmentation: `affine` (small rotations, shifts and scales; no flip), `crop` (shift by up to
+    an eighth, flip), `resized-crop` (timm's ImageNet recipe), `none`; `auto` is `crop` up to 64 pixels and
+    `resized-crop` above."""
+    batch_size: Count = 64
+    """Images per step."""
+    workers: Annotated[int, Field(ge=0)] = 2
+    """Processes that decode images; sets that fit in memory are decoded once and need none."""
+
+
+class TrainingOptions(Options):
+    """How every training stage runs."""
+
+    epochs: Positive = 30
+    """Passes over the training images, of each training stage; need not be whole."""
+    minutes: Positive | None = None
+    """Wall-clock budget of all training together; sets the epochs by timing a few steps first."""
+    lr: Positive = 1e-3
+    """Peak learning rate of AdamW."""
+    weight_decay: NotNegative = 0.05
+    """Decay of weight matrices; norms, biases, position tables and LayerScale have none."""
+    schedule: Schedule = "cosine"
+    """Course of the learning rate after the warm-up."""
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Fraction of the steps in which the learning rate rises linearly."""
+    clip_norm: NotNegative = 1.0
+    """Largest norm of the gradient; 0 turns clipping off."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of everything random."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Number format of forward passes in training; weights stay fp32."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps, ...; `auto` takes the GPU if there is one."""
+
+
+class ScoreOptions(Options):
+    """How the importance of heads and neurons is measured."""
+
+    score_images: Count = 2048
+    """At most this many training images are scored on, without augmentation."""
+    score_reduction: Literal["sample", "batch"] = "sample"
+    """Take |gradient| per image (AMD's formula), or per batch of images (MiniDisc's code)."""
+
+
+class GridOptions(Options):
+    """Which candidates make up the ladder."""
+
+    num_candidates: Annotated[int, Field(ge=1, le=99)] = 9
+    """Rungs of the ladder; the paper's m."""
+    grid: Literal["with-student", "between"] = "with-student"
+    """Count the student's own rung among the candidates (0.1, 0.2 ... 0.9 for keep 0.1 and 9 candidates),
+    or place all of them strictly between student and teacher."""
+    round_to: Count = 8
+    """FFN widths are rounded to a multiple of this; below half of it the sub-layer is left out."""
+    min_heads_per_layer: Annotated[int, Field(ge=0)] = 0
+    """Heads that no layer falls below; 0 lets a layer lose its attention, as in the paper."""
+
+    @model_validator(mode="after")
+    def _room_for_an_assistant(self) -> Self:
+        if self.grid == "with-student" and self.num_candidates < 2:
+            raise ValueError("num_candidates must be at least 2: one is the student, one the assistant")
+        return self
+
+
+class LossOptions(Options):
+    """loss = task_weight * CE + logit_weight * T^2 KL + feature_weight * MSE of hidden states."""
+
+    task_weight: NotNegative = 1.0
+    """Weight of the cross-entropy with the labels; 0 needs no labels."""
+    logit_weight: NotNegative = 1.0
+    """Weight of the divergence from the teacher's probabilities; the paper's alpha."""
+    feature_weight: NotNegative = 1.0
+    """Weight of the hidden states' distance from the teacher's; the paper's beta."""
+    temperature: Positive = 1.0
+    """Softens both probability vectors in the logit term; the term is scaled by its square."""
+    feature_layers: tuple[int, ...] | None = None
+    """Blocks, from 0, whose outputs are compared; by default six spread evenly, the last among them."""
+    feature_scale: Literal["teacher-power", "raw"] = "teacher-power"
+    """Divide each layer's squared error by the mean square of the teacher's states, or leave it raw."""
+
+    @model_validator(mode="after")
+    def _learns_something(self) -> Self:
+        if self.task_weight == self.logit_weight == self.feature_weight == 0:
+            raise ValueError("task_weight, logit_weight and feature_weight are all 0: there is nothing to learn")
+        return self
+
+
+class JointOptions(Options):
+    """How the candidates are trained together."""
+
+    sampling: Literal["all", "sandwich"] = "sandwich"
+    """Train every candidate in every step (Algorithm 1 of the paper), or the smallest and `num_random` others."""
+    num_random: Count = 1
+    """Random candidates per step besides the smallest, with sandwich sampling."""
+    joint_epochs: Positive | None = None
+    """Epochs of the joint stage; `epochs` if not given."""
+    joint_lr: Positive | None = None
+    """Peak learning rate of the joint stage; `lr` if not given."""
+
+
+class SelectOptions(Options):
+    """How the assistant is chosen."""
+
+    rule: Rule = "npsd"
+    """npsd: just before the steepest fall (our reading of NPSD); npsd-chord-*: minus the slope to teacher or
+    student; lambda: MiniDisc's P + 0.2 (1 - S). All are computed and reported in every run."""
+    metric: Metric = "auto"
+    """Performance P of a candidate on the selection images: `top1` / 100, or `likelihood` (geometric mean of
+    the probability given to the true class); `auto` is likelihood below 2,000 images, where top1 is noise."""
+    assistant: Fraction | None = None
+    """Use the candidate nearest to this keep ratio as the assistant, whatever the rule says."""
+
+
+class CompressConfig(
+    DataOptions, TrainingOptions, ScoreOptions, GridOptions, LossOptions, JointOptions, SelectOptions
+):
+    """All options of one compression run."""
+
+    teacher: str = ""
+    """What to compress: a timm model name (its pretrained weights are downloaded), the folder of a finished
+    run or of a student, or FILE.py:FACTORY, a function that returns the module."""
+    teacher_weights: Path | None = None
+    """Weights for the teacher: .safetensors, or a .pth that holds plain tensors."""
+    model_args: dict[str, str] = {}
+    """Arguments of timm's create_model as key=value, such as img_size=32 patch_size=4."""
+    keep_ratio: Annotated[Fraction, arg(name="keep")] = 0.1
+    """Fraction of the heads and of the FFN neurons that the student keeps, in (0, 1)."""
+    out_dir: Annotated[Path | None, arg(name="out")] = None
+    """Run directory; the same command on an unfinished one goes on where it stopped."""
+    distill_lr: Positive | None = None
+    """Peak learning rate of the last step, assistant to student; `lr` if not given."""
+    control: Literal["equal_compute", "equal_epochs", "none"] = "none"
+    """Also distil the same student straight from the teacher, with the compute (or the epochs) of the whole
+    run, and hand out the better of the two as judged on the selection images."""
+    latency_threads: Count = 1
+    """Threads of onnxruntime when latency is measured."""
+    preset: Literal["default", "paper"] = "default"
+    """`paper`: Algorithm 1 as printed (all candidates in every step, raw feature distances)."""
+
+
+class TrainConfig(DataOptions, TrainingOptions):
+    """All options of fine-tuning a teacher."""
+
+    model: str = ""
+    """A timm model name, such as vit_tiny_patch16_224."""
+    model_args: dict[str, str] = {}
+    """Arguments of timm's create_model as key=value, such as img_size=32 patch_size=4."""
+    pretrained: bool = True
+    """Start from timm's pretrained weights (downloaded); --no-pretrained starts from random ones."""
+    weights: Path | None = None
+    """Start from this .safetensors or .pth file instead; a head of another size is left out."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of the target that is spread over all classes."""
+    out_dir: Annotated[Path | None, arg(name="out")] = None
+    """Where the teacher goes; the same command on an unfinished one goes on where it stopped."""
+
+
+PRESETS: dict[str, dict[str, object]] = {
+    "default": {},
+    # What Algorithm 1 of the supplementary prints, with our readings where it is silent (docs/method.md).
+    "paper": {"sampling": "all", "feature_scale": "raw", "lr": 3e-3},
+}
+
+ConfigT = TypeVar("ConfigT", bound=Options)
+
+
+def make_config(kind: type[ConfigT], values: Mapping[str, object]) -> ConfigT:
+    """Check `values` and build the config; options that are not given take the preset's or their default.
+
+    Raises:
+        ConfigError: An unknown name (with the nearest known one), or a value that is out of range.
+    """
+    for name in values:
+        if name not in kind.model_fields:
+            raise ConfigError(f"unknown option {name!r}{did_you_mean(name, kind.model_fields)}")
+    preset = PRESETS.get(str(values.get("preset", "default")), {})
+    try:
+        return kind.model_validate({**preset, **values})
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"]) or "options"
+        reason = first["msg"].removeprefix("Value error, ")
+        given = f", got {first['input']!r}" if first["loc"] else ""
+        raise ConfigError(f"{name}: {reason}{given}") from None
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a config file; values are data only, nothing in it can run.
+
+    Raises:
+        ConfigError: The file is missing, is not YAML, or is not a list of `name: value`.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read config {path}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold `name: value` lines, not a {type(values).__name__}")
+    return values
+
+
+def to_yaml(config: Options) -> str:
+    """Write a config so that `read_yaml` gives it back."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)

@@ -1,0 +1,165 @@
+"""What a run says about itself: the contents of `result.json`, typed.
+
+Every accuracy is in percent with its 95 % interval; every latency in milliseconds per batch, with the
+threads it was measured on; every share is of the teacher.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Latency(_Record):
+    """Median milliseconds per batch, fp32 on the CPU; `threads` is the same for all of them."""
+
+    onnx_batch1: float
+    onnx_batch32: float
+    eager_batch1: float
+    eager_batch32: float
+    threads: int
+
+
+class ModelResult(_Record):
+    """One model: teacher, assistant, student or control."""
+
+    top1: float
+    """Percent of the test images."""
+    top1_interval: tuple[float, float]
+    """95 % Wilson interval of `top1`."""
+    log_likelihood: float
+    """Mean log-probability of the true class on the test images."""
+    selection_top1: float
+    """Percent of the selection images."""
+    selection_log_likelihood: float
+    calibration_error: float
+    """Expected calibration error on the test images, in percent (15 bins)."""
+    num_params: int
+    macs: int
+    """Multiply-accumulates of one image."""
+    latency_ms: float
+    """onnxruntime, CPU, fp32, batch 1: `latency.onnx_batch1`."""
+    latency: Latency
+    file_bytes: int
+    keep_ratio: float
+    """Fraction of the units kept; 1 for the teacher."""
+    scale: float
+    """Measured share of the teacher's MACs."""
+
+
+class CandidateResult(_Record):
+    """One rung of the ladder after joint training, measured on the selection images."""
+
+    keep_ratio: float
+    scale: float
+    """Measured share of the teacher's MACs; the S of NPSD."""
+    top1: float
+    top1_interval: tuple[float, float]
+    log_likelihood: float
+    num_params: int
+    macs: int
+    widths: dict[str, int]
+    """Units kept per group."""
+
+
+class SelectionResult(_Record):
+    """Which candidate became the assistant, and what every rule would have said."""
+
+    rule: str
+    metric: Literal["top1", "likelihood"]
+    pick: float
+    """Keep ratio of the assistant."""
+    picks: dict[str, float]
+    """Keep ratio that each rule would pick."""
+    values: dict[str, list[float | None]]
+    """Each rule's value per candidate, in the order of `candidates`; null where it is not defined or not allowed."""
+    num_images: int
+
+
+class PairedTest(_Record):
+    """Teacher against student on the same test images (exact McNemar test)."""
+
+    only_teacher_right: int
+    only_student_right: int
+    p_value: float
+
+
+class Cost(_Record):
+    """Operations of the run in units of one single-step distillation of as many epochs as the last stage."""
+
+    value: float
+    predicted: bool
+    """True where no single-step run was made and the figure comes from operation counts alone."""
+
+
+class DataResult(_Record):
+    """Which images decided what."""
+
+    source: str
+    classes: list[str]
+    num_train: int
+    num_selection: int
+    num_test: int
+    test_from: str
+    """Where the test images come from: `test/`, `val/`, or `a tenth by hash of the file name`."""
+    labels: Literal["true", "teacher"]
+    """`teacher`: the images have no labels, and top1 is agreement with the teacher."""
+    teacher_saw_selection: str
+    """`no`, or why that is not known."""
+    bad_images: int
+
+
+class History(_Record):
+    """Course of one training stage."""
+
+    step: list[int]
+    losses: dict[str, list[float]]
+    """Mean of each loss part (`loss`, `task`, `logit`, `feature`) since the step before."""
+    lr: list[float]
+
+
+class Result(_Record):
+    """The whole of `result.json`."""
+
+    stepwell_version: str
+    created: str
+    hardware: dict[str, str]
+    teacher_name: str
+    keep_ratio: float
+    data: DataResult
+    teacher: ModelResult
+    assistant: ModelResult
+    student: ModelResult
+    """The end of the descent: teacher, assistant, student."""
+    control: ModelResult | None
+    """The same student distilled straight from the teacher, if one was trained."""
+    handed_out: Literal["student", "control"]
+    """Which of the two trainings is in `student/`, decided on the selection images."""
+    candidates: list[CandidateResult]
+    selection: SelectionResult
+    group_sizes: dict[str, int]
+    """Units of each group in the teacher."""
+    teacher_vs_student: PairedTest
+    cost_vs_single_step: Cost
+    seconds: dict[str, float]
+    images_per_second: dict[str, float]
+    epochs: dict[str, float]
+    histories: dict[str, History]
+    notes: list[str]
+    """Everything a careful reader should be told."""
+
+    @classmethod
+    def load(cls, path: Path) -> Result:
+        """Read `result.json`."""
+        return cls.model_validate_json(path.read_text(encoding="utf-8"))
+
+    def to_json(self) -> str:
+        """The text of `result.json`."""
+        return json.dumps(self.model_dump(mode="json"), indent=2)
