@@ -22,11 +22,19 @@ Widths = Mapping[str, int]
 
 @dataclass(frozen=True)
 class Slice:
-    """Where the units of a group lie in one parameter."""
+    """Where the units of a group lie in one parameter.
+
+    Attributes:
+        parameter: The parameter's name, as in `model.named_parameters()`.
+        view: The shape it is viewed in, with one axis for the units.
+        axis: That axis.
+        dim: The parameter's own dimension that shrinks when units are cut.
+    """
 
     parameter: str
     view: tuple[int, ...]
     axis: int
+    dim: int
 
     def shape(self, width: int) -> tuple[int, ...]:
         """The viewed shape that is left when `width` units are kept."""

@@ -1,0 +1,1 @@
+"""Measuring a model, writing it to disk, and telling what was found."""

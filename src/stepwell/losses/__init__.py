@@ -1,0 +1,1 @@
+"""What a student learns from: a loss takes tensors and returns a scalar."""

@@ -1,0 +1,38 @@
+"""Distillation of hidden states of equal shape: layer by layer, no projector."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+
+def state_loss(
+    student_states: Sequence[Float[Tensor, "batch tokens embed"]],
+    teacher_states: Sequence[Float[Tensor, "batch tokens embed"]],
+    scale: Literal["teacher-power", "raw"] = "teacher-power",
+) -> Float[Tensor, ""]:
+    """Mean squared distance of hidden states, averaged over batch, tokens, channels and layers.
+
+    MiniDisc's hidden-state term, which AMD builds on, is the raw distance. Pre-trained transformers have a
+    few channels that are a hundred times larger than the rest and would rule it, and its size differs
+    between layers and models; dividing by the teacher's mean square per layer makes 1 mean
+    "no better than predicting 0".
+
+    Args:
+        student_states: One state per compared layer.
+        teacher_states: The same layers of the teacher, in the same order.
+        scale: `teacher-power` divides by the mean square of the teacher's state, `raw` does not.
+    """
+    distances = []
+    for student, teacher in zip(student_states, teacher_states, strict=True):
+        distance = F.mse_loss(student.float(), teacher.float())
+        if scale == "teacher-power":
+            # The floor only matters for a state that is 0 everywhere, which nothing can be measured against.
+            distance = distance / teacher.float().square().mean().clamp_min(torch.finfo(torch.float32).tiny)
+        distances.append(distance)
+    return torch.stack(distances).mean()

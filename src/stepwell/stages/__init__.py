@@ -1,0 +1,1 @@
+"""The steps of a path: one function each, the unit of resume."""
