@@ -1,0 +1,1 @@
+"""What every training stage needs: images, batches, the loop, the run directory."""
