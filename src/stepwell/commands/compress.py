@@ -1,0 +1,103 @@
+"""`stepwell compress`: the main job, from a teacher and a folder of images to a small model with its proof."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from stepwell.config import CompressConfig, make_config
+from stepwell.delivery.archive import load
+from stepwell.delivery.result import Result
+from stepwell.delivery.table import result_table
+from stepwell.delivery.teacher import Teacher, load_teacher, teacher_from_module
+from stepwell.errors import ConfigError
+from stepwell.paths import amd
+from stepwell.setting import prepare
+from stepwell.training.data import Data, resolve_data
+from stepwell.training.run_dir import RunDir
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """A finished run: `print(result)` shows the table, `result.student` is the small model.
+
+    Attributes:
+        result: Everything that `result.json` holds.
+        out_dir: The run directory.
+        factory: Builds the full-width teacher, for models that timm cannot build by name.
+    """
+
+    result: Result
+    out_dir: Path
+    factory: object = None
+
+    @cached_property
+    def student(self) -> nn.Module:
+        """The handed-out student, a plain module in eval mode, on the CPU."""
+        return load(self.out_dir / "student", factory=self.factory)  # type: ignore[arg-type]
+
+    def __str__(self) -> str:
+        return result_table(self.result)
+
+
+def compress(
+    teacher: nn.Module | str | Path,
+    data: str | Path,
+    *,
+    keep_ratio: float = 0.1,
+    out_dir: str | Path,
+    **options: object,
+) -> Compressed:
+    """Compress `teacher` to `keep_ratio` of its heads and neurons, in automatic distillation steps.
+
+    Started again with the same arguments, it goes on after the last stage that was finished.
+
+    Args:
+        teacher: A supported module with trained weights, or what `--teacher` takes: a timm name, a finished
+            run, FILE.py:FACTORY.
+        data: Image folder, or a data set of timm.
+        keep_ratio: Fraction of the units that the student keeps, in (0, 1).
+        out_dir: The run directory.
+        **options: Any other field of `stepwell.config.CompressConfig`, such as `epochs=60`.
+
+    Raises:
+        StepwellError: Anything that the caller can mend, in one line.
+    """
+    name = str(teacher) if isinstance(teacher, str | Path) else f"a {type(teacher).__name__}"
+    values = {"teacher": name, "data": str(data), "keep_ratio": keep_ratio, "out_dir": Path(out_dir), **options}
+    config = make_config(CompressConfig, values)
+    return run(config, teacher if isinstance(teacher, nn.Module) else None)
+
+
+def run(config: CompressConfig, module: nn.Module | None = None) -> Compressed:
+    """What `compress()` and the command line share."""
+    require(config, "compress", "teacher", "data", "out_dir")
+    assert config.out_dir is not None
+    data = resolve_data(config)
+    if module is not None:
+        teacher = teacher_from_module(module, data.classes or None)
+    else:
+        teacher = load_teacher(config.teacher, config.teacher_weights, config.model_args, len(data.classes))
+    result = amd.descend(_setting(config, teacher, data))
+    return Compressed(result, config.out_dir)
+
+
+def _setting(config: CompressConfig, teacher: Teacher, data: Data):
+    torch.manual_seed(config.seed)
+    assert config.out_dir is not None
+    setting = prepare(config, RunDir(config.out_dir), teacher, data)  # every check comes before the folder
+    RunDir.open(config.out_dir, config)
+    setting.run.check_identity({"teacher": teacher.digest, "data": data.fingerprint})
+    return setting
+
+
+def require(config: CompressConfig, command: str, *names: str) -> None:
+    """Check that the options without a default were given."""
+    flags = {"out_dir": "out", "keep_ratio": "keep"}
+    for name in names:
+        if not getattr(config, name):
+            raise ConfigError(f"{command} needs --{flags.get(name, name).replace('_', '-')}")

@@ -1,0 +1,169 @@
+"""A model directory: weights without pickle, and a card that says how to build the model for them.
+
+    model.safetensors    parameters and buffers
+    stepwell.json        architecture, width of every layer, classes, input, where it comes from
+    model.onnx           the same model for any runtime (written by delivery/export.py)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import timm
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from stepwell.errors import ModelError
+from stepwell.pruning.families import family_of
+from stepwell.pruning.skeleton import build_skeleton, fill
+from stepwell.training.batches import InputSpec
+from stepwell.training.run_dir import write_atomically
+
+WEIGHTS, CARD, ONNX = "model.safetensors", "stepwell.json", "model.onnx"
+
+Factory = Callable[[], nn.Module]
+
+
+class Architecture(BaseModel):
+    """How to build the model at full width: `timm.create_model(name, **args)`, or the user's own function."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: Literal["timm", "factory"]
+    name: str
+    """timm's model name, or the factory's; a factory's code is never stored and never found by its name."""
+    args: dict[str, Any] = {}
+
+
+class Card(BaseModel):
+    """The contents of `stepwell.json`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: Literal[1] = 1
+    architecture: Architecture
+    widths: dict[str, int] = {}
+    """Units kept per group; a group that is not named is whole."""
+    classes: list[str]
+    input: InputSpec
+    provenance: dict[str, Any] = {}
+    """Versions, teacher, data and figures: for people; nothing is computed from it."""
+
+
+def save_model(folder: Path, model: nn.Module, card: Card) -> None:
+    """Write `model.safetensors` and `stepwell.json`, each atomically, the card last."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    write_atomically(folder / WEIGHTS, save(tensors))
+    write_atomically(folder / CARD, json.dumps(card.model_dump(mode="json"), indent=2))
+
+
+def find_model_dir(path: Path) -> Path | None:
+    """The model directory that `path` is or holds: itself, a run's `student/`, or a trained `teacher/`."""
+    for folder in (path, path / "student", path / "teacher"):
+        if (folder / CARD).is_file():
+            return folder
+    return None
+
+
+def read_card(folder: Path) -> Card:
+    """Read `stepwell.json`.
+
+    Raises:
+        ModelError: It is missing or is not ours.
+    """
+    try:
+        return Card.model_validate_json((folder / CARD).read_text(encoding="utf-8"))
+    except OSError:
+        raise ModelError(f"{folder} holds no {CARD}: it is not a model directory of stepwell") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ModelError(f"{folder / CARD}: {where}: {first['msg']}") from None
+
+
+def load(path: str | Path, factory: Factory | None = None) -> nn.Module:
+    """Load a student (or a trained teacher) as a plain module in eval mode, on the CPU.
+
+    Args:
+        path: A model directory, or a run that holds one.
+        factory: Builds the full-width model, for models that did not come from timm by name.
+
+    Raises:
+        ModelError: Nothing is there, the weights do not fit, or a factory is needed.
+    """
+    folder = find_model_dir(Path(path))
+    if folder is None:
+        raise ModelError(f"{path} holds no model: no {CARD} in it, in its student/ or in its teacher/")
+    card = read_card(folder)
+    return narrow_and_load(build(card.architecture, factory, folder), card.widths, folder / WEIGHTS)
+
+
+def build(architecture: Architecture, factory: Factory | None, where: Path) -> nn.Module:
+    """The full-width module with whatever weights its constructor gives it."""
+    if factory is not None:
+        return factory()
+    if architecture.source == "factory":
+        raise ModelError(
+            f"{where} was made from {architecture.name}, which is not stored: "
+            f"pass factory=, the function that builds it, or use {ONNX}"
+        )
+    return timm.create_model(architecture.name, pretrained=False, **architecture.args)
+
+
+def narrow_and_load(model: nn.Module, widths: Mapping[str, int], weights: Path) -> nn.Module:
+    """Cut `model` to `widths` and fill it from a safetensors file."""
+    try:
+        tensors = load_file(weights)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"cannot read {weights}: {error}") from None
+    if widths:
+        model = fill_with_buffers(build_skeleton(model, family_of(model), widths), tensors)
+    else:
+        load_strictly(model, tensors, str(weights))
+    return model.eval()
+
+
+def fill_with_buffers(skeleton: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """Make a physical model of a skeleton and a whole state dict."""
+    model = fill(skeleton, tensors)
+    buffers = {name: tensors[name] for name, _ in model.named_buffers() if name in tensors}
+    model.load_state_dict(buffers, strict=False)
+    return model
+
+
+def load_strictly(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Load a state dict that must fit in every key and shape.
+
+    Raises:
+        ModelError: Names the first keys that are missing, left over, or of another shape.
+    """
+    own = model.state_dict()
+    complaints = {
+        "missing": sorted(own.keys() - tensors.keys()),
+        "not in the model": sorted(tensors.keys() - own.keys()),
+        "of another shape": [
+            f"{k} {tuple(tensors[k].shape)} for {tuple(own[k].shape)}"
+            for k in sorted(own.keys() & tensors.keys())
+            if tensors[k].shape != own[k].shape
+        ],
+    }
+    text = "; ".join(
+        f"{len(keys)} {what}: {', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''}"
+        for what, keys in complaints.items()
+        if keys
+    )
+    if text:
+        raise ModelError(f"weights in {where} do not fit {type(model).__name__}: {text}")
+    model.load_state_dict(dict(tensors))
+
+
+def digest(model: nn.Module) -> str:
+    """A fingerprint of all weights and buffers."""
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    return hashlib.blake2b(save(state), digest_size=16).hexdigest()

@@ -1,0 +1,120 @@
+"""Files that other programs open: ONNX with a dynamic batch, checked by running it, and torch.export."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import torch
+from torch import Tensor, nn
+
+from stepwell.errors import ExportMismatchError
+from stepwell.training.batches import InputSpec
+from stepwell.training.run_dir import writing
+
+TOLERANCE = 1e-5  # largest difference of logits, relative to the largest logit
+
+
+def export_onnx(model: nn.Module, spec: InputSpec, file: Path, images: Tensor) -> float:
+    """Write `file` and prove with onnxruntime that it computes what `model` does.
+
+    Args:
+        model: What to export; a copy is exported from the CPU in fp32 and eval mode.
+        spec: Its input.
+        file: Where to; written whole or not at all.
+        images: Real, normalised images (batch, channels, height, width) for the check; run one by one and
+            all together, so that the batch dimension is shown to be free.
+
+    Returns:
+        The largest difference of logits, relative to the largest logit.
+
+    Raises:
+        ExportMismatchError: The file computes something else; it is not left behind.
+    """
+    model = copy.deepcopy(model).cpu().float().eval()
+    # Traced with a batch of 2: torch.export takes a size of 1 for a constant.
+    example = torch.zeros(2, spec.channels, *spec.size)
+    unfinished = file.with_name(f".{file.name}.unfinished")
+    with writing(file), _quiet():
+        torch.onnx.export(
+            model,
+            (example,),
+            str(unfinished),
+            dynamo=True,
+            dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
+            input_names=["images"],
+            output_names=["logits"],
+            external_data=False,
+            verbose=False,
+        )
+    difference = onnx_difference(model, unfinished, images)
+    if not difference <= TOLERANCE:
+        unfinished.unlink()
+        raise ExportMismatchError(
+            f"{file}: logits differ by {difference:.1e} of the largest one, allowed are {TOLERANCE:.0e}"
+        )
+    os.replace(unfinished, file)
+    return difference
+
+
+def onnx_difference(model: nn.Module, file: Path, images: Tensor) -> float:
+    """Largest |onnx - eager| over the largest |eager| logit, for a batch of all images and of one."""
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    images = images.cpu().float()
+    worst = 0.0
+    for batch in (images, images[:1]):
+        with torch.no_grad():
+            eager = model(batch).numpy()
+        (exported,) = session.run(None, {"images": batch.numpy()})
+        worst = max(worst, float(np.abs(exported - eager).max() / np.abs(eager).max()))
+    return worst
+
+
+def export_program(model: nn.Module, spec: InputSpec, file: Path, images: Tensor) -> float:
+    """Write a `torch.export` program (`.pt2`), with a dynamic batch, and check it against `model`.
+
+    Returns:
+        The largest difference of logits, relative to the largest logit.
+
+    Raises:
+        ExportMismatchError: The program computes something else; it is not left behind.
+    """
+    model = copy.deepcopy(model).cpu().float().eval()
+    example = torch.zeros(2, spec.channels, *spec.size)
+    unfinished = file.with_name(f".unfinished-{file.stem}.pt2")
+    with writing(file), _quiet():
+        program = torch.export.export(model, (example,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+        torch.export.save(program, unfinished)
+        with torch.no_grad():
+            loaded = torch.export.load(unfinished).module()(images.cpu())
+            eager = model(images.cpu())
+    difference = ((loaded - eager).abs().max() / eager.abs().max()).item()
+    if not difference <= TOLERANCE:
+        unfinished.unlink()
+        raise ExportMismatchError(f"{file}: logits differ by {difference:.1e} of the largest one")
+    os.replace(unfinished, file)
+    return difference
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter's own log and warnings (opset versions, deprecations inside torch) say nothing to a user."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,65 @@
+"""Any rung of the ladder, from the files of a finished run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+
+from stepwell.delivery.archive import CARD, WEIGHTS, Card, Factory, build, narrow_and_load, read_card
+from stepwell.errors import ModelError
+from stepwell.pruning.families import family_of
+from stepwell.pruning.shared import SharedWeights
+from stepwell.pruning.skeleton import build_skeleton
+from stepwell.pruning.units import Candidate
+from stepwell.training.run_dir import RunDir, StageResult
+
+
+class Ladder(StageResult):
+    """What is needed to build any candidate again, besides the trained weights."""
+
+    teacher: Card
+    candidates: list[Candidate]
+
+
+def load_rung(run: Path, keep_ratio: float, factory: Factory | None = None) -> tuple[nn.Module, Card]:
+    """The rung nearest to `keep_ratio`, as a physical model, and its card.
+
+    The smallest rung is the student that the run delivered; the others come from the jointly trained weights.
+
+    Args:
+        run: Directory of a run whose joint stage is finished.
+        keep_ratio: Which rung.
+        factory: Builds the full-width model, for models that did not come from timm by name.
+
+    Raises:
+        ModelError: The run has no ladder yet, or no rung within 0.005 of `keep_ratio`.
+    """
+    stages = RunDir(run)
+    ladder = stages.finished("ladder", Ladder)
+    joint = stages.finished("joint", StageResult)
+    if ladder is None or joint is None:
+        raise ModelError(f"{run} has no trained ladder (yet): run stepwell compress on it until it is finished")
+    index = min(range(len(ladder.candidates)), key=lambda i: abs(ladder.candidates[i].keep_ratio - keep_ratio))
+    candidate = ladder.candidates[index]
+    if abs(candidate.keep_ratio - keep_ratio) > 0.005:
+        rungs = ", ".join(f"{c.keep_ratio:g}" for c in ladder.candidates)
+        raise ModelError(f"{run} has no rung at keep {keep_ratio:g}; there are: {rungs}")
+    full = build(ladder.teacher.architecture, factory, run)
+    student = run / "student"
+    if index == 0 and (student / CARD).exists():
+        card = read_card(student)
+        return narrow_and_load(full, card.widths, student / WEIGHTS), card
+    family = family_of(full)
+    teacher = build_skeleton(full, family, ladder.teacher.widths) if ladder.teacher.widths else full
+    empty = {name: p.new_zeros(p.shape, device="cpu") for name, p in teacher.named_parameters()}
+    shared = SharedWeights(teacher, family, empty, ladder.candidates)
+    shared.load(joint.tensors)
+    widths = {**ladder.teacher.widths, **candidate.widths}
+    return shared.extract(index).eval(), ladder.teacher.model_copy(update={"widths": widths})
+
+
+def rungs(run: Path) -> list[float]:
+    """The keep ratios of a run's ladder, rising; empty if it has none yet."""
+    ladder = RunDir(run).finished("ladder", Ladder)
+    return [] if ladder is None else [candidate.keep_ratio for candidate in ladder.candidates]

@@ -1,0 +1,59 @@
+"""The final table, as text."""
+
+from __future__ import annotations
+
+import io
+
+from rich.console import Console
+from rich.table import Table
+
+from stepwell.delivery.result import ModelResult, Result
+
+
+def result_table(result: Result, width: int = 110) -> str:
+    """Teacher, assistant, student and control: top1 with interval, size, operations, time, and ratios."""
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    table.add_column("")
+    for column in ("top1 %", "95 % interval", "params", "ratio", "MACs", "ratio", "latency", "speed-up"):
+        table.add_column(column, justify="right")
+    roles = {
+        "teacher": result.teacher,
+        "assistant": result.assistant,
+        "student": result.student,
+        "control": result.control,
+    }
+    for role, model in roles.items():
+        if model is not None:
+            label = role if role != result.handed_out else f"{role} *"
+            table.add_row(label, *_cells(model, result.teacher))
+    console = Console(file=io.StringIO(), width=width)
+    console.print(table)
+    test = f"{result.data.num_test} test images ({result.data.test_from})"
+    threads = result.teacher.latency.threads
+    console.print(
+        f"\n* handed out. top1 on {test}; latency: onnxruntime, CPU, fp32, batch 1, {threads} thread(s).",
+        highlight=False,
+    )
+    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())  # type: ignore[attr-defined]
+
+
+def _cells(model: ModelResult, teacher: ModelResult) -> list[str]:
+    low, high = model.top1_interval
+    return [
+        f"{model.top1:.2f}",
+        f"{low:.1f} - {high:.1f}",
+        short_number(model.num_params),
+        f"{100 * model.num_params / teacher.num_params:.1f} %",
+        short_number(model.macs),
+        f"{100 * model.macs / teacher.macs:.1f} %",
+        f"{model.latency_ms:.2f} ms",
+        f"{teacher.latency_ms / model.latency_ms:.1f}x",
+    ]
+
+
+def short_number(number: float) -> str:
+    """86567656 -> `86.6M`."""
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g}{letter}"
+    return f"{number:.0f}"

@@ -1,0 +1,277 @@
+"""Where a teacher comes from: timm by name, a model directory, the user's own file, or a module."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import importlib.util
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.data.config import resolve_data_config
+from torch import Tensor, nn
+
+from stepwell.delivery.archive import (
+    WEIGHTS,
+    Architecture,
+    Card,
+    Factory,
+    build,
+    digest,
+    find_model_dir,
+    load_strictly,
+    narrow_and_load,
+    read_card,
+)
+from stepwell.errors import ConfigError, ModelError, did_you_mean
+from stepwell.training.batches import InputSpec
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A trained model, and what belongs to it.
+
+    Attributes:
+        model: In eval mode, on the CPU.
+        architecture: How to build it at full width.
+        spec: The images that it wants.
+        classes: Names of its classes, or None where nothing says them.
+        widths: Its own widths, if it has been cut before.
+        name: For people.
+        digest: Fingerprint of its weights.
+        trained_on: Fingerprint of the data that stepwell trained it on, or None.
+    """
+
+    model: nn.Module
+    architecture: Architecture
+    spec: InputSpec
+    classes: tuple[str, ...] | None
+    widths: Mapping[str, int]
+    name: str
+    digest: str
+    trained_on: str | None = None
+
+
+def load_teacher(source: str, weights: Path | None, model_args: Mapping[str, str], num_classes: int) -> Teacher:
+    """Load the teacher that `--teacher` names.
+
+    Args:
+        source: A timm model name, a run or model directory, or FILE.py:FACTORY.
+        weights: Weights to load into it, instead of timm's pretrained ones or the factory's own.
+        model_args: Arguments of timm's create_model.
+        num_classes: Classes of the data; used where neither weights nor source say.
+
+    Raises:
+        ModelError: It does not exist, has no weights, or the weights do not fit.
+    """
+    args = parse_model_args(model_args)
+    if ".py:" in source:
+        return _from_file(source, weights)
+    path = Path(source)
+    if path.exists():
+        return _from_directory(path, weights, args)
+    return _from_timm(source, weights, args, num_classes)
+
+
+def teacher_from_module(module: nn.Module, classes: tuple[str, ...] | None) -> Teacher:
+    """Wrap a module that the caller built; a copy is taken, so the caller's own is never changed.
+
+    A module keeps no record of how it was built. If it is a timm model that can be built again from what it
+    shows (proved by equal outputs), the student will load without help; else `load` asks for `factory=`.
+    """
+    model = copy.deepcopy(module).cpu().eval()
+    spec = input_spec(model)
+    architecture = _recognise(model, spec) or Architecture(source="factory", name=type(model).__name__)
+    return Teacher(model, architecture, spec, classes, {}, architecture.name, digest(model))
+
+
+def create_timm(name: str, args: Mapping[str, Any], **extra: Any) -> nn.Module:  # noqa: ANN401
+    """`timm.create_model` with our errors: unknown names, wrong arguments, unreachable weights."""
+    base = name.split(".")[0]
+    if not name.startswith(("hf-hub:", "hf_hub:", "local-dir:")) and not timm.is_model(base):
+        raise ModelError(
+            f"{name!r} is neither a model of timm nor an existing folder{did_you_mean(base, timm.list_models())}"
+        )
+    try:
+        return timm.create_model(name, **{**args, **extra})
+    except TypeError as error:
+        raise ConfigError(f"--model-args {dict(args)} do not suit {name}: {error}") from None
+    except Exception as error:
+        if not extra.get("pretrained"):
+            raise
+        # Whatever the hub's client raises (no network, no such file, no weights): the way out is the same.
+        reason = str(error).splitlines()[0][:120]
+        raise ModelError(
+            f"no pretrained weights can be reached for {name} ({reason}); pass --teacher-weights FILE"
+        ) from None
+
+
+def parse_model_args(model_args: Mapping[str, str]) -> dict[str, Any]:
+    """`{"img_size": "32"}` -> `{"img_size": 32}`; what is no Python literal stays text."""
+    parsed = {}
+    for name, text in model_args.items():
+        try:
+            parsed[name] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            parsed[name] = text
+    return parsed
+
+
+def read_weights(file: Path) -> dict[str, Tensor]:
+    """Read a `.safetensors`, or a `.pth` of plain tensors; nothing in the file is executed.
+
+    Raises:
+        ModelError: It is missing, is damaged, or would have to run code to load.
+    """
+    if not file.is_file():
+        raise ModelError(f"no weights at {file}")
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise ModelError(
+            f"{file} is a pickle that would run code when loaded, which is refused; "
+            f"save its state_dict() alone, or as .safetensors"
+        ) from None
+    except (SafetensorError, RuntimeError, OSError, EOFError, ValueError) as error:
+        raise ModelError(f"cannot read weights from {file}: {str(error).splitlines()[0]}") from None
+    for key in ("state_dict", "model", "state_dict_ema"):  # what training scripts wrap weights in
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
+        raise ModelError(f"{file} holds no state dict of tensors")
+    return {name.removeprefix("module."): tensor for name, tensor in content.items()}
+
+
+def input_spec(model: nn.Module) -> InputSpec:
+    """What images `model` wants: size and channels from the module itself, the rest from timm's record.
+
+    timm's record of the size is wrong for a model that was built with `img_size=`, so the module wins.
+    """
+    config = resolve_data_config(model=model, verbose=False)
+    channels, *size = config["input_size"]
+    embed = getattr(model, "patch_embed", None)
+    if getattr(embed, "img_size", None) is not None:
+        size = embed.img_size
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    if first is not None:
+        channels = first.in_channels
+    mean, std = tuple(config["mean"]), tuple(config["std"])
+    if len(mean) != channels:
+        mean, std = (sum(mean) / len(mean),) * channels, (sum(std) / len(std),) * channels
+    return InputSpec(
+        size=(int(size[0]), int(size[1])),
+        channels=channels,
+        mean=mean,
+        std=std,
+        interpolation=config["interpolation"],
+        crop_pct=config["crop_pct"],
+    )
+
+
+def _from_timm(name: str, weights: Path | None, args: dict[str, Any], num_classes: int) -> Teacher:
+    if weights is None:
+        model = create_timm(name, args, pretrained=True)
+    else:
+        tensors = read_weights(weights)
+        args = {"num_classes": _classes_in(tensors, name, num_classes), **args}
+        model = create_timm(name, args, pretrained=False)
+        load_strictly(model, tensors, str(weights))
+    args = {"num_classes": model.num_classes, **args}
+    return _teacher(model.eval(), Architecture(source="timm", name=name.split(".")[0], args=args), name)
+
+
+def _classes_in(tensors: Mapping[str, Tensor], name: str, default: int) -> int:
+    """The classifier's size as the weights have it: they know better than the data folder."""
+    config = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    classifier = getattr(config, "classifier", None) or "head"
+    weight = tensors.get(f"{classifier}.weight") if isinstance(classifier, str) else None
+    return default if weight is None else weight.shape[0]
+
+
+def _from_directory(path: Path, weights: Path | None, args: Mapping[str, Any]) -> Teacher:
+    folder = find_model_dir(path)
+    if folder is None:
+        raise ModelError(f"{path} holds no finished model: no stepwell.json in it, its student/ or its teacher/")
+    if args:
+        raise ConfigError(f"--model-args are for timm names; {folder} has its own")
+    card: Card = read_card(folder)
+    model = build(card.architecture, None, folder)
+    model = narrow_and_load(model, card.widths, folder / WEIGHTS)
+    if weights is not None:
+        load_strictly(model, read_weights(weights), str(weights))
+    teacher = _teacher(model, card.architecture, str(path))
+    return replace(
+        teacher,
+        spec=card.input,
+        classes=tuple(card.classes),
+        widths=card.widths,
+        trained_on=card.provenance.get("data_fingerprint") if weights is None else None,
+    )
+
+
+def _from_file(source: str, weights: Path | None) -> Teacher:
+    model = load_factory(source)()
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"{source} returned a {type(model).__name__}, not a torch.nn.Module")
+    if weights is not None:
+        load_strictly(model, read_weights(weights), str(weights))
+    function = source.rpartition(":")[2]
+    return _teacher(model.eval(), Architecture(source="factory", name=function), source)
+
+
+def load_factory(source: str) -> Factory:
+    """Import FILE.py and return its function; only ever for a file that the user named in this command."""
+    file, _, function = source.rpartition(":")
+    path = Path(file)
+    if not path.is_file():
+        raise ModelError(f"no file {path} (from --teacher {source})")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ModelError(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
+    factory = getattr(module, function, None)
+    if not callable(factory):
+        raise ModelError(f"{path} has no function {function!r}{did_you_mean(function, vars(module))}")
+    return factory
+
+
+def _teacher(model: nn.Module, architecture: Architecture, name: str) -> Teacher:
+    return Teacher(model, architecture, input_spec(model), None, {}, name, digest(model))
+
+
+def _recognise(model: nn.Module, spec: InputSpec) -> Architecture | None:
+    """The timm call that builds `model` again, if one can be found and proved."""
+    name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
+    if name is None or not timm.is_model(name):
+        return None
+    args: dict[str, Any] = {"num_classes": model.num_classes, "in_chans": spec.channels}
+    blocks, embed = getattr(model, "blocks", None), getattr(model, "patch_embed", None)
+    if blocks is not None and embed is not None and hasattr(blocks[0].attn, "num_heads"):
+        args |= {
+            "img_size": spec.size[0] if spec.size[0] == spec.size[1] else spec.size,
+            "patch_size": embed.patch_size[0],
+            "embed_dim": model.embed_dim,
+            "depth": len(blocks),
+            "num_heads": blocks[0].attn.num_heads,
+        }
+    try:
+        twin = timm.create_model(name, pretrained=False, **args)
+        twin.load_state_dict(model.state_dict())
+    except (TypeError, RuntimeError, AssertionError):
+        return None
+    images = torch.randn(2, spec.channels, *spec.size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        same = torch.equal(twin.eval()(images), model(images))
+    return Architecture(source="timm", name=name, args=args) if same else None

@@ -1,0 +1,270 @@
+"""The last stage of every path, deliver: measure, decide what is handed out, write the files of the run."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+import onnxruntime
+import torch
+from torch import Tensor, nn
+
+import stepwell
+from stepwell.delivery.archive import Card
+from stepwell.delivery.measure import Scores, mcnemar
+from stepwell.delivery.report import TestPredictions, write_report
+from stepwell.delivery.result import (
+    CandidateResult,
+    Cost,
+    DataResult,
+    History,
+    ModelResult,
+    Result,
+    SelectionResult,
+)
+from stepwell.setting import Setting
+from stepwell.stages.deliver import Measured, deliver, measure
+from stepwell.stages.plan import Costs, Epochs
+from stepwell.stages.select import performance
+from stepwell.training.loop import Trained
+from stepwell.training.progress import say
+from stepwell.training.run_dir import StageResult, write_atomically
+
+
+class Selected(StageResult):
+    """What the select stage hands on: the candidates' figures, and which is the assistant."""
+
+    index: int
+    candidates: list[CandidateResult]
+    selection: SelectionResult
+
+
+@dataclass(frozen=True)
+class Descent:
+    """The models that a path ends with, and how it came to them."""
+
+    assistant: nn.Module
+    student: nn.Module
+    control: nn.Module | None
+    selected: Selected
+    costs: Costs
+    epochs: Epochs
+    trainings: Mapping[str, Trained]
+
+
+class Delivered(StageResult):
+    """Figures of all models; `tensors` hold their probabilities on the test images, by role."""
+
+    teacher: ModelResult
+    assistant: ModelResult
+    student: ModelResult
+    control: ModelResult | None
+
+
+def hand_over(s: Setting, descent: Descent) -> Result:
+    """Measure all models, hand out the better of student and control, and write every file of the run."""
+    delivered = s.run.stage("deliver", Delivered, lambda: _measure_all(s, descent))
+    handed_out = better_on_selection(delivered, descent.selected.selection.metric)
+    model = descent.control if handed_out == "control" else descent.student
+    assert model is not None
+    file = s.run.path / "result.json"
+    if file.exists():  # a finished run that was started again: its files stay as they are
+        return Result.load(file)
+    result = _result(s, descent, delivered, handed_out)
+    figures = delivered.control if handed_out == "control" and delivered.control else delivered.student
+    images = next(iter(s.test)).images[:16]
+    folder = s.run.path / "student"
+    difference = deliver(model, _student_card(s, descent, figures), images, folder)
+    say(f"student: {folder}; its ONNX file agrees with it to {difference:.0e} of the largest logit")
+    write_report(
+        result,
+        _predictions(s, delivered, handed_out),
+        lambda i: s.data.test.open(i),
+        s.run.path / "report.html",
+    )
+    # Last: a run is finished when it has its result.
+    write_atomically(file, result.to_json())
+    return result
+
+
+def better_on_selection(delivered: Delivered, metric: str) -> str:
+    """Which training is handed out: `student`, or `control` where it did better on the selection images."""
+    if delivered.control is None:
+        return "student"
+    student, control = (
+        performance(m.selection_top1, m.selection_log_likelihood, metric)  # type: ignore[arg-type]
+        for m in (delivered.student, delivered.control)
+    )
+    return "control" if control > student else "student"
+
+
+def _measure_all(s: Setting, descent: Descent) -> Delivered:
+    widths = descent.selected.candidates[0].widths
+    assistant_widths = descent.selected.candidates[descent.selected.index].widths
+    roles: list[tuple[str, nn.Module | None, dict[str, int], float]] = [
+        ("teacher", s.model, {}, 1.0),
+        ("assistant", descent.assistant, assistant_widths, descent.selected.selection.pick),
+        ("student", descent.student, widths, s.config.keep_ratio),
+        ("control", descent.control, widths, s.config.keep_ratio),
+    ]
+    measured: dict[str, Measured] = {
+        role: measure(
+            role,
+            model.eval(),
+            selection=s.selection,
+            test=s.test,
+            card=s.card(cut),
+            teacher_macs=s.teacher_macs,
+            keep_ratio=keep_ratio,
+            threads=s.config.latency_threads,
+        )
+        for role, model, cut, keep_ratio in roles
+        if model is not None
+    }
+    results = {role: m.result for role, m in measured.items()}
+    return Delivered(
+        teacher=results["teacher"],
+        assistant=results["assistant"],
+        student=results["student"],
+        control=results.get("control"),
+        tensors={role: m.test.probabilities for role, m in measured.items()}
+        | {"labels": measured["teacher"].test.labels},
+    )
+
+
+def _student_card(s: Setting, descent: Descent, figures: ModelResult) -> Card:
+    return s.card(
+        descent.selected.candidates[0].widths,
+        stepwell=stepwell.__version__,
+        torch=torch.__version__,
+        keep_ratio=s.config.keep_ratio,
+        top1=figures.top1,
+        num_params=figures.num_params,
+        macs=figures.macs,
+        data_fingerprint=s.data.fingerprint,
+    )
+
+
+def _result(s: Setting, descent: Descent, delivered: Delivered, handed_out: str) -> Result:
+    teacher = Scores(delivered.tensors["teacher"], delivered.tensors["labels"])
+    student = Scores(delivered.tensors[handed_out], delivered.tensors["labels"])
+    return Result(
+        stepwell_version=stepwell.__version__,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        hardware=hardware(s),
+        teacher_name=s.teacher.name,
+        keep_ratio=s.config.keep_ratio,
+        data=_data_result(s),
+        teacher=delivered.teacher,
+        assistant=delivered.assistant,
+        student=delivered.student,
+        control=delivered.control,
+        handed_out=handed_out,  # type: ignore[arg-type]
+        candidates=descent.selected.candidates,
+        selection=descent.selected.selection,
+        group_sizes={group.name: group.num_units for group in s.groups},
+        teacher_vs_student=mcnemar(teacher, student),
+        cost_vs_single_step=_cost(s, descent),
+        seconds=dict(s.run.seconds),
+        images_per_second={name: t.images_per_second for name, t in descent.trainings.items()},
+        epochs={name: t.epochs for name, t in descent.trainings.items()},
+        histories={
+            name: History(step=t.step, losses=t.losses, lr=t.lr) for name, t in descent.trainings.items()
+        },
+        notes=_notes(s, delivered, handed_out),
+    )
+
+
+def _cost(s: Setting, descent: Descent) -> Cost:
+    """Measured against the control's seconds where one was trained, else from operation counts."""
+    control = descent.trainings.get("control")
+    if control is None:
+        index = descent.selected.index
+        return Cost(value=descent.costs.vs_single_step(descent.epochs, index), predicted=True)
+    seconds = s.run.seconds
+    run = sum(seconds[name] for name in ("score", "joint", "select", "distill"))
+    single_step = seconds["control"] * descent.epochs.distill / control.epochs
+    return Cost(value=run / single_step, predicted=False)
+
+
+def _data_result(s: Setting) -> DataResult:
+    known = s.teacher.trained_on == s.data.fingerprint
+    return DataResult(
+        source=s.data.source,
+        classes=list(s.classes),
+        num_train=len(s.data.train),
+        num_selection=len(s.data.selection),
+        num_test=len(s.data.test),
+        test_from=s.data.test_from,
+        labels="true" if s.data.labelled else "teacher",
+        teacher_saw_selection="no" if known else "the teacher may have seen it: stepwell did not train it here",
+        bad_images=s.data.num_bad_images,
+    )
+
+
+def _notes(s: Setting, delivered: Delivered, handed_out: str) -> list[str]:
+    """Everything that a careful reader should be told."""
+    notes = []
+    if delivered.control is None:
+        notes.append(
+            "No control was trained: whether the assistant paid for itself is not known "
+            "(--control equal_compute trains one)."
+        )
+    elif handed_out == "control":
+        notes.append(
+            "The control (the same student straight from the teacher) did better on the selection images "
+            "and is what student/ holds."
+        )
+    slower = delivered.student.latency_ms >= delivered.teacher.latency_ms
+    if slower:
+        notes.append("The student is not faster than the teacher at batch 1 on this CPU.")
+    if not s.data.labelled:
+        notes.append("The images have no labels: top1 is agreement with the teacher, whose own is 100 by definition.")
+    if s.data.num_bad_images:
+        notes.append(f"{s.data.num_bad_images} images could not be decoded and were left out.")
+    if s.config.sampling == "sandwich":
+        notes.append(
+            f"Joint training ran the smallest candidate and {s.config.num_random} random other(s) per step "
+            "(sandwich sampling), not all of them as in the paper's Algorithm 1."
+        )
+    if len(s.data.selection) < 200:
+        notes.append(f"Only {len(s.data.selection)} selection images: the choice of the assistant is mostly noise.")
+    return notes
+
+
+def _predictions(s: Setting, delivered: Delivered, handed_out: str) -> TestPredictions:
+    tensors: dict[str, Tensor] = delivered.tensors
+    return TestPredictions(
+        labels=tensors["labels"].numpy(),
+        teacher=tensors["teacher"].numpy(),
+        student=tensors[handed_out].numpy(),
+        keys=list(s.data.test.keys),
+    )
+
+
+def hardware(s: Setting) -> dict[str, str]:
+    """What the figures were measured on."""
+    device = s.device.type
+    if s.device.type == "cuda":
+        device = torch.cuda.get_device_name(s.device)
+    return {
+        "training device": device,
+        "processor": _processor(),
+        "threads": str(torch.get_num_threads()),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "onnxruntime": onnxruntime.__version__,
+    }
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    except OSError:
+        pass  # not Linux
+    return platform.processor() or platform.machine()

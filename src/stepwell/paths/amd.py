@@ -1,0 +1,141 @@
+"""AMD, from top to bottom: score -> grid -> joint -> select -> distill -> deliver.
+
+Automatic Multi-step Distillation (Han et al., ECCV 2024). Every stage is saved when it is finished, and
+read back when the same run is started again; nothing passes from stage to stage but its result, so a
+resumed run ends where an uninterrupted one does.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from stepwell.delivery.ladder import Ladder
+from stepwell.delivery.measure import count_macs, evaluate
+from stepwell.delivery.result import Result, SelectionResult
+from stepwell.handover import Descent, Selected, hand_over
+from stepwell.pruning.shared import SharedWeights
+from stepwell.pruning.skeleton import fill, leading_units, sort_units
+from stepwell.setting import Setting
+from stepwell.stages.distill import DistillStep, distill
+from stepwell.stages.grid import keep_ratios, make_grid
+from stepwell.stages.joint import JointStep, scales_per_step, train_jointly
+from stepwell.stages.judge import judge, nearest, resolve_metric
+from stepwell.stages.plan import Costs, Epochs, epochs_in
+from stepwell.stages.score import Importance, score
+from stepwell.stages.select import Point, all_rules, performance, pick
+from stepwell.training.loop import Trained, seconds_per_step
+from stepwell.training.progress import say
+
+
+def descend(s: Setting) -> Result:
+    """Walk down from teacher to student, by way of an assistant that is chosen on the way."""
+    config, run = s.config, s.run
+
+    # 1. Score every head and neuron of the teacher, once; sort them. The function stays the same.
+    importance = run.stage(
+        "score",
+        Importance,
+        lambda: score(s.model, s.groups, s.scored, reduction=config.score_reduction, autocast=s.autocast),
+    )
+    sorted_weights = sort_units(dict(s.model.named_parameters()), s.groups, importance.order())
+
+    # 2. Grid: nested candidates, a width per layer for each keep ratio.
+    candidates = make_grid(s.groups, importance.normalised, keep_ratios(config.keep_ratio, config), config)
+    run.stage("ladder", Ladder, lambda: Ladder(teacher=s.card({}), candidates=candidates))
+
+    # 3. Joint: train all candidates in one shared set of weights, against the frozen teacher.
+    shared = SharedWeights(s.model, s.family, sorted_weights, candidates)
+    step = JointStep(s.model, s.family, shared, s.layers, config, config, config.seed, s.autocast)
+    costs = _costs(s, shared)
+    epochs = run.stage("plan", Epochs, lambda: _plan(s, step, costs))
+    joint = run.stage("joint", Trained, lambda: train_jointly(step, s.train, config, epochs.joint, s.no_decay))
+    shared.load(joint.tensors)
+
+    # 4. Select the assistant, on images that nothing was trained on.
+    selected = run.stage("select", Selected, lambda: _select(s, shared))
+
+    # 5. Distill: the assistant teaches the student; both are slices of the jointly trained weights.
+    assistant, student = shared.extract(selected.index), shared.extract(0)
+    distilled = run.stage("distill", Trained, lambda: _teach(s, "distill", assistant, student, epochs.distill))
+    student = fill(shared.skeletons[0], {k: t.to(s.device) for k, t in distilled.tensors.items()})
+    trainings = {"joint": joint, "distill": distilled}
+
+    # The control: the same student straight from the teacher, for the same price.
+    control = None
+    if config.control != "none":
+        skeleton = shared.skeletons[0]
+        control = fill(skeleton, leading_units(sorted_weights, skeleton, s.groups, candidates[0].widths))
+        control_epochs = (
+            costs.equal_compute_epochs(epochs, selected.index)
+            if config.control == "equal_compute"
+            else epochs.joint + epochs.distill
+        )
+        trained = run.stage("control", Trained, lambda: _teach(s, "control", s.model, control, control_epochs))
+        control = fill(skeleton, {k: t.to(s.device) for k, t in trained.tensors.items()})
+        trainings["control"] = trained
+
+    # 6. Deliver: measure everything, write the student, the ONNX file, the result and the report.
+    return hand_over(s, Descent(assistant, student, control, selected, costs, epochs, trainings))
+
+
+def _costs(s: Setting, shared: SharedWeights) -> Costs:
+    scales = [count_macs(skeleton, s.teacher.spec) / s.teacher_macs for skeleton in shared.skeletons]
+    return Costs(
+        scales,
+        scales_per_step(scales, s.config),
+        num_train=len(s.data.train),
+        num_scored=min(s.config.score_images, len(s.data.train)),
+        num_selection=len(s.data.selection),
+    )
+
+
+def _plan(s: Setting, step: JointStep, costs: Costs) -> Epochs:
+    """The epochs asked for, or those that the minutes allow by timing a few steps."""
+    config = s.config
+    if config.minutes is None:
+        return Epochs(joint=config.joint_epochs or config.epochs, distill=config.epochs)
+    shared = step.shared
+    # The middle candidate stands for the assistant, which is not chosen yet.
+    assistant, student = shared.extract(len(shared.candidates) // 2), shared.extract(0)
+    distill_step = DistillStep(
+        s.family.with_states(assistant, s.layers), s.family.with_states(student, s.layers), config, s.autocast
+    )
+    joint_seconds = seconds_per_step(step, s.train, shared.parameters) * s.train.steps_per_epoch
+    distill_seconds = (
+        seconds_per_step(distill_step, s.train, dict(student.named_parameters())) * s.train.steps_per_epoch
+    )
+    # A control of equal compute doubles the bill.
+    minutes = config.minutes if config.control == "none" else config.minutes / 2
+    epochs = epochs_in(minutes, joint_seconds, distill_seconds)
+    say(f"plan: {epochs:.1f} epochs of joint training and of distillation fit into {config.minutes:g} minutes")
+    return Epochs(joint=epochs, distill=epochs)
+
+
+def _select(s: Setting, shared: SharedWeights) -> Selected:
+    candidates = judge(shared, s.selection, s.teacher.spec, s.teacher_macs)
+    metric = resolve_metric(s.config.metric, len(s.data.selection))
+    points = [Point(c.scale, performance(c.top1, c.log_likelihood, metric)) for c in candidates]
+    teacher = evaluate(s.model, s.selection, "select: teacher")
+    top = Point(1.0, performance(teacher.top1, teacher.log_likelihood, metric))
+    values = all_rules(points, top)
+    picks = {rule: candidates[pick(v)].keep_ratio for rule, v in values.items()}
+    index = pick(values[s.config.rule])
+    rule = str(s.config.rule)
+    if s.config.assistant is not None:
+        index, rule = nearest(candidates, s.config.assistant), "by hand"
+    say(f"select: the assistant keeps {candidates[index].keep_ratio:g} (rule: {rule})")
+    selection = SelectionResult(
+        rule=rule,
+        metric=metric,
+        pick=candidates[index].keep_ratio,
+        picks=dict(picks),
+        values=dict(values),
+        num_images=len(s.data.selection),
+    )
+    return Selected(index=index, candidates=candidates, selection=selection)
+
+
+def _teach(s: Setting, stage: str, teacher: nn.Module, student: nn.Module, epochs: float) -> Trained:
+    return distill(
+        stage, teacher, student, s.family, s.layers, s.train, s.config, epochs, s.autocast, s.no_decay
+    )

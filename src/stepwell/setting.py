@@ -1,0 +1,172 @@
+"""Everything that a path needs and that no stage changes: teacher, images, device, options, run directory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import nn
+
+from stepwell.config import CompressConfig
+from stepwell.delivery.archive import Card
+from stepwell.delivery.measure import count_macs, evaluate
+from stepwell.delivery.teacher import Teacher
+from stepwell.errors import ConfigError, DataError
+from stepwell.losses.amd import feature_layers
+from stepwell.pruning.families import Family, family_of
+from stepwell.pruning.units import Group
+from stepwell.training.batches import EvalBatches, TrainBatches
+from stepwell.training.data import Data, ImageSet
+from stepwell.training.run_dir import RunDir
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a run works with; made by `prepare`."""
+
+    config: CompressConfig
+    run: RunDir
+    teacher: Teacher
+    family: Family
+    data: Data
+    classes: tuple[str, ...]
+    device: torch.device
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """The teacher on the device of this run, in eval mode, frozen."""
+        return self.teacher.model.to(self.device).eval().requires_grad_(False)
+
+    @cached_property
+    def groups(self) -> list[Group]:
+        """The units that may be cut."""
+        return self.family.groups(self.teacher.model)
+
+    @cached_property
+    def layers(self) -> tuple[int, ...]:
+        """The blocks whose hidden states are compared."""
+        return feature_layers(self.family.num_layers(self.teacher.model), self.config)
+
+    @cached_property
+    def no_decay(self) -> frozenset[str]:
+        """Parameters without weight decay by the model's own word (timm's `no_weight_decay`)."""
+        own = getattr(self.teacher.model, "no_weight_decay", None)
+        return frozenset(own() if callable(own) else ())
+
+    @cached_property
+    def teacher_macs(self) -> int:
+        """Multiply-accumulates of the teacher for one image."""
+        return count_macs(self.teacher.model, self.teacher.spec)
+
+    @property
+    def autocast(self) -> torch.autocast:
+        """The number format of forward passes in training."""
+        enabled = self.config.precision == "bf16"
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
+
+    @cached_property
+    def train(self) -> TrainBatches:
+        """Training images, augmented, in random order."""
+        return TrainBatches(
+            self.data.train, self.teacher.spec, self.config, self.config.seed, self.device, self.labels(self.data.train)
+        )
+
+    @cached_property
+    def scored(self) -> EvalBatches:
+        """The first `score_images` training images in the order of a seeded shuffle, as they are."""
+        order = torch.randperm(
+            len(self.data.train), generator=torch.Generator().manual_seed(self.config.seed)
+        ).tolist()
+        return self.plain(self.data.train.subset(sorted(order[: self.config.score_images])))
+
+    @cached_property
+    def selection(self) -> EvalBatches:
+        """The images that choose the assistant, and between student and control."""
+        return self.plain(self.data.selection)
+
+    @cached_property
+    def test(self) -> EvalBatches:
+        """The images that decide nothing and are looked at once, at the end."""
+        return self.plain(self.data.test)
+
+    def plain(self, images: ImageSet) -> EvalBatches:
+        """Batches of `images` without augmentation."""
+        return EvalBatches(images, self.teacher.spec, self.config, self.device, self.labels(images))
+
+    def labels(self, images: ImageSet) -> list[int] | None:
+        """The teacher's own answers where the images have no labels, else None (use the true ones)."""
+        if self.data.labelled:
+            return None
+        batches = EvalBatches(images, self.teacher.spec, self.config, self.device)
+        return evaluate(self.model, batches, "teacher's answers").probabilities.argmax(dim=1).tolist()
+
+    def card(self, widths: dict[str, int], **provenance: object) -> Card:
+        """The card of a model of this run with `widths` units per group."""
+        return Card(
+            architecture=self.teacher.architecture,
+            # Groups that an earlier run emptied are no longer among this teacher's groups.
+            widths={**self.teacher.widths, **widths},
+            classes=list(self.classes),
+            input=self.teacher.spec,
+            provenance={"teacher": self.teacher.name, "data": self.data.source, **provenance},
+        )
+
+
+def prepare(config: CompressConfig, run: RunDir, teacher: Teacher, data: Data) -> Setting:
+    """Check that teacher, data and options agree, and put them together.
+
+    Raises:
+        UnsupportedModelError: No family can cut the teacher.
+        DataError: The classes of teacher and data differ.
+        ConfigError: There is no such device; or no labels, but a loss that needs them.
+    """
+    family = family_of(teacher.model)
+    classes = check_classes(teacher, data)
+    if not data.labelled and config.task_weight:
+        raise ConfigError(
+            f"{data.source} has no class folders, so there are no labels to learn: pass --task-weight 0 "
+            f"to learn from the teacher alone, or sort the images into train/CLASS/"
+        )
+    setting = Setting(config, run, teacher, family, data, classes, find_device(config.device))
+    _ = setting.layers  # an impossible layer is an error now, not after scoring
+    return setting
+
+
+def check_classes(teacher: Teacher, data: Data) -> tuple[str, ...]:
+    """The names of the classes; number and names must agree between teacher and data."""
+    with torch.no_grad():
+        outputs = teacher.model(torch.zeros(1, teacher.spec.channels, *teacher.spec.size)).shape[-1]
+    if not data.labelled:
+        return teacher.classes or tuple(f"class {i}" for i in range(outputs))
+    if outputs != len(data.classes):
+        raise DataError(
+            f"{teacher.name} has {outputs} classes, {data.source} has {len(data.classes)}: "
+            f"fine-tune it first (stepwell train --model ... --data {data.source})"
+        )
+    if teacher.classes and teacher.classes != data.classes:
+        i, (ours, theirs) = next(
+            (i, pair)
+            for i, pair in enumerate(zip(data.classes, teacher.classes, strict=True))
+            if pair[0] != pair[1]
+        )
+        raise DataError(
+            f"class {i} is {ours!r} in {data.source}, but {theirs!r} for {teacher.name}: "
+            f"name the folders as the teacher was trained"
+        )
+    return data.classes
+
+
+def find_device(name: str) -> torch.device:
+    """`auto` is the GPU if there is one.
+
+    Raises:
+        ConfigError: torch cannot use the device.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"device {name!r} cannot be used here: {reason}; try --device cpu") from None

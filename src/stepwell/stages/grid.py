@@ -1,0 +1,90 @@
+"""Stage 2, grid: from importance to nested candidates. Pure arithmetic, nothing is trained.
+
+One ranking of all heads and one of all neurons (within a stage of the model, if it ranks by stage); a
+candidate with keep ratio s keeps the top fraction s of each. Because there is one ranking, candidates are
+nested: what a small one keeps, every larger one keeps too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+from stepwell.config import GridOptions
+from stepwell.pruning.units import Candidate, Group
+
+Scores = Mapping[str, Sequence[float]]
+"""Normalised importance per unit, by group."""
+
+
+def keep_ratios(student: float, options: GridOptions) -> list[float]:
+    """The keep ratios of the ladder, rising, the student's first.
+
+    `with-student` counts the student among the `num_candidates`: 0.1, 0.2 ... 0.9 for a student of 0.1 and
+    9 candidates. `between` places all of them strictly between student and teacher.
+    """
+    m = options.num_candidates
+    steps = m if options.grid == "with-student" else m + 1
+    # Rounded, so that 0.30000000000000004 does not reach a file name.
+    return [round(student + (1 - student) * i / steps, 6) for i in range(steps)]
+
+
+def make_grid(
+    groups: Sequence[Group], scores: Scores, ratios: Sequence[float], options: GridOptions
+) -> list[Candidate]:
+    """The candidates for `ratios`, from the smallest to the largest, nested.
+
+    Args:
+        groups: All groups of the model.
+        scores: Normalised importance per unit.
+        ratios: Keep ratios, rising.
+        options: Rounding and the least number of heads.
+    """
+    candidates: list[Candidate] = []
+    for ratio in ratios:
+        widths = round_widths(groups, kept_counts(groups, scores, ratio), options)
+        if candidates:
+            # Rounding looks at one candidate at a time; nestedness is a promise across them.
+            widths = {name: max(width, candidates[-1].widths[name]) for name, width in widths.items()}
+        candidates.append(Candidate(ratio, widths))
+    return candidates
+
+
+def kept_counts(groups: Sequence[Group], scores: Scores, keep_ratio: float) -> dict[str, int]:
+    """How many units each group keeps when the top `keep_ratio` of each ranking stay.
+
+    Heads and neurons are ranked apart, and each stage of the model by itself. The number kept is
+    `keep_ratio` times the total, to the nearest whole, at least 1. Of equal scores the earlier layer's goes
+    first, so that the result does not depend on a sorting algorithm.
+    """
+    counts = {group.name: 0 for group in groups}
+    rankings: dict[tuple[str, int], list[tuple[float, int, str]]] = defaultdict(list)
+    for position, group in enumerate(groups):
+        rankings[group.kind, group.stage] += [(-s, position, group.name) for s in scores[group.name]]
+    for ranking in rankings.values():
+        keep = max(1, math.floor(keep_ratio * len(ranking) + 0.5))
+        for _, _, name in sorted(ranking)[:keep]:
+            counts[name] += 1
+    return counts
+
+
+def round_widths(groups: Sequence[Group], counts: Mapping[str, int], options: GridOptions) -> dict[str, int]:
+    """Round neurons to the nearest multiple of `round_to`, and hold `min_heads_per_layer`.
+
+    Less than half a multiple empties the layer, but never the last one of its ranking.
+    """
+    widths = {}
+    for group in groups:
+        count = counts[group.name]
+        if group.kind == "head":
+            widths[group.name] = min(group.num_units, max(count, options.min_heads_per_layer))
+        else:
+            multiple = options.round_to * math.floor(count / options.round_to + 0.5)
+            widths[group.name] = min(group.num_units, multiple)
+    for ranking in {(group.kind, group.stage) for group in groups}:
+        members = [group for group in groups if (group.kind, group.stage) == ranking]
+        if all(widths[group.name] == 0 for group in members):
+            fullest = max(members, key=lambda group: counts[group.name])
+            widths[fullest.name] = min(fullest.num_units, options.round_to)
+    return widths

@@ -1,0 +1,108 @@
+"""Stage 3, joint: train all candidates together in one shared set of weights.
+
+Algorithm 1 of AMD's supplementary: per batch one forward pass of the frozen teacher, then for each candidate
+forward, loss, backward; the gradients add up in the shared weights; one optimizer step.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from stepwell.config import CompressConfig, JointOptions, LossOptions
+from stepwell.losses.amd import Output, amd_loss
+from stepwell.pruning.families import Family
+from stepwell.pruning.shared import SharedWeights
+from stepwell.training.batches import Batch, TrainBatches
+from stepwell.training.loop import Trained, fit
+
+
+@dataclass(frozen=True)
+class JointStep:
+    """One step of joint training: call it with a batch, and it leaves gradients in the shared weights.
+
+    Attributes:
+        teacher: Frozen, in eval mode.
+        shared: The store and its skeletons.
+        layers: Blocks whose hidden states are compared.
+        seed: Which candidates run in step n depends on (seed, n) alone.
+    """
+
+    teacher: nn.Module
+    family: Family
+    shared: SharedWeights
+    layers: tuple[int, ...]
+    loss: LossOptions
+    joint: JointOptions
+    seed: int
+    autocast: torch.autocast
+
+    def __call__(self, batch: Batch, step: int) -> Mapping[str, Tensor]:
+        """Forward and backward for the candidates of this step; returns their mean losses, detached."""
+        with torch.no_grad(), self.autocast:
+            teacher = Output(*self.family.with_states(self.teacher, self.layers)(batch.images))
+        # From large to small: the step's peak of memory comes first.
+        chosen = candidates_of_step(len(self.shared.candidates), self.joint, self.seed, step)
+        total: dict[str, Tensor] = {}
+        for index in chosen:
+            weights = self.shared.weights(index)
+            losses = self._losses(index, weights, batch, teacher)
+            # Divided: the gradient is the mean over the candidates of the step.
+            gradients = torch.autograd.grad(
+                losses["loss"] / len(chosen), list(weights.values()), allow_unused=True
+            )
+            self.shared.add_gradients(index, dict(zip(weights, gradients, strict=True)))
+            for name, value in losses.items():
+                total[name] = total.get(name, torch.zeros_like(value)) + value.detach() / len(chosen)
+        return total
+
+    def _losses(
+        self, index: int, weights: Mapping[str, Tensor], batch: Batch, teacher: Output
+    ) -> dict[str, Tensor]:
+        skeleton = self.family.with_states(self.shared.skeletons[index], self.layers)
+        with self.autocast:
+            output = torch.func.functional_call(
+                skeleton, {f"model.{name}": tensor for name, tensor in weights.items()}, (batch.images,)
+            )
+        return amd_loss(Output(*output), teacher, batch.labels, self.loss)
+
+
+def candidates_of_step(num_candidates: int, options: JointOptions, seed: int, step: int) -> list[int]:
+    """Which candidates run in a step, from large to small.
+
+    `all`: every one, as the paper's Algorithm 1. `sandwich`: the smallest, whose accuracy is the point of
+    the run, and `num_random` others; it costs a fraction (METHODS of scale: docs/method.md).
+    """
+    if options.sampling == "all":
+        return list(range(num_candidates))[::-1]
+    draw = random.Random(f"{seed}:{step}")  # the same on every machine of a distributed run
+    others = draw.sample(range(1, num_candidates), min(options.num_random, num_candidates - 1))
+    return sorted([0, *others], reverse=True)
+
+
+def train_jointly(
+    step: JointStep, batches: TrainBatches, config: CompressConfig, epochs: float, no_decay: frozenset[str]
+) -> Trained:
+    """Train the shared weights; the result's `tensors` are the store's parameters.
+
+    Args:
+        step: What happens in each step.
+        batches: The training images.
+        config: Optimizer and schedule.
+        epochs: Passes over the images.
+        no_decay: Parameters that the teacher's own recipe does not decay.
+    """
+    lr = config.joint_lr or config.lr
+    return fit("joint", step, step.shared.parameters, batches, config, epochs=epochs, lr=lr, no_decay=no_decay)
+
+
+def scales_per_step(scales: list[float], options: JointOptions) -> float:
+    """Sum of the scales of the candidates of one step, on average over the draws."""
+    if options.sampling == "all":
+        return sum(scales)
+    others = scales[1:]
+    return scales[0] + min(options.num_random, len(others)) * sum(others) / max(1, len(others))

@@ -1,0 +1,191 @@
+"""The one training loop: every stage that trains passes its own step function and uses this.
+
+    for each batch:   losses = step(batch)      # forward and backward; gradients are left in the parameters
+                      clip, optimizer.step(), next learning rate
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from timm.scheduler.cosine_lr import CosineLRScheduler
+from timm.scheduler.poly_lr import PolyLRScheduler
+from timm.scheduler.scheduler import Scheduler
+from torch import Tensor, nn
+
+from stepwell.config import TrainingOptions
+from stepwell.errors import DivergedError
+from stepwell.training.batches import Batch, TrainBatches
+from stepwell.training.progress import progress
+from stepwell.training.run_dir import StageResult
+
+Step = Callable[[Batch, int], Mapping[str, Tensor]]
+"""Given a batch and the number of the step: leaves gradients in the parameters, returns detached losses,
+`loss` among them."""
+
+_CHECK_EVERY = 10  # steps; reading a loss waits for the device, so not every step is looked at
+
+
+class Trained(StageResult):
+    """What a training stage hands on: its course, and what it trained in `tensors`."""
+
+    step: list[int]
+    losses: dict[str, list[float]]
+    """Means over the stretch of steps that ends at each `step`."""
+    lr: list[float]
+    num_steps: int
+    epochs: float
+    images_per_second: float
+
+
+def fit(
+    stage: str,
+    step: Step,
+    parameters: Mapping[str, nn.Parameter],
+    batches: TrainBatches,
+    options: TrainingOptions,
+    *,
+    epochs: float,
+    lr: float,
+    no_decay: frozenset[str] = frozenset(),
+) -> Trained:
+    """Train `parameters` for `epochs` passes over `batches`.
+
+    A parameter without a gradient in some step is left alone in it: AdamW neither decays nor moves it.
+
+    Args:
+        stage: Name for progress and errors.
+        step: See `Step`; called with the step's number, from which it takes anything random.
+        parameters: What is trained, by name.
+        batches: The training images.
+        options: Optimizer, schedule and clipping.
+        epochs: Passes over the images; a fraction ends within an epoch.
+        lr: Peak learning rate.
+        no_decay: Names of parameters without weight decay, besides those of one dimension.
+
+    Returns:
+        The course of the training, with the trained parameters (not copies) as `tensors`.
+
+    Raises:
+        DivergedError: A loss is NaN or infinite.
+    """
+    num_steps = max(1, round(epochs * batches.steps_per_epoch))
+    optimizer = make_optimizer(parameters, lr, options.weight_decay, no_decay)
+    scheduler = make_scheduler(optimizer, num_steps, options)
+    log = _Log(stage, num_steps, lr)
+    start = time.monotonic()
+    with progress(stage, num_steps) as advance:
+        for number, batch in enumerate(itertools.islice(_endless(batches), num_steps)):
+            scheduler.step_update(number)
+            optimizer.zero_grad(set_to_none=True)
+            log.add(step(batch, number))
+            if options.clip_norm:
+                nn.utils.clip_grad_norm_(parameters.values(), options.clip_norm)
+            if (number + 1) % _CHECK_EVERY == 0 or number + 1 == num_steps:
+                log.close_stretch(number + 1, optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            advance(log.note)
+    seconds = time.monotonic() - start
+    return Trained(
+        step=log.steps,
+        losses=log.losses,
+        lr=log.lr,
+        num_steps=num_steps,
+        epochs=num_steps / batches.steps_per_epoch,
+        images_per_second=num_steps * batches.batch_size / max(seconds, 1e-9),
+        tensors={name: parameter.detach() for name, parameter in parameters.items()},
+    )
+
+
+def _endless(batches: TrainBatches) -> Iterator[Batch]:
+    for epoch in itertools.count():
+        yield from batches.epoch(epoch)
+
+
+def make_optimizer(
+    parameters: Mapping[str, nn.Parameter], lr: float, weight_decay: float, no_decay: frozenset[str]
+) -> torch.optim.AdamW:
+    """AdamW that decays weight matrices only: no norms, biases, or names in `no_decay`.
+
+    An increment of the shared store (`blocks.0.mlp.fc1.weight+3`) is treated as the parameter it belongs to.
+    """
+    decayed, plain = [], []
+    for name, parameter in parameters.items():
+        base = name.split("+")[0]
+        is_vector = parameter.ndim <= 1 or base.endswith(".bias") or base in no_decay
+        (plain if is_vector else decayed).append(parameter)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, fused=True)
+
+
+def make_scheduler(
+    optimizer: torch.optim.Optimizer, num_steps: int, options: TrainingOptions
+) -> Scheduler:
+    """Linear warm-up, then a cosine, a line, or four cosines in a row, down to 0 at the last step."""
+    warmup = int(options.warmup * num_steps)
+    rest = num_steps - warmup
+    common = {
+        "warmup_t": warmup,
+        "warmup_lr_init": 0.0,
+        "warmup_prefix": True,
+        "t_in_epochs": False,
+        "initialize": True,
+    }
+    match options.schedule:
+        case "cosine":
+            return CosineLRScheduler(optimizer, t_initial=rest, **common)
+        case "linear":
+            return PolyLRScheduler(optimizer, t_initial=rest, power=1.0, **common)
+        case "cosine-restarts":
+            cycles = 4
+            length = math.ceil(rest / cycles)
+            return CosineLRScheduler(optimizer, t_initial=length, cycle_limit=cycles, **common)
+
+
+def seconds_per_step(step: Step, batches: TrainBatches, parameters: Mapping[str, nn.Parameter]) -> float:
+    """Time a few steps without an update, the first of them not counted."""
+    seconds = []
+    for number, batch in enumerate(itertools.islice(_endless(batches), 6)):
+        start = time.monotonic()
+        float(step(batch, number)["loss"])  # waits for the device
+        seconds.append(time.monotonic() - start)
+    for parameter in parameters.values():
+        parameter.grad = None
+    return sum(seconds[1:]) / len(seconds[1:])
+
+
+class _Log:
+    """Sums losses on the device and looks at them once per stretch of steps."""
+
+    def __init__(self, stage: str, num_steps: int, lr: float) -> None:
+        self.stage, self.num_steps, self.peak_lr = stage, num_steps, lr
+        self.steps: list[int] = []
+        self.losses: dict[str, list[float]] = {}
+        self.lr: list[float] = []
+        self.note = ""
+        self._sums: dict[str, Tensor] = {}
+        self._count = 0
+
+    def add(self, losses: Mapping[str, Tensor]) -> None:
+        for name, value in losses.items():
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self._count += 1
+
+    def close_stretch(self, step: int, lr: float) -> None:
+        """Take the means, and stop a run that has diverged before its weights are updated once more."""
+        for name, total in self._sums.items():
+            mean = float(total) / self._count
+            if not math.isfinite(mean):
+                raise DivergedError(
+                    f"{self.stage}: {name} became {mean} between steps {step - self._count + 1} and {step} of "
+                    f"{self.num_steps}; finished stages are kept, try a lower --lr than {self.peak_lr:g}"
+                )
+            self.losses.setdefault(name, []).append(mean)
+        self.steps.append(step)
+        self.lr.append(lr)
+        self.note = f"loss {self.losses['loss'][-1]:.3f}"
+        self._sums, self._count = {}, 0

@@ -1,0 +1,164 @@
+"""A run directory: what was asked for, and every finished stage, each written whole or not at all.
+
+    config.yaml             all options
+    stages/identity.json    fingerprints of teacher and data
+    stages/NAME/            result.json and tensors.safetensors of a finished stage
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from stepwell.config import Options, read_yaml, to_yaml
+from stepwell.errors import RunDirError
+from stepwell.training.progress import say
+
+# These change where and how fast a run computes, not what.
+_MAY_CHANGE = frozenset({"device", "workers"})
+
+
+class StageResult(BaseModel):
+    """What a stage hands on: JSON fields, and `tensors` beside them."""
+
+    model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True)
+
+    tensors: dict[str, Tensor] = Field(default_factory=dict, exclude=True, repr=False)
+
+
+StageT = TypeVar("StageT", bound=StageResult)
+
+
+class RunDir:
+    """The folder of one run; see the module's docstring for what lies in it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.seconds: dict[str, float] = {}
+        """Duration of each stage, also of those that were finished by an earlier call."""
+
+    @classmethod
+    def open(cls, path: Path, config: Options) -> RunDir:
+        """Make the folder, or come back to it with the same options.
+
+        Raises:
+            RunDirError: The folder holds something else, belongs to a run with other options (the first
+                one that differs is named), or cannot be written.
+        """
+        saved = path / "config.yaml"
+        if saved.exists():
+            _check_same(read_yaml(saved), config, path)
+        elif path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise RunDirError(f"{path} exists and is not a run of stepwell; choose another --out")
+        with writing(path):
+            (path / "stages").mkdir(parents=True, exist_ok=True)
+            for left_over in (path / "stages").glob(".unfinished-*"):
+                shutil.rmtree(left_over)
+        if not saved.exists():
+            write_atomically(saved, to_yaml(config))
+        return cls(path)
+
+    def check_identity(self, identity: Mapping[str, str]) -> None:
+        """Refuse to go on with another teacher or other images than the run began with.
+
+        Args:
+            identity: A fingerprint of each, by the option that names it (`teacher`, `data`).
+
+        Raises:
+            RunDirError: Names what has changed.
+        """
+        file = self.path / "stages" / "identity.json"
+        if not file.exists():
+            write_atomically(file, json.dumps(dict(identity), indent=2))
+            return
+        before = json.loads(file.read_text(encoding="utf-8"))
+        for name, fingerprint in identity.items():
+            if before.get(name) != fingerprint:
+                raise RunDirError(
+                    f"{self.path} was begun with another {name} (its content has changed); choose another --out"
+                )
+
+    def finished(self, name: str, kind: type[StageT]) -> StageT | None:
+        """The result of stage `name` if it was finished before."""
+        folder = self.path / "stages" / name
+        return _load(folder, kind)[0] if folder.exists() else None
+
+    def stage(self, name: str, kind: type[StageT], compute: Callable[[], StageT]) -> StageT:
+        """Return the result of stage `name`: from disk if it was finished before, else by computing it."""
+        folder = self.path / "stages" / name
+        if folder.exists():
+            result, self.seconds[name] = _load(folder, kind)
+            say(f"{name}: done before ({self.seconds[name]:.1f} s)")
+            return result
+        start = time.monotonic()
+        result = compute()
+        self.seconds[name] = time.monotonic() - start
+        _save(folder, result, self.seconds[name])
+        say(f"{name}: {self.seconds[name]:.1f} s")
+        return result
+
+
+def _check_same(before: Mapping[str, object], config: Options, path: Path) -> None:
+    now = config.model_dump(mode="json")
+    for name in sorted(now.keys() | before.keys()):
+        if name not in _MAY_CHANGE and before.get(name) != now.get(name):
+            raise RunDirError(
+                f"{path} was made with {name}: {before.get(name)}, now it is {now.get(name)}; "
+                f"give the old value to go on, or choose another --out"
+            )
+
+
+def _save(folder: Path, result: StageResult, seconds: float) -> None:
+    with writing(folder):
+        unfinished = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=folder.parent))
+        if result.tensors:
+            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in result.tensors.items()}
+            save_file(tensors, unfinished / "tensors.safetensors")
+        text = json.dumps({"seconds": seconds, "result": result.model_dump(mode="json")}, indent=1)
+        (unfinished / "result.json").write_text(text, encoding="utf-8")
+        unfinished.chmod(0o755)
+        unfinished.rename(folder)  # the stage is finished the moment its folder has its name
+
+
+def _load(folder: Path, kind: type[StageT]) -> tuple[StageT, float]:
+    record = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    result = kind.model_validate(record["result"])
+    tensors = folder / "tensors.safetensors"
+    if tensors.exists():
+        result = result.model_copy(update={"tensors": load_file(tensors)})
+    return result, record["seconds"]
+
+
+def write_atomically(file: Path, content: str | bytes) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+        RunDirError: It cannot be written (no permission, no space).
+    """
+    data = content.encode() if isinstance(content, str) else content
+    with writing(file):
+        unfinished = file.with_name(f".{file.name}.unfinished")
+        unfinished.write_bytes(data)
+        os.replace(unfinished, file)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn a failed write below `path` into one clear line."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise RunDirError(f"cannot write {path}: {reason}; free some space or choose another --out") from None
