@@ -1,0 +1,443 @@
+"""Which images land in which split, and what each unusable folder is told."""
+
+import os
+import struct
+from pathlib import Path
+from types import MappingProxyType, SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from stepwell.config import DataOptions
+from stepwell.errors import DataError
+from stepwell.training import sources
+from stepwell.training.data import Data, resolve_data
+
+
+def write_image(path: Path, value: int = 0, mode: str = "RGB", size: int = 4) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (size, size), (value % 256, 7, 99)).convert(mode).save(path)
+
+
+def write_classes(folder: Path, classes: str = "ab", num_images: int = 20, start: int = 0) -> Path:
+    for name in classes:
+        for i in range(start, start + num_images):
+            write_image(folder / name / f"{i:04d}.png", i)
+    return folder
+
+
+def resolve(folder: Path | str, **options) -> Data:
+    return resolve_data(DataOptions(data=str(folder), **options))
+
+
+def sizes(data: Data) -> tuple[int, int, int]:
+    return len(data.train), len(data.selection), len(data.test)
+
+
+def error_of(folder: Path | str, **options) -> str:
+    with pytest.raises(DataError) as caught:
+        resolve(folder, **options)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+# --- layouts
+
+
+def test_train_and_test(tmp_path):
+    write_classes(tmp_path / "train")
+    write_classes(tmp_path / "test", num_images=3)
+    data = resolve(tmp_path)
+    assert data.classes == ("a", "b")
+    assert data.test_from == "test/"
+    assert data.selection_from == "a tenth of the training images by hash of the file name"
+    assert data.test.keys == (
+        "a/0000.png",
+        "a/0001.png",
+        "a/0002.png",
+        "b/0000.png",
+        "b/0001.png",
+        "b/0002.png",
+    )
+    assert data.test.labels == (0, 0, 0, 1, 1, 1)
+    assert len(data.train) + len(data.selection) == 40
+    assert data.labelled
+    assert data.source == str(tmp_path)
+    assert data.num_bad_images == 0
+
+
+@pytest.mark.parametrize("name", ["val", "validation", "valid"])
+def test_val_is_the_test_split_where_there_is_no_test(tmp_path, name):
+    write_classes(tmp_path / "train")
+    write_classes(tmp_path / name, num_images=2)
+    data = resolve(tmp_path)
+    assert data.test_from == f"{name}/"
+    assert len(data.test) == 4
+
+
+def test_test_comes_before_val(tmp_path):
+    write_classes(tmp_path / "train")
+    write_classes(tmp_path / "val", num_images=2)
+    write_classes(tmp_path / "test", num_images=3)
+    data = resolve(tmp_path)
+    assert data.test_from == "test/"
+    assert len(data.test) == 6
+    assert len(data.train) + len(data.selection) == 40
+
+
+@pytest.mark.parametrize("below", ["", "train"])
+def test_one_folder_of_classes(tmp_path, below):
+    write_classes(tmp_path / below, num_images=200)
+    data = resolve(tmp_path)
+    assert data.test_from == "a tenth by hash of the file name"
+    assert sum(sizes(data)) == 400
+    # Three standard deviations around a tenth of 400, and a tenth of what is left.
+    assert 22 <= len(data.test) <= 58
+    assert 19 <= len(data.selection) <= 53
+    assert len(set(data.train.keys) | set(data.selection.keys) | set(data.test.keys)) == 400
+
+
+@pytest.mark.parametrize("below", ["", "train"])
+def test_flat_folder_has_no_labels(tmp_path, below):
+    for i in range(30):
+        write_image(tmp_path / below / f"{i}.png")
+    (tmp_path / below / "notes").mkdir()
+    data = resolve(tmp_path)
+    assert data.classes == ()
+    assert not data.labelled
+    assert sum(sizes(data)) == 30
+    assert set(data.train.labels + data.selection.labels + data.test.labels) == {-1}
+
+
+def test_nested_folders_upper_case_and_hidden_files(tmp_path):
+    write_classes(tmp_path, num_images=3)
+    write_image(tmp_path / "a" / "deep" / "deeper" / "x.PNG")
+    write_image(tmp_path / "a" / "y.JPeG")
+    write_image(tmp_path / "a" / ".hidden.png")
+    write_image(tmp_path / ".cache" / "z.png")
+    (tmp_path / "a" / "notes.txt").write_text("no image")
+    data = resolve(tmp_path)
+    keys = data.train.keys + data.selection.keys + data.test.keys
+    assert len(keys) == 8
+    assert {"a/deep/deeper/x.PNG", "a/y.JPeG"} < set(keys)
+    labels = dict(zip(keys, data.train.labels + data.selection.labels + data.test.labels, strict=True))
+    assert labels["a/deep/deeper/x.PNG"] == 0
+    assert labels["b/0000.png"] == 1
+
+
+def test_a_link_to_its_own_parent_ends(tmp_path):
+    write_classes(tmp_path, num_images=5)
+    (tmp_path / "a" / "loop").symlink_to(tmp_path / "a")
+    assert sum(sizes(resolve(tmp_path))) == 10
+
+
+# --- splits
+
+
+def test_two_calls_agree_and_new_images_move_no_old_one(tmp_path):
+    write_classes(tmp_path / "train", num_images=100)
+    before, again = resolve(tmp_path), resolve(tmp_path)
+    assert before == again
+    assert before.fingerprint == again.fingerprint
+    write_classes(tmp_path / "train", num_images=50, start=1000)
+    after = resolve(tmp_path)
+    assert sum(sizes(after)) == 300
+    assert after.fingerprint != before.fingerprint
+    for split in ("train", "selection", "test"):
+        assert set(getattr(before, split).keys) < set(getattr(after, split).keys)
+
+
+def test_selection_is_the_same_with_and_without_a_test_folder_of_its_own(tmp_path):
+    write_classes(tmp_path / "one" / "train", num_images=100)
+    write_classes(tmp_path / "two" / "train", num_images=100)
+    write_classes(tmp_path / "two" / "test", num_images=1)
+    one, two = resolve(tmp_path / "one"), resolve(tmp_path / "two")
+    assert set(one.selection.keys) == set(two.selection.keys) - set(one.test.keys)
+
+
+def test_no_class_loses_its_last_training_image(tmp_path):
+    classes = "abcdefghijklmnopqrst"
+    write_classes(tmp_path, classes, num_images=2)
+    data = resolve(tmp_path)
+    assert sorted(set(data.train.labels)) == list(range(20))
+    assert min(sizes(data)) >= 1
+    assert sum(sizes(data)) == 40
+
+
+def test_smallest_set_that_can_be_split(tmp_path):
+    write_classes(tmp_path, num_images=2)
+    assert sizes(resolve(tmp_path)) == (2, 1, 1)
+
+
+def test_fingerprint_tells_a_label_from_another(tmp_path):
+    write_classes(tmp_path / "one", "ab", num_images=5)
+    write_classes(tmp_path / "two", "ac", num_images=5)
+    assert resolve(tmp_path / "one").fingerprint != resolve(tmp_path / "two").fingerprint
+    assert len(resolve(tmp_path / "one").fingerprint) == 32
+
+
+def test_selection_data(tmp_path):
+    write_classes(tmp_path / "data" / "train")
+    write_classes(tmp_path / "data" / "test", num_images=2)
+    write_classes(tmp_path / "more", num_images=4)
+    data = resolve(tmp_path / "data", selection_data=tmp_path / "more")
+    assert sizes(data) == (40, 8, 4)
+    assert data.selection_from == str(tmp_path / "more")
+    write_classes(tmp_path / "more", "z", num_images=1)
+    assert "it adds z" in error_of(tmp_path / "data", selection_data=tmp_path / "more")
+
+
+def test_one_image_in_two_splits(tmp_path):
+    write_classes(tmp_path / "train")
+    (tmp_path / "val").symlink_to(tmp_path / "train")
+    message = error_of(tmp_path)
+    assert "train/a/00" in message
+    assert "is among both the training and the test images" in message
+    assert message.endswith("give each split its own images")
+
+
+def test_one_linked_file_in_two_splits(tmp_path):
+    write_classes(tmp_path / "train")
+    write_classes(tmp_path / "test", num_images=2)
+    (tmp_path / "test" / "b" / "link.png").symlink_to(tmp_path / "train" / "b" / "0003.png")
+    assert "train/b/0003.png is among both the" in error_of(tmp_path)
+
+
+def test_linked_copies_within_the_training_images_are_fine(tmp_path):
+    write_classes(tmp_path / "store")
+    (tmp_path / "data").mkdir()
+    for name in "ab":
+        (tmp_path / "data" / name).symlink_to(tmp_path / "store" / name)
+    data = resolve(tmp_path / "data")
+    assert sum(sizes(data)) == 40
+    assert data.train.reader.identity("a/0001.png") == str((tmp_path / "store/a/0001.png").resolve())
+
+
+# --- errors
+
+
+def test_no_data():
+    assert error_of("") == "no images were given: pass an image folder as --data DIR"
+
+
+def test_missing_folder(tmp_path):
+    write_classes(tmp_path / "flowers")
+    message = error_of(tmp_path / "flower")
+    assert message == f"there is no folder {tmp_path / 'flower'} (did you mean flowers?)"
+
+
+def test_a_file(tmp_path):
+    write_image(tmp_path / "a.png")
+    assert error_of(tmp_path / "a.png") == f"{tmp_path / 'a.png'} is a file: --data takes a folder of images"
+
+
+def test_no_images(tmp_path):
+    (tmp_path / "a").mkdir()
+    assert error_of(tmp_path).startswith(f"no images in {tmp_path}: expected CLASS/*.jpg")
+
+
+def test_one_class(tmp_path):
+    write_classes(tmp_path, "a")
+    assert error_of(tmp_path) == f"only one class (a) in {tmp_path}: two or more are needed"
+
+
+def test_one_folder_too_high(tmp_path):
+    write_classes(tmp_path / "flowers" / "train")
+    assert error_of(tmp_path).endswith(f"pass {tmp_path / 'flowers'} instead")
+
+
+def test_empty_class(tmp_path):
+    write_classes(tmp_path)
+    (tmp_path / "c").mkdir()
+    assert error_of(tmp_path).startswith(f"no image in class folder c of {tmp_path}: add images")
+
+
+def test_loose_images_beside_classes(tmp_path):
+    write_classes(tmp_path)
+    write_image(tmp_path / "x.png")
+    write_image(tmp_path / "y.png")
+    message = error_of(tmp_path)
+    assert message.startswith(f"2 loose images lie beside class folders in {tmp_path}: move them")
+
+
+def test_test_classes_differ(tmp_path):
+    write_classes(tmp_path / "train", "abcde")
+    write_classes(tmp_path / "test", "ax")
+    message = error_of(tmp_path)
+    assert f"the classes of {tmp_path / 'test'} are not those of the training images" in message
+    assert "it lacks b, c, d and 1 more and adds x" in message
+
+
+def test_classes_in_one_split_only(tmp_path):
+    write_classes(tmp_path / "train")
+    write_image(tmp_path / "test" / "x.png")
+    message = error_of(tmp_path)
+    assert message.startswith(f"the training images lie in class folders but {tmp_path / 'test'} do not")
+
+
+def test_splits_without_train(tmp_path):
+    write_classes(tmp_path / "training")
+    write_classes(tmp_path / "val")
+    message = error_of(tmp_path)
+    assert message == f"{tmp_path} holds training, val but no train/: call the training folder train"
+
+
+def test_too_few_images(tmp_path):
+    write_classes(tmp_path / "train", num_images=1)
+    write_classes(tmp_path / "test", num_images=1, start=5)
+    message = error_of(tmp_path)
+    assert message.startswith(
+        "too few images to set some aside for the selection split: 2 images in 2 classes"
+    )
+
+
+def test_unreadable_folder(tmp_path, monkeypatch):
+    write_classes(tmp_path)
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("b"):
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert (
+        error_of(tmp_path) == f"cannot read folder {tmp_path / 'b'}: Permission denied; check its permissions"
+    )
+
+
+# --- images
+
+
+def test_subset_keeps_the_order_asked_for(tmp_path):
+    write_classes(tmp_path)
+    train = resolve(tmp_path).train
+    part = train.subset([3, 1])
+    assert part.keys == (train.keys[3], train.keys[1])
+    assert part.labels == (train.labels[3], train.labels[1])
+    assert part.open(0).size == (4, 4)
+
+
+def test_truncated_jpeg_is_named(tmp_path):
+    write_classes(tmp_path)
+    write_image(tmp_path / "c" / "0.jpg", size=64)
+    (tmp_path / "c" / "1.jpg").write_bytes((tmp_path / "c" / "0.jpg").read_bytes()[:400])
+    data = resolve(tmp_path)
+    images = next(each for each in (data.train, data.selection, data.test) if "c/1.jpg" in each.keys)
+    with pytest.raises(DataError) as caught:
+        images.open(images.keys.index("c/1.jpg"))
+    assert str(caught.value).startswith(f"cannot decode image {tmp_path / 'c' / '1.jpg'} (")
+    assert "--skip-bad-images" in str(caught.value)
+
+
+def test_skip_bad_images_counts_in_every_split(tmp_path):
+    write_classes(tmp_path / "train")
+    write_classes(tmp_path / "test", num_images=3)
+    (tmp_path / "train" / "a" / "bad.png").write_bytes(b"no png")
+    (tmp_path / "train" / "b" / "empty.jpg").write_bytes(b"")
+    (tmp_path / "train" / "b" / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    (tmp_path / "test" / "b" / "bad.webp").write_bytes(b"RIFF")
+    assert sum(sizes(resolve(tmp_path))) == 50
+    data = resolve(tmp_path, skip_bad_images=True)
+    assert data.num_bad_images == 4
+    assert sum(sizes(data)) == 46
+    assert not [key for key in data.train.keys + data.test.keys if "bad" in key or "gone" in key]
+
+
+def test_skip_bad_images_that_leaves_a_class_empty(tmp_path):
+    write_classes(tmp_path, num_images=4)
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "bad.png").write_bytes(b"no png")
+    message = error_of(tmp_path, skip_bad_images=True)
+    assert message.startswith(f"no image of class c beside {tmp_path / 'c' / 'bad.png'} can be decoded")
+
+
+# --- data sets of timm
+
+
+def write_mnist(root: Path, num_train: int = 100, num_test: int = 12) -> None:
+    folder = root / "MNIST" / "raw"
+    folder.mkdir(parents=True)
+    for name, count in (("train", num_train), ("t10k", num_test)):
+        pixels = np.arange(count * 28 * 28, dtype=np.uint32).astype(np.uint8)
+        header = struct.pack(">4i", 2051, count, 28, 28)
+        (folder / f"{name}-images-idx3-ubyte").write_bytes(header + pixels.tobytes())
+        labels = np.arange(count, dtype=np.uint8) % 10
+        (folder / f"{name}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 2049, count) + labels.tobytes())
+
+
+def test_torch_mnist(tmp_path):
+    write_mnist(tmp_path)
+    data = resolve("torch/mnist", data_root=tmp_path)
+    assert data.classes[:2] == ("0 - zero", "1 - one")
+    assert data.test_from == "test"
+    assert data.test.keys == tuple(str(i) for i in range(12))
+    assert data.test.labels == (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1)
+    assert len(data.train) + len(data.selection) == 100
+    assert len(data.selection) >= 1
+    assert data.train.labels == tuple(int(key) % 10 for key in data.train.keys)
+    image = data.test.open(3)
+    assert image.size == (28, 28)
+    assert image.getpixel((1, 0)) == (3 * 784 + 1) % 256
+
+
+def test_torch_data_that_is_not_there(tmp_path):
+    message = error_of("torch/cifar10", data_root=tmp_path)
+    assert message.startswith(
+        f"cannot open the train split of torch/cifar10 in {tmp_path} (Dataset not found"
+    )
+    assert message.endswith("pass the folder that holds it as --data-root")
+    assert error_of("torch/cifar10") == "say where torch/cifar10 lies on disk: --data-root DIR"
+    assert error_of("torch/cifar1") == "unknown data set torch/cifar1 (did you mean cifar10?)"
+
+
+@pytest.mark.parametrize("source", ["wds/imagenet", "tfds/mnist", "hfids/beans"])
+def test_streams(source):
+    assert error_of(source).startswith(f"streams are not supported yet: {source}; unpack it to a folder")
+
+
+def test_hugging_face_without_its_package(monkeypatch):
+    monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: None)
+    assert error_of("hfds/beans") == "hfds/beans needs the package datasets: pip install datasets"
+
+
+def test_hugging_face_takes_the_first_split_with_labels(monkeypatch):
+    """A stand-in for timm's reader: `test` is there but unlabelled, as in ImageNet."""
+    labels = {"train": [i % 3 for i in range(60)], "test": [-1] * 5, "validation": [0, 1, 2]}
+    opened = []
+
+    class Rows:
+        label_key = "label"
+        class_to_idx = MappingProxyType({"cat": 1, "ant": 0, "dog": 2})
+
+        def __init__(self, split):
+            self.dataset = Table(label=labels[split])
+
+    class Table(dict):
+        info = SimpleNamespace(splits=dict.fromkeys(labels))
+
+    def create_dataset(name, root, split, download):
+        assert not download
+        opened.append(split)
+        return SimpleNamespace(reader=Rows(split))
+
+    monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr("timm.data.dataset_factory.create_dataset", create_dataset)
+    data = resolve("hfds/some/animals")
+    assert data.classes == ("ant", "cat", "dog")
+    assert data.test_from == "validation"
+    assert data.test.labels == (0, 1, 2)
+    assert opened == ["train", "test", "validation"]
+    del labels["test"], labels["validation"]
+    Table.info.splits = {"train": None}
+    data = resolve("hfds/some/animals")
+    assert data.test_from == "a tenth by hash of the file name"
+    assert sum(sizes(data)) == 60
+
+
+def test_a_folder_that_is_called_like_a_data_set_of_timm(tmp_path, monkeypatch):
+    write_classes(tmp_path / "torch" / "mnist")
+    monkeypatch.chdir(tmp_path)
+    assert resolve("torch/mnist").classes == ("a", "b")
