@@ -203,6 +203,19 @@ class TrainConfig(DataOptions, TrainingOptions):
     """Where the teacher goes; the same command on an unfinished one goes on where it stopped."""
 
 
+class DemoConfig(Options):
+    """Options of the demonstration."""
+
+    out_dir: Annotated[Path, arg(name="out")] = Path("runs/demo")
+    """Where data, teacher and compressed model go."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of everything random."""
+    effort: Positive = 1.0
+    """Multiplies all epochs; 0.1 is a quick look."""
+    device: str = "auto"
+    """cpu, cuda, ...; `auto` takes the GPU if there is one."""
+
+
 PRESETS: dict[str, dict[str, object]] = {
     "default": {},
     # What Algorithm 1 of the supplementary prints, with our readings where it is silent (docs/method.md).

@@ -36,7 +36,7 @@ def count_macs(model: nn.Module, spec: InputSpec) -> int:
     memo: dict[int, object] = {
         id(p): nn.Parameter(torch.empty_like(p, device="meta")) for p in model.parameters()
     }
-    shadow = copy.deepcopy(model, memo).to("meta").eval()
+    shadow = copy.deepcopy(model, memo).to("meta").eval().requires_grad_(False)
     images = torch.empty(1, spec.channels, *spec.size, device="meta")
     # The fused attention kernels are not all known to the counter; the plain one is two matrix products.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:

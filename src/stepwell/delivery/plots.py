@@ -32,11 +32,14 @@ COLORS = {
     "assistant": "#c06c00",
     "student": "#00805f",
     "control": "#a0508c",
+    "task": "#0d7896",
+    "logit": "#8a6d12",
+    "feature": "#6d54b5",
 }
 """Light-page colours; in the SVG each one is `var(--name, colour)`."""
 _MARKERS = {"teacher": "s", "assistant": "D", "student": "o", "control": "^"}
 _DOTTED = (0, (2, 3))
-_LOSS_COLORS = {"loss": "ink", "task": "teacher", "logit": "assistant", "feature": "student"}
+_LOSS_COLORS = {"loss": "ink", "task": "task", "logit": "logit", "feature": "feature"}
 _STYLE = {
     "svg.fonttype": "none",
     "text.parse_math": False,  # a `$` is a dollar
@@ -163,7 +166,7 @@ def loss_curves(stage: str, history: History, width: int = 390, height: int = 25
     def draw(figure: Figure) -> None:
         axes = figure.add_subplot()
         for name, values in history.losses.items():
-            color = COLORS[_LOSS_COLORS.get(name, "control")]
+            color = COLORS[_LOSS_COLORS.get(name, "muted")]
             axes.plot(history.step, values, color=color, label=name, marker="o" if len(values) == 1 else "")
         _set_scale(axes, [value for values in history.losses.values() for value in values])
         axes.set_xlabel("step")
@@ -224,7 +227,10 @@ def models_of(result: Result) -> list[tuple[str, ModelResult]]:
 
 def handed_out(result: Result) -> ModelResult:
     """The model in `student/`."""
-    return result.control if result.handed_out == "control" and result.control else result.student
+    if result.handed_out == "student":
+        return result.student
+    assert result.control is not None, "a control that was not trained cannot be handed out"
+    return result.control
 
 
 def measure_of(result: Result) -> str:

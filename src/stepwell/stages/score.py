@@ -109,7 +109,8 @@ def _unit_outputs(model: nn.Module, groups: Sequence[Group]) -> Iterator[dict[st
 
     def keep(name: str) -> object:
         def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            outputs[name] = inputs[0]
+            # The model is frozen: without this, nothing before the first gate would ask for a gradient.
+            outputs[name] = inputs[0] if inputs[0].requires_grad else inputs[0].requires_grad_()
 
         return hook
 

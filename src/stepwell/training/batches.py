@@ -172,10 +172,13 @@ class _Feed:
             # Python 3.12 warns of every fork beside threads; workers only decode and take no lock of theirs.
             warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
             batches = iter(loader)
-        for pixels in batches:
-            if isinstance(pixels, str):
-                raise DataError(pixels)
-            yield pixels
+        try:
+            for pixels in batches:
+                if isinstance(pixels, str):
+                    raise DataError(pixels)
+                yield pixels
+        finally:
+            del batches  # ends the workers now, even if a traceback keeps this frame
 
 
 def _use_real_stderr(_: int) -> None:
