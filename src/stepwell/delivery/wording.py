@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 from stepwell.delivery.result import ModelResult, Result
@@ -78,9 +77,8 @@ def ratio(x: float, better: str, worse: str) -> str:
 
 def significant(x: float) -> str:
     """Three significant digits, never an exponent below 1e15: `0.0123`, `4.56`, `1,230`."""
-    if x == 0:
-        return "0"
-    return f"{x:,.{max(0, 2 - math.floor(math.log10(abs(x))))}f}"
+    exponent = int(f"{x:.2e}".partition("e")[2])  # of the rounded number: 9.999 is 10.0
+    return f"{x:,.{max(0, 2 - exponent)}f}" if x else "0"
 
 
 def scaled(values: Sequence[float]) -> tuple[str, list[str]]:
