@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from PIL import Image
 
@@ -17,6 +17,7 @@ from stepwell.training.progress import progress
 T = TypeVar("T")
 
 
+@runtime_checkable
 class Reader(Protocol):
     """Where images come from."""
 
