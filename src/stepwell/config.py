@@ -13,7 +13,6 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from tyro.conf import arg
 
 from stepwell.errors import ConfigError, did_you_mean
 
@@ -31,7 +30,7 @@ Count = Annotated[int, Field(ge=1)]
 class Options(BaseModel):
     """Base of all option groups: frozen, and an unknown key is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class DataOptions(Options):
@@ -159,10 +158,8 @@ class SelectOptions(Options):
     """Use the candidate nearest to this keep ratio as the assistant, whatever the rule says."""
 
 
-class CompressConfig(
-    DataOptions, TrainingOptions, ScoreOptions, GridOptions, LossOptions, JointOptions, SelectOptions
-):
-    """All options of one compression run."""
+class TaskOptions(Options):
+    """What is to be done, and where the result goes."""
 
     teacher: str = ""
     """What to compress: a timm model name (its pretrained weights are downloaded), the folder of a finished
@@ -171,10 +168,25 @@ class CompressConfig(
     """Weights for the teacher: .safetensors, or a .pth that holds plain tensors."""
     model_args: dict[str, str] = {}
     """Arguments of timm's create_model as key=value, such as img_size=32 patch_size=4."""
-    keep_ratio: Annotated[Fraction, arg(name="keep")] = 0.1
+    keep_ratio: Fraction = 0.1
     """Fraction of the heads and of the FFN neurons that the student keeps, in (0, 1)."""
-    out_dir: Annotated[Path | None, arg(name="out")] = None
+    out_dir: Path | None = None
     """Run directory; the same command on an unfinished one goes on where it stopped."""
+
+
+# Fields come in the order of the bases from last to first: in the help, and in config.yaml.
+class CompressConfig(
+    SelectOptions,
+    JointOptions,
+    LossOptions,
+    GridOptions,
+    ScoreOptions,
+    TrainingOptions,
+    DataOptions,
+    TaskOptions,
+):
+    """All options of one compression run."""
+
     distill_lr: Positive | None = None
     """Peak learning rate of the last step, assistant to student; `lr` if not given."""
     control: Literal["equal_compute", "equal_epochs", "none"] = "none"
@@ -186,27 +198,32 @@ class CompressConfig(
     """`paper`: Algorithm 1 as printed (all candidates in every step, raw feature distances)."""
 
 
-class TrainConfig(DataOptions, TrainingOptions):
-    """All options of fine-tuning a teacher."""
+class StartOptions(Options):
+    """Which model is trained, from which weights, and where it goes."""
 
     model: str = ""
     """A timm model name, such as vit_tiny_patch16_224."""
     model_args: dict[str, str] = {}
     """Arguments of timm's create_model as key=value, such as img_size=32 patch_size=4."""
+    out_dir: Path | None = None
+    """Where the teacher goes; the same command on an unfinished one goes on where it stopped."""
     pretrained: bool = True
     """Start from timm's pretrained weights (downloaded); --no-pretrained starts from random ones."""
     weights: Path | None = None
     """Start from this .safetensors or .pth file instead; a head of another size is left out."""
+
+
+class TrainConfig(TrainingOptions, DataOptions, StartOptions):
+    """All options of fine-tuning a teacher."""
+
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Share of the target that is spread over all classes."""
-    out_dir: Annotated[Path | None, arg(name="out")] = None
-    """Where the teacher goes; the same command on an unfinished one goes on where it stopped."""
 
 
 class DemoConfig(Options):
     """Options of the demonstration."""
 
-    out_dir: Annotated[Path, arg(name="out")] = Path("runs/demo")
+    out_dir: Path = Path("runs/demo")
     """Where data, teacher and compressed model go."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of everything random."""
@@ -215,6 +232,55 @@ class DemoConfig(Options):
     device: str = "auto"
     """cpu, cuda, ...; `auto` takes the GPU if there is one."""
 
+
+class InspectConfig(Options):
+    """Options of `stepwell inspect`."""
+
+    run: Path
+    """Directory of a finished run."""
+    json_: bool = False
+    """Print result.json instead of tables."""
+    all: bool = False
+    """Also export and time every rung of the ladder."""
+    teacher: str = ""
+    """FILE.py:FACTORY that builds the full-width model, with --all on a model that is not timm's."""
+
+
+class ExportConfig(Options):
+    """Options of `stepwell export`."""
+
+    run: Path
+    """Directory of a run with a trained ladder."""
+    keep_ratio: Fraction | None = None
+    """Which rung of the ladder to hand out."""
+    all: bool = False
+    """Hand out every rung."""
+    format: Literal["onnx", "safetensors", "torch-export"] = "onnx"
+    """`onnx` (dynamic batch, for any runtime), `safetensors` (a model directory for stepwell.load) or
+    `torch-export` (a .pt2 program, loads without stepwell)."""
+    out_dir: Path | None = None
+    """Folder for the files; RUN/exports if not given."""
+    teacher: str = ""
+    """FILE.py:FACTORY that builds the full-width model, where it is not timm's."""
+
+
+class PredictConfig(Options):
+    """Options of `stepwell predict`."""
+
+    model: Path
+    """A student directory, or a run that holds one."""
+    images: tuple[Path, ...]
+    """Image files."""
+    top: Count = 3
+    """How many classes to name per image."""
+    teacher: str = ""
+    """FILE.py:FACTORY that builds the full-width model, where it is not timm's."""
+
+
+FLAGS = {"keep_ratio": "keep", "out_dir": "out", "json_": "json"}
+"""Names on the command line that differ from the field's."""
+POSITIONAL = frozenset({"run", "images"})
+"""Fields given without a flag; so is `model` of `predict`."""
 
 PRESETS: dict[str, dict[str, object]] = {
     "default": {},

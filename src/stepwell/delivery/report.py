@@ -168,7 +168,7 @@ def _template(percent: Callable[[float], str]) -> jinja2.Template:
     )
     environment.filters |= {
         "percent": percent,
-        "signed": lambda x: wording.signed(x, percent),
+        "signed": lambda x, form=percent: wording.signed(x, form),
         "times": wording.times,
         "significant": wording.significant,
         "duration": wording.duration,

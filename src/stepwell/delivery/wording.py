@@ -36,17 +36,17 @@ def verdict(result: Result, handed_out: ModelResult) -> tuple[str, list[str]]:
     speed = f"{times(gain)} faster" if gain >= 1.05 else f"but not faster ({times(gain)} the teacher's speed)"
     where = f"batch 1, onnxruntime CPU, {plural(teacher.latency.threads, 'thread')}"
     interval, teacher_interval = (
-        f"{percent(model.top1_interval[0])}–{percent(model.top1_interval[1])} %"
+        f"{percent(model.top1_interval[0])}–{percent(model.top1_interval[1])}\u202f%"
         for model in (handed_out, teacher)
     )
     if result.data.labels == "teacher":
-        words = f"agreeing with the teacher on {percent(handed_out.top1)} % of the test images"
-        return f"{params}, {macs}, {speed}, {words}.", [where, f"95 % interval {interval}"]
-    words = f"at {percent(handed_out.top1)} % instead of {percent(teacher.top1)} % top-1"
+        words = f"agreeing with the teacher on {percent(handed_out.top1)}\u202f% of the test images"
+        return f"{params}, {macs}, {speed}, {words}.", [where, f"95\u202f% interval {interval}"]
+    words = f"at {percent(handed_out.top1)}\u202f% instead of {percent(teacher.top1)}\u202f% top-1"
     difference = f"{signed(handed_out.top1 - teacher.top1, percent)} points"
     return f"{params}, {macs}, {speed}, {words}.", [
         where,
-        f"{difference}, 95 % intervals {interval} and {teacher_interval}",
+        f"{difference}, 95\u202f% intervals {interval} and {teacher_interval}",
         f"paired McNemar {p_value(result.teacher_vs_student.p_value)}",
     ]
 

@@ -1,0 +1,198 @@
+"""The command line: `stepwell COMMAND ...`.
+
+Only words are parsed here; each command is one function in `stepwell.commands`, imported when it is
+called, so that `--help` does not wait for torch. Every error a user can cause ends in one line on stderr
+and exit code 2.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from stepwell import __version__
+from stepwell.config import (
+    FLAGS,
+    POSITIONAL,
+    PRESETS,
+    CompressConfig,
+    DemoConfig,
+    ExportConfig,
+    InspectConfig,
+    Options,
+    PredictConfig,
+    TrainConfig,
+    make_config,
+    read_yaml,
+)
+from stepwell.errors import ConfigError, StepwellError, did_you_mean
+
+COMMANDS: dict[str, tuple[type[Options], str]] = {
+    "train": (TrainConfig, "get a teacher: fine-tune a timm model on a folder of images"),
+    "compress": (CompressConfig, "the main job: a teacher and images in, a small proven model out"),
+    "doctor": (CompressConfig, "what can be cut, size of every candidate, time and memory; trains nothing"),
+    "inspect": (InspectConfig, "a finished run: the candidate curve, why this assistant, the final table"),
+    "export": (ExportConfig, "any rung of the ladder as ONNX, safetensors or torch.export"),
+    "predict": (PredictConfig, "class names and probabilities for image files"),
+    "demo": (DemoConfig, "the whole path on 1,797 handwritten digits, in minutes on a laptop"),
+}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run one command; returns the exit code: 0, 2 for an error of the user's, 130 when interrupted."""
+    try:
+        return _run(argv)
+    except StepwellError as error:
+        print(f"stepwell: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stepwell: interrupted; the same command goes on after the last finished stage", file=sys.stderr)
+        return 130
+
+
+def _run(argv: Sequence[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0
+    if argv[0] in ("-V", "--version"):
+        print(f"stepwell {__version__}")
+        return 0
+    command, *rest = argv
+    if command not in COMMANDS:
+        raise ConfigError(f"no command {command!r}{did_you_mean(command, COMMANDS)}; see stepwell --help")
+    kind, summary = COMMANDS[command]
+    config = parse(command, kind, rest, summary)
+    if config is not None:
+        output = getattr(import_module(f"stepwell.commands.{command}"), command)(config)
+        print(output)
+    return 0
+
+
+def _overview() -> str:
+    lines = [f"  {name:<10}{summary}" for name, (_, summary) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "stepwell compresses a trained vision model in automatic distillation steps.",
+            "",
+            "usage: stepwell COMMAND [options]        stepwell COMMAND --help for its options",
+            "",
+            *lines,
+            "",
+            "  stepwell compress --teacher runs/teacher --data path/to/images --keep 0.1 --out runs/small",
+        ]
+    )
+
+
+def parse(command: str, kind: type[Options], argv: Sequence[str], summary: str = "") -> Options | None:
+    """Turn the words after a command into its config; None if they asked for help, which is printed.
+
+    Options not given come from `--config FILE`, then from the preset, then from the defaults.
+
+    Raises:
+        ConfigError: An unknown option, a missing or an impossible value.
+    """
+    words = _split_pairs(argv)
+    form = _form(command, kind, _defaults(kind, words))
+    _check_flags(words, form)
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            parsed = tyro.cli(form, args=words, prog=f"stepwell {command}", description=summary)
+    except SystemExit as exit_:
+        if exit_.code == 0:  # --help
+            return None
+        raise ConfigError(f"{_first_paragraph(errors.getvalue())}; see stepwell {command} --help") from None
+    values = {name: value for name, value in vars(parsed).items() if name != "config"}
+    return make_config(kind, values)
+
+
+def _split_pairs(argv: Sequence[str]) -> list[str]:
+    """`--model-args img_size=32 patch_size=4` -> `--model-args img_size 32 patch_size 4`, tyro's form."""
+    words: list[str] = []
+    in_pairs = False
+    for word in argv:
+        if word.startswith("--"):
+            in_pairs = word == "--model-args"
+            words.append(word)
+        elif in_pairs:
+            name, equals, value = word.partition("=")
+            if not (name and equals):
+                raise ConfigError(f"--model-args takes name=value pairs, not {word!r}")
+            words += [name, value]
+        else:
+            words.append(word)
+    return words
+
+
+def _defaults(kind: type[Options], words: Sequence[str]) -> dict[str, Any]:
+    """What holds where the command line is silent: the config file's values over the preset's."""
+    values: dict[str, Any] = {}
+    if (file := _value_of("--config", words)) is not None:
+        values = read_yaml(Path(file))
+        for name in values:
+            if name not in kind.model_fields:
+                raise ConfigError(f"{file}: unknown key {name!r}{did_you_mean(name, kind.model_fields)}")
+    preset = _value_of("--preset", words) or values.get("preset", "default")
+    return {**PRESETS.get(str(preset), {}), **values}
+
+
+def _value_of(flag: str, words: Sequence[str]) -> str | None:
+    for i, word in enumerate(words):
+        if word == flag:
+            return words[i + 1] if i + 1 < len(words) else None
+        if word.startswith(f"{flag}="):
+            return word.partition("=")[2]
+    return None
+
+
+def _form(command: str, kind: type[Options], defaults: Mapping[str, Any]) -> type:
+    """A dataclass with the fields of `kind` but none of its checks: those are made once, in `make_config`."""
+    required: list[tuple[str, Any, Any]] = []
+    optional: list[tuple[str, Any, Any]] = []
+    for name, info in kind.model_fields.items():
+        marks: list[Any] = [tyro.conf.arg(name=FLAGS.get(name), help=info.description)]
+        if name in POSITIONAL or (command == "predict" and name == "model"):
+            marks.append(tyro.conf.Positional)
+        annotation = Annotated[info.annotation, *marks]  # type: ignore[valid-type]
+        if info.is_required():
+            required.append((name, annotation, dataclasses.field()))
+        else:
+            default = defaults.get(name, info.get_default())
+            optional.append((name, annotation, dataclasses.field(default_factory=lambda d=default: d)))
+    if "preset" in kind.model_fields or kind is TrainConfig:
+        config = Annotated[Path | None, tyro.conf.arg(help="YAML file with any of these options.")]
+        optional.append(("config", config, dataclasses.field(default=None)))
+    return dataclasses.make_dataclass(f"{command.title()}Options", [*required, *optional])
+
+
+def _check_flags(words: Sequence[str], form: type) -> None:
+    known = ["--help"]
+    for field in dataclasses.fields(form):
+        flag = FLAGS.get(field.name, field.name).replace("_", "-")
+        known += [f"--{flag}", f"--no-{flag}"]
+    for word in words:
+        name = word.partition("=")[0].replace("_", "-")
+        if re.match(r"--[a-z]", name) and name not in known:
+            raise ConfigError(f"unknown option {name}{did_you_mean(name, known)}")
+
+
+def _first_paragraph(text: str) -> str:
+    """tyro explains an error in a box of several paragraphs; the first says what is wrong."""
+    lines = [line.strip(" │╭╰╮╯─") for line in text.splitlines()]
+    paragraph = []
+    for line in lines[1:]:
+        if set(line) <= {"-", " "}:
+            if paragraph:
+                break
+            continue
+        paragraph.append(line)
+    return " ".join(paragraph).rstrip(".")

@@ -1,0 +1,62 @@
+"""`stepwell export`: any rung of the ladder of a finished run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from stepwell.config import ExportConfig
+from stepwell.delivery.archive import Factory, save_model
+from stepwell.delivery.export import export_onnx, export_program
+from stepwell.delivery.ladder import load_rung, rungs
+from stepwell.delivery.measure import num_params
+from stepwell.delivery.table import short_number
+from stepwell.delivery.teacher import load_factory
+from stepwell.errors import ConfigError, ModelError
+from stepwell.training.progress import progress
+from stepwell.training.run_dir import writing
+
+
+def export(config: ExportConfig) -> str:
+    """Write the rungs that were asked for; returns a line per file.
+
+    ONNX and torch.export files are checked by running them. The run's images may be gone by now, so the
+    check uses noise of the images' scale; `compress` checks its student on real ones.
+    """
+    available = rungs(config.run)
+    if not available:
+        raise ModelError(f"{config.run} has no trained ladder: run stepwell compress on it until it is finished")
+    if config.all == (config.keep_ratio is not None):
+        listed = ", ".join(f"{ratio:g}" for ratio in available)
+        raise ConfigError(f"export needs --keep RATIO or --all; the rungs are {listed}")
+    wanted = available if config.all else [config.keep_ratio or 0.0]
+    factory = load_factory(config.teacher) if config.teacher else None
+    out = config.out_dir or config.run / "exports"
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+    lines = []
+    with progress("export", len(wanted)) as advance:
+        for keep_ratio in wanted:
+            lines.append(_export_one(config, keep_ratio, out, factory))
+            advance("")
+    return "\n".join(lines)
+
+
+def _export_one(config: ExportConfig, keep_ratio: float, out: Path, factory: Factory | None) -> str:
+    model, card = load_rung(config.run, keep_ratio, factory)
+    images = torch.randn(4, card.input.channels, *card.input.size, generator=torch.Generator().manual_seed(0))
+    stem = out / f"keep-{keep_ratio:g}"
+    match config.format:
+        case "onnx":
+            target = stem.with_name(f"{stem.name}.onnx")
+            difference = export_onnx(model, card.input, target, images)
+        case "torch-export":
+            target = stem.with_name(f"{stem.name}.pt2")
+            difference = export_program(model, card.input, target, images)
+        case "safetensors":
+            target, difference = stem, 0.0
+            with writing(target):
+                target.mkdir(exist_ok=True)
+            save_model(target, model, card)
+    return f"{target}: {short_number(num_params(model))} parameters, agrees with eager to {difference:.0e}"

@@ -1,0 +1,42 @@
+"""`stepwell predict`: class names and probabilities for image files."""
+
+from __future__ import annotations
+
+import torch
+from PIL import Image, UnidentifiedImageError
+
+from stepwell.config import PredictConfig
+from stepwell.delivery.archive import find_model_dir, load, read_card
+from stepwell.delivery.teacher import load_factory
+from stepwell.errors import DataError, ModelError
+from stepwell.training.batches import eval_transform, normalise
+
+
+def predict(config: PredictConfig) -> str:
+    """One line per image: its most probable classes, in percent."""
+    folder = find_model_dir(config.model)
+    if folder is None:
+        raise ModelError(f"{config.model} holds no model: no stepwell.json in it, its student/ or its teacher/")
+    card = read_card(folder)
+    transform = eval_transform(card.input)
+    pixels = []
+    for file in config.images:
+        try:
+            with Image.open(file) as image:
+                pixels.append(transform(image.convert("RGB" if card.input.channels == 3 else "L")))
+        except FileNotFoundError:
+            raise DataError(f"no image {file}") from None
+        except (UnidentifiedImageError, OSError) as error:
+            raise DataError(f"cannot decode {file}: {error}") from None
+    model = load(folder, load_factory(config.teacher) if config.teacher else None)
+    with torch.no_grad():
+        probabilities = torch.cat(
+            [model(normalise(image[None], card.input)).softmax(dim=1) for image in pixels]
+        )
+    width = max(len(str(file)) for file in config.images)
+    lines = []
+    for file, row in zip(config.images, probabilities, strict=True):
+        values, indices = row.topk(min(config.top, len(row)))
+        answers = [f"{card.classes[i]} {100 * v:.1f} %" for v, i in zip(values, indices, strict=True)]
+        lines.append(f"{file!s:<{width}}  {', '.join(answers)}")
+    return "\n".join(lines)
