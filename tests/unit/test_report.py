@@ -216,7 +216,7 @@ def test_two_classes_two_candidates_and_no_disagreement(write):
     text = write(result, predictions)
     assert "right and wrong on exactly the same test images" in text
     assert "data:image/png" not in text
-    assert "93.2 % top-1" in text  # 60 images are not worth two digits
+    assert "93.2 % top-1" in Page(text).text  # 60 images are not worth two digits
 
 
 @pytest.mark.usefixtures("no_figures")
