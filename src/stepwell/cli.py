@@ -1,6 +1,6 @@
 """The command line: `stepwell COMMAND ...`.
 
-Only words are parsed here; each command is one function in `stepwell.commands`, imported when it is
+Only words are parsed here; each command is the function `run` of its file in `stepwell.commands`, imported when it is
 called, so that `--help` does not wait for torch. Every error a user can cause ends in one line on stderr
 and exit code 2.
 """
@@ -19,7 +19,6 @@ from typing import Annotated, Any
 
 import tyro
 
-from stepwell import __version__
 from stepwell.config import (
     FLAGS,
     POSITIONAL,
@@ -35,6 +34,7 @@ from stepwell.config import (
     read_yaml,
 )
 from stepwell.errors import ConfigError, StepwellError, did_you_mean
+from stepwell.version import __version__
 
 COMMANDS: dict[str, tuple[type[Options], str]] = {
     "train": (TrainConfig, "get a teacher: fine-tune a timm model on a folder of images"),
@@ -55,7 +55,9 @@ def main(argv: Sequence[str]) -> int:
         print(f"stepwell: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stepwell: interrupted; the same command goes on after the last finished stage", file=sys.stderr)
+        print(
+            "stepwell: interrupted; the same command goes on after the last finished stage", file=sys.stderr
+        )
         return 130
 
 
@@ -72,7 +74,7 @@ def _run(argv: Sequence[str]) -> int:
     kind, summary = COMMANDS[command]
     config = parse(command, kind, rest, summary)
     if config is not None:
-        output = getattr(import_module(f"stepwell.commands.{command}"), command)(config)
+        output = import_module(f"stepwell.commands.{command}").run(config)
         print(output)
     return 0
 

@@ -128,7 +128,9 @@ class LossOptions(Options):
     @model_validator(mode="after")
     def _learns_something(self) -> Self:
         if self.task_weight == self.logit_weight == self.feature_weight == 0:
-            raise ValueError("task_weight, logit_weight and feature_weight are all 0: there is nothing to learn")
+            raise ValueError(
+                "task_weight, logit_weight and feature_weight are all 0: there is nothing to learn"
+            )
         return self
 
 

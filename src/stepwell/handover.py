@@ -11,7 +11,6 @@ import onnxruntime
 import torch
 from torch import Tensor, nn
 
-import stepwell
 from stepwell.delivery.archive import Card
 from stepwell.delivery.measure import Scores, mcnemar
 from stepwell.delivery.report import TestPredictions, write_report
@@ -31,6 +30,7 @@ from stepwell.stages.select import performance
 from stepwell.training.loop import Trained
 from stepwell.training.progress import say
 from stepwell.training.run_dir import StageResult, write_atomically
+from stepwell.version import __version__
 
 
 class Selected(StageResult):
@@ -137,7 +137,7 @@ def _measure_all(s: Setting, descent: Descent) -> Delivered:
 def _student_card(s: Setting, descent: Descent, figures: ModelResult) -> Card:
     return s.card(
         descent.selected.candidates[0].widths,
-        stepwell=stepwell.__version__,
+        stepwell=__version__,
         torch=torch.__version__,
         keep_ratio=s.config.keep_ratio,
         top1=figures.top1,
@@ -151,7 +151,7 @@ def _result(s: Setting, descent: Descent, delivered: Delivered, handed_out: str)
     teacher = Scores(delivered.tensors["teacher"], delivered.tensors["labels"])
     student = Scores(delivered.tensors[handed_out], delivered.tensors["labels"])
     return Result(
-        stepwell_version=stepwell.__version__,
+        stepwell_version=__version__,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         hardware=hardware(s),
         teacher_name=s.teacher.name,
@@ -173,7 +173,7 @@ def _result(s: Setting, descent: Descent, delivered: Delivered, handed_out: str)
         histories={
             name: History(step=t.step, losses=t.losses, lr=t.lr) for name, t in descent.trainings.items()
         },
-        notes=_notes(s, delivered, handed_out),
+        notes=_notes(s, delivered),
     )
 
 
@@ -199,29 +199,25 @@ def _data_result(s: Setting) -> DataResult:
         num_test=len(s.data.test),
         test_from=s.data.test_from,
         labels="true" if s.data.labelled else "teacher",
-        teacher_saw_selection="no" if known else "the teacher may have seen it: stepwell did not train it here",
+        teacher_saw_selection="no"
+        if known
+        else "the teacher may have seen it: stepwell did not train it here",
         bad_images=s.data.num_bad_images,
     )
 
 
-def _notes(s: Setting, delivered: Delivered, handed_out: str) -> list[str]:
-    """Everything that a careful reader should be told."""
+def _notes(s: Setting, delivered: Delivered) -> list[str]:
+    """What a careful reader should be told, besides what the report says by itself (delivery/wording.py)."""
     notes = []
     if delivered.control is None:
         notes.append(
             "No control was trained: whether the assistant paid for itself is not known "
             "(--control equal_compute trains one)."
         )
-    elif handed_out == "control":
-        notes.append(
-            "The control (the same student straight from the teacher) did better on the selection images "
-            "and is what student/ holds."
-        )
-    slower = delivered.student.latency_ms >= delivered.teacher.latency_ms
-    if slower:
-        notes.append("The student is not faster than the teacher at batch 1 on this CPU.")
     if not s.data.labelled:
-        notes.append("The images have no labels: top1 is agreement with the teacher, whose own is 100 by definition.")
+        notes.append(
+            "The images have no labels: top1 is agreement with the teacher, whose own is 100 by definition."
+        )
     if s.data.num_bad_images:
         notes.append(f"{s.data.num_bad_images} images could not be decoded and were left out.")
     if s.config.sampling == "sandwich":
@@ -230,7 +226,9 @@ def _notes(s: Setting, delivered: Delivered, handed_out: str) -> list[str]:
             "(sandwich sampling), not all of them as in the paper's Algorithm 1."
         )
     if len(s.data.selection) < 200:
-        notes.append(f"Only {len(s.data.selection)} selection images: the choice of the assistant is mostly noise.")
+        notes.append(
+            f"Only {len(s.data.selection)} selection images: the choice of the assistant is mostly noise."
+        )
     return notes
 
 

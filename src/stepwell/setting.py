@@ -69,7 +69,12 @@ class Setting:
     def train(self) -> TrainBatches:
         """Training images, augmented, in random order."""
         return TrainBatches(
-            self.data.train, self.teacher.spec, self.config, self.config.seed, self.device, self.labels(self.data.train)
+            self.data.train,
+            self.teacher.spec,
+            self.config,
+            self.config.seed,
+            self.device,
+            self.labels(self.data.train),
         )
 
     @cached_property

@@ -68,7 +68,13 @@ def compress(
         StepwellError: Anything that the caller can mend, in one line.
     """
     name = str(teacher) if isinstance(teacher, str | Path) else f"a {type(teacher).__name__}"
-    values = {"teacher": name, "data": str(data), "keep_ratio": keep_ratio, "out_dir": Path(out_dir), **options}
+    values = {
+        "teacher": name,
+        "data": str(data),
+        "keep_ratio": keep_ratio,
+        "out_dir": Path(out_dir),
+        **options,
+    }
     config = make_config(CompressConfig, values)
     return run(config, teacher if isinstance(teacher, nn.Module) else None)
 

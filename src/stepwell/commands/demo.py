@@ -11,9 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from stepwell.commands import compress as compress_command
+from stepwell.commands import compress, train
 from stepwell.commands.compress import Compressed
-from stepwell.commands.train import train
 from stepwell.config import CompressConfig, DemoConfig, TrainConfig, make_config
 from stepwell.errors import ConfigError
 from stepwell.training.progress import say
@@ -30,13 +29,13 @@ MODEL_ARGS = {
 }
 
 
-def demo(config: DemoConfig) -> Compressed:
+def run(config: DemoConfig) -> Compressed:
     """Train a teacher on the digits and compress it to a tenth, with the equal-compute control."""
     data = config.out_dir / "digits"
     write_digits(data)
     shared = {"data": str(data), "seed": config.seed, "augment": "affine", "device": config.device}
     say(
-        train(
+        train.run(
             make_config(
                 TrainConfig,
                 {
@@ -51,7 +50,7 @@ def demo(config: DemoConfig) -> Compressed:
             )
         )
     )
-    return compress_command.run(
+    return compress.run(
         make_config(
             CompressConfig,
             {

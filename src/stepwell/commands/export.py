@@ -18,7 +18,7 @@ from stepwell.training.progress import progress
 from stepwell.training.run_dir import writing
 
 
-def export(config: ExportConfig) -> str:
+def run(config: ExportConfig) -> str:
     """Write the rungs that were asked for; returns a line per file.
 
     ONNX and torch.export files are checked by running them. The run's images may be gone by now, so the
@@ -26,7 +26,9 @@ def export(config: ExportConfig) -> str:
     """
     available = rungs(config.run)
     if not available:
-        raise ModelError(f"{config.run} has no trained ladder: run stepwell compress on it until it is finished")
+        raise ModelError(
+            f"{config.run} has no trained ladder: run stepwell compress on it until it is finished"
+        )
     if config.all == (config.keep_ratio is not None):
         listed = ", ".join(f"{ratio:g}" for ratio in available)
         raise ConfigError(f"export needs --keep RATIO or --all; the rungs are {listed}")

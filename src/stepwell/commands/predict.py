@@ -12,11 +12,13 @@ from stepwell.errors import DataError, ModelError
 from stepwell.training.batches import eval_transform, normalise
 
 
-def predict(config: PredictConfig) -> str:
+def run(config: PredictConfig) -> str:
     """One line per image: its most probable classes, in percent."""
     folder = find_model_dir(config.model)
     if folder is None:
-        raise ModelError(f"{config.model} holds no model: no stepwell.json in it, its student/ or its teacher/")
+        raise ModelError(
+            f"{config.model} holds no model: no stepwell.json in it, its student/ or its teacher/"
+        )
     card = read_card(folder)
     transform = eval_transform(card.input)
     pixels = []

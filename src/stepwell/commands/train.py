@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import stepwell
 from stepwell.config import TrainConfig
 from stepwell.delivery.archive import Architecture, Card, find_model_dir, load_strictly, save_model
 from stepwell.delivery.measure import evaluate, num_params, wilson_interval
@@ -23,6 +22,7 @@ from stepwell.training.data import Data, resolve_data
 from stepwell.training.loop import Trained, fit, seconds_per_step
 from stepwell.training.progress import say
 from stepwell.training.run_dir import RunDir, writing
+from stepwell.version import __version__
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class ClassifyStep:
         return {"loss": loss.detach()}
 
 
-def train(config: TrainConfig) -> str:
+def run(config: TrainConfig) -> str:
     """Fine-tune, save to `OUT/teacher`, and return one line that says how good it is.
 
     The images that later choose the assistant are left out here: `compress` carves the same ones.
@@ -53,13 +53,15 @@ def train(config: TrainConfig) -> str:
     assert config.out_dir is not None
     data = resolve_data(config)
     if not data.labelled:
-        raise ConfigError(f"{config.data} has no class folders: sort the images into train/CLASS/ to train on them")
+        raise ConfigError(
+            f"{config.data} has no class folders: sort the images into train/CLASS/ to train on them"
+        )
     torch.manual_seed(config.seed)
     device = find_device(config.device)
     model = _start(config, len(data.classes)).to(device).train()
-    run = RunDir.open(config.out_dir, config)
-    run.check_identity({"data": data.fingerprint})
-    trained = run.stage("train", Trained, lambda: _fit(config, model, data, device))
+    run_dir = RunDir.open(config.out_dir, config)
+    run_dir.check_identity({"data": data.fingerprint})
+    trained = run_dir.stage("train", Trained, lambda: _fit(config, model, data, device))
     model.load_state_dict({**model.state_dict(), **{k: t.to(device) for k, t in trained.tensors.items()}})
     model.eval()
 
@@ -75,7 +77,7 @@ def train(config: TrainConfig) -> str:
             "data": data.source,
             "data_fingerprint": data.fingerprint,
             "top1": scores.top1,
-            "stepwell": stepwell.__version__,
+            "stepwell": __version__,
             "torch": torch.__version__,
         },
     )
@@ -98,7 +100,9 @@ def _start(config: TrainConfig, num_classes: int) -> nn.Module:
     tensors = read_weights(config.weights)
     head = {f"{name}.{leaf}" for name in _classifiers(model) for leaf in ("weight", "bias")}
     own = model.state_dict()
-    fresh = {name: own[name] for name in head & own.keys() if own[name].shape != tensors.get(name, own[name]).shape}
+    fresh = {
+        name: own[name] for name in head & own.keys() if own[name].shape != tensors.get(name, own[name]).shape
+    }
     if fresh:
         say(f"{config.weights} has another number of classes: the classifier starts fresh")
     load_strictly(model, {**tensors, **fresh}, str(config.weights))
@@ -117,11 +121,20 @@ def _fit(config: TrainConfig, model: nn.Module, data: Data, device: torch.device
     parameters = dict(model.named_parameters())
     epochs = config.epochs
     if config.minutes is not None:
-        epochs = epochs_in(config.minutes, seconds_per_step(step, batches, parameters) * batches.steps_per_epoch, 0)
+        epochs = epochs_in(
+            config.minutes, seconds_per_step(step, batches, parameters) * batches.steps_per_epoch, 0
+        )
         say(f"train: {epochs:.1f} epochs fit into {config.minutes:g} minutes")
     no_decay = getattr(model, "no_weight_decay", set)
     trained = fit(
-        "train", step, parameters, batches, config, epochs=epochs, lr=config.lr, no_decay=frozenset(no_decay())
+        "train",
+        step,
+        parameters,
+        batches,
+        config,
+        epochs=epochs,
+        lr=config.lr,
+        no_decay=frozenset(no_decay()),
     )
     # Buffers too: a model with BatchNorm is not whole without them.
     return trained.model_copy(update={"tensors": {**trained.tensors, **dict(model.named_buffers())}})

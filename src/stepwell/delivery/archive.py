@@ -1,8 +1,8 @@
 """A model directory: weights without pickle, and a card that says how to build the model for them.
 
-    model.safetensors    parameters and buffers
-    stepwell.json        architecture, width of every layer, classes, input, where it comes from
-    model.onnx           the same model for any runtime (written by delivery/export.py)
+model.safetensors    parameters and buffers
+stepwell.json        architecture, width of every layer, classes, input, where it comes from
+model.onnx           the same model for any runtime (written by delivery/export.py)
 """
 
 from __future__ import annotations

@@ -39,8 +39,12 @@ def load_rung(run: Path, keep_ratio: float, factory: Factory | None = None) -> t
     ladder = stages.finished("ladder", Ladder)
     joint = stages.finished("joint", StageResult)
     if ladder is None or joint is None:
-        raise ModelError(f"{run} has no trained ladder (yet): run stepwell compress on it until it is finished")
-    index = min(range(len(ladder.candidates)), key=lambda i: abs(ladder.candidates[i].keep_ratio - keep_ratio))
+        raise ModelError(
+            f"{run} has no trained ladder (yet): run stepwell compress on it until it is finished"
+        )
+    index = min(
+        range(len(ladder.candidates)), key=lambda i: abs(ladder.candidates[i].keep_ratio - keep_ratio)
+    )
     candidate = ladder.candidates[index]
     if abs(candidate.keep_ratio - keep_ratio) > 0.005:
         rungs = ", ".join(f"{c.keep_ratio:g}" for c in ladder.candidates)

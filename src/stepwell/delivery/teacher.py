@@ -59,7 +59,9 @@ class Teacher:
     trained_on: str | None = None
 
 
-def load_teacher(source: str, weights: Path | None, model_args: Mapping[str, str], num_classes: int) -> Teacher:
+def load_teacher(
+    source: str, weights: Path | None, model_args: Mapping[str, str], num_classes: int
+) -> Teacher:
     """Load the teacher that `--teacher` names.
 
     Args:
@@ -200,7 +202,9 @@ def _classes_in(tensors: Mapping[str, Tensor], name: str, default: int) -> int:
 def _from_directory(path: Path, weights: Path | None, args: Mapping[str, Any]) -> Teacher:
     folder = find_model_dir(path)
     if folder is None:
-        raise ModelError(f"{path} holds no finished model: no stepwell.json in it, its student/ or its teacher/")
+        raise ModelError(
+            f"{path} holds no finished model: no stepwell.json in it, its student/ or its teacher/"
+        )
     if args:
         raise ConfigError(f"--model-args are for timm names; {folder} has its own")
     card: Card = read_card(folder)

@@ -48,7 +48,9 @@ def descend(s: Setting) -> Result:
     step = JointStep(s.model, s.family, shared, s.layers, config, config, config.seed, s.autocast)
     costs = _costs(s, shared)
     epochs = run.stage("plan", Epochs, lambda: _plan(s, step, costs))
-    joint = run.stage("joint", Trained, lambda: train_jointly(step, s.train, config, epochs.joint, s.no_decay))
+    joint = run.stage(
+        "joint", Trained, lambda: train_jointly(step, s.train, config, epochs.joint, s.no_decay)
+    )
     shared.load(joint.tensors)
 
     # 4. Select the assistant, on images that nothing was trained on.
@@ -56,7 +58,9 @@ def descend(s: Setting) -> Result:
 
     # 5. Distill: the assistant teaches the student; both are slices of the jointly trained weights.
     assistant, student = shared.extract(selected.index), shared.extract(0)
-    distilled = run.stage("distill", Trained, lambda: _teach(s, "distill", assistant, student, epochs.distill))
+    distilled = run.stage(
+        "distill", Trained, lambda: _teach(s, "distill", assistant, student, epochs.distill)
+    )
     student = fill(shared.skeletons[0], {k: t.to(s.device) for k, t in distilled.tensors.items()})
     trainings = {"joint": joint, "distill": distilled}
 
@@ -70,7 +74,9 @@ def descend(s: Setting) -> Result:
             if config.control == "equal_compute"
             else epochs.joint + epochs.distill
         )
-        trained = run.stage("control", Trained, lambda: _teach(s, "control", s.model, control, control_epochs))
+        trained = run.stage(
+            "control", Trained, lambda: _teach(s, "control", s.model, control, control_epochs)
+        )
         control = fill(skeleton, {k: t.to(s.device) for k, t in trained.tensors.items()})
         trainings["control"] = trained
 
@@ -107,7 +113,9 @@ def _plan(s: Setting, step: JointStep, costs: Costs) -> Epochs:
     # A control of equal compute doubles the bill.
     minutes = config.minutes if config.control == "none" else config.minutes / 2
     epochs = epochs_in(minutes, joint_seconds, distill_seconds)
-    say(f"plan: {epochs:.1f} epochs of joint training and of distillation fit into {config.minutes:g} minutes")
+    say(
+        f"plan: {epochs:.1f} epochs of joint training and of distillation fit into {config.minutes:g} minutes"
+    )
     return Epochs(joint=epochs, distill=epochs)
 
 

@@ -70,11 +70,21 @@ def distill(
         no_decay: Parameters that the teacher's own recipe does not decay.
     """
     step = DistillStep(
-        family.with_states(teacher.eval(), layers), family.with_states(student.train(), layers), config, autocast
+        family.with_states(teacher.eval(), layers),
+        family.with_states(student.train(), layers),
+        config,
+        autocast,
     )
     lr = config.distill_lr or config.lr
     trained = fit(
-        stage, step, dict(student.named_parameters()), batches, config, epochs=epochs, lr=lr, no_decay=no_decay
+        stage,
+        step,
+        dict(student.named_parameters()),
+        batches,
+        config,
+        epochs=epochs,
+        lr=lr,
+        no_decay=no_decay,
     )
     student.eval()
     return trained

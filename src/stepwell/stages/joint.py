@@ -97,7 +97,9 @@ def train_jointly(
         no_decay: Parameters that the teacher's own recipe does not decay.
     """
     lr = config.joint_lr or config.lr
-    return fit("joint", step, step.shared.parameters, batches, config, epochs=epochs, lr=lr, no_decay=no_decay)
+    return fit(
+        "joint", step, step.shared.parameters, batches, config, epochs=epochs, lr=lr, no_decay=no_decay
+    )
 
 
 def scales_per_step(scales: list[float], options: JointOptions) -> float:

@@ -1,7 +1,7 @@
 """The one training loop: every stage that trains passes its own step function and uses this.
 
-    for each batch:   losses = step(batch)      # forward and backward; gradients are left in the parameters
-                      clip, optimizer.step(), next learning rate
+for each batch:   losses = step(batch)      # forward and backward; gradients are left in the parameters
+                  clip, optimizer.step(), next learning rate
 """
 
 from __future__ import annotations
@@ -122,9 +122,7 @@ def make_optimizer(
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, fused=True)
 
 
-def make_scheduler(
-    optimizer: torch.optim.Optimizer, num_steps: int, options: TrainingOptions
-) -> Scheduler:
+def make_scheduler(optimizer: torch.optim.Optimizer, num_steps: int, options: TrainingOptions) -> Scheduler:
     """Linear warm-up, then a cosine, a line, or four cosines in a row, down to 0 at the last step."""
     warmup = int(options.warmup * num_steps)
     rest = num_steps - warmup

@@ -1,8 +1,8 @@
 """A run directory: what was asked for, and every finished stage, each written whole or not at all.
 
-    config.yaml             all options
-    stages/identity.json    fingerprints of teacher and data
-    stages/NAME/            result.json and tensors.safetensors of a finished stage
+config.yaml             all options
+stages/identity.json    fingerprints of teacher and data
+stages/NAME/            result.json and tensors.safetensors of a finished stage
 """
 
 from __future__ import annotations
