@@ -26,15 +26,18 @@ def result_table(result: Result, width: int = 110) -> str:
         if model is not None:
             label = role if role != result.handed_out else f"{role} *"
             table.add_row(label, *_cells(model, result.teacher))
-    console = Console(file=io.StringIO(), width=width)
-    console.print(table)
-    test = f"{result.data.num_test} test images ({result.data.test_from})"
-    threads = result.teacher.latency.threads
-    console.print(
-        f"\n* handed out. top1 on {test}; latency: onnxruntime, CPU, fp32, batch 1, {threads} thread(s).",
-        highlight=False,
+    latency = result.teacher.latency
+    return (
+        f"{render(table, width)}\n\n* handed out. top1 on {result.data.num_test} test images "
+        f"({result.data.test_from}); latency: onnxruntime, CPU, fp32, batch 1, {latency.threads} thread(s)."
     )
-    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())  # type: ignore[attr-defined]
+
+
+def render(table: Table, width: int = 110) -> str:
+    """A rich table as plain text, without trailing blanks."""
+    text = io.StringIO()
+    Console(file=text, width=width).print(table)
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
 
 def _cells(model: ModelResult, teacher: ModelResult) -> list[str]:

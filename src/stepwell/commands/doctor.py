@@ -1,0 +1,206 @@
+"""`stepwell doctor`: can this be compressed, into what, and what will it take? Nothing is trained.
+
+A timm model is built without memory for its weights and without a download; the sizes of the candidates
+assume that all layers matter alike, which scoring will correct.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.table import Table
+from torch import nn
+
+from stepwell.config import CompressConfig
+from stepwell.delivery.measure import count_macs, num_params
+from stepwell.delivery.table import render, short_number
+from stepwell.delivery.teacher import create_timm, input_spec, load_teacher, parse_model_args
+from stepwell.errors import ConfigError
+from stepwell.pruning.families import family_of
+from stepwell.pruning.skeleton import build_skeleton
+from stepwell.pruning.units import Candidate, Group
+from stepwell.setting import find_device
+from stepwell.stages.grid import keep_ratios, make_grid
+from stepwell.stages.joint import scales_per_step
+from stepwell.stages.plan import Costs, Epochs
+from stepwell.training.batches import InputSpec
+from stepwell.training.data import Data, resolve_data
+from stepwell.training.progress import progress
+
+# Of what a large matrix product reaches, small layers reach about this share; one figure for an estimate.
+EFFICIENCY = 0.4
+
+
+def run(config: CompressConfig) -> str:
+    """Report what `compress` with the same options would do."""
+    if not config.teacher:
+        raise ConfigError("doctor needs --teacher")
+    data = resolve_data(config) if config.data else None
+    model, spec = _model(config, data)
+    family = family_of(model)
+    groups = family.groups(model)
+    candidates = make_grid(groups, uniform_scores(groups), keep_ratios(config.keep_ratio, config), config)
+    skeletons = []
+    with progress("sizes of the candidates", len(candidates)) as advance:
+        for candidate in candidates:
+            skeletons.append(build_skeleton(model, family, candidate.widths))
+            advance("")
+    lines = [
+        f"{config.teacher}: supported ({family.NAME})",
+        f"  input {spec.size[0]} x {spec.size[1]} x {spec.channels}, {short_number(num_params(model))} parameters, "
+        f"{short_number(count_macs(model, spec))} MACs per image",
+        f"  can be cut: {_units(groups, 'head')} heads and {_units(groups, 'neuron')} FFN neurons in "
+        f"{len(groups)} sub-layers",
+        "",
+        _table(groups, candidates, skeletons, model, spec),
+        "",
+        *_estimate(config, data, model, skeletons, spec),
+        *(f"warning: {text}" for text in warnings_for(groups, candidates[0], config.keep_ratio)),
+    ]
+    return "\n".join(lines)
+
+
+def uniform_scores(groups: Sequence[Group]) -> dict[str, list[float]]:
+    """Scores under which every layer keeps the same share of its units."""
+    return {g.name: [(g.num_units - i - 0.5) / g.num_units for i in range(g.num_units)] for g in groups}
+
+
+def warnings_for(groups: Sequence[Group], student: Candidate, keep_ratio: float) -> list[str]:
+    """Where a model is too small for its ratio."""
+    texts = []
+    heads = [g for g in groups if g.kind == "head"]
+    kept = sum(student.widths[g.name] for g in heads)
+    if heads and (kept <= 2 or kept < len(heads) / 2):
+        texts.append(
+            f"keep {keep_ratio:g} leaves {kept} of {_units(heads, 'head')} heads for {len(heads)} layers, so most "
+            f"layers lose their attention; a larger --keep or --min-heads-per-layer 1 keeps it"
+        )
+    empty = [g.name for g in groups if g.kind == "neuron" and student.widths[g.name] == 0]
+    if empty:
+        texts.append(
+            f"{len(empty)} FFN layers lose all their neurons at keep {keep_ratio:g}: {', '.join(empty[:4])}"
+        )
+    return texts
+
+
+def _model(config: CompressConfig, data: Data | None) -> tuple[nn.Module, InputSpec]:
+    num_classes = len(data.classes) if data else 0
+    if ".py:" in config.teacher or Path(config.teacher).exists():
+        teacher = load_teacher(config.teacher, config.teacher_weights, config.model_args, num_classes)
+        return teacher.model, teacher.spec
+    args = parse_model_args(config.model_args)
+    if num_classes:
+        args = {"num_classes": num_classes, **args}
+    with torch.device("meta"):
+        model = create_timm(config.teacher, args, pretrained=False)
+    return model.eval(), input_spec(model)
+
+
+def _units(groups: Sequence[Group], kind: str) -> int:
+    return sum(g.num_units for g in groups if g.kind == kind)
+
+
+def _table(
+    groups: Sequence[Group],
+    candidates: Sequence[Candidate],
+    skeletons: Sequence[nn.Module],
+    model: nn.Module,
+    spec: InputSpec,
+) -> str:
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for column in ("keep", "heads", "neurons", "params", "ratio", "MACs", "scale"):
+        table.add_column(column, justify="right")
+    total_macs, total_params = count_macs(model, spec), num_params(model)
+    for candidate, skeleton in zip(candidates, skeletons, strict=True):
+        macs, params = count_macs(skeleton, spec), num_params(skeleton)
+        kept = {
+            kind: sum(candidate.widths[g.name] for g in groups if g.kind == kind)
+            for kind in ("head", "neuron")
+        }
+        table.add_row(
+            f"{candidate.keep_ratio:.3g}",
+            str(kept["head"]),
+            str(kept["neuron"]),
+            short_number(params),
+            f"{100 * params / total_params:.1f} %",
+            short_number(macs),
+            f"{100 * macs / total_macs:.1f} %",
+        )
+    return render(table)
+
+
+def _estimate(
+    config: CompressConfig,
+    data: Data | None,
+    model: nn.Module,
+    skeletons: Sequence[nn.Module],
+    spec: InputSpec,
+) -> list[str]:
+    device = find_device(config.device)
+    total = count_macs(model, spec)
+    scales = [count_macs(skeleton, spec) / total for skeleton in skeletons]
+    num_train = len(data.train) if data else 1000
+    costs = Costs(
+        scales,
+        scales_per_step(scales, config),
+        num_train,
+        min(config.score_images, num_train),
+        len(data.selection) if data else 100,
+    )
+    epochs = Epochs(joint=config.joint_epochs or config.epochs, distill=config.epochs)
+    passes = costs.total(epochs, assistant=len(scales) // 2)
+    if config.control != "none":
+        passes *= 2
+    seconds = passes * total / (EFFICIENCY * macs_per_second(device))
+    store = num_params(skeletons[-1])
+    memory = 4 * num_params(model) + 16 * store + activation_bytes(skeletons[-1], spec, config.batch_size)
+    disk = 4 * (store + 4 * num_params(skeletons[0]))
+    images = f"{num_train} training images" if data else "1,000 training images (give --data for yours)"
+    return [
+        f"roughly, on this {device.type}: {_hours(seconds)} for {epochs.joint:g} + {epochs.distill:g} epochs of {images}, "
+        f"{memory / 2**30:.2g} GiB of memory at batch {config.batch_size}, {disk / 2**20:.3g} MiB on disk",
+    ]
+
+
+def macs_per_second(device: torch.device) -> float:
+    """What a matrix product of moderate size reaches on `device`."""
+    size = 1024
+    a = torch.randn(size, size, device=device)
+    for repeat in range(2):  # the first warms up
+        start = time.perf_counter()
+        for _ in range(4):
+            b = a @ a
+        b[0, 0].item()  # waits for the device
+        seconds = time.perf_counter() - start
+    return 4 * size**3 / seconds
+
+
+def activation_bytes(model: nn.Module, spec: InputSpec, batch_size: int) -> int:
+    """Bytes that autograd keeps between forward and backward, counted on the meta device."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    shadow = build_meta(model)
+    images = torch.empty(batch_size, spec.channels, *spec.size, device="meta")
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = shadow(images)
+    del output
+    return sum(kept.values())
+
+
+def build_meta(model: nn.Module) -> nn.Module:
+    """A copy with everything on the meta device."""
+    return build_skeleton(model, family_of(model), {}).to("meta").train()
+
+
+def _hours(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"

@@ -1,0 +1,122 @@
+"""`stepwell inspect`: what a run found, in the terminal; `report.html` shows the same in pictures."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import torch
+from rich.table import Table
+
+from stepwell.config import InspectConfig
+from stepwell.delivery.archive import ONNX, Factory
+from stepwell.delivery.export import export_onnx
+from stepwell.delivery.ladder import load_rung
+from stepwell.delivery.measure import measure_latency
+from stepwell.delivery.result import Latency, Result
+from stepwell.delivery.table import render, result_table, short_number
+from stepwell.delivery.teacher import load_factory
+from stepwell.errors import ModelError
+from stepwell.training.progress import progress
+
+
+def run(config: InspectConfig) -> str:
+    """The candidate curve, why this assistant, and the final table; or `result.json` itself."""
+    file = config.run / "result.json"
+    if not file.is_file():
+        raise ModelError(_unfinished(config.run))
+    result = Result.load(file)
+    if config.json_:
+        return result.to_json()
+    factory = load_factory(config.teacher) if config.teacher else None
+    latencies = _latencies(config.run, result, factory) if config.all else []
+    parts = [
+        f"{result.teacher_name} on {result.data.source}, keep {result.keep_ratio:g}",
+        "",
+        f"The ladder, judged on {result.selection.num_images} selection images:",
+        "",
+        _ladder_table(result, latencies),
+        "",
+        _why(result),
+        "",
+        _rules_table(result),
+        "",
+        result_table(result),
+        *(f"- {note}" for note in result.notes),
+        f"report: {config.run / 'report.html'}",
+    ]
+    return "\n".join(parts)
+
+
+def _unfinished(run: Path) -> str:
+    stages = run / "stages"
+    if not stages.is_dir():
+        return f"{run} is not a run directory of stepwell: it has no result.json and no stages/"
+    done = sorted(p.name for p in stages.iterdir() if p.is_dir() and not p.name.startswith("."))
+    return (
+        f"{run} is not finished (stages done: {', '.join(done) or 'none'}); the same compress command goes on"
+    )
+
+
+def _latencies(run: Path, result: Result, factory: Factory | None) -> list[Latency]:
+    """Export every rung to a temporary file and time it."""
+    measured = []
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        progress("time the rungs", len(result.candidates)) as advance,
+    ):
+        for candidate in result.candidates:
+            model, card = load_rung(run, candidate.keep_ratio, factory)
+            noise = torch.randn(
+                2, card.input.channels, *card.input.size, generator=torch.Generator().manual_seed(0)
+            )
+            export_onnx(model, card.input, Path(folder) / ONNX, noise)
+            measured.append(
+                measure_latency(model, Path(folder) / ONNX, card.input, result.teacher.latency.threads)
+            )
+            advance("")
+    return measured
+
+
+def _ladder_table(result: Result, latencies: list[Latency]) -> str:
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    columns = ["keep", "scale", "params", "MACs", "top1 %", "95 % interval", "log-lik."]
+    columns += ["batch 1", "batch 32"] if latencies else []
+    for column in columns:
+        table.add_column(column, justify="right")
+    table.add_column("")
+    for i, c in enumerate(result.candidates):
+        row = [
+            f"{c.keep_ratio:g}",
+            f"{c.scale:.3f}",
+            short_number(c.num_params),
+            short_number(c.macs),
+            f"{c.top1:.2f}",
+            f"{c.top1_interval[0]:.1f} - {c.top1_interval[1]:.1f}",
+            f"{c.log_likelihood:.3f}",
+        ]
+        if latencies:
+            row += [f"{latencies[i].onnx_batch1:.2f} ms", f"{latencies[i].onnx_batch32:.2f} ms"]
+        role = "assistant" if c.keep_ratio == result.selection.pick else "student" if i == 0 else ""
+        table.add_row(*row, role)
+    return render(table)
+
+
+def _why(result: Result) -> str:
+    chosen = result.selection
+    measure = "top1" if chosen.metric == "top1" else "the likelihood of the true class"
+    if chosen.rule == "by hand":
+        return f"The assistant keeps {chosen.pick:g}, as --assistant asked."
+    return f"The assistant keeps {chosen.pick:g}: rule {chosen.rule} is largest there, judged by {measure}."
+
+
+def _rules_table(result: Result) -> str:
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    table.add_column("rule")
+    for candidate in result.candidates:
+        table.add_column(f"{candidate.keep_ratio:g}", justify="right")
+    table.add_column("picks", justify="right")
+    for rule, values in result.selection.values.items():
+        cells = ["-" if value is None else f"{value:.3f}" for value in values]
+        table.add_row(rule, *cells, f"{result.selection.picks[rule]:g}")
+    return render(table)
