@@ -1,0 +1,73 @@
+"""Write a benchmark's figures with where they come from: commit, hardware, versions, seeds, time."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from stepwell.delivery.result import Result
+from stepwell.training.run_dir import write_atomically
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def commit() -> str:
+    """The commit that is measured; `+` marks uncommitted changes."""
+    here = Path(__file__).parent
+    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True)
+    dirty = subprocess.run(
+        ["git", "status", "--porcelain", "--", "../src"], cwd=here, capture_output=True, text=True
+    )
+    return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")
+
+
+def summary(result: Result, seed: int) -> dict[str, Any]:
+    """What a table needs of one run."""
+    roles = {
+        "teacher": result.teacher,
+        "assistant": result.assistant,
+        "student": result.student,
+        "control": result.control,
+    }
+    kept = {"top1", "top1_interval", "selection_top1", "num_params", "macs", "latency_ms", "scale"}
+    return {
+        "seed": seed,
+        "models": {
+            role: {**model.model_dump(mode="json", include=kept), "latency": model.latency.model_dump()}
+            for role, model in roles.items()
+            if model is not None
+        },
+        "handed_out": result.handed_out,
+        "selection": {
+            "pick": result.selection.pick,
+            "picks": result.selection.picks,
+            "rule": result.selection.rule,
+        },
+        "candidates": [
+            {"keep_ratio": c.keep_ratio, "scale": c.scale, "top1": c.top1, "log_likelihood": c.log_likelihood}
+            for c in result.candidates
+        ],
+        "seconds": result.seconds,
+        "epochs": result.epochs,
+        "cost_vs_single_step": result.cost_vs_single_step.model_dump(),
+        "num_test": result.data.num_test,
+    }
+
+
+def save(name: str, runs: list[dict[str, Any]], hardware: dict[str, str], **about: object) -> Path:
+    """Write `results/NAME.json`."""
+    RESULTS.mkdir(exist_ok=True)
+    file = RESULTS / f"{name}.json"
+    record = {"benchmark": name, "commit": commit(), "hardware": hardware, **about, "runs": runs}
+    write_atomically(file, json.dumps(record, indent=1) + "\n")
+    return file
+
+
+def spread(values: list[float]) -> str:
+    """`97.5 ± 0.3`: mean and standard deviation over seeds."""
+    if len(values) == 1:
+        return f"{values[0]:.1f}"
+    return f"{mean(values):.1f} ± {stdev(values):.1f}"

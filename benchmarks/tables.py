@@ -1,0 +1,96 @@
+"""Put the tables of `benchmarks/results/*.json` into the README, between its markers.
+
+python benchmarks/tables.py            rewrite README.md
+python benchmarks/tables.py --check    exit 1 if README.md is not what the results say
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from record import RESULTS, spread
+
+from stepwell.delivery.table import short_number
+
+README = Path(__file__).parent.parent / "README.md"
+TITLES = {
+    "cifar10-cpu": "CIFAR-10",
+    "cifar10-gpu": "CIFAR-10",
+    "digits": "scikit-learn's digits",
+}
+RULES = ("npsd", "npsd-chord-teacher", "npsd-chord-student", "lambda")
+
+
+def results_table(record: dict[str, Any]) -> str:
+    """One row per role; accuracy over all seeds, sizes and times of the first."""
+    runs = record["runs"]
+    first = runs[0]["models"]
+    rows = ["| | top1 % | params | MACs | latency | speed-up |", "|---|---:|---:|---:|---:|---:|"]
+    teacher = first["teacher"]
+    for role in ("teacher", "assistant", "student", "control"):
+        model = first[role]
+        top1 = spread([run["models"][role]["top1"] for run in runs])
+        rows.append(
+            f"| {role} | {top1} | {short_number(model['num_params'])} | {short_number(model['macs'])} "
+            f"| {model['latency_ms']:.2f} ms | {teacher['latency_ms'] / model['latency_ms']:.1f}x |"
+        )
+    seconds = sum(sum(run["seconds"].values()) for run in runs) / len(runs)
+    picks = []
+    for rule in RULES:
+        kept = [f"{run['selection']['picks'][rule]:g}" for run in runs]
+        picks.append(f"{rule} {', '.join(kept)}")
+    seeds = "seed" if len(runs) == 1 else "seeds"
+    return "\n".join(
+        [
+            *rows,
+            "",
+            f"{record['data']}; {runs[0]['num_test']} test images; {len(runs)} {seeds}; compression took "
+            f"{seconds / 60:.1f} minutes with its control on {record['hardware']['processor']}, "
+            f"{record['hardware']['threads']} threads, {record['hardware']['training device']}; latency: onnxruntime, "
+            f"CPU, fp32, batch 1, {teacher['latency']['threads']} thread; commit {record['commit']}. "
+            f"Assistants picked (keep ratio, by seed): {'; '.join(picks)}.",
+        ]
+    )
+
+
+def claims(records: dict[str, dict[str, Any]]) -> str:
+    """A line of measured figures per benchmark, for the README's first screen."""
+    lines = []
+    for name, record in records.items():
+        runs = record["runs"]
+        teacher, student = (runs[0]["models"][role] for role in ("teacher", "student"))
+        top1 = {role: spread([run["models"][role]["top1"] for run in runs]) for role in runs[0]["models"]}
+        lines.append(
+            f"- **{teacher['num_params'] / student['num_params']:.1f}x fewer parameters, "
+            f"{teacher['macs'] / student['macs']:.1f}x fewer operations, "
+            f"{teacher['latency_ms'] / student['latency_ms']:.1f}x faster** on {TITLES[name]}: "
+            f"{top1['student']} % instead of {top1['teacher']} % top-1"
+            f" (the same student without an assistant, for the same compute: {top1['control']} %)"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Rewrite the README, or check it."""
+    text = README.read_text(encoding="utf-8")
+    files = sorted(RESULTS.glob("*.json"))
+    records = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files}
+    parts = {name: results_table(record) for name, record in records.items()}
+    parts["claims"] = claims(records)
+    new = text
+    for marker, part in parts.items():
+        pattern = rf"(<!-- begin: {marker} -->\n).*?(<!-- end: {marker} -->)"
+        new = re.sub(pattern, lambda m, p=part: f"{m[1]}{p}\n{m[2]}", new, flags=re.DOTALL)
+    if "--check" in sys.argv:
+        sys.exit(
+            0 if new == text else "README.md is not what benchmarks/results say: run benchmarks/tables.py"
+        )
+    README.write_text(new, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
