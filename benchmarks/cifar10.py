@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from record import save, summary
-
 from stepwell.commands import compress, train
 from stepwell.config import CompressConfig, TrainConfig, make_config
 

@@ -12,7 +12,6 @@ import argparse
 from pathlib import Path
 
 from record import save, summary
-
 from stepwell.commands import demo
 from stepwell.config import DemoConfig, make_config
 

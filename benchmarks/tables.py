@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from record import RESULTS, spread
-
 from stepwell.delivery.table import short_number
 
 README = Path(__file__).parent.parent / "README.md"
@@ -43,16 +42,17 @@ def results_table(record: dict[str, Any]) -> str:
     for rule in RULES:
         kept = [f"{run['selection']['picks'][rule]:g}" for run in runs]
         picks.append(f"{rule} {', '.join(kept)}")
+    machine = record["hardware"]
     seeds = "seed" if len(runs) == 1 else "seeds"
     return "\n".join(
         [
             *rows,
             "",
-            f"{record['data']}; {runs[0]['num_test']} test images; {len(runs)} {seeds}; compression took "
-            f"{seconds / 60:.1f} minutes with its control on {record['hardware']['processor']}, "
-            f"{record['hardware']['threads']} threads, {record['hardware']['training device']}; latency: onnxruntime, "
-            f"CPU, fp32, batch 1, {teacher['latency']['threads']} thread; commit {record['commit']}. "
-            f"Assistants picked (keep ratio, by seed): {'; '.join(picks)}.",
+            f"{record['data']}; {runs[0]['num_test']} test images; {len(runs)} {seeds}; "
+            f"compression took {seconds / 60:.1f} minutes, with its control, on "
+            f"{machine['processor']}, {machine['threads']} threads, {machine['training device']}; "
+            f"latency: onnxruntime, CPU, fp32, batch 1, {teacher['latency']['threads']} thread; "
+            f"commit {record['commit']}. Assistants picked (keep ratio, by seed): {'; '.join(picks)}.",
         ]
     )
 
