@@ -1,8 +1,8 @@
 """The command line: `stepwell COMMAND ...`.
 
-Only words are parsed here; each command is the function `run` of its file in `stepwell.commands`, imported when it is
-called, so that `--help` does not wait for torch. Every error a user can cause ends in one line on stderr
-and exit code 2.
+Only words are parsed here; each command is the function `run` of its file in `stepwell.commands`, imported
+when it is called, so that `--help` does not wait for torch. Every error a user can cause ends in one line
+on stderr and exit code 2.
 """
 
 from __future__ import annotations

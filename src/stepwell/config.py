@@ -138,7 +138,7 @@ class JointOptions(Options):
     """How the candidates are trained together."""
 
     sampling: Literal["all", "sandwich"] = "sandwich"
-    """Train every candidate in every step (Algorithm 1 of the paper), or the smallest and `num_random` others."""
+    """Train every candidate in every step (the paper's Algorithm 1), or smallest + `num_random` others."""
     num_random: Count = 1
     """Random candidates per step besides the smallest, with sandwich sampling."""
     joint_epochs: Positive | None = None

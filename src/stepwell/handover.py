@@ -6,6 +6,7 @@ import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Literal
 
 import onnxruntime
 import torch
@@ -89,12 +90,14 @@ def hand_over(s: Setting, descent: Descent) -> Result:
     return result
 
 
-def better_on_selection(delivered: Delivered, metric: str) -> str:
+def better_on_selection(
+    delivered: Delivered, metric: Literal["top1", "likelihood"]
+) -> Literal["student", "control"]:
     """Which training is handed out: `student`, or `control` where it did better on the selection images."""
     if delivered.control is None:
         return "student"
     student, control = (
-        performance(m.selection_top1, m.selection_log_likelihood, metric)  # type: ignore[arg-type]
+        performance(m.selection_top1, m.selection_log_likelihood, metric)
         for m in (delivered.student, delivered.control)
     )
     return "control" if control > student else "student"
@@ -147,7 +150,9 @@ def _student_card(s: Setting, descent: Descent, figures: ModelResult) -> Card:
     )
 
 
-def _result(s: Setting, descent: Descent, delivered: Delivered, handed_out: str) -> Result:
+def _result(
+    s: Setting, descent: Descent, delivered: Delivered, handed_out: Literal["student", "control"]
+) -> Result:
     teacher = Scores(delivered.tensors["teacher"], delivered.tensors["labels"])
     student = Scores(delivered.tensors[handed_out], delivered.tensors["labels"])
     return Result(
@@ -161,7 +166,7 @@ def _result(s: Setting, descent: Descent, delivered: Delivered, handed_out: str)
         assistant=delivered.assistant,
         student=delivered.student,
         control=delivered.control,
-        handed_out=handed_out,  # type: ignore[arg-type]
+        handed_out=handed_out,
         candidates=descent.selected.candidates,
         selection=descent.selected.selection,
         group_sizes={group.name: group.num_units for group in s.groups},

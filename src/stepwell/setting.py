@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import cast
 
 import torch
 from torch import nn
@@ -52,7 +54,7 @@ class Setting:
     def no_decay(self) -> frozenset[str]:
         """Parameters without weight decay by the model's own word (timm's `no_weight_decay`)."""
         own = getattr(self.teacher.model, "no_weight_decay", None)
-        return frozenset(own() if callable(own) else ())
+        return frozenset(cast(Iterable[str], own()) if callable(own) else ())
 
     @cached_property
     def teacher_macs(self) -> int:

@@ -1,4 +1,4 @@
-"""`stepwell compress`: the main job, from a teacher and a folder of images to a small model with its proof."""
+"""`stepwell compress`: the main job, from a teacher and images to a small model with its proof."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 from stepwell.config import CompressConfig, make_config
-from stepwell.delivery.archive import load
+from stepwell.delivery.archive import Factory, load
 from stepwell.delivery.result import Result
 from stepwell.delivery.table import result_table
 from stepwell.delivery.teacher import Teacher, load_teacher, teacher_from_module
 from stepwell.errors import ConfigError
 from stepwell.paths import amd
-from stepwell.setting import prepare
+from stepwell.setting import Setting, prepare
 from stepwell.training.data import Data, resolve_data
 from stepwell.training.run_dir import RunDir
 
@@ -33,12 +33,12 @@ class Compressed:
 
     result: Result
     out_dir: Path
-    factory: object = None
+    factory: Factory | None = None
 
     @cached_property
     def student(self) -> nn.Module:
         """The handed-out student, a plain module in eval mode, on the CPU."""
-        return load(self.out_dir / "student", factory=self.factory)  # type: ignore[arg-type]
+        return load(self.out_dir / "student", factory=self.factory)
 
     def __str__(self) -> str:
         return result_table(self.result)
@@ -92,7 +92,7 @@ def run(config: CompressConfig, module: nn.Module | None = None) -> Compressed:
     return Compressed(result, config.out_dir)
 
 
-def _setting(config: CompressConfig, teacher: Teacher, data: Data):
+def _setting(config: CompressConfig, teacher: Teacher, data: Data) -> Setting:
     torch.manual_seed(config.seed)
     assert config.out_dir is not None
     setting = prepare(config, RunDir(config.out_dir), teacher, data)  # every check comes before the folder

@@ -7,6 +7,7 @@ everyone calls.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 from PIL import Image
@@ -76,7 +77,7 @@ def write_digits(folder: Path) -> None:
         from sklearn.datasets import load_digits
     except ImportError:
         raise ConfigError("the demo's images come with scikit-learn: pip install 'stepwell[demo]'") from None
-    digits = load_digits()
+    digits = cast(Any, load_digits())
     for i, (pixels, label) in enumerate(zip(digits.images, digits.target, strict=True)):
         split = "test" if i % 5 == 4 else "train"
         file = folder / split / str(label) / f"{i:04d}.png"

@@ -50,7 +50,8 @@ def run(config: CompressConfig) -> str:
             advance("")
     lines = [
         f"{config.teacher}: supported ({family.NAME})",
-        f"  input {spec.size[0]} x {spec.size[1]} x {spec.channels}, {short_number(num_params(model))} parameters, "
+        f"  input {spec.size[0]} x {spec.size[1]} x {spec.channels}, "
+        f"{short_number(num_params(model))} parameters, "
         f"{short_number(count_macs(model, spec))} MACs per image",
         f"  can be cut: {_units(groups, 'head')} heads and {_units(groups, 'neuron')} FFN neurons in "
         f"{len(groups)} sub-layers",
@@ -75,8 +76,8 @@ def warnings_for(groups: Sequence[Group], student: Candidate, keep_ratio: float)
     kept = sum(student.widths[g.name] for g in heads)
     if heads and (kept <= 2 or kept < len(heads) / 2):
         texts.append(
-            f"keep {keep_ratio:g} leaves {kept} of {_units(heads, 'head')} heads for {len(heads)} layers, so most "
-            f"layers lose their attention; a larger --keep or --min-heads-per-layer 1 keeps it"
+            f"keep {keep_ratio:g} leaves {kept} of {_units(heads, 'head')} heads for {len(heads)} layers, "
+            f"so most layers lose their attention; a larger --keep or --min-heads-per-layer 1 keeps it"
         )
     empty = [g.name for g in groups if g.kind == "neuron" and student.widths[g.name] == 0]
     if empty:
@@ -160,8 +161,9 @@ def _estimate(
     disk = 4 * (store + 4 * num_params(skeletons[0]))
     images = f"{num_train} training images" if data else "1,000 training images (give --data for yours)"
     return [
-        f"roughly, on this {device.type}: {_hours(seconds)} for {epochs.joint:g} + {epochs.distill:g} epochs of {images}, "
-        f"{memory / 2**30:.2g} GiB of memory at batch {config.batch_size}, {disk / 2**20:.3g} MiB on disk",
+        f"roughly, on this {device.type}: {_hours(seconds)} for {epochs.joint:g} + {epochs.distill:g} epochs "
+        f"of {images}, {memory / 2**30:.2g} GiB of memory at batch {config.batch_size}, "
+        f"{disk / 2**20:.3g} MiB on disk",
     ]
 
 
@@ -169,11 +171,12 @@ def macs_per_second(device: torch.device) -> float:
     """What a matrix product of moderate size reaches on `device`."""
     size = 1024
     a = torch.randn(size, size, device=device)
-    for repeat in range(2):  # the first warms up
+    product, seconds = a, 0.0
+    for _ in range(2):  # the first warms up
         start = time.perf_counter()
         for _ in range(4):
-            b = a @ a
-        b[0, 0].item()  # waits for the device
+            product = a @ a
+        product[0, 0].item()  # waits for the device
         seconds = time.perf_counter() - start
     return 4 * size**3 / seconds
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -87,8 +86,8 @@ def run(config: TrainConfig) -> str:
             folder.mkdir(exist_ok=True)
         save_model(folder, model, card)
     return (
-        f"{folder}: top1 {scores.top1:.2f} % (95 % interval {low:.1f} - {high:.1f}) on {len(scores.labels)} test "
-        f"images ({data.test_from}), {num_params(model):,} parameters"
+        f"{folder}: top1 {scores.top1:.2f} % (95 % interval {low:.1f} - {high:.1f}) on {len(scores.labels)} "
+        f"test images ({data.test_from}), {num_params(model):,} parameters"
     )
 
 
@@ -101,7 +100,9 @@ def _start(config: TrainConfig, num_classes: int) -> nn.Module:
     head = {f"{name}.{leaf}" for name in _classifiers(model) for leaf in ("weight", "bias")}
     own = model.state_dict()
     fresh = {
-        name: own[name] for name in head & own.keys() if own[name].shape != tensors.get(name, own[name]).shape
+        name: own[name]
+        for name in head & own.keys() & tensors.keys()
+        if own[name].shape != tensors[name].shape
     }
     if fresh:
         say(f"{config.weights} has another number of classes: the classifier starts fresh")

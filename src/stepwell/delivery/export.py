@@ -106,7 +106,7 @@ def export_program(model: nn.Module, spec: InputSpec, file: Path, images: Tensor
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter's own log and warnings (opset versions, deprecations inside torch) say nothing to a user."""
+    """The exporter's log and warnings (opset versions, deprecations inside torch) say nothing to a user."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

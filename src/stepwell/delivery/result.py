@@ -79,7 +79,7 @@ class SelectionResult(_Record):
     picks: dict[str, float]
     """Keep ratio that each rule would pick."""
     values: dict[str, list[float | None]]
-    """Each rule's value per candidate, in the order of `candidates`; null where it is not defined or not allowed."""
+    """Each rule's value per candidate, in their order; null where it is not defined or not allowed."""
     num_images: int
 
 

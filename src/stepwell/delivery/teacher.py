@@ -9,7 +9,7 @@ import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
@@ -99,7 +99,8 @@ def create_timm(name: str, args: Mapping[str, Any], **extra: Any) -> nn.Module: 
     base = name.split(".")[0]
     if not name.startswith(("hf-hub:", "hf_hub:", "local-dir:")) and not timm.is_model(base):
         raise ModelError(
-            f"{name!r} is neither a model of timm nor an existing folder{did_you_mean(base, timm.list_models())}"
+            f"{name!r} is neither a model of timm nor an existing folder"
+            f"{did_you_mean(base, timm.list_models())}"
         )
     try:
         return timm.create_model(name, **{**args, **extra})
@@ -160,9 +161,9 @@ def input_spec(model: nn.Module) -> InputSpec:
     """
     config = resolve_data_config(model=model, verbose=False)
     channels, *size = config["input_size"]
-    embed = getattr(model, "patch_embed", None)
-    if getattr(embed, "img_size", None) is not None:
-        size = embed.img_size
+    own_size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    if own_size is not None:
+        size = own_size
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     if first is not None:
         channels = first.in_channels
@@ -239,7 +240,8 @@ def load_factory(source: str) -> Factory:
     if not path.is_file():
         raise ModelError(f"no file {path} (from --teacher {source})")
     spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
@@ -248,7 +250,7 @@ def load_factory(source: str) -> Factory:
     factory = getattr(module, function, None)
     if not callable(factory):
         raise ModelError(f"{path} has no function {function!r}{did_you_mean(function, vars(module))}")
-    return factory
+    return cast(Factory, factory)
 
 
 def _teacher(model: nn.Module, architecture: Architecture, name: str) -> Teacher:

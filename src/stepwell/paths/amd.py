@@ -68,14 +68,14 @@ def descend(s: Setting) -> Result:
     control = None
     if config.control != "none":
         skeleton = shared.skeletons[0]
-        control = fill(skeleton, leading_units(sorted_weights, skeleton, s.groups, candidates[0].widths))
+        untaught = fill(skeleton, leading_units(sorted_weights, skeleton, s.groups, candidates[0].widths))
         control_epochs = (
             costs.equal_compute_epochs(epochs, selected.index)
             if config.control == "equal_compute"
             else epochs.joint + epochs.distill
         )
         trained = run.stage(
-            "control", Trained, lambda: _teach(s, "control", s.model, control, control_epochs)
+            "control", Trained, lambda: _teach(s, "control", s.model, untaught, control_epochs)
         )
         control = fill(skeleton, {k: t.to(s.device) for k, t in trained.tensors.items()})
         trainings["control"] = trained
@@ -137,7 +137,7 @@ def _select(s: Setting, shared: SharedWeights) -> Selected:
         metric=metric,
         pick=candidates[index].keep_ratio,
         picks=dict(picks),
-        values=dict(values),
+        values={**values},
         num_images=len(s.data.selection),
     )
     return Selected(index=index, candidates=candidates, selection=selection)

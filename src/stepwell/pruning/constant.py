@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -26,5 +28,5 @@ class ConstantOutput(nn.Module):
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         """Return the bias for every position of `x`; masks and other arguments do not matter."""
-        bias = self.get_submodule(self.output).bias
+        bias = cast(nn.Parameter | None, self.get_submodule(self.output).bias)
         return torch.zeros_like(x) if bias is None else bias.to(x.dtype).expand_as(x)

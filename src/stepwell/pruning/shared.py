@@ -12,6 +12,7 @@ without one: no decay, no momentum, no step count. Parameters that are not slice
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -97,7 +98,7 @@ class SharedWeights:
         """How many units each increment up to candidate `index` adds."""
         group = self._slices[name][0].name
         widths = [0, *(c.widths[group] for c in self.candidates[: index + 1])]
-        return [after - before for before, after in zip(widths, widths[1:], strict=False)]
+        return [after - before for before, after in itertools.pairwise(widths)]
 
     def _keys(self, name: str, index: int) -> list[str]:
         if name not in self._slices:

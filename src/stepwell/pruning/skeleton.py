@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import torch
+from timm.layers.drop import DropPath
 from torch import Tensor, nn
 
 from stepwell.errors import ModelError
@@ -56,8 +58,8 @@ def _silence_dropout(skeleton: nn.Module) -> None:
     for module in skeleton.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        if hasattr(module, "drop_prob"):  # timm's DropPath
-            module.drop_prob = 0.0
+        if hasattr(module, "drop_prob"):  # timm's DropPath, or one like it
+            cast(DropPath, module).drop_prob = 0.0
 
 
 def sort_units(weights: Mapping[str, Tensor], groups: Sequence[Group], order: Order) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ no gate has to be put into the model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
@@ -107,7 +107,7 @@ def _unit_outputs(model: nn.Module, groups: Sequence[Group]) -> Iterator[dict[st
     """Collect the input of each group's gate module in every forward pass; leaves no hook behind."""
     outputs: dict[str, Tensor] = {}
 
-    def keep(name: str) -> object:
+    def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             # The model is frozen: without this, nothing before the first gate would ask for a gradient.
             outputs[name] = inputs[0] if inputs[0].requires_grad else inputs[0].requires_grad_()
@@ -115,8 +115,7 @@ def _unit_outputs(model: nn.Module, groups: Sequence[Group]) -> Iterator[dict[st
         return hook
 
     handles = [
-        model.get_submodule(group.gate).register_forward_pre_hook(keep(group.name))  # type: ignore[arg-type]
-        for group in groups
+        model.get_submodule(group.gate).register_forward_pre_hook(keep(group.name)) for group in groups
     ]
     try:
         yield outputs

@@ -7,6 +7,7 @@ paper is not known to us; `npsd` is our reading of its name (docs/method.md).
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -45,7 +46,7 @@ def rule_values(candidates: Sequence[Point], teacher: Point, rule: Rule) -> list
     """
     student = candidates[0]
     values: list[float | None] = [None]  # the student's scale is no assistant, only the last lower neighbour
-    for lower, point in zip(candidates, candidates[1:], strict=False):
+    for lower, point in itertools.pairwise(candidates):
         match rule:
             case "npsd":
                 values.append(_slope(lower, point))

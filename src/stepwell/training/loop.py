@@ -179,8 +179,8 @@ class _Log:
             mean = float(total) / self._count
             if not math.isfinite(mean):
                 raise DivergedError(
-                    f"{self.stage}: {name} became {mean} between steps {step - self._count + 1} and {step} of "
-                    f"{self.num_steps}; finished stages are kept, try a lower --lr than {self.peak_lr:g}"
+                    f"{self.stage}: {name} became {mean} between steps {step - self._count + 1} and {step} "
+                    f"of {self.num_steps}; finished stages are kept, try a lower --lr than {self.peak_lr:g}"
                 )
             self.losses.setdefault(name, []).append(mean)
         self.steps.append(step)

@@ -87,7 +87,8 @@ class RunDir:
         for name, fingerprint in identity.items():
             if before.get(name) != fingerprint:
                 raise RunDirError(
-                    f"{self.path} was begun with another {name} (its content has changed); choose another --out"
+                    f"{self.path} was begun with another {name} (its content has changed); "
+                    "choose another --out"
                 )
 
     def finished(self, name: str, kind: type[StageT]) -> StageT | None:

@@ -29,7 +29,7 @@ class Family(Protocol):
         ...
 
     def narrow(self, skeleton: nn.Module, widths: Widths) -> None:
-        """Set head counts, and put constants where nothing is left; parameters already have their new shapes."""
+        """Set head counts, put constants where nothing is left; parameters already have their new shapes."""
         ...
 
     def num_layers(self, model: nn.Module) -> int:

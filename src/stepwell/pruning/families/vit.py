@@ -7,7 +7,7 @@ stay whole, so hidden states of every candidate have the teacher's shape and nee
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from timm.layers.attention import Attention
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from stepwell.pruning.constant import ConstantOutput
 from stepwell.pruning.units import Group, Slice, Widths
 
-NAME = "vision transformers of timm (vit_*, deit*_patch16_* without distillation token)"
+NAME: str = "vision transformers of timm (vit_*, deit*_patch16_* without distillation token)"
 
 
 def recognises(model: nn.Module) -> bool:
@@ -80,12 +80,13 @@ def narrow(skeleton: nn.Module, widths: Widths) -> None:
     for i, block in enumerate(cast(VisionTransformer, skeleton).blocks):
         num_heads = widths.get(f"blocks.{i}.attn")
         if num_heads == 0:
-            block.attn = ConstantOutput("proj", block.attn.proj.bias)
+            block.attn = ConstantOutput("proj", cast(Attention, block.attn).proj.bias)
         elif num_heads is not None:
-            block.attn.num_heads = num_heads
-            block.attn.attn_dim = num_heads * block.attn.head_dim
+            attn = cast(Attention, block.attn)
+            attn.num_heads = num_heads
+            attn.attn_dim = num_heads * attn.head_dim
         if widths.get(f"blocks.{i}.mlp") == 0:
-            block.mlp = ConstantOutput("fc2", block.mlp.fc2.bias)
+            block.mlp = ConstantOutput("fc2", cast(nn.Linear, cast(Mlp, block.mlp).fc2).bias)
 
 
 def num_layers(model: nn.Module) -> int:
@@ -107,8 +108,11 @@ class _WithStates(nn.Module):
         self.layers = list(layers)
 
     def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
-        tokens, states = self.model.forward_intermediates(
-            images, indices=self.layers, return_prefix_tokens=True, output_fmt="NLC"
+        tokens, states = cast(  # of the three forms that timm can return
+            tuple[Tensor, list[Any]],
+            self.model.forward_intermediates(
+                images, indices=self.layers, return_prefix_tokens=True, output_fmt="NLC"
+            ),
         )
         if self.model.num_prefix_tokens:  # timm hands them out apart; the class token carries the answer
             states = [torch.cat((prefix, patches), dim=1) for patches, prefix in states]
