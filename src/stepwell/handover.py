@@ -203,6 +203,7 @@ def _data_result(s: Setting) -> DataResult:
         num_selection=len(s.data.selection),
         num_test=len(s.data.test),
         test_from=s.data.test_from,
+        selection_from=s.data.selection_from,
         labels="true" if s.data.labelled else "teacher",
         teacher_saw_selection="no"
         if known

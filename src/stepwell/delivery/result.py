@@ -109,6 +109,8 @@ class DataResult(_Record):
     num_test: int
     test_from: str
     """Where the test images come from: `test/`, `val/`, or `a tenth by hash of the file name`."""
+    selection_from: str
+    """`a tenth of the training images by hash of the file name`, or the folder that was given."""
     labels: Literal["true", "teacher"]
     """`teacher`: the images have no labels, and top1 is agreement with the teacher."""
     teacher_saw_selection: str
