@@ -126,7 +126,7 @@ def accuracy_curve(result: Result, width: int = 820, height: int = 400) -> str:
         axes.margins(y=0.12)
         axes.set_xlabel("share of the teacher's operations (MACs), %")
         axes.set_ylabel(f"{measure_of(result)}, %")
-        axes.legend(loc="lower right")
+        figure.legend(loc="outside upper left", ncols=5, columnspacing=1.0)  # never over the curve
 
     return _render(f"curve{width}", "Accuracy of the candidates over their scale", width, height, draw)
 
