@@ -308,6 +308,7 @@ def make_config(kind: type[ConfigT], values: Mapping[str, object]) -> ConfigT:
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"]) or "options"
+        name += f" (--{FLAGS[name]})" if name in FLAGS else ""
         reason = first["msg"].removeprefix("Value error, ")
         given = f", got {first['input']!r}" if first["loc"] else ""
         raise ConfigError(f"{name}: {reason}{given}") from None

@@ -41,7 +41,12 @@ class Compressed:
         return load(self.out_dir / "student", factory=self.factory)
 
     def __str__(self) -> str:
-        return result_table(self.result)
+        files = "model.safetensors, stepwell.json, model.onnx"
+        return (
+            f"{result_table(self.result)}\n\n"
+            f"student: {self.out_dir / 'student'} ({files})\n"
+            f"report:  {self.out_dir / 'report.html'}"
+        )
 
 
 def compress(

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from stepwell.config import LossOptions
+from stepwell.errors import ConfigError
 from stepwell.losses.feature import state_loss
 from stepwell.losses.logit import kd_loss
 
@@ -53,8 +54,16 @@ def feature_layers(num_layers: int, options: LossOptions) -> tuple[int, ...]:
     """The blocks whose outputs are compared: those asked for, or six spread evenly up to the last.
 
     For 12 blocks these are 1, 3, 5, 7, 9, 11: MiniDisc's states 2, 4, ..., 12 without its embedding output.
+
+    Raises:
+        ConfigError: A layer that the model does not have.
     """
     if options.feature_layers is not None:
-        return options.feature_layers
+        chosen = tuple(sorted(set(options.feature_layers)))
+        if not chosen or chosen[0] < 0 or chosen[-1] >= num_layers:
+            raise ConfigError(
+                f"feature_layers {list(options.feature_layers)}: the model has layers 0 to {num_layers - 1}"
+            )
+        return chosen
     count = min(6, num_layers)
     return tuple(sorted({round((i + 1) * num_layers / count) - 1 for i in range(count)}))

@@ -124,13 +124,16 @@ def _check_same(before: Mapping[str, object], config: Options, path: Path) -> No
 def _save(folder: Path, result: StageResult, seconds: float) -> None:
     with writing(folder):
         unfinished = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=folder.parent))
-        if result.tensors:
-            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in result.tensors.items()}
-            save_file(tensors, unfinished / "tensors.safetensors")
-        text = json.dumps({"seconds": seconds, "result": result.model_dump(mode="json")}, indent=1)
-        (unfinished / "result.json").write_text(text, encoding="utf-8")
-        unfinished.chmod(0o755)
-        unfinished.rename(folder)  # the stage is finished the moment its folder has its name
+        try:
+            if result.tensors:
+                tensors = {name: t.detach().cpu().contiguous() for name, t in result.tensors.items()}
+                save_file(tensors, unfinished / "tensors.safetensors")
+            text = json.dumps({"seconds": seconds, "result": result.model_dump(mode="json")}, indent=1)
+            (unfinished / "result.json").write_text(text, encoding="utf-8")
+            unfinished.chmod(0o755)
+            unfinished.rename(folder)  # the stage is finished the moment its folder has its name
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)  # only there still if something failed
 
 
 def _load(folder: Path, kind: type[StageT]) -> tuple[StageT, float]:
@@ -151,8 +154,11 @@ def write_atomically(file: Path, content: str | bytes) -> None:
     data = content.encode() if isinstance(content, str) else content
     with writing(file):
         unfinished = file.with_name(f".{file.name}.unfinished")
-        unfinished.write_bytes(data)
-        os.replace(unfinished, file)
+        try:
+            unfinished.write_bytes(data)
+            os.replace(unfinished, file)
+        finally:
+            unfinished.unlink(missing_ok=True)  # only there still if something failed
 
 
 @contextmanager
