@@ -40,28 +40,21 @@ def export_onnx(model: nn.Module, spec: InputSpec, file: Path, images: Tensor) -
         ExportMismatchError: The file computes something else; it is not left behind.
     """
     model = copy.deepcopy(model).cpu().float().eval()
-    # Traced with a batch of 2: torch.export takes a size of 1 for a constant.
-    example = torch.zeros(2, spec.channels, *spec.size)
-    unfinished = file.with_name(f".{file.name}.unfinished")
-    with writing(file), _quiet():
-        torch.onnx.export(
-            model,
-            (example,),
-            str(unfinished),
-            dynamo=True,
-            dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
-            input_names=["images"],
-            output_names=["logits"],
-            external_data=False,
-            verbose=False,
-        )
-    difference = onnx_difference(model, unfinished, images)
-    if not difference <= TOLERANCE:
-        unfinished.unlink()
-        raise ExportMismatchError(
-            f"{file}: logits differ by {difference:.1e} of the largest one, allowed are {TOLERANCE:.0e}"
-        )
-    os.replace(unfinished, file)
+    with _unfinished(file, ".onnx") as unfinished:
+        with _quiet():
+            torch.onnx.export(
+                model,
+                (_example(spec),),
+                str(unfinished),
+                dynamo=True,
+                dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
+                input_names=["images"],
+                output_names=["logits"],
+                external_data=False,
+                verbose=False,
+            )
+        difference = onnx_difference(model, unfinished, images)
+        _check(file, difference)
     return difference
 
 
@@ -88,20 +81,42 @@ def export_program(model: nn.Module, spec: InputSpec, file: Path, images: Tensor
         ExportMismatchError: The program computes something else; it is not left behind.
     """
     model = copy.deepcopy(model).cpu().float().eval()
-    example = torch.zeros(2, spec.channels, *spec.size)
-    unfinished = file.with_name(f".unfinished-{file.stem}.pt2")
-    with writing(file), _quiet():
-        program = torch.export.export(model, (example,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
-        torch.export.save(program, unfinished)
+    with _unfinished(file, ".pt2") as unfinished:
+        with _quiet():
+            dynamic = ({0: torch.export.Dim.DYNAMIC},)
+            torch.export.save(
+                torch.export.export(model, (_example(spec),), dynamic_shapes=dynamic), unfinished
+            )
+            loaded = torch.export.load(unfinished).module()
         with torch.no_grad():
-            loaded = torch.export.load(unfinished).module()(images.cpu())
-            eager = model(images.cpu())
-    difference = ((loaded - eager).abs().max() / eager.abs().max()).item()
-    if not difference <= TOLERANCE:
-        unfinished.unlink()
-        raise ExportMismatchError(f"{file}: logits differ by {difference:.1e} of the largest one")
-    os.replace(unfinished, file)
+            exported, eager = loaded(images.cpu()), model(images.cpu())
+        difference = ((exported - eager).abs().max() / eager.abs().max()).item()
+        _check(file, difference)
     return difference
+
+
+def _example(spec: InputSpec) -> Tensor:
+    """A batch of 2 to trace with: torch.export takes a size of 1 for a constant."""
+    return torch.zeros(2, spec.channels, *spec.size)
+
+
+def _check(file: Path, difference: float) -> None:
+    if not difference <= TOLERANCE:  # a NaN is no agreement either
+        raise ExportMismatchError(
+            f"{file}: logits differ by {difference:.1e} of the largest one, allowed are {TOLERANCE:.0e}"
+        )
+
+
+@contextlib.contextmanager
+def _unfinished(file: Path, suffix: str) -> Iterator[Path]:
+    """A name to write to; it becomes `file` if all goes well, and is removed if not."""
+    unfinished = file.with_name(f".unfinished-{file.stem}{suffix}")
+    try:
+        with writing(file):
+            yield unfinished
+            os.replace(unfinished, file)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
