@@ -1,0 +1,143 @@
+"""What others build on: public names, command-line flags, cheap imports, version bounds, the size of files.
+
+A change of the surface must be seen in the diff of this file.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import resource
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+import stepwell
+from stepwell import cli
+
+ROOT = Path(__file__).parent.parent.parent
+SOURCES = sorted((ROOT / "src").rglob("*.py"))
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+PUBLIC = {"Compressed", "StepwellError", "__version__", "compress", "load"}
+
+TRAINING = {
+    "--augment", "--batch-size", "--clip-norm", "--data", "--data-root", "--device", "--epochs", "--lr",
+    "--minutes", "--model-args", "--out", "--precision", "--schedule", "--seed", "--selection-data",
+    "--skip-bad-images", "--warmup", "--weight-decay", "--workers", "--config",
+}  # fmt: skip
+COMPRESS = TRAINING | {
+    "--assistant", "--control", "--distill-lr", "--feature-layers", "--feature-scale", "--feature-weight",
+    "--grid", "--joint-epochs", "--joint-lr", "--keep", "--latency-threads", "--logit-weight", "--metric",
+    "--min-heads-per-layer", "--num-candidates", "--num-random", "--preset", "--round-to", "--rule",
+    "--sampling", "--score-images", "--score-reduction", "--task-weight", "--teacher", "--teacher-weights",
+    "--temperature",
+}  # fmt: skip
+FLAGS = {
+    "train": TRAINING | {"--label-smoothing", "--model", "--pretrained", "--weights"},
+    "compress": COMPRESS,
+    "doctor": COMPRESS,
+    "inspect": {"--all", "--json", "--teacher"},
+    "export": {"--all", "--format", "--keep", "--out", "--teacher"},
+    "predict": {"--teacher", "--top"},
+    "demo": {"--device", "--effort", "--out", "--seed"},
+}
+
+
+def test_public_names() -> None:
+    assert set(stepwell.__all__) == PUBLIC == set(dir(stepwell))
+    for name in PUBLIC:
+        assert getattr(stepwell, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'compres'"):
+        stepwell.compres  # noqa: B018
+
+
+def test_version_is_that_of_the_changelog() -> None:
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.search(rf"^## \[{re.escape(stepwell.__version__)}\]", changes, flags=re.MULTILINE)
+
+
+def test_there_is_no_other_command() -> None:
+    assert set(cli.COMMANDS) == set(FLAGS)
+
+
+@pytest.mark.parametrize("command", FLAGS)
+def test_flags(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([command, "--help"]) == 0
+    # A flag begins its line; `--no-flag` and the description come after it, in a column of their own.
+    shown = re.findall(r"^. (?:-\w, )?(--[\w-]+)", capsys.readouterr().out, flags=re.MULTILINE)
+    assert set(shown) == FLAGS[command] | {"--help"}
+    assert len(shown) == len(set(shown))
+
+
+def modules_after(code: str) -> set[str]:
+    """Which packages a fresh interpreter has loaded after `code`."""
+    code += "\nimport json, sys; print(json.dumps(sorted({name.split('.')[0] for name in sys.modules})))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+def test_import_is_cheap() -> None:
+    loaded = modules_after("import stepwell")
+    assert "stepwell" in loaded
+    assert not loaded & {"torch", "torchvision", "timm", "numpy", "onnxruntime", "matplotlib"}
+
+
+def test_command_line_waits_for_nothing_heavy() -> None:
+    loaded = modules_after("from stepwell.cli import main\nmain(['--help'])\nmain(['compress', '--help'])")
+    assert not loaded & {"torch", "torchvision", "timm", "onnxruntime", "matplotlib"}
+
+
+def test_help_takes_less_than_a_second() -> None:
+    def seconds() -> float:  # of the processor: other programs on this machine are not our delay
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, "-m", "stepwell", "--help"], capture_output=True, check=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    assert min(seconds() for _ in range(3)) < 1
+
+
+@pytest.mark.parametrize("file", SOURCES, ids=lambda file: str(file.relative_to(ROOT / "src/stepwell")))
+def test_a_file_fits_into_a_head(file: Path) -> None:
+    text = file.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 340
+    if file.name != "cli.py":  # the library reports through training/progress.py, or returns
+        calls = [node.func for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)]
+        assert not [c.lineno for c in calls if isinstance(c, ast.Name) and c.id == "print"]
+
+
+def constraints(name: str) -> dict[str, Version]:
+    lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
+    pairs = [line.split("==") for line in lines]
+    assert lines == sorted(lines), f"{name} is not sorted"
+    return {canonicalize_name(package): Version(version) for package, version in pairs}
+
+
+def requirements() -> list[Requirement]:
+    extras = PROJECT["optional-dependencies"]
+    return [Requirement(line) for line in [*PROJECT["dependencies"], *extras["demo"], *extras["dev"]]]
+
+
+def test_constraints_satisfy_the_project() -> None:
+    pinned = constraints("constraints.txt")
+    for requirement in requirements():
+        if requirement.name != "stepwell":
+            assert pinned[canonicalize_name(requirement.name)] in requirement.specifier, requirement.name
+
+
+def test_lowest_versions_are_the_ones_that_are_tested() -> None:
+    """Every lower bound that a user relies on is installed, to the digit, by the minimum-versions check."""
+    pinned = constraints("constraints-minimum.txt")
+    for line in [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["demo"]]:
+        requirement = Requirement(line)
+        (bound,) = requirement.specifier
+        assert bound.operator == ">="
+        assert pinned[canonicalize_name(requirement.name)] == Version(bound.version), line
