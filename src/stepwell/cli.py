@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
+from pydantic import TypeAdapter, ValidationError
 
 from stepwell.config import (
     FLAGS,
@@ -139,12 +140,22 @@ def _defaults(kind: type[Options], words: Sequence[str]) -> dict[str, Any]:
     """What holds where the command line is silent: the config file's values over the preset's."""
     values: dict[str, Any] = {}
     if (file := _value_of("--config", words)) is not None:
-        values = read_yaml(Path(file))
-        for name in values:
+        for name, value in read_yaml(Path(file)).items():
             if name not in kind.model_fields:
-                raise ConfigError(f"{file}: unknown key {name!r}{did_you_mean(name, kind.model_fields)}")
+                field = next((f for f, flag in FLAGS.items() if flag == name), str(name))
+                raise ConfigError(f"{file}: unknown key {name!r}{did_you_mean(field, kind.model_fields)}")
+            values[name] = _value(name, value, kind, file)
     preset = _value_of("--preset", words) or values.get("preset", "default")
     return {**PRESETS.get(str(preset), {}), **values}
+
+
+def _value(name: str, value: object, kind: type[Options], file: str) -> object:
+    """A value of a config file as the type of its field: tyro takes no text for a path."""
+    info = kind.model_fields[name]
+    try:
+        return TypeAdapter(Annotated[info.annotation, info]).validate_python(value)  # type: ignore[valid-type]
+    except ValidationError as error:
+        raise ConfigError(f"{file}: {name}: {error.errors()[0]['msg']}, got {value!r}") from None
 
 
 def _value_of(flag: str, words: Sequence[str]) -> str | None:
