@@ -180,7 +180,8 @@ class _Log:
             if not math.isfinite(mean):
                 raise DivergedError(
                     f"{self.stage}: {name} became {mean} between steps {step - self._count + 1} and {step} "
-                    f"of {self.num_steps}; finished stages are kept, try a lower --lr than {self.peak_lr:g}"
+                    f"of {self.num_steps}; finished stages are kept; a lower --lr than "
+                    f"{self.peak_lr:g} needs another --out"
                 )
             self.losses.setdefault(name, []).append(mean)
         self.steps.append(step)

@@ -12,7 +12,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -26,8 +26,8 @@ from stepwell.config import Options, read_yaml, to_yaml
 from stepwell.errors import RunDirError
 from stepwell.training.progress import say
 
-# These change where and how fast a run computes, not what.
-_MAY_CHANGE = frozenset({"device", "workers"})
+# These change where and how fast a run computes, not what; a folder may be moved, or named from elsewhere.
+_MAY_CHANGE = frozenset({"device", "workers", "out_dir"})
 
 
 class StageResult(BaseModel):
@@ -53,21 +53,26 @@ class RunDir:
     def open(cls, path: Path, config: Options) -> RunDir:
         """Make the folder, or come back to it with the same options.
 
+        A run of which no stage is finished has nothing to lose: it begins anew with the options of now.
+
         Raises:
             RunDirError: The folder holds something else, belongs to a run with other options (the first
                 one that differs is named), or cannot be written.
         """
-        saved = path / "config.yaml"
-        if saved.exists():
-            _check_same(read_yaml(saved), config, path)
-        elif path.exists() and (not path.is_dir() or any(path.iterdir())):
+        saved, stages = path / "config.yaml", path / "stages"
+        begun = any(stages.glob("[!.]*/result.json"))
+        if saved.exists() and stages.is_dir():
+            if begun:
+                _check_same(read_yaml(saved), config, path)
+        elif path.exists() and (begun or not _holds_only(path, {stages, _unfinished(saved)})):
             raise RunDirError(f"{path} exists and is not a run of stepwell; choose another --out")
         with writing(path):
-            (path / "stages").mkdir(parents=True, exist_ok=True)
-            for left_over in (path / "stages").glob(".unfinished-*"):
+            stages.mkdir(parents=True, exist_ok=True)
+            for left_over in stages.glob(".unfinished-*"):
                 shutil.rmtree(left_over)
-        if not saved.exists():
-            write_atomically(saved, to_yaml(config))
+            if not begun:
+                (stages / "identity.json").unlink(missing_ok=True)
+                write_atomically(saved, to_yaml(config))
         return cls(path)
 
     def check_identity(self, identity: Mapping[str, str]) -> None:
@@ -121,6 +126,10 @@ def _check_same(before: Mapping[str, object], config: Options, path: Path) -> No
             )
 
 
+def _holds_only(path: Path, allowed: Collection[Path]) -> bool:
+    return path.is_dir() and all(entry in allowed for entry in path.iterdir())
+
+
 def _save(folder: Path, result: StageResult, seconds: float) -> None:
     with writing(folder):
         unfinished = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=folder.parent))
@@ -153,12 +162,16 @@ def write_atomically(file: Path, content: str | bytes) -> None:
     """
     data = content.encode() if isinstance(content, str) else content
     with writing(file):
-        unfinished = file.with_name(f".{file.name}.unfinished")
+        unfinished = _unfinished(file)
         try:
             unfinished.write_bytes(data)
             os.replace(unfinished, file)
         finally:
             unfinished.unlink(missing_ok=True)  # only there still if something failed
+
+
+def _unfinished(file: Path) -> Path:
+    return file.with_name(f".{file.name}.unfinished")
 
 
 @contextmanager
