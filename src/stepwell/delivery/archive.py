@@ -11,15 +11,15 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import timm
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from stepwell.errors import ModelError
+from stepwell.errors import DataError, ModelError
 from stepwell.pruning.families import family_of
 from stepwell.pruning.skeleton import build_skeleton, fill
 from stepwell.training.batches import InputSpec
@@ -48,7 +48,7 @@ class Card(BaseModel):
 
     format: Literal[1] = 1
     architecture: Architecture
-    widths: dict[str, int] = {}
+    widths: dict[str, Annotated[int, Field(ge=0)]] = {}
     """Units kept per group; a group that is not named is whole."""
     classes: list[str]
     input: InputSpec
@@ -78,13 +78,15 @@ def read_card(folder: Path) -> Card:
         ModelError: It is missing or is not ours.
     """
     try:
-        return Card.model_validate_json((folder / CARD).read_text(encoding="utf-8"))
+        return Card.model_validate_json((folder / CARD).read_bytes())
     except OSError:
         raise ModelError(f"{folder} holds no {CARD}: it is not a model directory of stepwell") from None
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ModelError(f"{folder / CARD}: {where}: {first['msg']}") from None
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise ModelError(f"{folder / CARD} is damaged: {where}: {first['msg']}") from None
+    except DataError as error:
+        raise ModelError(f"{folder / CARD} is damaged: {error}") from None
 
 
 def load(path: str | Path, factory: Factory | None = None) -> nn.Module:
@@ -113,17 +115,39 @@ def build(architecture: Architecture, factory: Factory | None, where: Path) -> n
             f"{where} was made from {architecture.name}, which is not stored: "
             f"pass factory=, the function that builds it, or use {ONNX}"
         )
-    return timm.create_model(architecture.name, pretrained=False, **architecture.args)
+    if not timm.is_model(architecture.name):  # a name such as hf-hub:... would go to the network
+        raise ModelError(f"{where / CARD}: this timm has no model {architecture.name!r}; is it too old?")
+    try:
+        return timm.create_model(architecture.name, pretrained=False, **architecture.args)
+    except Exception as error:  # whatever a constructor does with arguments that it cannot use
+        raise ModelError(
+            f"{where / CARD}: timm cannot build {architecture.name} from {architecture.args}: "
+            f"{type(error).__name__}: {error}"
+        ) from None
 
 
 def narrow_and_load(model: nn.Module, widths: Mapping[str, int], weights: Path) -> nn.Module:
-    """Cut `model` to `widths` and fill it from a safetensors file."""
+    """Cut `model` to `widths` and fill it from a safetensors file.
+
+    Raises:
+        ModelError: The file cannot be read, or model, widths and weights do not fit each other.
+    """
     try:
         tensors = load_file(weights)
     except (OSError, SafetensorError) as error:
         raise ModelError(f"cannot read {weights}: {error}") from None
     if widths:
-        model = fill_with_buffers(build_skeleton(model, family_of(model), widths), tensors)
+        family = family_of(model)
+        units = {group.name: group.num_units for group in family.groups(model)}
+        wrong = [name for name, width in widths.items() if width > units.get(name, -1)]
+        if wrong:
+            raise ModelError(
+                f"{weights.with_name(CARD)} is damaged: {wrong[0]} of the {type(model).__name__} "
+                f"has {units.get(wrong[0], 0)} units, not {widths[wrong[0]]}"
+            )
+        skeleton = build_skeleton(model, family, widths)
+        check_fit(skeleton, tensors, str(weights))
+        model = fill_with_buffers(skeleton, tensors)
     else:
         load_strictly(model, tensors, str(weights))
     return model.eval()
@@ -138,7 +162,13 @@ def fill_with_buffers(skeleton: nn.Module, tensors: Mapping[str, Tensor]) -> nn.
 
 
 def load_strictly(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
-    """Load a state dict that must fit in every key and shape.
+    """Load a state dict that must fit in every key and shape; see `check_fit`."""
+    check_fit(model, tensors, where)
+    model.load_state_dict(dict(tensors))
+
+
+def check_fit(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Check that a state dict fits `model`, or a skeleton, in every key and shape.
 
     Raises:
         ModelError: Names the first keys that are missing, left over, or of another shape.
@@ -160,7 +190,6 @@ def load_strictly(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -
     )
     if text:
         raise ModelError(f"weights in {where} do not fit {type(model).__name__}: {text}")
-    model.load_state_dict(dict(tensors))
 
 
 def digest(model: nn.Module) -> str:

@@ -6,10 +6,12 @@ import ast
 import copy
 import importlib.util
 import pickle
+import sys
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import timm
 import torch
@@ -32,6 +34,7 @@ from stepwell.delivery.archive import (
 )
 from stepwell.errors import ConfigError, ModelError, did_you_mean
 from stepwell.training.batches import InputSpec
+from stepwell.training.images import one_line
 
 
 @dataclass(frozen=True)
@@ -89,12 +92,15 @@ def teacher_from_module(module: nn.Module, classes: tuple[str, ...] | None) -> T
     shows (proved by equal outputs), the student will load without help; else `load` asks for `factory=`.
     """
     model = copy.deepcopy(module).cpu().eval()
+    _check_numbers(model, f"a {type(model).__name__}")
     spec = input_spec(model)
     architecture = _recognise(model, spec) or Architecture(source="factory", name=type(model).__name__)
     return Teacher(model, architecture, spec, classes, {}, architecture.name, digest(model))
 
 
-def create_timm(name: str, args: Mapping[str, Any], **extra: Any) -> nn.Module:  # noqa: ANN401
+def create_timm(
+    name: str, args: Mapping[str, Any], *, pretrained: bool, way_out: str = "pass --teacher-weights FILE"
+) -> nn.Module:
     """`timm.create_model` with our errors: unknown names, wrong arguments, unreachable weights."""
     base = name.split(".")[0]
     if not name.startswith(("hf-hub:", "hf_hub:", "local-dir:")) and not timm.is_model(base):
@@ -103,16 +109,15 @@ def create_timm(name: str, args: Mapping[str, Any], **extra: Any) -> nn.Module: 
             f"{did_you_mean(base, timm.list_models())}"
         )
     try:
-        return timm.create_model(name, **{**args, **extra})
+        return timm.create_model(name, **{**args, "pretrained": pretrained})
     except TypeError as error:
         raise ConfigError(f"--model-args {dict(args)} do not suit {name}: {error}") from None
     except Exception as error:
-        if not extra.get("pretrained"):
+        if not pretrained:
             raise
         # Whatever the hub's client raises (no network, no such file, no weights): the way out is the same.
-        reason = str(error).splitlines()[0][:120]
         raise ModelError(
-            f"no pretrained weights can be reached for {name} ({reason}); pass --teacher-weights FILE"
+            f"no pretrained weights can be reached for {name} ({one_line(error)[:120]}); {way_out}"
         ) from None
 
 
@@ -138,14 +143,16 @@ def read_weights(file: Path) -> dict[str, Tensor]:
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
-        content = torch.load(file, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a pickle that torch did not write; it is refused anyway
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise ModelError(
-            f"{file} is a pickle that would run code when loaded, which is refused; "
+            f"{file} is damaged, or a pickle that would run code when loaded, which is refused; "
             f"save its state_dict() alone, or as .safetensors"
         ) from None
     except (SafetensorError, RuntimeError, OSError, EOFError, ValueError) as error:
-        raise ModelError(f"cannot read weights from {file}: {str(error).splitlines()[0]}") from None
+        raise ModelError(f"cannot read weights from {file}: {one_line(error)}") from None
     for key in ("state_dict", "model", "state_dict_ema"):  # what training scripts wrap weights in
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
@@ -225,8 +232,6 @@ def _from_directory(path: Path, weights: Path | None, args: Mapping[str, Any]) -
 
 def _from_file(source: str, weights: Path | None) -> Teacher:
     model = load_factory(source)()
-    if not isinstance(model, nn.Module):
-        raise ModelError(f"{source} returned a {type(model).__name__}, not a torch.nn.Module")
     if weights is not None:
         load_strictly(model, read_weights(weights), str(weights))
     function = source.rpartition(":")[2]
@@ -239,22 +244,42 @@ def load_factory(source: str) -> Factory:
     path = Path(file)
     if not path.is_file():
         raise ModelError(f"no file {path} (from --teacher {source})")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    spec = importlib.util.spec_from_file_location(f"_stepwell_user_{path.stem}", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up there
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ModelError(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
     factory = getattr(module, function, None)
     if not callable(factory):
         raise ModelError(f"{path} has no function {function!r}{did_you_mean(function, vars(module))}")
-    return cast(Factory, factory)
+
+    def build() -> nn.Module:
+        try:
+            model = factory()
+        except Exception as error:
+            raise ModelError(f"{source} failed: {type(error).__name__}: {error}") from error
+        if not isinstance(model, nn.Module):
+            raise ModelError(f"{source} returned a {type(model).__name__}, not a torch.nn.Module")
+        return model
+
+    return build
 
 
 def _teacher(model: nn.Module, architecture: Architecture, name: str) -> Teacher:
+    _check_numbers(model, name)
     return Teacher(model, architecture, input_spec(model), None, {}, name, digest(model))
+
+
+def _check_numbers(model: nn.Module, name: str) -> None:
+    for key, tensor in model.state_dict().items():
+        if not tensor.isfinite().all():
+            raise ModelError(
+                f"{name} cannot teach: {key} holds NaN or infinite values; take an earlier checkpoint"
+            )
 
 
 def _recognise(model: nn.Module, spec: InputSpec) -> Architecture | None:
