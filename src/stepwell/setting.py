@@ -97,6 +97,12 @@ class Setting:
         """The images that decide nothing and are looked at once, at the end."""
         return self.plain(self.data.test)
 
+    def read_images(self) -> None:
+        """Decode what will be held in memory, so that a bad image is found before anything is begun."""
+        TrainBatches(self.data.train, self.teacher.spec, self.config, self.config.seed, self.device)
+        for images in (self.data.selection, self.data.test):
+            EvalBatches(images, self.teacher.spec, self.config, self.device)
+
     def plain(self, images: ImageSet) -> EvalBatches:
         """Batches of `images` without augmentation."""
         return EvalBatches(images, self.teacher.spec, self.config, self.device, self.labels(images))
@@ -173,7 +179,9 @@ def find_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        return torch.zeros(1, device=name).device
+        probe = torch.zeros(1, device=name)
+        probe.item()  # `meta` can be named, but not computed on
+        return probe.device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"device {name!r} cannot be used here: {reason}; try --device cpu") from None

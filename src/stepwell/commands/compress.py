@@ -100,7 +100,10 @@ def run(config: CompressConfig, module: nn.Module | None = None) -> Compressed:
 def _setting(config: CompressConfig, teacher: Teacher, data: Data) -> Setting:
     torch.manual_seed(config.seed)
     assert config.out_dir is not None
-    setting = prepare(config, RunDir(config.out_dir), teacher, data)  # every check comes before the folder
+    # Every check comes before the folder is made.
+    setting = prepare(config, RunDir(config.out_dir), teacher, data)
+    if not (config.out_dir / "result.json").exists():
+        setting.read_images()
     RunDir.open(config.out_dir, config)
     setting.run.check_identity({"teacher": teacher.digest, "data": data.fingerprint})
     return setting

@@ -17,7 +17,7 @@ from stepwell.errors import ConfigError
 from stepwell.setting import find_device
 from stepwell.stages.plan import epochs_in
 from stepwell.training.batches import Batch, EvalBatches, TrainBatches
-from stepwell.training.data import Data, resolve_data
+from stepwell.training.data import resolve_data
 from stepwell.training.loop import Trained, fit, seconds_per_step
 from stepwell.training.progress import say
 from stepwell.training.run_dir import RunDir, writing
@@ -58,14 +58,17 @@ def run(config: TrainConfig) -> str:
     torch.manual_seed(config.seed)
     device = find_device(config.device)
     model = _start(config, len(data.classes)).to(device).train()
+    spec = input_spec(model)
+    # Decoded now: a bad image is an error before the folder is made.
+    batches = TrainBatches(data.train, spec, config, config.seed, device)
+    test = EvalBatches(data.test, spec, config, device)
     run_dir = RunDir.open(config.out_dir, config)
     run_dir.check_identity({"data": data.fingerprint})
-    trained = run_dir.stage("train", Trained, lambda: _fit(config, model, data, device))
+    trained = run_dir.stage("train", Trained, lambda: _fit(config, model, batches, device))
     model.load_state_dict({**model.state_dict(), **{k: t.to(device) for k, t in trained.tensors.items()}})
     model.eval()
 
-    spec = input_spec(model)
-    scores = evaluate(model, EvalBatches(data.test, spec, config, device), "test images")
+    scores = evaluate(model, test, "test images")
     low, high = wilson_interval(scores.top1, len(scores.labels))
     args = {"num_classes": len(data.classes), **parse_model_args(config.model_args)}
     card = Card(
@@ -94,7 +97,8 @@ def run(config: TrainConfig) -> str:
 def _start(config: TrainConfig, num_classes: int) -> nn.Module:
     args = {"num_classes": num_classes, **parse_model_args(config.model_args)}
     if config.weights is None:
-        return create_timm(config.model, args, pretrained=config.pretrained)
+        way_out = "pass --weights FILE, or --no-pretrained to start from random ones"
+        return create_timm(config.model, args, pretrained=config.pretrained, way_out=way_out)
     model = create_timm(config.model, args, pretrained=False)
     tensors = read_weights(config.weights)
     head = {f"{name}.{leaf}" for name in _classifiers(model) for leaf in ("weight", "bias")}
@@ -115,8 +119,7 @@ def _classifiers(model: nn.Module) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else tuple(names)
 
 
-def _fit(config: TrainConfig, model: nn.Module, data: Data, device: torch.device) -> Trained:
-    batches = TrainBatches(data.train, input_spec(model), config, config.seed, device)
+def _fit(config: TrainConfig, model: nn.Module, batches: TrainBatches, device: torch.device) -> Trained:
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.precision == "bf16")
     step = ClassifyStep(model, config.label_smoothing, autocast)
     parameters = dict(model.named_parameters())
