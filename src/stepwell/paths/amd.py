@@ -17,7 +17,7 @@ from stepwell.pruning.shared import SharedWeights
 from stepwell.pruning.skeleton import fill, leading_units, sort_units
 from stepwell.setting import Setting
 from stepwell.stages.distill import DistillStep, distill
-from stepwell.stages.grid import keep_ratios, make_grid
+from stepwell.stages.grid import check_room, keep_ratios, make_grid
 from stepwell.stages.joint import JointStep, scales_per_step, train_jointly
 from stepwell.stages.judge import judge, nearest, resolve_metric
 from stepwell.stages.plan import Costs, Epochs, epochs_in
@@ -47,6 +47,7 @@ def descend(s: Setting) -> Result:
     shared = SharedWeights(s.model, s.family, sorted_weights, candidates)
     step = JointStep(s.model, s.family, shared, s.layers, config, config, config.seed, s.autocast)
     costs = _costs(s, shared)
+    check_room(costs.scales, config)
     epochs = run.stage("plan", Epochs, lambda: _plan(s, step, costs))
     joint = run.stage(
         "joint", Trained, lambda: train_jointly(step, s.train, config, epochs.joint, s.no_decay)

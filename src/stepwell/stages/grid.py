@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 from stepwell.config import GridOptions
+from stepwell.errors import ConfigError
 from stepwell.pruning.units import Candidate, Group
 
 Scores = Mapping[str, Sequence[float]]
@@ -49,6 +50,23 @@ def make_grid(
             widths = {name: max(width, candidates[-1].widths[name]) for name, width in widths.items()}
         candidates.append(Candidate(ratio, widths))
     return candidates
+
+
+def check_room(scales: Sequence[float], options: GridOptions) -> None:
+    """Check that there is room for an assistant on the ladder.
+
+    Args:
+        scales: Share of the teacher's MACs of each candidate, the student's first.
+        options: What the ladder was made with, for the message.
+
+    Raises:
+        ConfigError: No candidate is larger than the student and smaller than the teacher.
+    """
+    if not any(scales[0] < scale < 1 for scale in scales[1:]):
+        raise ConfigError(
+            f"no candidate lies between student and teacher: all {len(scales)} come to the widths of one or "
+            f"the other; try a smaller --keep, --round-to 1 (now {options.round_to}) or a larger teacher"
+        )
 
 
 def kept_counts(groups: Sequence[Group], scores: Scores, keep_ratio: float) -> dict[str, int]:
