@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import torch
 from torch import Tensor, nn
@@ -53,9 +54,19 @@ def export_onnx(model: nn.Module, spec: InputSpec, file: Path, images: Tensor) -
                 external_data=False,
                 verbose=False,
             )
+        _forget_sources(unfinished)
         difference = onnx_difference(model, unfinished, images)
         _check(file, difference)
     return difference
+
+
+def _forget_sources(file: Path) -> None:
+    """Take out which line of which file on this machine each node came from: long, and nobody's business."""
+    program = onnx.load(file)
+    graph = program.graph
+    for part in (program, graph, *graph.node, *graph.value_info, *graph.input, *graph.output):
+        part.ClearField("metadata_props")
+    onnx.save(program, file)
 
 
 def onnx_difference(model: nn.Module, file: Path, images: Tensor) -> float:
@@ -84,9 +95,12 @@ def export_program(model: nn.Module, spec: InputSpec, file: Path, images: Tensor
     with _unfinished(file, ".pt2") as unfinished:
         with _quiet():
             dynamic = ({0: torch.export.Dim.DYNAMIC},)
-            torch.export.save(
-                torch.export.export(model, (_example(spec),), dynamic_shapes=dynamic), unfinished
-            )
+            program = torch.export.export(model, (_example(spec),), dynamic_shapes=dynamic)
+            for node in program.graph.nodes:
+                node.meta.pop("stack_trace", None)  # see _forget_sources
+            buffer = io.BytesIO()  # torch's own file writer aborts the process when the disk is full
+            torch.export.save(program, buffer)
+            unfinished.write_bytes(buffer.getvalue())
             loaded = torch.export.load(unfinished).module()
         with torch.no_grad():
             exported, eager = loaded(images.cpu()), model(images.cpu())
