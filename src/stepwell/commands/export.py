@@ -35,8 +35,6 @@ def run(config: ExportConfig) -> str:
     wanted = available if config.all else [config.keep_ratio or 0.0]
     factory = load_factory(config.teacher) if config.teacher else None
     out = config.out_dir or config.run / "exports"
-    with writing(out):
-        out.mkdir(parents=True, exist_ok=True)
     lines = []
     with progress("export", len(wanted)) as advance:
         for keep_ratio in wanted:
@@ -48,6 +46,8 @@ def run(config: ExportConfig) -> str:
 def _export_one(config: ExportConfig, keep_ratio: float, out: Path, factory: Factory | None) -> str:
     model, card = load_rung(config.run, keep_ratio, factory)
     images = torch.randn(4, card.input.channels, *card.input.size, generator=torch.Generator().manual_seed(0))
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
     stem = out / f"keep-{keep_ratio:g}"
     match config.format:
         case "onnx":

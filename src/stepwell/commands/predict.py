@@ -8,12 +8,14 @@ from PIL import Image, UnidentifiedImageError
 from stepwell.config import PredictConfig
 from stepwell.delivery.archive import find_model_dir, load, read_card
 from stepwell.delivery.teacher import load_factory
-from stepwell.errors import DataError, ModelError
+from stepwell.errors import ConfigError, DataError, ModelError
 from stepwell.training.batches import eval_transform, normalise
 
 
 def run(config: PredictConfig) -> str:
     """One line per image: its most probable classes, in percent."""
+    if not config.images:
+        raise ConfigError("predict needs image files after the model; see stepwell predict --help")
     folder = find_model_dir(config.model)
     if folder is None:
         raise ModelError(
