@@ -1,0 +1,403 @@
+"""A run that was stopped, at any moment and in any way, ends where an undisturbed one does."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors.torch import load_file, save_file
+from small_world import (
+    MODEL,
+    QUICK,
+    assert_same_weights,
+    contents,
+    figures,
+    leftovers,
+    stepwell,
+    student_weights,
+)
+
+from stepwell import handover
+from stepwell.cli import main
+from stepwell.paths import amd
+from stepwell.stages import deliver
+from stepwell.training import loop, run_dir
+from stepwell.training.run_dir import RunDir
+
+STAGES = ("score", "ladder", "plan", "joint", "select", "distill", "control", "deliver")
+
+
+@pytest.fixture
+def words(teacher, data, tmp_path):
+    """The command of the reference run, into a folder of this test."""
+    return [
+        "compress",
+        "--teacher",
+        str(teacher),
+        "--data",
+        str(data),
+        "--out",
+        str(tmp_path / "out"),
+        *QUICK,
+    ]
+
+
+@pytest.fixture
+def started(reference, words, tmp_path):
+    """A copy of the reference run whose last stages are not done yet."""
+    out = shutil.copytree(reference, tmp_path / "out")
+    for name in ("student", "stages/distill", "stages/deliver"):
+        shutil.rmtree(out / name)
+    for name in ("result.json", "report.html"):
+        (out / name).unlink()
+    return out
+
+
+def assert_same_run(ours: Path, theirs: Path) -> None:
+    assert_same_weights(student_weights(ours), student_weights(theirs))
+    assert figures(ours) == figures(theirs)
+    for file in (theirs / "stages").rglob("*.safetensors"):
+        same = ours / file.relative_to(theirs)
+        assert_same_weights(load_file(same), load_file(file))
+    assert not leftovers(ours)
+
+
+# --- stopped and started again
+
+
+def test_stopped_after_every_stage(finished, teacher, data, tmp_path, quick, monkeypatch, capsys):
+    """One run, interrupted after each of its stages: what is finished is never computed again."""
+    out = tmp_path / "out"
+    words = ("compress", "--teacher", teacher, "--data", data, "--out", out, *QUICK)
+    stage = RunDir.stage
+    computed: list[str] = []
+    last = [""]
+
+    def stop_after(self, name, kind, compute):
+        def count():
+            computed.append(name)
+            return compute()
+
+        result = stage(self, name, kind, count)
+        if name == last[0]:
+            raise KeyboardInterrupt
+        return result
+
+    monkeypatch.setattr(RunDir, "stage", stop_after)
+    for i, name in enumerate(STAGES):
+        last[0] = name
+        capsys.readouterr()
+        assert main([*map(str, words), "--control", "equal_epochs"]) == 130
+        assert capsys.readouterr().err.splitlines()[-1].startswith("stepwell: interrupted")
+        assert computed == list(STAGES[: i + 1])
+        assert not leftovers(out)
+        assert not (out / "result.json").exists()
+    last[0] = ""
+    stepwell(*words, "--control", "equal_epochs")
+    assert computed == list(STAGES)
+    # The undisturbed run wrote its ONNX file and its report too, so this compares all but those.
+    assert_same_weights(student_weights(out), student_weights(finished))
+    assert figures(out) == figures(finished)
+
+
+class Stopped(BaseException):
+    """Stands for anything that ends a process."""
+
+
+def stop(*_args, **_options):
+    raise Stopped
+
+
+def stop_at_call(number: int, function):
+    """Call `function` until its `number`th call, which stops the run instead."""
+    calls = iter(range(1, number + 1))
+
+    def counted(*args, **options):
+        if next(calls) == number:
+            raise Stopped
+        return function(*args, **options)
+
+    return counted
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "call"),
+    [
+        (loop.nn.utils, "clip_grad_norm_", 2),  # in the middle of joint training
+        (run_dir, "save_file", 1),  # before the jointly trained weights are written
+        (run_dir.Path, "rename", 1),  # the first stage is written, but not in its place
+        (run_dir.os, "replace", 1),  # config.yaml is written, but not in its place
+        (run_dir.os, "replace", 2),
+    ],
+)
+def test_stopped_early(words, reference, tmp_path, quick, monkeypatch, owner, name, call):
+    stop_and_go_on(words, reference, tmp_path / "out", monkeypatch, owner, name, call)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "call"),
+    [
+        (loop.nn.utils, "clip_grad_norm_", 2),  # in the middle of the last step
+        (run_dir.Path, "rename", 1),  # the last training is written, but not in its place
+        (deliver, "save_model", 1),  # while the teacher is measured
+        (deliver, "save_model", 4),  # the student's ONNX file is there, its weights are not
+        (handover, "write_report", 1),
+        (handover, "write_atomically", 1),  # everything is there but the result
+    ],
+)
+def test_stopped_late(words, started, reference, quick, monkeypatch, owner, name, call):
+    stop_and_go_on(words, reference, started, monkeypatch, owner, name, call)
+
+
+def stop_and_go_on(words, reference, out, monkeypatch, owner, name, call):
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, stop_at_call(call, getattr(owner, name)))
+        with pytest.raises(Stopped):
+            main(words)
+    assert not (out / "result.json").exists()
+    stepwell(*words)
+    assert_same_run(out, reference)
+
+
+def test_leftovers_of_a_killed_process_are_cleaned_up(words, started, reference, quick):
+    """What nothing could clean up, because the process was gone at once."""
+    unfinished = started / "stages" / ".unfinished-a1b2c3d4"
+    unfinished.mkdir()
+    (unfinished / "tensors.safetensors").write_bytes(b"half of it")
+    (started / ".result.json.unfinished").write_text('{"half": ')
+    (started / "student").mkdir()
+    (started / "student" / ".model.safetensors.unfinished").write_bytes(b"half of it")
+    (started / "student" / "model.safetensors").write_bytes(b"old")
+    stepwell(*words)
+    assert_same_run(started, reference)
+
+
+@pytest.mark.parametrize("left", [[], ["stages"], ["stages", ".config.yaml.unfinished"]])
+def test_killed_before_it_had_begun(words, tmp_path, monkeypatch, left):
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in left:
+        (out / name).write_text("teacher: ") if "config" in name else (out / name).mkdir()
+    monkeypatch.setattr(amd, "descend", stop)
+    with pytest.raises(Stopped):  # it begins
+        main(words)
+    assert set(contents(out)) == {"config.yaml", "stages/identity.json"}
+
+
+KILLED = """
+import os, signal, sys
+import small_world
+from stepwell.training import run_dir
+
+moment = sys.argv[1]
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+rename, replace, save_file = run_dir.Path.rename, run_dir.os.replace, run_dir.save_file
+def rename_or_die(path, target):
+    return die() if moment == f"rename {target.name}" else rename(path, target)
+def replace_or_die(path, target):
+    return die() if moment == f"replace {target.name}" else replace(path, target)
+run_dir.Path.rename, run_dir.os.replace = rename_or_die, replace_or_die
+sys.exit(small_world.main(sys.argv[2:]))
+"""
+
+
+def in_a_process(program: list[str]) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    return subprocess.Popen(
+        [sys.executable, *program],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_killed_from_outside(words, reference, tmp_path, quick):
+    """SIGKILL, as the system does it when memory runs out: as soon as the joint stage is there."""
+    joint = tmp_path / "out" / "stages" / "joint"
+    process = in_a_process(["-m", "stepwell", *words])
+    try:
+        while not joint.exists():
+            assert process.poll() is None, process.stderr and process.stderr.read()
+            time.sleep(0.005)
+    finally:
+        process.kill()
+        process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    before = contents(joint)
+    stepwell(*words)
+    assert contents(joint) == before
+    assert_same_run(tmp_path / "out", reference)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "moment",
+    ["replace config.yaml", "rename score", "rename joint", "rename distill", "replace result.json"],
+)
+def test_killed_while_writing(words, reference, tmp_path, quick, moment):
+    """SIGKILL between writing a thing and giving it its name, which nothing in the process can clean up."""
+    process = in_a_process(["-c", KILLED, moment, *words])
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == -signal.SIGKILL, errors
+    assert leftovers(tmp_path / "out")
+    stepwell(*words)
+    assert_same_run(tmp_path / "out", reference)
+
+
+def test_training_a_teacher_goes_on_too(teacher, data, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    words = ["train", "--model", "vit_tiny_patch16_224", *MODEL, "--no-pretrained", "--data", str(data)]
+    words += ["--out", str(out), "--epochs", "4", "--batch-size", "16"]
+    for owner, name in ((loop.nn.utils, "clip_grad_norm_"), (run_dir.Path, "rename")):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, stop)
+            with pytest.raises(Stopped):
+                main(words)
+        assert not (out / "teacher").exists()
+    stepwell(*words)
+    assert contents(out / "teacher") == contents(teacher / "teacher")
+    before = contents(out)
+    stepwell(*words)
+    assert contents(out) == before
+
+
+# --- finished
+
+
+def test_a_finished_run_started_again_changes_nothing(finished, teacher, data, capsys):
+    words = ("compress", "--teacher", teacher, "--data", data, "--out", finished, "--control", "equal_epochs")
+    times = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    before = contents(finished)
+    capsys.readouterr()
+    stepwell(*words, *QUICK)
+    table = capsys.readouterr().out
+    assert [line.split()[0] for line in table.splitlines()[1:5]] == [
+        "teacher",
+        "assistant",
+        "student",
+        "control",
+    ]
+    assert contents(finished) == before
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == times
+
+
+# --- changed
+
+
+@pytest.mark.parametrize(
+    ("change", "field", "old", "new"),
+    [
+        (("--keep", "0.2"), "keep_ratio", "0.1", "0.2"),
+        (("--lr", "0.01"), "lr", "0.001", "0.01"),
+        (("--epochs", "3"), "epochs", "2.0", "3.0"),
+        (("--seed", "1"), "seed", "0", "1"),
+        (("--num-candidates", "4"), "num_candidates", "3", "4"),
+        (("--control", "equal_epochs"), "control", "none", "equal_epochs"),
+        (("--feature-layers", "1"), "feature_layers", "None", "[1]"),
+        (("--preset", "paper"), "preset", "default", "paper"),
+    ],
+)
+def test_a_changed_option_is_named(words, reference, capsys, change, field, old, new):
+    words[words.index("--out") + 1] = str(reference)
+    before = contents(reference)
+    assert main([*words, *change]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    if field == "preset":  # it changes several; the first of them is named
+        assert "was made with" in line
+    else:
+        assert f"was made with {field}: {old}, now it is {new}" in line
+    assert "--out" in line
+    assert contents(reference) == before
+
+
+def test_before_a_stage_is_finished_options_may_change(words, reference, tmp_path, quick, monkeypatch):
+    """There is nothing yet that was computed with the old ones."""
+    with monkeypatch.context() as patch:
+        patch.setattr(run_dir, "_save", stop)
+        with pytest.raises(Stopped):
+            main([*words, "--seed", "7", "--skip-bad-images"])
+    assert yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())["seed"] == 7
+    stepwell(*words)
+    assert yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())["seed"] == 0
+    assert_same_run(tmp_path / "out", reference)
+
+
+def assert_refused(words: list[str], run: Path, capsys: pytest.CaptureFixture, said: str) -> None:
+    before = contents(run)
+    capsys.readouterr()
+    assert main(words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+    assert "--out" in line
+    assert contents(run) == before
+
+
+@pytest.mark.parametrize("change", ["added", "removed", "renamed", "moved to another class"])
+def test_changed_images_are_noticed(words, started, data, tmp_path, capsys, change):
+    other = shutil.copytree(data, tmp_path / "data")
+    words[words.index("--data") + 1] = str(other)
+    config = started / "config.yaml"
+    config.write_text(config.read_text().replace(str(data), str(other)))
+    image = other / "train" / "ant" / "000.png"
+    match change:
+        case "added":
+            shutil.copy(image, image.with_name("100.png"))
+        case "removed":
+            image.unlink()
+        case "renamed":
+            image.rename(image.with_name("100.png"))
+        case _:
+            image.rename(other / "train" / "bee" / "000.png")
+    assert_refused(words, started, capsys, said="another data")
+
+
+def test_a_changed_teacher_is_noticed(words, started, teacher, tmp_path, capsys):
+    other = shutil.copytree(teacher, tmp_path / "teacher")
+    words[words.index("--teacher") + 1] = str(other)
+    config = started / "config.yaml"
+    config.write_text(config.read_text().replace(str(teacher), str(other)))
+    file = other / "teacher" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["head.bias"] += 1e-3
+    save_file(tensors, file)
+    assert_refused(words, started, capsys, said="another teacher")
+
+
+def test_device_and_workers_may_change(words, started, reference, quick):
+    stepwell(*words, "--device", "cpu", "--workers", "0")
+    assert_same_run(started, reference)
+
+
+def test_a_folder_of_something_else_is_refused(words, tmp_path, capsys):
+    """Also one that looks a little like a run: a config file of the user's own is never overwritten."""
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("notes.txt", "config.yaml"):
+        (out / name).write_text("epochs: 2  # mine\n")
+        assert_refused(words, out, capsys, said="is not a run of stepwell")
+        (out / name).unlink()
+    shutil.copytree(out, out / "stages" / "joint")
+    (out / "stages" / "joint" / "result.json").write_text("{}")
+    assert_refused(words, out, capsys, said="is not a run of stepwell")
+
+
+# --- repeated
+
+
+def test_the_same_seed_gives_the_same_student_and_another_seed_another(words, reference, tmp_path, quick):
+    stepwell(*words)
+    assert_same_run(tmp_path / "out", reference)
+    words[words.index("--out") + 1] = str(tmp_path / "other")
+    stepwell(*words, "--seed", "1")
+    ours, theirs = student_weights(tmp_path / "other"), student_weights(reference)
+    assert any(ours[name].shape != theirs[name].shape or not ours[name].equal(theirs[name]) for name in ours)
