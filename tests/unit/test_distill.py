@@ -1,0 +1,72 @@
+"""One model teaches a smaller one: what the step leaves behind, and what the stage changes and what not."""
+
+import copy
+
+import pytest
+import torch
+
+from stepwell.config import CompressConfig, LossOptions
+from stepwell.losses.amd import Output, amd_loss
+from stepwell.pruning.families import vit
+from stepwell.pruning.skeleton import build_skeleton, fill, leading_units
+from stepwell.stages.distill import DistillStep, distill
+from tiny import FixedTrain, no_autocast, random_batches, tiny_vit
+
+LAYERS = (0, 2)
+WIDTHS = {f"blocks.{i}.{kind}": width for i in range(3) for kind, width in (("attn", 2), ("mlp", 16))}
+
+
+def small(model):
+    skeleton = build_skeleton(model, vit, WIDTHS)
+    return fill(skeleton, leading_units(dict(model.named_parameters()), skeleton, vit.groups(model), WIDTHS))
+
+
+def run(teacher, student, **values):
+    config = CompressConfig(epochs=4, warmup=0.0, **values)
+    batches = FixedTrain(random_batches(5, 4))
+    return distill(
+        "distill", teacher, student, vit, LAYERS, batches, config, config.epochs, no_autocast(), frozenset()
+    )
+
+
+def test_a_step_leaves_the_gradient_of_the_loss_in_the_student_alone():
+    teacher, student = tiny_vit(torch.float64), small(tiny_vit(torch.float64, seed=3))
+    (batch,) = random_batches(1, 4, torch.float64)
+    options = LossOptions(task_weight=0.5, logit_weight=2.0, temperature=3.0)
+    step = DistillStep(
+        vit.with_states(teacher, LAYERS), vit.with_states(student, LAYERS), options, no_autocast()
+    )
+    found = step(batch, 0)
+
+    again = copy.deepcopy(student)
+    again.zero_grad()
+    with torch.no_grad():
+        target = Output(*vit.with_states(teacher, LAYERS)(batch.images))
+    expected = amd_loss(Output(*vit.with_states(again, LAYERS)(batch.images)), target, batch.labels, options)
+    expected["loss"].backward()
+    assert {name: value.item() for name, value in found.items()} == {
+        name: value.item() for name, value in expected.items()
+    }
+    assert not any(value.requires_grad for value in found.values())
+    for ours, wanted in zip(student.parameters(), again.parameters(), strict=True):
+        assert torch.equal(ours.grad, wanted.grad)
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_the_student_comes_closer_and_the_teacher_stays():
+    teacher = tiny_vit()
+    student = small(teacher)
+    before = copy.deepcopy(teacher.state_dict())
+    trained = run(teacher.train(), student.eval())
+    assert trained.losses["loss"][-1] < 0.8 * trained.losses["loss"][0]
+    assert trained.tensors.keys() == {name for name, _ in student.named_parameters()}
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+    assert (teacher.training, student.training) == (False, False)
+
+
+@pytest.mark.parametrize(("values", "peak"), [({"lr": 2e-3}, 2e-3), ({"lr": 2e-3, "distill_lr": 5e-4}, 5e-4)])
+def test_it_has_a_learning_rate_of_its_own_if_one_is_given(values, peak):
+    teacher = tiny_vit()
+    trained = run(teacher, small(teacher), schedule="linear", **values)
+    assert trained.step == [10, 20]
+    assert trained.lr == pytest.approx([peak * (1 - 9 / 20), peak * (1 - 19 / 20)])
