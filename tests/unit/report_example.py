@@ -113,8 +113,9 @@ def make_result(
         "keep_ratio": 0.1,
         "data": {
             "source": "data/cifar10", "classes": classes, "num_train": 45_000, "num_selection": 5000,
-            "num_test": num_test, "test_from": "test/", "selection_from": "a tenth of the training images by hash of the file name", "labels": "true", "teacher_saw_selection": "no",
-            "bad_images": 0,
+            "num_test": num_test, "test_from": "test/",
+            "selection_from": "a tenth of the training images by hash of the file name",
+            "labels": "true", "teacher_saw_selection": "no", "bad_images": 0,
         },
         "teacher": make_model(93.17, 1.0, 1.0),
         "assistant": {**make_model(87.65, 0.224, 0.2), "selection_top1": candidates[-2]["top1"]},

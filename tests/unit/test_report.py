@@ -103,7 +103,8 @@ def test_every_part_shows_its_exact_numbers(page):
         "0.137",
         "1.17",  # milliseconds
         "+2.62 points",
-        "5,000 selection images, taken from the training set; the test images decided nothing",
+        "5,000 selection images (a tenth of the training images by hash of the file name); "
+        "the test images decided nothing",
         "whose exact formula is not public",
         "P + 0.2 (1 − S)",
         "4 h 2 min",
