@@ -78,6 +78,8 @@ class TrainingOptions(Options):
     """Number format of forward passes in training; weights stay fp32."""
     device: str = "auto"
     """cpu, cuda, cuda:1, mps, ...; `auto` takes the GPU if there is one."""
+    threads: Count | None = None
+    """CPU threads of torch; torch's own choice if not given. Very small models are fastest on 1."""
 
 
 class ScoreOptions(Options):

@@ -10,7 +10,7 @@ from typing import cast
 import torch
 from torch import nn
 
-from stepwell.config import CompressConfig
+from stepwell.config import CompressConfig, TrainingOptions
 from stepwell.delivery.archive import Card
 from stepwell.delivery.measure import count_macs, evaluate
 from stepwell.delivery.teacher import Teacher
@@ -141,7 +141,7 @@ def prepare(config: CompressConfig, run: RunDir, teacher: Teacher, data: Data) -
             f"{data.source} has no class folders, so there are no labels to learn: pass --task-weight 0 "
             f"to learn from the teacher alone, or sort the images into train/CLASS/"
         )
-    setting = Setting(config, run, teacher, family, data, classes, find_device(config.device))
+    setting = Setting(config, run, teacher, family, data, classes, set_up_torch(config))
     _ = setting.layers  # an impossible layer is an error now, not after scoring
     return setting
 
@@ -168,6 +168,14 @@ def check_classes(teacher: Teacher, data: Data) -> tuple[str, ...]:
             f"name the folders as the teacher was trained"
         )
     return data.classes
+
+
+def set_up_torch(options: TrainingOptions) -> torch.device:
+    """Seed torch, give it its threads, and return the device of a run."""
+    torch.manual_seed(options.seed)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    return find_device(options.device)
 
 
 def find_device(name: str) -> torch.device:

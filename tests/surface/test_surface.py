@@ -31,7 +31,7 @@ PUBLIC = {"Compressed", "StepwellError", "__version__", "compress", "load"}
 TRAINING = {
     "--augment", "--batch-size", "--clip-norm", "--data", "--data-root", "--device", "--epochs", "--lr",
     "--minutes", "--model-args", "--out", "--precision", "--schedule", "--seed", "--selection-data",
-    "--skip-bad-images", "--warmup", "--weight-decay", "--workers", "--config",
+    "--skip-bad-images", "--threads", "--warmup", "--weight-decay", "--workers", "--config",
 }  # fmt: skip
 COMPRESS = TRAINING | {
     "--assistant", "--control", "--distill-lr", "--feature-layers", "--feature-scale", "--feature-weight",

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from stepwell.config import CompressConfig, make_config
@@ -98,7 +97,6 @@ def run(config: CompressConfig, module: nn.Module | None = None) -> Compressed:
 
 
 def _setting(config: CompressConfig, teacher: Teacher, data: Data) -> Setting:
-    torch.manual_seed(config.seed)
     assert config.out_dir is not None
     # Every check comes before the folder is made.
     setting = prepare(config, RunDir(config.out_dir), teacher, data)

@@ -14,7 +14,7 @@ from stepwell.delivery.archive import Architecture, Card, find_model_dir, load_s
 from stepwell.delivery.measure import evaluate, num_params, wilson_interval
 from stepwell.delivery.teacher import create_timm, input_spec, parse_model_args, read_weights
 from stepwell.errors import ConfigError
-from stepwell.setting import find_device
+from stepwell.setting import set_up_torch
 from stepwell.stages.plan import epochs_in
 from stepwell.training.batches import Batch, EvalBatches, TrainBatches
 from stepwell.training.data import resolve_data
@@ -55,8 +55,7 @@ def run(config: TrainConfig) -> str:
         raise ConfigError(
             f"{config.data} has no class folders: sort the images into train/CLASS/ to train on them"
         )
-    torch.manual_seed(config.seed)
-    device = find_device(config.device)
+    device = set_up_torch(config)
     model = _start(config, len(data.classes)).to(device).train()
     spec = input_spec(model)
     # Decoded now: a bad image is an error before the folder is made.
