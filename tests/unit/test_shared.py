@@ -496,6 +496,17 @@ def test_the_joint_gradient_is_the_mean_of_the_candidates_gradients(variant):
     assert compared == sum(p.numel() for p in shared.parameters.values())
 
 
+def test_the_teacher_runs_once_per_batch_and_records_nothing():
+    teacher = tiny_vit()
+    runs = []
+    teacher.head.register_forward_hook(lambda _module, _inputs, output: runs.append(output.requires_grad))
+    step = joint_step(teacher, make_shared(tiny_vit(seed=5)), JointOptions(sampling="all"))
+    for number, batch in enumerate(random_batches(2, 4)):
+        step(batch, number)
+    assert runs == [False, False]
+    assert all(p.grad is None for p in teacher.parameters())
+
+
 def test_gradients_of_steps_add_up():
     teacher = tiny_vit(torch.float64)
     shared = make_shared(tiny_vit(torch.float64, seed=5))
