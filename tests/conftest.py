@@ -10,7 +10,7 @@ from hypothesis import settings
 GOLDEN_CHANGES = pytest.StashKey[list[str]]()
 
 # A shared machine is sometimes slow, which is no failure; and the same commit gives the same result.
-settings.register_profile("stepwell", deadline=None, derandomize=True, max_examples=50)
+settings.register_profile("stepwell", deadline=None, derandomize=True, max_examples=30)
 settings.load_profile("stepwell")
 
 # Tiny tensors gain nothing from more threads, and the same number gives the same bits everywhere.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -68,7 +69,10 @@ def ladder(options: CompressConfig):
     return model, SharedWeights(model, vit, weights, grid)
 
 
-def joint(options: CompressConfig):
+@cache
+def joint(sampling: str):
+    """Losses, and the store that nothing changes afterwards: models are taken out of it as copies."""
+    options = config(sampling=sampling)
     model, shared = ladder(options)
     step = JointStep(model, vit, shared, LAYERS, options, options, options.seed, no_autocast())
     return train("joint", step, shared.parameters, options), shared
@@ -86,7 +90,7 @@ def test_grid(golden):
 
 @pytest.mark.parametrize("sampling", ["all", "sandwich"])
 def test_joint(golden, sampling):
-    losses, _ = joint(config(sampling=sampling))
+    losses, _ = joint(sampling)
     assert len(losses["loss"]) == NUM_STEPS
     assert sum(losses["loss"][-BATCHES:]) < 0.8 * sum(losses["loss"][:BATCHES])
     golden(f"joint_{sampling}", losses)
@@ -95,7 +99,7 @@ def test_joint(golden, sampling):
 def test_distill(golden):
     """The last step: the middle candidate teaches the smallest, both from a joint training."""
     options = config(schedule="linear", temperature=2.0)
-    _, shared = joint(config())
+    _, shared = joint("sandwich")
     assistant, student = shared.extract(1).eval(), shared.extract(0).train()
     step = DistillStep(
         vit.with_states(assistant, LAYERS), vit.with_states(student, LAYERS), options, no_autocast()

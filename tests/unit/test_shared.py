@@ -164,7 +164,7 @@ def test_at_full_width_the_candidate_is_the_teacher_to_the_bit(variant):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("rung", range(len(LADDER)))
+@pytest.mark.parametrize("rung", [0, 2])
 def test_sliced_equals_masked(variant, rung):
     """Outputs, hidden states and gradients; the gates are put in from outside, the cut is the package's."""
     model = tiny_vit(torch.float64, **VARIANTS[variant])
