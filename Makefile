@@ -27,7 +27,7 @@ demo: install  ## the whole path on 1,797 real scans, on a CPU
 	.venv/bin/python -m stepwell demo
 
 test: install  ## the fast tests
-	.venv/bin/python -m pytest -m "not slow"
+	.venv/bin/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 lint: install  ## linter, formatter, type checker, floors
 	.venv/bin/ruff check src tests benchmarks
