@@ -25,6 +25,7 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]  # what torch takes
 
 
 class Options(BaseModel):
@@ -72,7 +73,7 @@ class TrainingOptions(Options):
     """Fraction of the steps in which the learning rate rises linearly."""
     clip_norm: NotNegative = 1.0
     """Largest norm of the gradient; 0 turns clipping off."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     """Seed of everything random."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Number format of forward passes in training; weights stay fp32."""
@@ -229,7 +230,7 @@ class DemoConfig(Options):
 
     out_dir: Path = Path("runs/demo")
     """Where data, teacher and compressed model go."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     """Seed of everything random."""
     effort: Positive = 1.0
     """Multiplies all epochs; 0.1 is a quick look."""

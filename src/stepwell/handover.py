@@ -12,7 +12,7 @@ import onnxruntime
 import torch
 from torch import Tensor, nn
 
-from stepwell.delivery.archive import Card
+from stepwell.delivery.archive import CARD, Card
 from stepwell.delivery.measure import Scores, mcnemar
 from stepwell.delivery.report import TestPredictions, write_report
 from stepwell.delivery.result import (
@@ -71,12 +71,12 @@ def hand_over(s: Setting, descent: Descent) -> Result:
     model = descent.control if handed_out == "control" else descent.student
     assert model is not None
     file = s.run.path / "result.json"
-    if file.exists():  # a finished run that was started again: its files stay as they are
+    folder = s.run.path / "student"
+    if file.exists() and (folder / CARD).exists():  # finished before: the files stay as they are
         return Result.load(file)
     result = _result(s, descent, delivered, handed_out)
     figures = delivered.control if handed_out == "control" and delivered.control else delivered.student
     images = next(iter(s.test)).images[:16]
-    folder = s.run.path / "student"
     difference = deliver(model, _student_card(s, descent, figures), images, folder)
     say(f"student: {folder}; its ONNX file agrees with it to {difference:.0e} of the largest logit")
     write_report(

@@ -10,9 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stepwell.config import TrainConfig
-from stepwell.delivery.archive import Architecture, Card, find_model_dir, load_strictly, save_model
+from stepwell.delivery.archive import Card, find_model_dir, load_strictly, save_model
 from stepwell.delivery.measure import evaluate, num_params, wilson_interval
-from stepwell.delivery.teacher import create_timm, input_spec, parse_model_args, read_weights
+from stepwell.delivery.teacher import (
+    create_timm,
+    input_spec,
+    parse_model_args,
+    read_weights,
+    timm_architecture,
+)
 from stepwell.errors import ConfigError
 from stepwell.setting import set_up_torch
 from stepwell.stages.plan import epochs_in
@@ -71,7 +77,7 @@ def run(config: TrainConfig) -> str:
     low, high = wilson_interval(scores.top1, len(scores.labels))
     args = {"num_classes": len(data.classes), **parse_model_args(config.model_args)}
     card = Card(
-        architecture=Architecture(source="timm", name=config.model.split(".")[0], args=args),
+        architecture=timm_architecture(config.model, model, args),
         classes=list(data.classes),
         input=spec,
         provenance={
@@ -95,6 +101,11 @@ def run(config: TrainConfig) -> str:
 
 def _start(config: TrainConfig, num_classes: int) -> nn.Module:
     args = {"num_classes": num_classes, **parse_model_args(config.model_args)}
+    if args["num_classes"] != num_classes:
+        raise ConfigError(
+            f"--model-args num_classes={args['num_classes']}, but {config.data} has {num_classes} classes: "
+            f"leave it out"
+        )
     if config.weights is None:
         way_out = "pass --weights FILE, or --no-pretrained to start from random ones"
         return create_timm(config.model, args, pretrained=config.pretrained, way_out=way_out)

@@ -10,7 +10,9 @@ import json
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from stepwell.errors import RunDirError
 
 
 class _Record(BaseModel):
@@ -159,8 +161,19 @@ class Result(_Record):
 
     @classmethod
     def load(cls, path: Path) -> Result:
-        """Read `result.json`."""
-        return cls.model_validate_json(path.read_text(encoding="utf-8"))
+        """Read `result.json`.
+
+        Raises:
+            RunDirError: It is damaged, or was written by a version that kept other figures.
+        """
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "the file"
+            raise RunDirError(
+                f"{path} is damaged, or of another version of stepwell: {where}: {first['msg']}"
+            ) from None
 
     def to_json(self) -> str:
         """The text of `result.json`."""

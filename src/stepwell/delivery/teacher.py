@@ -98,12 +98,15 @@ def teacher_from_module(module: nn.Module, classes: tuple[str, ...] | None) -> T
     return Teacher(model, architecture, spec, classes, {}, architecture.name, digest(model))
 
 
+_HUB = ("hf-hub:", "hf_hub:", "local-dir:")
+
+
 def create_timm(
     name: str, args: Mapping[str, Any], *, pretrained: bool, way_out: str = "pass --teacher-weights FILE"
 ) -> nn.Module:
     """`timm.create_model` with our errors: unknown names, wrong arguments, unreachable weights."""
     base = name.split(".")[0]
-    if not name.startswith(("hf-hub:", "hf_hub:", "local-dir:")) and not timm.is_model(base):
+    if not name.startswith(_HUB) and not timm.is_model(base):
         raise ModelError(
             f"{name!r} is neither a model of timm nor an existing folder"
             f"{did_you_mean(base, timm.list_models())}"
@@ -111,10 +114,12 @@ def create_timm(
     try:
         return timm.create_model(name, **{**args, "pretrained": pretrained})
     except TypeError as error:
-        raise ConfigError(f"--model-args {dict(args)} do not suit {name}: {error}") from None
+        raise ConfigError(f"--model-args {dict(args)} do not suit {name}: {one_line(error)}") from None
     except Exception as error:
         if not pretrained:
-            raise
+            if not args:
+                raise
+            raise ConfigError(f"--model-args {dict(args)} do not suit {name}: {one_line(error)}") from None
         # Whatever the hub's client raises (no network, no such file, no weights): the way out is the same.
         raise ModelError(
             f"no pretrained weights can be reached for {name} ({one_line(error)[:120]}); {way_out}"
@@ -196,7 +201,15 @@ def _from_timm(name: str, weights: Path | None, args: dict[str, Any], num_classe
         model = create_timm(name, args, pretrained=False)
         load_strictly(model, tensors, str(weights))
     args = {"num_classes": model.num_classes, **args}
-    return _teacher(model.eval(), Architecture(source="timm", name=name.split(".")[0], args=args), name)
+    return _teacher(model, timm_architecture(name, model.eval(), args), name)
+
+
+def timm_architecture(name: str, model: nn.Module, args: Mapping[str, Any]) -> Architecture:
+    """How to build `model`, which timm made of `name`, without the hub and without its weights."""
+    if name.startswith(_HUB):  # its arguments stand in a file there
+        plain = copy.deepcopy(model).cpu().eval()
+        return _recognise(plain, input_spec(plain)) or Architecture(source="factory", name=name)
+    return Architecture(source="timm", name=name.split(".")[0], args=dict(args))
 
 
 def _classes_in(tensors: Mapping[str, Tensor], name: str, default: int) -> int:

@@ -12,6 +12,7 @@ from typing import cast
 
 import torch
 from timm.layers.drop import DropPath
+from timm.layers.patch_dropout import PatchDropout
 from torch import Tensor, nn
 
 from stepwell.errors import ModelError
@@ -60,6 +61,8 @@ def _silence_dropout(skeleton: nn.Module) -> None:
             module.p = 0.0
         if hasattr(module, "drop_prob"):  # timm's DropPath, or one like it
             cast(DropPath, module).drop_prob = 0.0
+        if isinstance(module, PatchDropout):
+            module.prob = 0.0
 
 
 def sort_units(weights: Mapping[str, Tensor], groups: Sequence[Group], order: Order) -> dict[str, Tensor]:

@@ -47,6 +47,10 @@ def rule_values(candidates: Sequence[Point], teacher: Point, rule: Rule) -> list
     student = candidates[0]
     values: list[float | None] = [None]  # the student's scale is no assistant, only the last lower neighbour
     for lower, point in itertools.pairwise(candidates):
+        # Rounding can give a candidate the student's own widths, or the teacher's.
+        if not student.scale < point.scale < teacher.scale:
+            values.append(None)
+            continue
         match rule:
             case "npsd":
                 values.append(_slope(lower, point))
@@ -60,7 +64,7 @@ def rule_values(candidates: Sequence[Point], teacher: Point, rule: Rule) -> list
 
 
 def _slope(lower: Point, upper: Point) -> float | None:
-    if upper.scale <= lower.scale:  # rounding can give two candidates the same widths
+    if upper.scale <= lower.scale:  # or those of the next smaller one
         return None
     return (upper.performance - lower.performance) / (upper.scale - lower.scale)
 

@@ -118,6 +118,11 @@ class RunDir:
 
 def _check_same(before: Mapping[str, object], config: Options, path: Path) -> None:
     now = config.model_dump(mode="json")
+    if foreign := sorted(before.keys() - now.keys()):
+        raise RunDirError(
+            f"{path} belongs to another command or another version of stepwell (its config.yaml has "
+            f"{foreign[0]}); choose another --out"
+        )
     for name in sorted(now.keys() | before.keys()):
         if name not in _MAY_CHANGE and before.get(name) != now.get(name):
             raise RunDirError(
@@ -146,12 +151,18 @@ def _save(folder: Path, result: StageResult, seconds: float) -> None:
 
 
 def _load(folder: Path, kind: type[StageT]) -> tuple[StageT, float]:
-    record = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-    result = kind.model_validate(record["result"])
-    tensors = folder / "tensors.safetensors"
-    if tensors.exists():
-        result = result.model_copy(update={"tensors": load_file(tensors)})
-    return result, record["seconds"]
+    try:
+        record = json.loads((folder / "result.json").read_bytes())
+        result, seconds = kind.model_validate(record["result"]), record["seconds"]
+        tensors = folder / "tensors.safetensors"
+        if tensors.exists():
+            result = result.model_copy(update={"tensors": load_file(tensors)})
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+        raise RunDirError(
+            f"{folder} is damaged, or of another version of stepwell; "
+            f"remove it, and the same command computes this stage again"
+        ) from None
+    return result, seconds
 
 
 def write_atomically(file: Path, content: str | bytes) -> None:
