@@ -55,6 +55,15 @@ def main(argv: Sequence[str]) -> int:
     except StepwellError as error:
         print(f"stepwell: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except (
+        MemoryError,
+        RuntimeError,
+    ) as error:  # torch's OutOfMemoryError is one, and torch is not imported here
+        if "memory" not in str(error) and not isinstance(error, MemoryError):
+            raise
+        line = " ".join(str(error).split())[:160]
+        print(f"stepwell: out of memory ({line}): a smaller --batch-size in another --out", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(
             "stepwell: interrupted; the same command goes on after the last finished stage", file=sys.stderr

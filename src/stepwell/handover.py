@@ -28,6 +28,7 @@ from stepwell.setting import Setting
 from stepwell.stages.deliver import Measured, deliver, measure
 from stepwell.stages.plan import Costs, Epochs
 from stepwell.stages.select import performance
+from stepwell.training.data import TEST_BY_HASH
 from stepwell.training.loop import Trained
 from stepwell.training.progress import say
 from stepwell.training.run_dir import StageResult, write_atomically
@@ -146,7 +147,8 @@ def _student_card(s: Setting, descent: Descent, figures: ModelResult) -> Card:
         top1=figures.top1,
         num_params=figures.num_params,
         macs=figures.macs,
-        data_fingerprint=s.data.fingerprint,
+        # Only a student whose every ancestor left the selection images out can vouch for itself.
+        data_fingerprint=s.data.fingerprint if _teacher_is_ours(s) else None,
     )
 
 
@@ -194,8 +196,12 @@ def _cost(s: Setting, descent: Descent) -> Cost:
     return Cost(value=run / single_step, predicted=False)
 
 
+def _teacher_is_ours(s: Setting) -> bool:
+    """Whether stepwell trained the teacher on the same images, and so left out the same ones."""
+    return s.teacher.trained_on == s.data.fingerprint
+
+
 def _data_result(s: Setting) -> DataResult:
-    known = s.teacher.trained_on == s.data.fingerprint
     return DataResult(
         source=s.data.source,
         classes=list(s.classes),
@@ -206,7 +212,7 @@ def _data_result(s: Setting) -> DataResult:
         selection_from=s.data.selection_from,
         labels="true" if s.data.labelled else "teacher",
         teacher_saw_selection="no"
-        if known
+        if _teacher_is_ours(s)
         else "the teacher may have seen it: stepwell did not train it here",
         bad_images=s.data.num_bad_images,
     )
@@ -219,6 +225,16 @@ def _notes(s: Setting, delivered: Delivered) -> list[str]:
         notes.append(
             "No control was trained: whether the assistant paid for itself is not known "
             "(--control equal_compute trains one)."
+        )
+    if s.data.test_from == TEST_BY_HASH and not _teacher_is_ours(s):
+        notes.append(
+            "The test images were set aside by stepwell: a teacher that was trained on this folder elsewhere "
+            "has seen them, and its accuracy is then too high."
+        )
+    if getattr(s.teacher.model, "pretrained_cfg", None) is None:
+        notes.append(
+            f"The model does not say how its input is normalised: mean {s.teacher.spec.mean} and std "
+            f"{s.teacher.spec.std} were assumed."
         )
     if not s.data.labelled:
         notes.append(

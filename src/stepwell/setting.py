@@ -13,7 +13,7 @@ from torch import nn
 from stepwell.config import CompressConfig, TrainingOptions
 from stepwell.delivery.archive import Card
 from stepwell.delivery.measure import count_macs, evaluate
-from stepwell.delivery.teacher import Teacher
+from stepwell.delivery.teacher import Teacher, placeholders
 from stepwell.errors import ConfigError, DataError
 from stepwell.losses.amd import feature_layers
 from stepwell.pruning.families import Family, family_of
@@ -70,14 +70,8 @@ class Setting:
     @cached_property
     def train(self) -> TrainBatches:
         """Training images, augmented, in random order."""
-        return TrainBatches(
-            self.data.train,
-            self.teacher.spec,
-            self.config,
-            self.config.seed,
-            self.device,
-            self.labels(self.data.train),
-        )
+        # Without labels none are needed: `prepare` has checked that the task's weight is 0 then.
+        return TrainBatches(self.data.train, self.teacher.spec, self.config, self.config.seed, self.device)
 
     @cached_property
     def scored(self) -> EvalBatches:
@@ -151,7 +145,7 @@ def check_classes(teacher: Teacher, data: Data) -> tuple[str, ...]:
     with torch.no_grad():
         outputs = teacher.model(torch.zeros(1, teacher.spec.channels, *teacher.spec.size)).shape[-1]
     if not data.labelled:
-        return teacher.classes or tuple(f"class {i}" for i in range(outputs))
+        return teacher.classes or tuple(placeholders(outputs))
     if outputs != len(data.classes):
         raise DataError(
             f"{teacher.name} has {outputs} classes, {data.source} has {len(data.classes)}: "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +13,7 @@ from stepwell.config import CompressConfig, make_config
 from stepwell.delivery.archive import Factory, load
 from stepwell.delivery.result import Result
 from stepwell.delivery.table import result_table
-from stepwell.delivery.teacher import Teacher, load_teacher, teacher_from_module
+from stepwell.delivery.teacher import Teacher, load_factory, load_teacher, teacher_from_module
 from stepwell.errors import ConfigError
 from stepwell.paths import amd
 from stepwell.setting import Setting, prepare
@@ -93,7 +94,14 @@ def run(config: CompressConfig, module: nn.Module | None = None) -> Compressed:
     else:
         teacher = load_teacher(config.teacher, config.teacher_weights, config.model_args, len(data.classes))
     result = amd.descend(_setting(config, teacher, data))
-    return Compressed(result, config.out_dir)
+    return Compressed(result, config.out_dir, _factory(config, module))
+
+
+def _factory(config: CompressConfig, module: nn.Module | None) -> Factory | None:
+    """What builds the full-width model again, where timm cannot do it by name."""
+    if module is not None:
+        return lambda: copy.deepcopy(module).cpu()
+    return load_factory(config.teacher) if ".py:" in config.teacher else None
 
 
 def _setting(config: CompressConfig, teacher: Teacher, data: Data) -> Setting:

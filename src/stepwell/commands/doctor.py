@@ -59,6 +59,7 @@ def run(config: CompressConfig) -> str:
         _table(groups, candidates, skeletons, model, spec),
         "",
         *_estimate(config, data, model, skeletons, spec),
+        *_classes_differ(model, data),
         *(f"warning: {text}" for text in warnings_for(groups, candidates[0], config.keep_ratio)),
     ]
     return "\n".join(lines)
@@ -87,13 +88,25 @@ def warnings_for(groups: Sequence[Group], student: Candidate, keep_ratio: float)
     return texts
 
 
+def _classes_differ(model: nn.Module, data: Data | None) -> list[str]:
+    classes = getattr(model, "num_classes", None)
+    if data is None or not data.labelled or classes is None or classes == len(data.classes):
+        return []
+    return [
+        f"warning: the model has {classes} classes, {data.source} has {len(data.classes)}: fine-tune it "
+        f"first (stepwell train --model ... --data {data.source})"
+    ]
+
+
 def _model(config: CompressConfig, data: Data | None) -> tuple[nn.Module, InputSpec]:
     num_classes = len(data.classes) if data else 0
     if ".py:" in config.teacher or Path(config.teacher).exists():
         teacher = load_teacher(config.teacher, config.teacher_weights, config.model_args, num_classes)
         return teacher.model, teacher.spec
     args = parse_model_args(config.model_args)
-    if num_classes:
+    if (
+        num_classes and config.teacher_weights
+    ):  # without weights of the user's, timm's own count of classes holds
         args = {"num_classes": num_classes, **args}
     with torch.device("meta"):
         model = create_timm(config.teacher, args, pretrained=False)

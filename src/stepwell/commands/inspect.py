@@ -36,6 +36,11 @@ def run(config: InspectConfig) -> str:
         f"The ladder, judged on {result.selection.num_images} selection images:",
         "",
         _ladder_table(result, latencies),
+        *(
+            ["(Accuracies after joint training; the first rung is timed as it was delivered.)"]
+            if latencies
+            else []
+        ),
         "",
         _why(result),
         "",

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from stepwell.config import PredictConfig
 from stepwell.delivery.archive import find_model_dir, load, read_card
 from stepwell.delivery.teacher import load_factory
 from stepwell.errors import ConfigError, DataError, ModelError
 from stepwell.training.batches import eval_transform, normalise
+from stepwell.training.images import one_line
 
 
 def run(config: PredictConfig) -> str:
@@ -27,11 +28,11 @@ def run(config: PredictConfig) -> str:
     for file in config.images:
         try:
             with Image.open(file) as image:
-                pixels.append(transform(image.convert("RGB" if card.input.channels == 3 else "L")))
+                pixels.append(transform(image))
         except FileNotFoundError:
             raise DataError(f"no image {file}") from None
-        except (UnidentifiedImageError, OSError) as error:
-            raise DataError(f"cannot decode {file}: {error}") from None
+        except Exception as error:  # decoders raise nearly anything on broken bytes
+            raise DataError(f"cannot decode {file}: {one_line(error)}") from None
     model = load(folder, load_factory(config.teacher) if config.teacher else None)
     with torch.no_grad():
         probabilities = torch.cat(

@@ -24,7 +24,9 @@ from stepwell.training.run_dir import writing
 TOLERANCE = 1e-5  # largest difference of logits, relative to the largest logit
 
 
-def export_onnx(model: nn.Module, spec: InputSpec, file: Path, images: Tensor) -> float:
+def export_onnx(
+    model: nn.Module, spec: InputSpec, file: Path, images: Tensor, tolerance: float = TOLERANCE
+) -> float:
     """Write `file` and prove with onnxruntime that it computes what `model` does.
 
     Args:
@@ -33,6 +35,7 @@ def export_onnx(model: nn.Module, spec: InputSpec, file: Path, images: Tensor) -
         file: Where to; written whole or not at all.
         images: Real, normalised images (batch, channels, height, width) for the check; run one by one and
             all together, so that the batch dimension is shown to be free.
+        tolerance: Largest difference that is allowed, relative to the largest logit.
 
     Returns:
         The largest difference of logits, relative to the largest logit.
@@ -56,7 +59,7 @@ def export_onnx(model: nn.Module, spec: InputSpec, file: Path, images: Tensor) -
             )
         _forget_sources(unfinished)
         difference = onnx_difference(model, unfinished, images)
-        _check(file, difference)
+        _check(file, difference, tolerance)
     return difference
 
 
@@ -105,7 +108,7 @@ def export_program(model: nn.Module, spec: InputSpec, file: Path, images: Tensor
         with torch.no_grad():
             exported, eager = loaded(images.cpu()), model(images.cpu())
         difference = ((exported - eager).abs().max() / eager.abs().max()).item()
-        _check(file, difference)
+        _check(file, difference, TOLERANCE)
     return difference
 
 
@@ -114,10 +117,10 @@ def _example(spec: InputSpec) -> Tensor:
     return torch.zeros(2, spec.channels, *spec.size)
 
 
-def _check(file: Path, difference: float) -> None:
-    if not difference <= TOLERANCE:  # a NaN is no agreement either
+def _check(file: Path, difference: float, tolerance: float) -> None:
+    if not difference <= tolerance:  # a NaN is no agreement either
         raise ExportMismatchError(
-            f"{file}: logits differ by {difference:.1e} of the largest one, allowed are {TOLERANCE:.0e}"
+            f"{file}: logits differ by {difference:.1e} of the largest one, allowed are {tolerance:.0e}"
         )
 
 

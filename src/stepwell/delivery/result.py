@@ -94,7 +94,8 @@ class PairedTest(_Record):
 
 
 class Cost(_Record):
-    """Operations of the run in units of one single-step distillation of as many epochs as the last stage."""
+    """Cost of the run in units of one single-step distillation of as many epochs as the last stage: seconds where a
+    control was trained, operations where not."""
 
     value: float
     predicted: bool

@@ -189,6 +189,7 @@ def input_spec(model: nn.Module) -> InputSpec:
         std=std,
         interpolation=config["interpolation"],
         crop_pct=config["crop_pct"],
+        crop_mode=config.get("crop_mode", "center"),
     )
 
 
@@ -237,10 +238,16 @@ def _from_directory(path: Path, weights: Path | None, args: Mapping[str, Any]) -
     return replace(
         teacher,
         spec=card.input,
-        classes=tuple(card.classes),
+        # A student of unlabelled images has placeholders, which say nothing.
+        classes=None if card.classes == placeholders(len(card.classes)) else tuple(card.classes),
         widths=card.widths,
         trained_on=card.provenance.get("data_fingerprint") if weights is None else None,
     )
+
+
+def placeholders(num_classes: int) -> list[str]:
+    """Names for classes that nobody named."""
+    return [f"class {i}" for i in range(num_classes)]
 
 
 def _from_file(source: str, weights: Path | None) -> Teacher:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,7 +84,9 @@ def measure(
     with tempfile.TemporaryDirectory() as temporary:
         say(f"  {name}: exporting and timing")
         folder = Path(temporary)
-        deliver(model, card, next(iter(test)).images[:8], folder)
+        # To be timed, not handed out: of the teacher's file no more is asked than that it runs.
+        export_onnx(model, card.input, folder / ONNX, next(iter(test)).images[:8], tolerance=math.inf)
+        save_model(folder, model, card)
         latency = measure_latency(model, folder / ONNX, card.input, threads)
         file_bytes = (folder / WEIGHTS).stat().st_size
     macs = count_macs(model, card.input)

@@ -75,7 +75,7 @@ def candidates_of_step(num_candidates: int, options: JointOptions, seed: int, st
     """Which candidates run in a step, from large to small.
 
     `all`: every one, as the paper's Algorithm 1. `sandwich`: the smallest, whose accuracy is the point of
-    the run, and `num_random` others; it costs a fraction (METHODS of scale: docs/method.md).
+    the run, and `num_random` others; it costs a fraction (docs/method.md, "Cost").
     """
     if options.sampling == "all":
         return list(range(num_candidates))[::-1]

@@ -53,5 +53,6 @@ def resolve_metric(
 
 
 def nearest(candidates: Sequence[CandidateResult], keep_ratio: float) -> int:
-    """Index of the candidate nearest to `keep_ratio`, the student's own left out."""
-    return min(range(1, len(candidates)), key=lambda i: abs(candidates[i].keep_ratio - keep_ratio))
+    """Index of the candidate nearest to `keep_ratio` of those strictly between student and teacher."""
+    between = [i for i, c in enumerate(candidates) if candidates[0].scale < c.scale < 1]
+    return min(between, key=lambda i: abs(candidates[i].keep_ratio - keep_ratio))

@@ -37,7 +37,8 @@ class Data:
         test_from: Where the test split comes from, in words for the report.
         selection_from: Where the selection split comes from, in words for the report.
         num_bad_images: Images left out because they cannot be decoded.
-        fingerprint: Hash over all keys, labels and splits: equal means the data did not change.
+        fingerprint: Hash over all keys, labels and splits: equal means the same files, by name, with the same
+            labels in the same splits.
     """
 
     classes: tuple[str, ...]

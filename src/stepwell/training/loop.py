@@ -90,6 +90,7 @@ def fit(
             optimizer.step()
             advance(log.note)
     seconds = time.monotonic() - start
+    log.check_weights(parameters)
     return Trained(
         step=log.steps,
         losses=log.losses,
@@ -172,6 +173,15 @@ class _Log:
         for name, value in losses.items():
             self._sums[name] = self._sums[name] + value if name in self._sums else value
         self._count += 1
+
+    def check_weights(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """A gradient can overflow in the last step of all, where no loss comes after it."""
+        for name, parameter in parameters.items():
+            if not torch.isfinite(parameter).all():
+                raise DivergedError(
+                    f"{self.stage}: {name} is not finite after step {self.num_steps}; finished stages are "
+                    f"kept; a lower --lr than {self.peak_lr:g} needs another --out"
+                )
 
     def close_stretch(self, step: int, lr: float) -> None:
         """Take the means, and stop a run that has diverged before its weights are updated once more."""

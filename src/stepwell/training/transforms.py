@@ -43,6 +43,7 @@ class InputSpec:
         std: Per channel, of pixels in 0..1.
         interpolation: bicubic, bilinear, ...: timm's names.
         crop_pct: Side of the centre crop as a share of the resized image.
+        crop_mode: timm's word for how an image becomes a square: `center`, `squash` or `border`.
     """
 
     size: tuple[int, int]
@@ -51,6 +52,7 @@ class InputSpec:
     std: tuple[float, ...]
     interpolation: str = "bicubic"
     crop_pct: float = 0.875
+    crop_mode: str = "center"
 
     def __post_init__(self) -> None:
         if self.channels not in (1, 3):
@@ -170,6 +172,7 @@ def _timm_transform(spec: InputSpec, is_training: bool) -> object:
         is_training=is_training,
         interpolation=spec.interpolation,
         crop_pct=spec.crop_pct,
+        crop_mode=spec.crop_mode,
         normalize=False,
     )
 
