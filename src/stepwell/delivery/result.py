@@ -94,8 +94,8 @@ class PairedTest(_Record):
 
 
 class Cost(_Record):
-    """Cost of the run in units of one single-step distillation of as many epochs as the last stage: seconds where a
-    control was trained, operations where not."""
+    """Cost of the run in units of one single-step distillation of as many epochs as the last stage: seconds
+    where a control was trained, operations where not."""
 
     value: float
     predicted: bool
