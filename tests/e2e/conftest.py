@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,37 +19,55 @@ from stepwell.stages import deliver
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Images of three classes."""
-    return small_world.write_data(tmp_path_factory.mktemp("data"))
+    return made_once(tmp_path_factory, "data", small_world.write_data)
 
 
 @pytest.fixture(scope="session")
 def teacher(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
     """A run of `stepwell train`."""
-    run = tmp_path_factory.mktemp("teacher") / "run"
-    stepwell(
-        *("train", "--model", "vit_tiny_patch16_224", *MODEL, "--no-pretrained"),
-        *("--data", data, "--out", run, "--epochs", 4, "--batch-size", 16),
-    )
-    return run
+
+    def train(run: Path) -> None:
+        words = ("--model", "vit_tiny_patch16_224", *MODEL, "--no-pretrained", "--data", data, "--out", run)
+        stepwell("train", *words, "--epochs", 4, "--batch-size", 16)
+
+    return made_once(tmp_path_factory, "teacher", train)
 
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory, data: Path, teacher: Path) -> Path:
     """A whole run with everything in it: a control, and ONNX files exported, checked and timed."""
-    run = tmp_path_factory.mktemp("finished") / "run"
-    words = ("--teacher", teacher, "--data", data, "--out", run, "--control", "equal_epochs")
-    stepwell("compress", *words, *QUICK)
-    return run
+
+    def compress(run: Path) -> None:
+        words = ("--teacher", teacher, "--data", data, "--out", run, "--control", "equal_epochs")
+        stepwell("compress", *words, *QUICK)
+
+    return made_once(tmp_path_factory, "finished", compress)
 
 
 @pytest.fixture(scope="session")
 def reference(tmp_path_factory: pytest.TempPathFactory, data: Path, teacher: Path) -> Path:
     """The same run without control, ONNX file and report, undisturbed: what others must be equal to."""
-    run = tmp_path_factory.mktemp("reference") / "run"
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        without_files(monkeypatch)
-        stepwell("compress", "--teacher", teacher, "--data", data, "--out", run, *QUICK)
-    return run
+
+    def compress(run: Path) -> None:
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            without_files(monkeypatch)
+            stepwell("compress", "--teacher", teacher, "--data", data, "--out", run, *QUICK)
+
+    return made_once(tmp_path_factory, "reference", compress)
+
+
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """The folder `name`, filled by whichever process of the tests comes first."""
+    root = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # every worker has a folder of its own in the common one
+        root = root.parent
+    folder, done = root / f"shared-{name}", root / f"shared-{name}.done"
+    with (root / f"shared-{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            make(folder)
+            done.touch()
+    return folder
 
 
 @pytest.fixture
@@ -60,9 +81,10 @@ def without_files(monkeypatch: pytest.MonkeyPatch) -> None:
         file.write_bytes(b"no ONNX in this test")
         return 0.0
 
+    def write_nothing(*words):
+        words[-1].write_text("no report in this test")
+
     latency = Latency(onnx_batch1=1, onnx_batch32=1, eager_batch1=1, eager_batch32=1, threads=1)
     monkeypatch.setattr(deliver, "export_onnx", export_nothing)
     monkeypatch.setattr(deliver, "measure_latency", lambda *_: latency)
-    monkeypatch.setattr(
-        handover, "write_report", lambda *words: words[-1].write_text("no report in this test")
-    )
+    monkeypatch.setattr(handover, "write_report", write_nothing)

@@ -134,6 +134,7 @@ def test_impossible_keep(compress, value, said):
         (("--batch-size", "0"), "batch_size"),
         (("--batch-size", "1.5"), "batch-size"),
         (("--seed", "-1"), "seed"),
+        (("--seed", "99999999999999999999"), "seed"),
         (("--warmup", "1"), "warmup"),
         (("--workers", "-1"), "workers"),
         (("--num-candidates", "1"), "num_candidates"),
@@ -346,6 +347,19 @@ def test_arguments_that_timm_does_not_know(compress, teacher):
     line = compress("--teacher-weights", weights, "--model-args", "imgsize=16", teacher=TIMM)
     assert "--model-args" in line
     assert "imgsize" in line
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("embed_dim=25", "num_heads=4"), "divisible"),
+        (("img_size=[16",), "--model-args"),
+        (("num_classes=7",), "num_classes=7"),
+        (("in_chans=5",), "5"),
+    ],
+)
+def test_arguments_that_do_not_go_together(train, words, said):
+    assert said in train("--no-pretrained", "--model-args", *words)
 
 
 def test_weights_that_do_not_fit(compress, train, teacher, tmp_path):

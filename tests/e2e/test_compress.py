@@ -29,6 +29,7 @@ from small_world import (
     student_weights,
     write_images,
 )
+from timm.models._hub import save_for_hf
 from torch import nn
 
 import stepwell as package
@@ -58,6 +59,8 @@ def build():
         "vit_tiny_patch16_224", img_size=16, patch_size=8, embed_dim=24, depth=2, num_heads=4, num_classes=3
     )
 """
+
+HUB_ARGS = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 4}
 
 
 def result_of(run: Path) -> Result:
@@ -409,7 +412,8 @@ def test_an_exported_rung_answers_as_it_did_when_it_was_judged(finished, tmp_pat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("keep", ["0.1", "0.7"])
-def test_rungs_as_onnx_and_torch_export(finished, tmp_path, keep):
+def test_rungs_as_onnx_and_torch_export(finished, tmp_path, monkeypatch, keep):
+    monkeypatch.undo()  # torch's own format holds its example input as a pickle
     stepwell("export", finished, "--keep", keep, "--out", tmp_path)
     stepwell("export", finished, "--keep", keep, "--format", "torch-export", "--out", tmp_path)
     stepwell("export", finished, "--keep", keep, "--format", "safetensors", "--out", tmp_path)
@@ -496,6 +500,17 @@ def test_a_timm_name_with_weights(data, teacher, reference, tmp_path, quick):
     assert_same_weights(student_weights(tmp_path / "out"), student_weights(reference))
     assert_same_weights(package.load(tmp_path / "out").state_dict(), student_weights(reference))
     assert "may have seen it" in result_of(tmp_path / "out").data.teacher_saw_selection
+
+
+def test_a_model_of_the_hub_that_lies_on_disk(data, teacher, reference, tmp_path, quick):
+    """Its student needs neither the hub nor that folder."""
+    folder = tmp_path / "of.mine"
+    save_for_hf(package.load(teacher), folder, model_args=HUB_ARGS, safe_serialization=True)
+    words = ("--teacher", f"local-dir:{folder}", "--data", data, "--out", tmp_path / "out")
+    stepwell("compress", *words, *QUICK)
+    shutil.rmtree(folder)
+    assert_same_weights(student_weights(tmp_path / "out"), student_weights(reference))
+    assert_same_weights(package.load(tmp_path / "out").state_dict(), student_weights(reference))
 
 
 @pytest.mark.parametrize("ending", ["safetensors", "pth"])

@@ -211,7 +211,8 @@ sys.exit(small_world.main(sys.argv[2:]))
 
 
 def in_a_process(program: list[str]) -> subprocess.Popen:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    paths = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     return subprocess.Popen(
         [sys.executable, *program],
         env=environment,
@@ -289,6 +290,41 @@ def test_a_finished_run_started_again_changes_nothing(finished, teacher, data, c
     ]
     assert contents(finished) == before
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == times
+
+
+def test_a_student_that_was_removed_comes_back(words, reference, tmp_path, quick):
+    out = shutil.copytree(reference, tmp_path / "out")
+    shutil.rmtree(out / "student")
+    stepwell(*words)
+    assert_same_run(out, reference)
+
+
+# --- damaged
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("joint/tensors.safetensors", b"half of it"),
+        ("joint/result.json", b""),
+        ("score/result.json", b'{"seconds": 1.0, "result": {"raw": {}}}'),
+        ("plan/result.json", b"[]"),
+        ("ladder/result.json", b"\xff\xfe"),
+    ],
+)
+def test_a_damaged_stage_is_named_and_can_be_computed_again(
+    words, started, reference, quick, capsys, file, content
+):
+    damaged = started / "stages" / file
+    damaged.write_bytes(content)
+    capsys.readouterr()
+    assert main(words) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert f"{damaged.parent} is damaged" in line
+    assert "remove it" in line
+    shutil.rmtree(damaged.parent)
+    stepwell(*words)
+    assert_same_run(started, reference)
 
 
 # --- changed
@@ -376,6 +412,20 @@ def test_a_changed_teacher_is_noticed(words, started, teacher, tmp_path, capsys)
 def test_device_and_workers_may_change(words, started, reference, quick):
     stepwell(*words, "--device", "cpu", "--workers", "0")
     assert_same_run(started, reference)
+
+
+def test_a_moved_run_goes_on(words, started, reference, tmp_path, quick, monkeypatch):
+    """By whatever name its folder is called."""
+    started.rename(tmp_path / "elsewhere")
+    monkeypatch.chdir(tmp_path)
+    words[words.index("--out") + 1] = "elsewhere"
+    stepwell(*words)
+    assert_same_run(tmp_path / "elsewhere", reference)
+
+
+def test_a_run_of_another_command_is_refused(words, teacher, capsys):
+    words[words.index("--out") + 1] = str(teacher)
+    assert_refused(words, teacher, capsys, said="belongs to another command")
 
 
 def test_a_folder_of_something_else_is_refused(words, tmp_path, capsys):
