@@ -131,9 +131,7 @@ class LossOptions(Options):
     @model_validator(mode="after")
     def _learns_something(self) -> Self:
         if self.task_weight == self.logit_weight == self.feature_weight == 0:
-            raise ValueError(
-                "task_weight, logit_weight and feature_weight are all 0: there is nothing to learn"
-            )
+            raise ValueError("task_weight, logit_weight and feature_weight are all 0: nothing is learned")
         return self
 
 
@@ -155,7 +153,7 @@ class SelectOptions(Options):
 
     rule: Rule = "npsd"
     """npsd: just before the steepest fall (our reading of NPSD); npsd-chord-*: minus the slope to teacher or
-    student; lambda: MiniDisc's P + 0.2 (1 - S). All are computed and reported in every run."""
+    student; lambda: MiniDisc's P + 0.2 (1 - S). Every run computes all."""
     metric: Metric = "auto"
     """Performance P of a candidate on the selection images: `top1` / 100, or `likelihood` (geometric mean of
     the probability given to the true class); `auto` is likelihood below 2,000 images, where top1 is noise."""
