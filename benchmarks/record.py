@@ -9,6 +9,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from stepwell.delivery.result import Result
+from stepwell.delivery.table import result_table
 from stepwell.training.run_dir import write_atomically
 
 RESULTS = Path(__file__).parent / "results"
@@ -54,6 +55,7 @@ def summary(result: Result, seed: int) -> dict[str, Any]:
         "epochs": result.epochs,
         "cost_vs_single_step": result.cost_vs_single_step.model_dump(),
         "num_test": result.data.num_test,
+        "table": result_table(result),
     }
 
 
