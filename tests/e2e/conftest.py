@@ -77,7 +77,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def without_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    def export_nothing(model, spec, file, images):
+    def export_nothing(model, spec, file, images, **_options):
         file.write_bytes(b"no ONNX in this test")
         return 0.0
 

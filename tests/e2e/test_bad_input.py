@@ -145,7 +145,7 @@ def test_impossible_keep(compress, value, said):
         (("--precision", "fp16"), "bf16"),
         (("--preset", "papr"), "paper"),
         (("--assistant", "1.5"), "assistant"),
-        (("--task-weight", "0", "--logit-weight", "0", "--feature-weight", "0"), "nothing to learn"),
+        (("--task-weight", "0", "--logit-weight", "0", "--feature-weight", "0"), "are all 0"),
         (("--feature-layers", "0", "7"), "7"),
         (("--feature-layers", "-1"), "-1"),
         (("--device", "quantum"), "--device cpu"),
