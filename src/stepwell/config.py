@@ -131,7 +131,7 @@ class LossOptions(Options):
     @model_validator(mode="after")
     def _learns_something(self) -> Self:
         if self.task_weight == self.logit_weight == self.feature_weight == 0:
-            raise ValueError("task_weight, logit_weight and feature_weight are 0: nothing to learn")
+            raise ValueError("task_weight, logit_weight and feature_weight are all 0: nothing to learn")
         return self
 
 

@@ -245,7 +245,7 @@ def test_the_gradient_at_equality_is_that_of_the_labels_alone():
 
 
 def test_three_weights_of_0_are_refused():
-    with pytest.raises(ConfigError, match="are 0: nothing to learn"):
+    with pytest.raises(ConfigError, match="are all 0: nothing to learn"):
         make_config(LossOptions, {"task_weight": 0, "logit_weight": 0, "feature_weight": 0})
 
 
