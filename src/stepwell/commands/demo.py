@@ -66,7 +66,7 @@ def run(config: DemoConfig) -> Compressed:
                 "teacher": str(config.out_dir / "teacher"),
                 "keep_ratio": 0.1,
                 "control": "equal_compute",
-                "joint_epochs": 20 * config.effort,
+                "joint_epochs": 60 * config.effort,
                 "epochs": 60 * config.effort,
                 "batch_size": 64,
                 "lr": 4e-3,
