@@ -16,7 +16,8 @@ from stepwell.delivery.measure import count_macs, evaluate
 from stepwell.delivery.teacher import Teacher, placeholders
 from stepwell.errors import ConfigError, DataError
 from stepwell.losses.amd import feature_layers
-from stepwell.pruning.families import Family, family_of
+from stepwell.pruning.families import find_groups
+from stepwell.pruning.states import last_of_each_stage
 from stepwell.pruning.units import Group
 from stepwell.training.batches import EvalBatches, TrainBatches
 from stepwell.training.data import Data, ImageSet
@@ -30,7 +31,8 @@ class Setting:
     config: CompressConfig
     run: RunDir
     teacher: Teacher
-    family: Family
+    groups: list[Group]
+    """The units that may be cut."""
     data: Data
     classes: tuple[str, ...]
     device: torch.device
@@ -41,20 +43,21 @@ class Setting:
         return self.teacher.model.to(self.device).eval().requires_grad_(False)
 
     @cached_property
-    def groups(self) -> list[Group]:
-        """The units that may be cut."""
-        return self.family.groups(self.teacher.model)
-
-    @cached_property
-    def layers(self) -> tuple[int, ...]:
-        """The blocks whose hidden states are compared."""
-        return feature_layers(self.family.num_layers(self.teacher.model), self.config)
+    def blocks(self) -> tuple[str, ...]:
+        """The blocks whose hidden states are compared: by default evenly spread, or one for each stage."""
+        stages = {group.block: group.stage for group in self.groups if group.block}
+        if self.config.feature_layers is None and len(set(stages.values())) > 1:
+            return tuple(last_of_each_stage(stages))
+        names = list(stages)
+        return tuple(names[i] for i in feature_layers(len(names), self.config)) if names else ()
 
     @cached_property
     def no_decay(self) -> frozenset[str]:
-        """Parameters without weight decay by the model's own word (timm's `no_weight_decay`)."""
-        own = getattr(self.teacher.model, "no_weight_decay", None)
-        return frozenset(cast(Iterable[str], own()) if callable(own) else ())
+        """Norms, biases, scales, and what the model itself excepts (timm's `no_weight_decay`)."""
+        model = self.teacher.model
+        own = getattr(model, "no_weight_decay", None)
+        vectors = {name for name, parameter in model.named_parameters() if parameter.ndim <= 1}
+        return frozenset(vectors | set(cast(Iterable[str], own()) if callable(own) else ()))
 
     @cached_property
     def teacher_macs(self) -> int:
@@ -128,15 +131,15 @@ def prepare(config: CompressConfig, run: RunDir, teacher: Teacher, data: Data) -
         DataError: The classes of teacher and data differ.
         ConfigError: There is no such device; or no labels, but a loss that needs them.
     """
-    family = family_of(teacher.model)
+    groups = find_groups(teacher.model)
     classes = check_classes(teacher, data)
     if not data.labelled and config.task_weight:
         raise ConfigError(
             f"{data.source} has no class folders, so there are no labels to learn: pass --task-weight 0 "
             f"to learn from the teacher alone, or sort the images into train/CLASS/"
         )
-    setting = Setting(config, run, teacher, family, data, classes, set_up_torch(config))
-    _ = setting.layers  # an impossible layer is an error now, not after scoring
+    setting = Setting(config, run, teacher, groups, data, classes, set_up_torch(config))
+    _ = setting.blocks  # an impossible layer is an error now, not after scoring
     return setting
 
 

@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 
 from stepwell.config import CompressConfig
-from stepwell.pruning.families import vit
+from stepwell.pruning.families import find_groups
 from stepwell.pruning.shared import SharedWeights
 from stepwell.pruning.skeleton import sort_units
+from stepwell.pruning.states import WithStates
 from stepwell.stages.distill import DistillStep
 from stepwell.stages.grid import keep_ratios, make_grid
 from stepwell.stages.joint import JointStep
@@ -27,7 +28,7 @@ from tiny import FixedEval, FixedTrain, no_autocast, random_batches, tiny_vit
 
 FOLDER = Path(__file__).parent
 TOLERANCE = 1e-4  # relative; sums are ordered in another way on another processor
-LAYERS = (0, 1, 2)
+BLOCKS = ("blocks.0", "blocks.1", "blocks.2")
 NUM_STEPS, BATCHES = 30, 3
 
 
@@ -58,15 +59,15 @@ def train(stage: str, step, parameters, options: CompressConfig) -> dict[str, li
 
 def scored():
     model = tiny_vit().requires_grad_(False)
-    return model, score(model, vit.groups(model), FixedEval(random_batches(BATCHES, 8)))
+    return model, score(model, find_groups(model), FixedEval(random_batches(BATCHES, 8)))
 
 
 def ladder(options: CompressConfig):
     model, importance = scored()
-    groups = vit.groups(model)
+    groups = find_groups(model)
     weights = sort_units(dict(model.named_parameters()), groups, importance.order())
     grid = make_grid(groups, importance.normalised, keep_ratios(options.keep_ratio, options), options)
-    return model, SharedWeights(model, vit, weights, grid)
+    return model, SharedWeights(model, find_groups(model), weights, grid)
 
 
 @cache
@@ -74,7 +75,7 @@ def joint(sampling: str):
     """Losses, and the store that nothing changes afterwards: models are taken out of it as copies."""
     options = config(sampling=sampling)
     model, shared = ladder(options)
-    step = JointStep(model, vit, shared, LAYERS, options, options, options.seed, no_autocast())
+    step = JointStep(model, shared, BLOCKS, options, options, options.seed, no_autocast())
     return train("joint", step, shared.parameters, options), shared
 
 
@@ -101,9 +102,7 @@ def test_distill(golden):
     options = config(schedule="linear", temperature=2.0)
     _, shared = joint("sandwich")
     assistant, student = shared.extract(1).eval(), shared.extract(0).train()
-    step = DistillStep(
-        vit.with_states(assistant, LAYERS), vit.with_states(student, LAYERS), options, no_autocast()
-    )
+    step = DistillStep(WithStates(assistant, BLOCKS), WithStates(student, BLOCKS), options, no_autocast())
     losses = train("distill", step, dict(student.named_parameters()), options)
     assert len(losses["loss"]) == NUM_STEPS
     golden("distill", losses)

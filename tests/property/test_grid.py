@@ -11,6 +11,10 @@ from stepwell.pruning.units import Group
 from stepwell.stages.grid import keep_ratios, kept_counts, make_grid
 
 
+def keep(_skeleton, _name, _width) -> None:
+    """These groups belong to no model."""
+
+
 @st.composite
 def layers(draw):
     """Groups of any kind and stage with scores, equal ones among them."""
@@ -20,7 +24,8 @@ def layers(draw):
         kind = draw(st.sampled_from(["head", "neuron"]))
         num_units = draw(st.integers(1, 6) if kind == "head" else st.integers(1, 40))
         name = f"{i}.{kind}"
-        groups.append(Group(name, kind, num_units, (), gate=name, stage=draw(st.integers(0, 1))))
+        block = f"stages.{draw(st.integers(0, 1))}.{i}"
+        groups.append(Group(name, kind, num_units, (), gate=name, block=block, narrow=keep))
         scores[name] = draw(st.lists(value, min_size=num_units, max_size=num_units))
     return groups, scores
 

@@ -9,7 +9,7 @@ from torch.func import functional_call
 
 from stepwell.config import GridOptions
 from stepwell.delivery.measure import num_params
-from stepwell.pruning.families import vit
+from stepwell.pruning.families import find_groups
 from stepwell.pruning.shared import SharedWeights
 from stepwell.pruning.skeleton import build_skeleton, leading_units, sort_units
 from stepwell.stages.grid import make_grid
@@ -42,8 +42,8 @@ def test_sliced_equals_masked_in_output_and_gradient(variant, widths, seed):
     sizes = group_sizes(model)
     with gates(model, keep_leading(sizes, widths, torch.float64)):
         masked = model(images)
-    skeleton = build_skeleton(model, vit, widths)
-    cut = leading_units(dict(model.named_parameters()), skeleton, vit.groups(model), widths)
+    skeleton = build_skeleton(model, find_groups(model), widths)
+    cut = leading_units(dict(model.named_parameters()), skeleton, find_groups(model), widths)
     leaves = {name: weight.detach().clone().requires_grad_() for name, weight in cut.items()}
     sliced = functional_call(skeleton, leaves, (images,))
     torch.testing.assert_close(sliced, masked, rtol=1e-10, atol=1e-12)
@@ -77,7 +77,7 @@ def gradients(value, parameters, direction) -> list[torch.Tensor]:
 def test_sorting_in_any_order_keeps_the_function(variant, seed, data):
     model = model_of(variant)
     order = {name: data.draw(st.permutations(range(n))) for name, n in group_sizes(model).items()}
-    weights = sort_units(dict(model.named_parameters()), vit.groups(model), order)
+    weights = sort_units(dict(model.named_parameters()), find_groups(model), order)
     images = random_images(2, torch.float64, seed)
     with torch.no_grad():
         found = functional_call(model, weights, (images,))
@@ -92,13 +92,13 @@ def test_sorting_in_any_order_keeps_the_function(variant, seed, data):
 )
 def test_every_grid_gives_a_store_whose_candidates_run_and_grow(seed, ratios, options):
     model = model_of("plain")
-    groups = vit.groups(model)
+    groups = find_groups(model)
     generator = torch.Generator().manual_seed(seed)
     scores = {g.name: torch.rand(g.num_units, generator=generator).tolist() for g in groups}
     order = {name: sorted(range(len(s)), key=lambda u, s=s: -s[u]) for name, s in scores.items()}
     weights = sort_units(dict(model.named_parameters()), groups, order)
     grid = make_grid(groups, scores, ratios, options)
-    shared = SharedWeights(model, vit, weights, grid)
+    shared = SharedWeights(model, find_groups(model), weights, grid)
     images = random_images(2, torch.float64, seed)
     # Unsorted, whole, and gated by the units' own scores: what a reader would write down for "keep the best".
     for index, candidate in enumerate(grid):

@@ -7,25 +7,26 @@ import torch
 
 from stepwell.config import CompressConfig, LossOptions
 from stepwell.losses.amd import Output, amd_loss
-from stepwell.pruning.families import vit
+from stepwell.pruning.families import find_groups
 from stepwell.pruning.skeleton import build_skeleton, fill, leading_units
+from stepwell.pruning.states import WithStates
 from stepwell.stages.distill import DistillStep, distill
 from tiny import FixedTrain, no_autocast, random_batches, tiny_vit
 
-LAYERS = (0, 2)
+BLOCKS = ("blocks.0", "blocks.2")
 WIDTHS = {f"blocks.{i}.{kind}": width for i in range(3) for kind, width in (("attn", 2), ("mlp", 16))}
 
 
 def small(model):
-    skeleton = build_skeleton(model, vit, WIDTHS)
-    return fill(skeleton, leading_units(dict(model.named_parameters()), skeleton, vit.groups(model), WIDTHS))
+    skeleton = build_skeleton(model, find_groups(model), WIDTHS)
+    return fill(skeleton, leading_units(dict(model.named_parameters()), skeleton, find_groups(model), WIDTHS))
 
 
 def run(teacher, student, **values):
     config = CompressConfig(epochs=4, warmup=0.0, **values)
     batches = FixedTrain(random_batches(5, 4))
     return distill(
-        "distill", teacher, student, vit, LAYERS, batches, config, config.epochs, no_autocast(), frozenset()
+        "distill", teacher, student, BLOCKS, batches, config, config.epochs, no_autocast(), frozenset()
     )
 
 
@@ -33,16 +34,14 @@ def test_a_step_leaves_the_gradient_of_the_loss_in_the_student_alone():
     teacher, student = tiny_vit(torch.float64), small(tiny_vit(torch.float64, seed=3))
     (batch,) = random_batches(1, 4, torch.float64)
     options = LossOptions(task_weight=0.5, logit_weight=2.0, temperature=3.0)
-    step = DistillStep(
-        vit.with_states(teacher, LAYERS), vit.with_states(student, LAYERS), options, no_autocast()
-    )
+    step = DistillStep(WithStates(teacher, BLOCKS), WithStates(student, BLOCKS), options, no_autocast())
     found = step(batch, 0)
 
     again = copy.deepcopy(student)
     again.zero_grad()
     with torch.no_grad():
-        target = Output(*vit.with_states(teacher, LAYERS)(batch.images))
-    expected = amd_loss(Output(*vit.with_states(again, LAYERS)(batch.images)), target, batch.labels, options)
+        target = Output(*WithStates(teacher, BLOCKS)(batch.images))
+    expected = amd_loss(Output(*WithStates(again, BLOCKS)(batch.images)), target, batch.labels, options)
     expected["loss"].backward()
     assert {name: value.item() for name, value in found.items()} == {
         name: value.item() for name, value in expected.items()

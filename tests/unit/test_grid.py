@@ -8,7 +8,7 @@ import torch
 from stepwell.config import GridOptions, make_config
 from stepwell.delivery.measure import count_macs, num_params
 from stepwell.errors import ConfigError
-from stepwell.pruning.families import vit
+from stepwell.pruning.families import find_groups
 from stepwell.pruning.skeleton import build_skeleton
 from stepwell.pruning.units import Group
 from stepwell.stages.grid import keep_ratios, kept_counts, make_grid, round_widths
@@ -25,8 +25,12 @@ TABLE = [
 SPEC = InputSpec((224, 224), 3, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
+def keep(_skeleton, _name, _width) -> None:
+    """These groups belong to no model."""
+
+
 def group(name: str, kind: str, num_units: int, stage: int = 0) -> Group:
-    return Group(name, kind, num_units, slices=(), gate=name, stage=stage)
+    return Group(name, kind, num_units, (), gate=name, block=f"stages.{stage}.{name}", narrow=keep)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +48,7 @@ def vit_base_macs(vit_base):
 @pytest.fixture(scope="module")
 def random_scores(vit_base):
     rng = np.random.default_rng(0)
-    return {g.name: rng.random(g.num_units).tolist() for g in vit.groups(vit_base)}
+    return {g.name: rng.random(g.num_units).tolist() for g in find_groups(vit_base)}
 
 
 # --- the table
@@ -52,7 +56,7 @@ def random_scores(vit_base):
 
 @pytest.mark.parametrize(("keep_ratio", "heads", "neurons"), [row[:3] for row in TABLE])
 def test_kept_counts_are_those_of_the_table(vit_base, random_scores, keep_ratio, heads, neurons):
-    groups = vit.groups(vit_base)
+    groups = find_groups(vit_base)
     counts = kept_counts(groups, random_scores, keep_ratio)
     widths = round_widths(groups, counts, GridOptions(round_to=1))
     assert widths == counts
@@ -66,8 +70,8 @@ def test_kept_counts_are_those_of_the_table(vit_base, random_scores, keep_ratio,
 def test_sizes_are_those_of_the_table(
     vit_base, vit_base_macs, random_scores, keep_ratio, params, params_ratio, macs, macs_ratio
 ):
-    (candidate,) = make_grid(vit.groups(vit_base), random_scores, [keep_ratio], GridOptions(round_to=1))
-    skeleton = build_skeleton(vit_base, vit, candidate.widths)
+    (candidate,) = make_grid(find_groups(vit_base), random_scores, [keep_ratio], GridOptions(round_to=1))
+    skeleton = build_skeleton(vit_base, find_groups(vit_base), candidate.widths)
     found_params, found_macs = num_params(skeleton), count_macs(skeleton, SPEC)
     assert round(found_params / 1e6, 2) == params
     assert round(found_params / num_params(vit_base), 3) == params_ratio
@@ -78,7 +82,7 @@ def test_sizes_are_those_of_the_table(
 def test_by_default_vit_base_is_cut_in_eights_close_to_the_table(vit_base, random_scores):
     ratios = [row[0] for row in TABLE]
     for candidate, row in zip(
-        make_grid(vit.groups(vit_base), random_scores, ratios, GridOptions()), TABLE, strict=True
+        make_grid(find_groups(vit_base), random_scores, ratios, GridOptions()), TABLE, strict=True
     ):
         neurons = [n for name, n in candidate.widths.items() if name.endswith("mlp")]
         assert [n % 8 for n in neurons] == [0] * 12
@@ -108,7 +112,14 @@ def test_heads_and_neurons_are_ranked_apart():
 
 
 def test_every_stage_of_a_model_is_ranked_by_itself():
-    groups = [group("a", "head", 4, stage=0), group("b", "head", 4, stage=1)]
+    groups = [
+        group(
+            "a",
+            "head",
+            4,
+        ),
+        group("b", "head", 4, stage=1),
+    ]
     scores = {"a": [9.0, 8.0, 7.0, 6.0], "b": [0.4, 0.3, 0.2, 0.1]}
     assert kept_counts(groups, scores, 0.5) == {"a": 2, "b": 2}
 

@@ -8,7 +8,7 @@ from stepwell.delivery.archive import Architecture, Card, load, save_model
 from stepwell.delivery.ladder import Ladder, load_rung, rungs
 from stepwell.delivery.measure import num_params
 from stepwell.errors import ModelError
-from stepwell.pruning.families import vit
+from stepwell.pruning.families import find_groups
 from stepwell.pruning.shared import SharedWeights
 from stepwell.pruning.skeleton import build_skeleton, fill, leading_units
 from stepwell.pruning.units import Candidate
@@ -29,14 +29,14 @@ def card(widths: dict[str, int]) -> Card:
 
 def finished_run(path, teacher, teacher_widths: dict[str, int]) -> SharedWeights:
     """The stages that a ladder needs, with weights as if they had been trained."""
-    sizes = {g.name: g.num_units for g in vit.groups(teacher)}
+    sizes = {g.name: g.num_units for g in find_groups(teacher)}
     ladder = [
         Candidate(
             r, {name: int(r * n) // (8 if n > 8 else 1) * (8 if n > 8 else 1) for name, n in sizes.items()}
         )
         for r in RATIOS
     ]
-    shared = SharedWeights(teacher, vit, dict(teacher.named_parameters()), ladder)
+    shared = SharedWeights(teacher, find_groups(teacher), dict(teacher.named_parameters()), ladder)
     with torch.no_grad():
         for parameter in shared.parameters.values():
             parameter += 0.1 * torch.randn_like(parameter)
@@ -79,9 +79,9 @@ def test_a_student_can_be_compressed_again(tmp_path):
     """Its own widths, an empty layer among them, are part of every rung's card."""
     model = tiny_vit()
     first = {"blocks.0.attn": 2, "blocks.0.mlp": 0, "blocks.1.mlp": 24}
-    skeleton = build_skeleton(model, vit, first)
+    skeleton = build_skeleton(model, find_groups(model), first)
     student = fill(
-        skeleton, leading_units(dict(model.named_parameters()), skeleton, vit.groups(model), first)
+        skeleton, leading_units(dict(model.named_parameters()), skeleton, find_groups(model), first)
     )
     shared = finished_run(tmp_path / "run", student.eval(), first)
     rung, its_card = load_rung(tmp_path / "run", 0.7)

@@ -14,7 +14,7 @@ from torch import nn
 
 from stepwell.config import TrainingOptions
 from stepwell.errors import DivergedError
-from stepwell.pruning.families import vit
+from stepwell.pruning.families import find_groups
 from stepwell.pruning.shared import SharedWeights
 from stepwell.pruning.units import Candidate
 from stepwell.training.loop import fit, make_optimizer, make_scheduler, seconds_per_step
@@ -269,7 +269,7 @@ def test_every_tensor_of_a_store_is_in_the_right_group():
         )
         for r, heads, neurons in ((0.1, 1, 8), (0.5, 2, 24))
     ]
-    parameters = SharedWeights(model, vit, dict(model.named_parameters()), ladder).parameters
+    parameters = SharedWeights(model, find_groups(model), dict(model.named_parameters()), ladder).parameters
     optimizer = make_optimizer(parameters, 0.1, 0.05, frozenset(model.no_weight_decay()))
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert len(decay) == len(parameters)

@@ -9,7 +9,7 @@ import timm
 import torch
 
 from stepwell.delivery.measure import Scores, count_macs, evaluate, mcnemar, num_params, wilson_interval
-from stepwell.pruning.families import vit
+from stepwell.pruning.families import find_groups
 from stepwell.pruning.skeleton import build_skeleton, fill, leading_units
 from stepwell.training.batches import InputSpec
 from tiny import NUM_CLASSES, SPEC, VARIANTS, FixedEval, group_sizes, random_batches, tiny_vit
@@ -63,13 +63,13 @@ def test_vit_base_has_its_published_size(vit_base):
 )
 def test_a_small_model_costs_what_the_formula_says(widths):
     model = tiny_vit()
-    skeleton = build_skeleton(model, vit, widths)
+    skeleton = build_skeleton(model, find_groups(model), widths)
     kept = {**group_sizes(model), **widths}
     assert count_macs(skeleton, SPEC) == macs_by_formula(kept, tokens=5)
     assert num_params(skeleton) == params_by_formula(kept, tokens=5)
     # A physical model costs what its skeleton does.
     student = fill(
-        skeleton, leading_units(dict(model.named_parameters()), skeleton, vit.groups(model), widths)
+        skeleton, leading_units(dict(model.named_parameters()), skeleton, find_groups(model), widths)
     )
     assert count_macs(student, SPEC) == count_macs(skeleton, SPEC)
     assert num_params(student) == num_params(skeleton)

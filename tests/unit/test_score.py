@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from stepwell.pruning.families import vit
+from stepwell.pruning.families import find_groups
 from stepwell.pruning.units import Group
 from stepwell.stages.score import Importance, gate_gradients, l2_normalised, score
 from stepwell.training.batches import Batch
@@ -69,7 +69,7 @@ def uneven_batches(dtype=torch.float64) -> FixedEval:
 def test_importance_is_the_mean_absolute_gradient_of_the_gates(variant):
     model = tiny_vit(torch.float64, **VARIANTS[variant])
     batches = uneven_batches()
-    importance = score(model, vit.groups(model), batches)
+    importance = score(model, find_groups(model), batches)
     assert_close(importance, mean_of_absolute_values(model, batches))
     assert importance.num_images == 8
 
@@ -78,15 +78,15 @@ def test_importance_is_the_mean_absolute_gradient_of_the_gates(variant):
 def test_the_batch_reduction_takes_the_absolute_value_of_each_batchs_mean(variant):
     model = tiny_vit(torch.float64, **VARIANTS[variant])
     batches = uneven_batches()
-    importance = score(model, vit.groups(model), batches, reduction="batch")
+    importance = score(model, find_groups(model), batches, reduction="batch")
     assert_close(importance, absolute_values_of_batch_means(model, batches))
 
 
 def test_the_two_reductions_agree_on_batches_of_one_image():
     model = tiny_vit(torch.float64)
     batches = FixedEval(random_batches(4, 1, torch.float64))
-    per_image = score(model, vit.groups(model), batches)
-    per_batch = score(model, vit.groups(model), batches, reduction="batch")
+    per_image = score(model, find_groups(model), batches)
+    per_batch = score(model, find_groups(model), batches, reduction="batch")
     for name, values in per_batch.raw.items():
         assert [v / 4 for v in values] == pytest.approx(per_image.raw[name], rel=1e-12)
 
@@ -95,7 +95,7 @@ def test_how_images_are_batched_does_not_matter():
     model = tiny_vit()
     (all_at_once,) = random_batches(1, 6)
     in_pairs = [Batch(*(t[i : i + 2] for t in all_at_once)) for i in (0, 2, 4)]
-    groups = vit.groups(model)
+    groups = find_groups(model)
     assert_close(
         score(model, groups, FixedEval(in_pairs)), score(model, groups, FixedEval([all_at_once])).raw
     )
@@ -106,7 +106,7 @@ def test_a_unit_that_does_nothing_has_importance_0():
     with torch.no_grad():
         model.blocks[1].mlp.fc2.weight[:, 5] = 0
         model.blocks[0].attn.proj.weight[:, 6:12] = 0  # head 1 of four, 6 channels each
-    importance = score(model, vit.groups(model), uneven_batches(torch.float32))
+    importance = score(model, find_groups(model), uneven_batches(torch.float32))
     neurons, heads = importance.raw["blocks.1.mlp"], importance.raw["blocks.0.attn"]
     assert [i for i, v in enumerate(neurons) if v == 0] == [5]
     assert [i for i, v in enumerate(heads) if v == 0] == [1]
@@ -124,7 +124,7 @@ def hooks(model) -> int:
 
 def test_no_hook_is_left_behind():
     model = tiny_vit()
-    score(model, vit.groups(model), uneven_batches(torch.float32))
+    score(model, find_groups(model), uneven_batches(torch.float32))
     assert hooks(model) == 0
 
 
@@ -133,7 +133,7 @@ def test_no_hook_is_left_behind_by_an_exception():
     (batch,) = random_batches(1, 2)
     wrong = batch._replace(labels=torch.tensor([0, NUM_CLASSES]))
     with pytest.raises(IndexError, match=f"Target {NUM_CLASSES} is out of bounds"):
-        score(model, vit.groups(model), FixedEval([batch, wrong]))
+        score(model, find_groups(model), FixedEval([batch, wrong]))
     assert hooks(model) == 0
 
 
@@ -142,7 +142,7 @@ def test_gradients_and_weights_of_the_model_are_not_touched():
     for i, parameter in enumerate(model.parameters()):
         parameter.grad = torch.full_like(parameter, float(i)) if i % 2 else None
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    score(model, vit.groups(model), uneven_batches(torch.float32))
+    score(model, find_groups(model), uneven_batches(torch.float32))
     for i, (name, parameter) in enumerate(model.named_parameters()):
         assert torch.equal(parameter, before[name])
         if i % 2:
@@ -153,7 +153,7 @@ def test_gradients_and_weights_of_the_model_are_not_touched():
 
 def test_it_does_not_matter_whether_the_weights_are_frozen():
     model = tiny_vit()
-    groups, batches = vit.groups(model), uneven_batches(torch.float32)
+    groups, batches = find_groups(model), uneven_batches(torch.float32)
     free = score(model, groups, batches)
     model.requires_grad_(False)
     assert score(model, groups, batches).raw == free.raw
@@ -162,7 +162,7 @@ def test_it_does_not_matter_whether_the_weights_are_frozen():
 
 def test_the_model_is_scored_in_eval_mode():
     model = tiny_vit(proj_drop_rate=0.5, drop_path_rate=0.5)
-    groups, batches = vit.groups(model), uneven_batches(torch.float32)
+    groups, batches = find_groups(model), uneven_batches(torch.float32)
     expected = score(model, groups, batches).raw
     model.train()
     assert score(model, groups, batches).raw == expected
@@ -170,7 +170,7 @@ def test_the_model_is_scored_in_eval_mode():
 
 def test_bf16_is_close_to_fp32():
     model = tiny_vit()
-    groups, batches = vit.groups(model), uneven_batches(torch.float32)
+    groups, batches = find_groups(model), uneven_batches(torch.float32)
     exact = score(model, groups, batches)
     rough = score(model, groups, batches, autocast=torch.autocast("cpu", dtype=torch.bfloat16))
     assert rough.raw != exact.raw
@@ -182,7 +182,7 @@ def test_bf16_is_close_to_fp32():
 
 def test_normalised_scores_have_norm_1_in_every_group():
     model = tiny_vit()
-    importance = score(model, vit.groups(model), uneven_batches(torch.float32))
+    importance = score(model, find_groups(model), uneven_batches(torch.float32))
     for name, values in importance.normalised.items():
         norm = sum(v**2 for v in importance.raw[name]) ** 0.5
         assert sum(v**2 for v in values) == pytest.approx(1, rel=1e-12)
@@ -204,7 +204,7 @@ def test_order_is_from_most_to_least_important_and_keeps_that_of_equals():
 def test_gate_gradients_are_sums_over_tokens_and_channels():
     generator = torch.Generator().manual_seed(0)
     output, gradient = torch.randn(2, 2, 3, 8, generator=generator)
-    found = gate_gradients(output, gradient, num_units=4)
+    found = gate_gradients(output, gradient, num_units=4, num_images=2)
     for image, unit in itertools.product(range(2), range(4)):
         channels = (2 * unit, 2 * unit + 1)
         expected = sum(
@@ -214,9 +214,24 @@ def test_gate_gradients_are_sums_over_tokens_and_channels():
         assert float(found[image, unit]) == pytest.approx(expected, abs=1e-6)
 
 
+def test_gate_gradients_of_windows_are_folded_back_to_images():
+    generator = torch.Generator().manual_seed(0)
+    output, gradient = torch.randn(2, 2, 4, 3, 8, generator=generator)  # images, windows, tokens, channels
+    whole = gate_gradients(output.flatten(1, 2), gradient.flatten(1, 2), num_units=4, num_images=2)
+    windows = gate_gradients(output.flatten(0, 1), gradient.flatten(0, 1), num_units=4, num_images=2)
+    torch.testing.assert_close(windows, whole)
+
+
+def test_gate_gradients_of_a_map_are_sums_over_positions():
+    generator = torch.Generator().manual_seed(0)
+    output, gradient = torch.randn(2, 2, 6, 3, 3, generator=generator)  # images, channels, height, width
+    found = gate_gradients(output, gradient, num_units=6, num_images=2, dim=1)
+    torch.testing.assert_close(found, (output * gradient).sum(dim=(2, 3)))
+
+
 def test_groups_say_what_they_are():
     model = tiny_vit(qkv_bias=False)
-    heads, neurons = vit.groups(model)[:2]
+    heads, neurons = find_groups(model)[:2]
     assert isinstance(heads, Group)
     assert repr(heads) == (
         "Group(blocks.0.attn: 4 heads := blocks.0.attn.qkv.weight(3, units, 6, 24), "
@@ -226,4 +241,4 @@ def test_groups_say_what_they_are():
         "Group(blocks.0.mlp: 48 neurons := blocks.0.mlp.fc1.weight(units, 24), "
         "blocks.0.mlp.fc1.bias(units), blocks.0.mlp.fc2.weight(24, units))"
     )
-    assert {g.name: g.num_units for g in vit.groups(model)} == group_sizes(model)
+    assert {g.name: g.num_units for g in find_groups(model)} == group_sizes(model)

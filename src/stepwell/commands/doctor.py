@@ -19,7 +19,7 @@ from stepwell.delivery.measure import count_macs, num_params
 from stepwell.delivery.table import render, short_number
 from stepwell.delivery.teacher import create_timm, input_spec, load_teacher, parse_model_args
 from stepwell.errors import ConfigError
-from stepwell.pruning.families import family_of
+from stepwell.pruning.families import families_of, find_groups
 from stepwell.pruning.skeleton import build_skeleton
 from stepwell.pruning.units import Candidate, Group
 from stepwell.setting import find_device
@@ -40,16 +40,15 @@ def run(config: CompressConfig) -> str:
         raise ConfigError("doctor needs --teacher")
     data = resolve_data(config) if config.data else None
     model, spec = _model(config, data)
-    family = family_of(model)
-    groups = family.groups(model)
+    groups = find_groups(model)
     candidates = make_grid(groups, uniform_scores(groups), keep_ratios(config.keep_ratio, config), config)
     skeletons = []
     with progress("sizes of the candidates", len(candidates)) as advance:
         for candidate in candidates:
-            skeletons.append(build_skeleton(model, family, candidate.widths))
+            skeletons.append(build_skeleton(model, groups, candidate.widths))
             advance("")
     lines = [
-        f"{config.teacher}: supported ({family.NAME})",
+        f"{config.teacher}: supported ({'; '.join(families_of(model))})",
         f"  input {spec.size[0]} x {spec.size[1]} x {spec.channels}, "
         f"{short_number(num_params(model))} parameters, "
         f"{short_number(count_macs(model, spec))} MACs per image",
@@ -213,7 +212,7 @@ def activation_bytes(model: nn.Module, spec: InputSpec, batch_size: int) -> int:
 
 def build_meta(model: nn.Module) -> nn.Module:
     """A copy with everything on the meta device."""
-    return build_skeleton(model, family_of(model), {}).to("meta").train()
+    return build_skeleton(model, [], {}).to("meta").train()
 
 
 def _hours(seconds: float) -> str:

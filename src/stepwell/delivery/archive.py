@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from stepwell.errors import DataError, ModelError
-from stepwell.pruning.families import family_of
+from stepwell.pruning.families import find_groups
 from stepwell.pruning.skeleton import build_skeleton, fill
 from stepwell.training.batches import InputSpec
 from stepwell.training.run_dir import write_atomically
@@ -137,28 +137,20 @@ def narrow_and_load(model: nn.Module, widths: Mapping[str, int], weights: Path) 
     except (OSError, SafetensorError) as error:
         raise ModelError(f"cannot read {weights}: {error}") from None
     if widths:
-        family = family_of(model)
-        units = {group.name: group.num_units for group in family.groups(model)}
+        groups = find_groups(model)
+        units = {group.name: group.num_units for group in groups}
         wrong = [name for name, width in widths.items() if width > units.get(name, -1)]
         if wrong:
             raise ModelError(
                 f"{weights.with_name(CARD)} is damaged: {wrong[0]} of the {type(model).__name__} "
                 f"has {units.get(wrong[0], 0)} units, not {widths[wrong[0]]}"
             )
-        skeleton = build_skeleton(model, family, widths)
+        skeleton = build_skeleton(model, groups, widths)
         check_fit(skeleton, tensors, str(weights))
-        model = fill_with_buffers(skeleton, tensors)
+        model = fill(skeleton, tensors)
     else:
         load_strictly(model, tensors, str(weights))
     return model.eval()
-
-
-def fill_with_buffers(skeleton: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """Make a physical model of a skeleton and a whole state dict."""
-    model = fill(skeleton, tensors)
-    buffers = {name: tensors[name] for name, _ in model.named_buffers() if name in tensors}
-    model.load_state_dict(buffers, strict=False)
-    return model
 
 
 def load_strictly(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:

@@ -8,10 +8,10 @@ from torch import nn
 
 from stepwell.delivery.archive import CARD, WEIGHTS, Card, Factory, build, narrow_and_load, read_card
 from stepwell.errors import ModelError
-from stepwell.pruning.families import family_of
+from stepwell.pruning.families import find_groups
 from stepwell.pruning.shared import SharedWeights
 from stepwell.pruning.skeleton import build_skeleton
-from stepwell.pruning.units import Candidate
+from stepwell.pruning.units import Candidate, tensors_of
 from stepwell.training.run_dir import RunDir, StageResult
 
 
@@ -54,10 +54,11 @@ def load_rung(run: Path, keep_ratio: float, factory: Factory | None = None) -> t
     if index == 0 and (student / CARD).exists():
         card = read_card(student)
         return narrow_and_load(full, card.widths, student / WEIGHTS), card
-    family = family_of(full)
-    teacher = build_skeleton(full, family, ladder.teacher.widths) if ladder.teacher.widths else full
-    empty = {name: p.new_zeros(p.shape, device="cpu") for name, p in teacher.named_parameters()}
-    shared = SharedWeights(teacher, family, empty, ladder.candidates)
+    teacher = full
+    if ladder.teacher.widths:  # it had been cut before
+        teacher = build_skeleton(full, find_groups(full), ladder.teacher.widths)
+    empty = {name: t.new_zeros(t.shape, device="cpu") for name, t in tensors_of(teacher).items()}
+    shared = SharedWeights(teacher, find_groups(teacher), empty, ladder.candidates)
     shared.load(joint.tensors)
     widths = {**ladder.teacher.widths, **candidate.widths}
     return shared.extract(index).eval(), ladder.teacher.model_copy(update={"widths": widths})

@@ -38,7 +38,7 @@ def amd_loss(
         parts["task"] = F.cross_entropy(student.logits.float(), labels)
     if options.logit_weight:
         parts["logit"] = kd_loss(student.logits, teacher.logits, options.temperature)
-    if options.feature_weight:
+    if options.feature_weight and student.states:
         parts["feature"] = state_loss(student.states, teacher.states, options.feature_scale)
     weights = {
         "task": options.task_weight,

@@ -15,6 +15,8 @@ from stepwell.delivery.result import Result, SelectionResult
 from stepwell.handover import Descent, Selected, hand_over
 from stepwell.pruning.shared import SharedWeights
 from stepwell.pruning.skeleton import fill, leading_units, sort_units
+from stepwell.pruning.states import WithStates
+from stepwell.pruning.units import tensors_of
 from stepwell.setting import Setting
 from stepwell.stages.distill import DistillStep, distill
 from stepwell.stages.grid import check_room, keep_ratios, make_grid
@@ -37,20 +39,22 @@ def descend(s: Setting) -> Result:
         Importance,
         lambda: score(s.model, s.groups, s.scored, reduction=config.score_reduction, autocast=s.autocast),
     )
-    sorted_weights = sort_units(dict(s.model.named_parameters()), s.groups, importance.order())
+    sorted_weights = sort_units(tensors_of(s.model), s.groups, importance.order())
 
     # 2. Grid: nested candidates, a width per layer for each keep ratio.
     candidates = make_grid(s.groups, importance.normalised, keep_ratios(config.keep_ratio, config), config)
     run.stage("ladder", Ladder, lambda: Ladder(teacher=s.card({}), candidates=candidates))
 
     # 3. Joint: train all candidates in one shared set of weights, against the frozen teacher.
-    shared = SharedWeights(s.model, s.family, sorted_weights, candidates)
-    step = JointStep(s.model, s.family, shared, s.layers, config, config, config.seed, s.autocast)
+    shared = SharedWeights(s.model, s.groups, sorted_weights, candidates)
+    step = JointStep(s.model, shared, s.blocks, config, config, config.seed, s.autocast)
     costs = _costs(s, shared)
     check_room(costs.scales, config)
     epochs = run.stage("plan", Epochs, lambda: _plan(s, step, costs))
     joint = run.stage(
-        "joint", Trained, lambda: train_jointly(step, s.train, config, epochs.joint, s.no_decay)
+        "joint",
+        Trained,
+        lambda: train_jointly(step, s.train, s.scored, config, epochs.joint, s.no_decay),
     )
     shared.load(joint.tensors)
 
@@ -105,7 +109,7 @@ def _plan(s: Setting, step: JointStep, costs: Costs) -> Epochs:
     # The middle candidate stands for the assistant, which is not chosen yet.
     assistant, student = shared.extract(len(shared.candidates) // 2), shared.extract(0)
     distill_step = DistillStep(
-        s.family.with_states(assistant, s.layers), s.family.with_states(student, s.layers), config, s.autocast
+        WithStates(assistant, s.blocks), WithStates(student, s.blocks), config, s.autocast
     )
     joint_seconds = seconds_per_step(step, s.train, shared.parameters) * s.train.steps_per_epoch
     distill_seconds = (
@@ -145,6 +149,4 @@ def _select(s: Setting, shared: SharedWeights) -> Selected:
 
 
 def _teach(s: Setting, stage: str, teacher: nn.Module, student: nn.Module, epochs: float) -> Trained:
-    return distill(
-        stage, teacher, student, s.family, s.layers, s.train, s.config, epochs, s.autocast, s.no_decay
-    )
+    return distill(stage, teacher, student, s.blocks, s.train, s.config, epochs, s.autocast, s.no_decay)

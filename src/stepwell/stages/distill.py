@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from stepwell.config import CompressConfig, LossOptions
 from stepwell.losses.amd import Output, amd_loss
-from stepwell.pruning.families import Family
+from stepwell.pruning.states import WithStates
 from stepwell.training.batches import Batch, TrainBatches
 from stepwell.training.loop import Trained, fit
 
@@ -47,22 +47,20 @@ def distill(
     stage: str,
     teacher: nn.Module,
     student: nn.Module,
-    family: Family,
-    layers: tuple[int, ...],
+    blocks: tuple[str, ...],
     batches: TrainBatches,
     config: CompressConfig,
     epochs: float,
     autocast: torch.autocast,
     no_decay: frozenset[str],
 ) -> Trained:
-    """Train `student` in place to do what `teacher` does; the result's `tensors` are its parameters.
+    """Train `student` in place to do what `teacher` does; the result's `tensors` are its state.
 
     Args:
         stage: `distill` or `control`, for progress and errors.
         teacher: Stays as it is.
         student: Same residual width and depth, fewer heads and neurons.
-        family: Of both.
-        layers: Blocks whose hidden states are compared.
+        blocks: Names of the blocks whose hidden states are compared; both models have them.
         batches: The training images.
         config: Optimizer, schedule and loss.
         epochs: Passes over the images.
@@ -70,8 +68,8 @@ def distill(
         no_decay: Parameters that the teacher's own recipe does not decay.
     """
     step = DistillStep(
-        family.with_states(teacher.eval(), layers),
-        family.with_states(student.train(), layers),
+        WithStates(teacher.eval(), blocks),
+        WithStates(student.train(), blocks),
         config,
         autocast,
     )
@@ -87,4 +85,6 @@ def distill(
         no_decay=no_decay,
     )
     student.eval()
-    return trained
+    return trained.model_copy(
+        update={"tensors": {name: t.detach() for name, t in student.state_dict().items()}}
+    )

@@ -77,7 +77,7 @@ def kept_counts(groups: Sequence[Group], scores: Scores, keep_ratio: float) -> d
     first, so that the result does not depend on a sorting algorithm.
     """
     counts = {group.name: 0 for group in groups}
-    rankings: dict[tuple[str, int], list[tuple[float, int, str]]] = defaultdict(list)
+    rankings: dict[tuple[str, str], list[tuple[float, int, str]]] = defaultdict(list)
     for position, group in enumerate(groups):
         rankings[group.kind, group.stage] += [(-s, position, group.name) for s in scores[group.name]]
     for ranking in rankings.values():

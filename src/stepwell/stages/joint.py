@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from stepwell.config import CompressConfig, JointOptions, LossOptions
 from stepwell.losses.amd import Output, amd_loss
-from stepwell.pruning.families import Family
 from stepwell.pruning.shared import SharedWeights
-from stepwell.training.batches import Batch, TrainBatches
+from stepwell.pruning.states import WithStates
+from stepwell.training.batches import Batch, EvalBatches, TrainBatches
 from stepwell.training.loop import Trained, fit
+from stepwell.training.statistics import recalibrate
 
 
 @dataclass(frozen=True)
@@ -28,14 +29,13 @@ class JointStep:
     Attributes:
         teacher: Frozen, in eval mode.
         shared: The store and its skeletons.
-        layers: Blocks whose hidden states are compared.
+        blocks: Names of the blocks whose hidden states are compared.
         seed: Which candidates run in step n depends on (seed, n) alone.
     """
 
     teacher: nn.Module
-    family: Family
     shared: SharedWeights
-    layers: tuple[int, ...]
+    blocks: tuple[str, ...]
     loss: LossOptions
     joint: JointOptions
     seed: int
@@ -44,7 +44,7 @@ class JointStep:
     def __call__(self, batch: Batch, step: int) -> Mapping[str, Tensor]:
         """Forward and backward for the candidates of this step; returns their mean losses, detached."""
         with torch.no_grad(), self.autocast:
-            teacher = Output(*self.family.with_states(self.teacher, self.layers)(batch.images))
+            teacher = Output(*WithStates(self.teacher, self.blocks)(batch.images))
         # From large to small: the step's peak of memory comes first.
         chosen = candidates_of_step(len(self.shared.candidates), self.joint, self.seed, step)
         total: dict[str, Tensor] = {}
@@ -63,7 +63,7 @@ class JointStep:
     def _losses(
         self, index: int, weights: Mapping[str, Tensor], batch: Batch, teacher: Output
     ) -> dict[str, Tensor]:
-        skeleton = self.family.with_states(self.shared.skeletons[index], self.layers)
+        skeleton = WithStates(self.shared.skeletons[index], self.blocks)
         with self.autocast:
             output = torch.func.functional_call(
                 skeleton, {f"model.{name}": tensor for name, tensor in weights.items()}, (batch.images,)
@@ -85,21 +85,36 @@ def candidates_of_step(num_candidates: int, options: JointOptions, seed: int, st
 
 
 def train_jointly(
-    step: JointStep, batches: TrainBatches, config: CompressConfig, epochs: float, no_decay: frozenset[str]
+    step: JointStep,
+    batches: TrainBatches,
+    calibration: EvalBatches,
+    config: CompressConfig,
+    epochs: float,
+    no_decay: frozenset[str],
 ) -> Trained:
-    """Train the shared weights; the result's `tensors` are the store's parameters.
+    """Train the shared weights; the result's `tensors` are the store's state.
 
     Args:
         step: What happens in each step.
         batches: The training images.
+        calibration: Training images as they are: BatchNorm statistics of every candidate are taken anew on
+            them at the end, since a candidate that was drawn rarely has old ones.
         config: Optimizer and schedule.
         epochs: Passes over the images.
         no_decay: Parameters that the teacher's own recipe does not decay.
     """
-    lr = config.joint_lr or config.lr
-    return fit(
-        "joint", step, step.shared.parameters, batches, config, epochs=epochs, lr=lr, no_decay=no_decay
-    )
+    shared, lr = step.shared, config.joint_lr or config.lr
+    for skeleton in shared.skeletons:
+        skeleton.train()
+    trained = fit("joint", step, shared.parameters, batches, config, epochs=epochs, lr=lr, no_decay=no_decay)
+    for index, skeleton in enumerate(shared.skeletons):
+        weights = shared.weights(index)
+        recalibrate(
+            skeleton.eval(),
+            lambda images, s=skeleton, w=weights: torch.func.functional_call(s, w, (images,)),
+            calibration,
+        )
+    return trained.model_copy(update={"tensors": shared.state()})
 
 
 def scales_per_step(scales: list[float], options: JointOptions) -> float:

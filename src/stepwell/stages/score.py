@@ -66,7 +66,9 @@ def score(
             activations = [outputs[group.name] for group in groups]
             gradients = torch.autograd.grad(loss, activations)
             for group, output, gradient in zip(groups, activations, gradients, strict=True):
-                per_image = gate_gradients(output.detach(), gradient, group.num_units)
+                per_image = gate_gradients(
+                    output.detach(), gradient, group.num_units, len(batch.labels), group.gate_dim
+                )
                 sums[group.name] += _reduced(per_image, reduction).double().cpu()
             num_images += len(batch.labels)
             advance("")
@@ -75,16 +77,21 @@ def score(
     return Importance(raw=raw, normalised=l2_normalised(raw), num_images=num_images)
 
 
-def gate_gradients(output: Tensor, gradient: Tensor, num_units: int) -> Tensor:
-    """d loss / d gate per image and unit, shape (batch, units).
+def gate_gradients(
+    output: Tensor, gradient: Tensor, num_units: int, num_images: int, dim: int = -1
+) -> Tensor:
+    """d loss / d gate per image and unit, shape (images, units).
 
     Args:
-        output: The units' outputs (batch, tokens, units * channels), units side by side.
+        output: The units' outputs, such as (images, tokens, units * channels), units side by side in `dim`.
+            The first dimension may hold the windows of an image one after the other.
         gradient: d loss / d output, same shape.
-        num_units: How many units share the last dimension.
+        num_units: How many units share `dim`.
+        num_images: How many images share the first dimension.
+        dim: The dimension of the units.
     """
-    product = output.float() * gradient.float()
-    return product.unflatten(-1, (num_units, -1)).flatten(1, -3).sum(dim=(1, 3))
+    product = (output.float() * gradient.float()).movedim(dim, -1)
+    return product.reshape(num_images, -1, num_units, product.shape[-1] // num_units).sum(dim=(1, 3))
 
 
 def _reduced(per_image: Tensor, reduction: Literal["sample", "batch"]) -> Tensor:

@@ -1,6 +1,9 @@
-"""Model families: each is one module that says what may be cut and how a narrower skeleton is set up.
+"""Families: each is one file that says what may be cut in the blocks that it knows.
 
-To add a family, write a module with the three functions of `Family` and add it to `FAMILIES`.
+A family knows modules, not whole models: it is asked about every module of a model, and answers with the
+groups of units inside. A model that is made of known modules works without a line of ours, a module of the
+user's own as well; what nobody knows stays whole. To add a family, write `NAME` and `groups` in a file, and
+add it to `FAMILIES` (docs/guide/new-family.md).
 """
 
 from __future__ import annotations
@@ -10,48 +13,48 @@ from typing import Protocol
 from torch import nn
 
 from stepwell.errors import UnsupportedModelError
-from stepwell.pruning.families import vit
-from stepwell.pruning.units import Group, Widths
+from stepwell.pruning.families import attention, ffn
+from stepwell.pruning.units import Group
 
 
 class Family(Protocol):
-    """What a family module provides."""
+    """What a family's file provides."""
 
     NAME: str
     """Shown to users in the list of what is supported."""
 
-    def recognises(self, model: nn.Module) -> bool:
-        """Whether this family can cut `model`."""
-        ...
-
-    def groups(self, model: nn.Module) -> list[Group]:
-        """The groups of units of `model`, in the order of its layers."""
-        ...
-
-    def narrow(self, skeleton: nn.Module, widths: Widths) -> None:
-        """Set head counts, put constants where nothing is left; parameters already have their new shapes."""
-        ...
-
-    def num_layers(self, model: nn.Module) -> int:
-        """How many hidden states the model has."""
-        ...
-
-    def with_states(self, model: nn.Module, layers: tuple[int, ...]) -> nn.Module:
-        """Wrap `model` (as attribute `model`) so that it returns (logits, [hidden state of each layer])."""
+    def groups(self, name: str, module: nn.Module) -> list[Group]:
+        """The groups of units of `module`, which the model calls `name`; none if it is not known."""
         ...
 
 
-FAMILIES: tuple[Family, ...] = (vit,)
+FAMILIES: tuple[Family, ...] = (attention, ffn)
 
 
-def family_of(model: nn.Module) -> Family:
-    """Return the family that can cut `model`.
+def find_groups(model: nn.Module) -> list[Group]:
+    """All units of `model` that can be cut, in the order of its layers.
 
     Raises:
-        UnsupportedModelError: No family recognises it.
+        UnsupportedModelError: There are none.
     """
-    for family in FAMILIES:
-        if family.recognises(model):
-            return family
-    supported = "; ".join(family.NAME for family in FAMILIES)
-    raise UnsupportedModelError(f"{type(model).__name__} is not supported; supported are: {supported}")
+    groups = [
+        group
+        for name, module in model.named_modules()
+        for family in FAMILIES
+        for group in family.groups(name, module)
+    ]
+    if not groups:
+        supported = "; ".join(family.NAME for family in FAMILIES)
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is not supported: nothing in it can be cut; known are: {supported}"
+        )
+    return groups
+
+
+def families_of(model: nn.Module) -> list[str]:
+    """The names of the families that know something in `model`."""
+    return [
+        family.NAME
+        for family in FAMILIES
+        if any(family.groups(name, module) for name, module in model.named_modules())
+    ]

@@ -1,0 +1,37 @@
+"""BatchNorm statistics, taken anew: of one pass over some images, every batch counting alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from stepwell.training.batches import Batch
+
+
+def recalibrate(model: nn.Module, forward: Callable[[Tensor], Tensor], batches: Iterable[Batch]) -> None:
+    """Replace the running mean and variance of every BatchNorm of `model` by those of `batches`.
+
+    Weights that were cut or shared shift the statistics that the layers after them were trained with.
+
+    Args:
+        model: In eval mode before and after; only its BatchNorms run in train mode.
+        forward: Runs `model` on images, with whatever weights.
+        batches: Images as in evaluation.
+    """
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    if not norms:
+        return
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # torch's word for the plain mean over batches
+        norm.train()
+    with torch.no_grad():
+        for batch in batches:
+            forward(batch.images)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+        norm.eval()
