@@ -52,6 +52,8 @@ class DataOptions(Options):
     `resized-crop` above."""
     batch_size: Count = 64
     """Images per step."""
+    image_size: Count | None = None
+    """Height and width that images are scaled to, for a model that takes any (a CNN); by default its own."""
     workers: Annotated[int, Field(ge=0)] = 2
     """Processes that decode images; sets that fit in memory are decoded once and need none."""
 
@@ -84,8 +86,11 @@ class TrainingOptions(Options):
 
 
 class ScoreOptions(Options):
-    """How the importance of heads and neurons is measured."""
+    """How the importance of units is measured."""
 
+    importance: Literal["gradient", "l1"] = "gradient"
+    """`gradient`: how much the loss would change (AMD). `l1`: convolution filters by the sum of their weights,
+    greedily along the network (Li et al. 2017); heads and neurons still by gradient."""
     score_images: Count = 2048
     """At most this many training images are scored on, without augmentation."""
     score_reduction: Literal["sample", "batch"] = "sample"
