@@ -25,15 +25,12 @@ from stepwell.config import (
     POSITIONAL,
     PRESETS,
     CompressConfig,
-    DemoConfig,
-    ExportConfig,
-    InspectConfig,
     Options,
-    PredictConfig,
     TrainConfig,
     make_config,
     read_yaml,
 )
+from stepwell.config_tools import DemoConfig, ExportConfig, InspectConfig, PredictConfig
 from stepwell.errors import ConfigError, StepwellError, did_you_mean
 from stepwell.version import __version__
 

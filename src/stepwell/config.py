@@ -26,6 +26,8 @@ NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]  # what torch takes
+Amount = Annotated[str, Field(pattern=r"^ *[0-9]+(\.[0-9]+)? *[%kKMGT]? *$")]
+"""A count such as 1.8G or 900k, or a share of the teacher's such as 10%."""
 
 
 class Options(BaseModel):
@@ -89,8 +91,8 @@ class ScoreOptions(Options):
     """How the importance of units is measured."""
 
     importance: Literal["gradient", "l1"] = "gradient"
-    """`gradient`: how much the loss would change (AMD). `l1`: convolution filters by the sum of their weights,
-    greedily along the network (Li et al. 2017); heads and neurons still by gradient."""
+    """`gradient`: how much the loss would change (AMD). `l1`: convolution filters by the sum of their
+    weights, greedily along the network (Li et al. 2017); heads and neurons still by gradient."""
     score_images: Count = 2048
     """At most this many training images are scored on, without augmentation."""
     score_reduction: Literal["sample", "batch"] = "sample"
@@ -176,10 +178,26 @@ class TaskOptions(Options):
     """Weights for the teacher: .safetensors, or a .pth that holds plain tensors."""
     model_args: dict[str, str] = {}
     """Arguments of timm's create_model as key=value, such as img_size=32 patch_size=4."""
-    keep_ratio: Fraction = 0.1
-    """Fraction of the heads and of the FFN neurons that the student keeps, in (0, 1)."""
+    keep_ratio: Fraction | None = None
+    """Fraction of the heads, of the FFN neurons or of the convolution filters that the student keeps, in
+    (0, 1); 0.1 if no other budget is given."""
+    macs: Amount | None = None
+    """Budget instead of --keep: multiply-accumulates per image, such as 1.8G, or 10% of the teacher's."""
+    params: Amount | None = None
+    """Budget instead of --keep: parameters, such as 9M, or 10% of the teacher's."""
+    latency_ms: Positive | None = None
+    """Budget instead of --keep: milliseconds per image (onnxruntime, CPU, batch 1), measured on exported
+    candidates before anything is trained."""
     out_dir: Path | None = None
     """Run directory; the same command on an unfinished one goes on where it stopped."""
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> Self:
+        given = [n for n in ("keep_ratio", "macs", "params", "latency_ms") if getattr(self, n) is not None]
+        if len(given) > 1:
+            flags = " and ".join(f"--{FLAGS.get(name, name)}".replace("_", "-") for name in given)
+            raise ValueError(f"{flags} are each a budget: give one of them")
+        return self
 
 
 # Fields come in the order of the bases from last to first: in the help, and in config.yaml.
@@ -226,63 +244,6 @@ class TrainConfig(TrainingOptions, DataOptions, StartOptions):
 
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Share of the target that is spread over all classes."""
-
-
-class DemoConfig(Options):
-    """Options of the demonstration."""
-
-    out_dir: Path = Path("runs/demo")
-    """Where data, teacher and compressed model go."""
-    seed: Seed = 0
-    """Seed of everything random."""
-    effort: Positive = 1.0
-    """Multiplies all epochs; 0.1 is a quick look."""
-    device: str = "auto"
-    """cpu, cuda, ...; `auto` takes the GPU if there is one."""
-
-
-class InspectConfig(Options):
-    """Options of `stepwell inspect`."""
-
-    run: Path
-    """Directory of a finished run."""
-    json_: bool = False
-    """Print result.json instead of tables."""
-    all: bool = False
-    """Also export and time every rung of the ladder."""
-    teacher: str = ""
-    """FILE.py:FACTORY that builds the full-width model, with --all on a model that is not timm's."""
-
-
-class ExportConfig(Options):
-    """Options of `stepwell export`."""
-
-    run: Path
-    """Directory of a run with a trained ladder."""
-    keep_ratio: Fraction | None = None
-    """Which rung of the ladder to hand out."""
-    all: bool = False
-    """Hand out every rung."""
-    format: Literal["onnx", "safetensors", "torch-export"] = "onnx"
-    """`onnx` (dynamic batch, for any runtime), `safetensors` (a model directory for stepwell.load) or
-    `torch-export` (a .pt2 program, loads without stepwell)."""
-    out_dir: Path | None = None
-    """Folder for the files; RUN/exports if not given."""
-    teacher: str = ""
-    """FILE.py:FACTORY that builds the full-width model, where it is not timm's."""
-
-
-class PredictConfig(Options):
-    """Options of `stepwell predict`."""
-
-    model: Path
-    """A student directory, or a run that holds one."""
-    images: tuple[Path, ...]
-    """Image files."""
-    top: Count = 3
-    """How many classes to name per image."""
-    teacher: str = ""
-    """FILE.py:FACTORY that builds the full-width model, where it is not timm's."""
 
 
 FLAGS = {"keep_ratio": "keep", "out_dir": "out", "json_": "json"}

@@ -105,13 +105,14 @@ def better_on_selection(
 
 
 def _measure_all(s: Setting, descent: Descent) -> Delivered:
-    widths = descent.selected.candidates[0].widths
+    rung = descent.selected.candidates[0]
+    widths = rung.widths
     assistant_widths = descent.selected.candidates[descent.selected.index].widths
     roles: list[tuple[str, nn.Module | None, dict[str, int], float]] = [
         ("teacher", s.model, {}, 1.0),
         ("assistant", descent.assistant, assistant_widths, descent.selected.selection.pick),
-        ("student", descent.student, widths, s.config.keep_ratio),
-        ("control", descent.control, widths, s.config.keep_ratio),
+        ("student", descent.student, widths, rung.keep_ratio),
+        ("control", descent.control, widths, rung.keep_ratio),
     ]
     measured: dict[str, Measured] = {
         role: measure(
@@ -143,7 +144,7 @@ def _student_card(s: Setting, descent: Descent, figures: ModelResult) -> Card:
         descent.selected.candidates[0].widths,
         stepwell=__version__,
         torch=torch.__version__,
-        keep_ratio=s.config.keep_ratio,
+        keep_ratio=descent.selected.candidates[0].keep_ratio,
         top1=figures.top1,
         num_params=figures.num_params,
         macs=figures.macs,
@@ -162,7 +163,7 @@ def _result(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         hardware=hardware(s),
         teacher_name=s.teacher.name,
-        keep_ratio=s.config.keep_ratio,
+        keep_ratio=descent.selected.candidates[0].keep_ratio,
         data=_data_result(s),
         teacher=delivered.teacher,
         assistant=delivered.assistant,

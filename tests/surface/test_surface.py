@@ -29,7 +29,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 PUBLIC = {"Compressed", "StepwellError", "__version__", "compress", "load"}
 
 TRAINING = {
-    "--augment", "--batch-size", "--clip-norm", "--data", "--data-root", "--device", "--epochs", "--lr",
+    "--augment", "--batch-size", "--clip-norm", "--data", "--data-root", "--device", "--epochs", "--image-size", "--lr",
     "--minutes", "--model-args", "--out", "--precision", "--schedule", "--seed", "--selection-data",
     "--skip-bad-images", "--threads", "--warmup", "--weight-decay", "--workers", "--config",
 }  # fmt: skip
@@ -38,7 +38,7 @@ COMPRESS = TRAINING | {
     "--grid", "--joint-epochs", "--joint-lr", "--keep", "--latency-threads", "--logit-weight", "--metric",
     "--min-heads-per-layer", "--num-candidates", "--num-random", "--preset", "--round-to", "--rule",
     "--sampling", "--score-images", "--score-reduction", "--task-weight", "--teacher", "--teacher-weights",
-    "--temperature",
+    "--temperature", "--macs", "--params", "--latency-ms", "--importance",
 }  # fmt: skip
 FLAGS = {
     "train": TRAINING | {"--label-smoothing", "--model", "--pretrained", "--weights"},

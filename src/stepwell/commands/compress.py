@@ -53,11 +53,11 @@ def compress(
     teacher: nn.Module | str | Path,
     data: str | Path,
     *,
-    keep_ratio: float = 0.1,
+    keep_ratio: float | None = None,
     out_dir: str | Path,
     **options: object,
 ) -> Compressed:
-    """Compress `teacher` to `keep_ratio` of its heads and neurons, in automatic distillation steps.
+    """Compress `teacher` to a budget, in automatic distillation steps.
 
     Started again with the same arguments, it goes on after the last stage that was finished.
 
@@ -65,7 +65,8 @@ def compress(
         teacher: A supported module with trained weights, or what `--teacher` takes: a timm name, a finished
             run, FILE.py:FACTORY.
         data: Image folder, or a data set of timm.
-        keep_ratio: Fraction of the units that the student keeps, in (0, 1).
+        keep_ratio: Fraction of the units that the student keeps, in (0, 1); 0.1 if no other budget is given
+            (`macs="1.8G"`, `params="10%"`, `latency_ms=5`).
         out_dir: The run directory.
         **options: Any other field of `stepwell.config.CompressConfig`, such as `epochs=60`.
 

@@ -14,7 +14,8 @@ from PIL import Image
 
 from stepwell.commands import compress, train
 from stepwell.commands.compress import Compressed
-from stepwell.config import CompressConfig, DemoConfig, TrainConfig, make_config
+from stepwell.config import CompressConfig, TrainConfig, make_config
+from stepwell.config_tools import DemoConfig
 from stepwell.errors import ConfigError
 from stepwell.training.progress import say
 

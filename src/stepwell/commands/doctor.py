@@ -14,6 +14,7 @@ import torch
 from rich.table import Table
 from torch import nn
 
+from stepwell.budgets import student_widths
 from stepwell.config import CompressConfig
 from stepwell.delivery.measure import count_macs, num_params
 from stepwell.delivery.table import render, short_number
@@ -41,7 +42,9 @@ def run(config: CompressConfig) -> str:
     data = resolve_data(config) if config.data else None
     model, spec = _model(config, data)
     groups = find_groups(model)
-    candidates = make_grid(groups, uniform_scores(groups), keep_ratios(config.keep_ratio, config), config)
+    scores = uniform_scores(groups)
+    met = student_widths(config, model, spec, groups, scores)
+    candidates = make_grid(groups, scores, keep_ratios(met.keep_ratio, config), config, met.widths)
     skeletons = []
     with progress("sizes of the candidates", len(candidates)) as advance:
         for candidate in candidates:
@@ -52,14 +55,14 @@ def run(config: CompressConfig) -> str:
         f"  input {spec.size[0]} x {spec.size[1]} x {spec.channels}, "
         f"{short_number(num_params(model))} parameters, "
         f"{short_number(count_macs(model, spec))} MACs per image",
-        f"  can be cut: {_units(groups, 'head')} heads and {_units(groups, 'neuron')} FFN neurons in "
-        f"{len(groups)} sub-layers",
+        f"  can be cut: {_cut(groups)}",
+        f"  stays whole: {_whole(model, groups)}",
         "",
         _table(groups, candidates, skeletons, model, spec),
         "",
         *_estimate(config, data, model, skeletons, spec),
         *_classes_differ(model, data),
-        *(f"warning: {text}" for text in warnings_for(groups, candidates[0], config.keep_ratio)),
+        *(f"warning: {text}" for text in warnings_for(groups, candidates[0])),
     ]
     return "\n".join(lines)
 
@@ -69,21 +72,23 @@ def uniform_scores(groups: Sequence[Group]) -> dict[str, list[float]]:
     return {g.name: [(g.num_units - i - 0.5) / g.num_units for i in range(g.num_units)] for g in groups}
 
 
-def warnings_for(groups: Sequence[Group], student: Candidate, keep_ratio: float) -> list[str]:
+def warnings_for(groups: Sequence[Group], student: Candidate) -> list[str]:
     """Where a model is too small for its ratio."""
     texts = []
     heads = [g for g in groups if g.kind == "head"]
     kept = sum(student.widths[g.name] for g in heads)
     if heads and (kept <= 2 or kept < len(heads) / 2):
         texts.append(
-            f"keep {keep_ratio:g} leaves {kept} of {_units(heads, 'head')} heads for {len(heads)} layers, "
-            f"so most layers lose their attention; a larger --keep or --min-heads-per-layer 1 keeps it"
+            f"keep {student.keep_ratio:g} leaves {kept} of {_units(heads, 'head')} heads for {len(heads)} "
+            f"layers, so most lose their attention; a larger --keep or --min-heads-per-layer 1 keeps it"
         )
-    empty = [g.name for g in groups if g.kind == "neuron" and student.widths[g.name] == 0]
-    if empty:
-        texts.append(
-            f"{len(empty)} FFN layers lose all their neurons at keep {keep_ratio:g}: {', '.join(empty[:4])}"
-        )
+    for kind, layers in (("neuron", "FFNs"), ("filter", "convolutions")):
+        empty = [g.name for g in groups if g.kind == kind and student.widths[g.name] == 0]
+        if empty:
+            texts.append(
+                f"{len(empty)} {layers} lose all their {kind}s at keep {student.keep_ratio:g}: "
+                f"{', '.join(empty[:4])}{', ...' if len(empty) > 4 else ''}"
+            )
     return texts
 
 
@@ -107,9 +112,27 @@ def _model(config: CompressConfig, data: Data | None) -> tuple[nn.Module, InputS
         num_classes and config.teacher_weights
     ):  # without weights of the user's, timm's own count of classes holds
         args = {"num_classes": num_classes, **args}
-    with torch.device("meta"):
+    # Shapes are enough to count, but not to time.
+    with torch.device("meta" if config.latency_ms is None else "cpu"):
         model = create_timm(config.teacher, args, pretrained=False)
     return model.eval(), input_spec(model)
+
+
+def _kinds(groups: Sequence[Group]) -> list[str]:
+    return list(dict.fromkeys(group.kind for group in groups))
+
+
+def _cut(groups: Sequence[Group]) -> str:
+    units = " and ".join(f"{_units(groups, kind):,} {kind}s" for kind in _kinds(groups))
+    return f"{units} in {len(groups)} layers"
+
+
+def _whole(model: nn.Module, groups: Sequence[Group]) -> str:
+    """What no group touches: its share of the parameters, and where it lies."""
+    cut = {slice_.tensor for group in groups for slice_ in group.slices}
+    sizes = {name: p.numel() for name, p in model.named_parameters() if name not in cut}
+    largest = sorted(sizes, key=lambda name: -sizes[name])[:4]
+    return f"{sum(sizes.values()) / num_params(model):.1%} of the parameters, most of it {', '.join(largest)}"
 
 
 def _units(groups: Sequence[Group], kind: str) -> int:
@@ -124,19 +147,16 @@ def _table(
     spec: InputSpec,
 ) -> str:
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    for column in ("keep", "heads", "neurons", "params", "ratio", "MACs", "scale"):
+    kinds = _kinds(groups)
+    for column in ("keep", *(f"{kind}s" for kind in kinds), "params", "ratio", "MACs", "scale"):
         table.add_column(column, justify="right")
     total_macs, total_params = count_macs(model, spec), num_params(model)
     for candidate, skeleton in zip(candidates, skeletons, strict=True):
         macs, params = count_macs(skeleton, spec), num_params(skeleton)
-        kept = {
-            kind: sum(candidate.widths[g.name] for g in groups if g.kind == kind)
-            for kind in ("head", "neuron")
-        }
+        kept = [sum(candidate.widths[g.name] for g in groups if g.kind == kind) for kind in kinds]
         table.add_row(
             f"{candidate.keep_ratio:.3g}",
-            str(kept["head"]),
-            str(kept["neuron"]),
+            *map(str, kept),
             short_number(params),
             f"{100 * params / total_params:.1f} %",
             short_number(macs),

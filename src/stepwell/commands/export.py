@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from stepwell.config import ExportConfig
+from stepwell.config_tools import ExportConfig
 from stepwell.delivery.archive import Factory, save_model
 from stepwell.delivery.export import export_onnx, export_program
 from stepwell.delivery.ladder import load_rung, rungs

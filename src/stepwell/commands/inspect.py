@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
-from stepwell.config import InspectConfig
+from stepwell.config_tools import InspectConfig
 from stepwell.delivery.archive import ONNX, Factory
 from stepwell.delivery.export import export_onnx
 from stepwell.delivery.ladder import load_rung

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from PIL import Image
 
-from stepwell.config import PredictConfig
+from stepwell.config_tools import PredictConfig
 from stepwell.delivery.archive import find_model_dir, load, read_card
 from stepwell.delivery.teacher import load_factory
 from stepwell.errors import ConfigError, DataError, ModelError

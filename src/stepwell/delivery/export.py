@@ -45,22 +45,27 @@ def export_onnx(
     """
     model = copy.deepcopy(model).cpu().float().eval()
     with _unfinished(file, ".onnx") as unfinished:
-        with _quiet():
-            torch.onnx.export(
-                model,
-                (_example(spec),),
-                str(unfinished),
-                dynamo=True,
-                dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
-                input_names=["images"],
-                output_names=["logits"],
-                external_data=False,
-                verbose=False,
-            )
+        write_onnx(model, spec, unfinished)
         _forget_sources(unfinished)
         difference = onnx_difference(model, unfinished, images)
         _check(file, difference, tolerance)
     return difference
+
+
+def write_onnx(model: nn.Module, spec: InputSpec, file: Path) -> None:
+    """Export a model on the CPU, in fp32 and eval mode, with a dynamic batch; nothing is checked."""
+    with _quiet():
+        torch.onnx.export(
+            model.eval(),
+            (_example(spec),),
+            str(file),
+            dynamo=True,
+            dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
+            input_names=["images"],
+            output_names=["logits"],
+            external_data=False,
+            verbose=False,
+        )
 
 
 def _forget_sources(file: Path) -> None:

@@ -117,12 +117,38 @@ def mcnemar(teacher: Scores, student: Scores) -> PairedTest:
     )
 
 
-def measure_latency(model: nn.Module, onnx_file: Path, spec: InputSpec, threads: int) -> Latency:
-    """Median milliseconds per batch of 1 and of 32 on the CPU, by onnxruntime and by eager torch."""
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of repeated runs.
+
+    Attributes:
+        median_ms: The figure.
+        spread: Distance of the quartiles over the median: how far two such figures may differ by chance.
+    """
+
+    median_ms: float
+    spread: float
+
+
+def time_onnx(onnx_file: Path, spec: InputSpec, threads: int, batch: int = 1) -> Timing:
+    """Time an ONNX file on the CPU."""
+    session = _session(onnx_file, threads)
+    images = np.random.default_rng(0).standard_normal((batch, spec.channels, *spec.size), np.float32)
+    times = _times_ms(lambda: session.run(None, {session.get_inputs()[0].name: images}))
+    low, median, high = statistics.quantiles(times, n=4)
+    return Timing(median, (high - low) / median)
+
+
+def _session(onnx_file: Path, threads: int) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    session = onnxruntime.InferenceSession(onnx_file, options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(onnx_file, options, providers=["CPUExecutionProvider"])
+
+
+def measure_latency(model: nn.Module, onnx_file: Path, spec: InputSpec, threads: int) -> Latency:
+    """Median milliseconds per batch of 1 and of 32 on the CPU, by onnxruntime and by eager torch."""
+    session = _session(onnx_file, threads)
     name = session.get_inputs()[0].name
     model = copy.deepcopy(model).cpu().eval()
     milliseconds = {}
@@ -132,9 +158,11 @@ def measure_latency(model: nn.Module, onnx_file: Path, spec: InputSpec, threads:
         for batch in (1, 32):
             array = np.random.default_rng(0).standard_normal((batch, spec.channels, *spec.size), np.float32)
             images = torch.from_numpy(array)
-            milliseconds["onnx", batch] = _median_ms(lambda feed=array: session.run(None, {name: feed}))
+            times = _times_ms(lambda feed=array: session.run(None, {name: feed}))
+            milliseconds["onnx", batch] = statistics.median(times)
             with torch.inference_mode():
-                milliseconds["eager", batch] = _median_ms(lambda feed=images: model(feed))
+                times = _times_ms(lambda feed=images: model(feed))
+            milliseconds["eager", batch] = statistics.median(times)
     finally:
         torch.set_num_threads(threads_before)
     return Latency(
@@ -146,8 +174,8 @@ def measure_latency(model: nn.Module, onnx_file: Path, spec: InputSpec, threads:
     )
 
 
-def _median_ms(run: Callable[[], object]) -> float:
-    """Median over at least 5 runs, and as many as fit in about half a second."""
+def _times_ms(run: Callable[[], object]) -> list[float]:
+    """At least 5 runs, and as many as fit in about half a second."""
     run()
     start = time.perf_counter()
     run()
@@ -157,4 +185,4 @@ def _median_ms(run: Callable[[], object]) -> float:
         start = time.perf_counter()
         run()
         times.append(1000 * (time.perf_counter() - start))
-    return statistics.median(times)
+    return times

@@ -16,8 +16,8 @@ RULES = {
 }
 """What each selection rule looks at; the largest value wins."""
 STAGES = {
-    "score": "score heads and neurons",
-    "grid": "lay out the candidates",
+    "score": "score heads, neurons and filters",
+    "budget": "find the student's widths",
     "joint": "train all candidates together",
     "select": "choose the assistant",
     "distill": "distil assistant to student",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from stepwell.budgets import student_widths
 from stepwell.delivery.ladder import Ladder
 from stepwell.delivery.measure import count_macs, evaluate
 from stepwell.delivery.result import Result, SelectionResult
@@ -18,6 +19,7 @@ from stepwell.pruning.skeleton import fill, leading_units, sort_units
 from stepwell.pruning.states import WithStates
 from stepwell.pruning.units import tensors_of
 from stepwell.setting import Setting
+from stepwell.stages.budget import Met
 from stepwell.stages.distill import DistillStep, distill
 from stepwell.stages.grid import check_room, keep_ratios, make_grid
 from stepwell.stages.joint import JointStep, scales_per_step, train_jointly
@@ -41,8 +43,11 @@ def descend(s: Setting) -> Result:
     )
     sorted_weights = sort_units(tensors_of(s.model), s.groups, importance.order())
 
-    # 2. Grid: nested candidates, a width per layer for each keep ratio.
-    candidates = make_grid(s.groups, importance.normalised, keep_ratios(config.keep_ratio, config), config)
+    # 2. Grid: nested candidates, a width per layer for each keep ratio, from the student's budget up.
+    scores = importance.normalised
+    met = run.stage("budget", Met, lambda: student_widths(config, s.model, s.teacher.spec, s.groups, scores))
+    ratios = keep_ratios(met.keep_ratio, config)
+    candidates = make_grid(s.groups, scores, ratios, config, met.widths)
     run.stage("ladder", Ladder, lambda: Ladder(teacher=s.card({}), candidates=candidates))
 
     # 3. Joint: train all candidates in one shared set of weights, against the frozen teacher.

@@ -32,7 +32,11 @@ def keep_ratios(student: float, options: GridOptions) -> list[float]:
 
 
 def make_grid(
-    groups: Sequence[Group], scores: Scores, ratios: Sequence[float], options: GridOptions
+    groups: Sequence[Group],
+    scores: Scores,
+    ratios: Sequence[float],
+    options: GridOptions,
+    student: Mapping[str, int] | None = None,
 ) -> list[Candidate]:
     """The candidates for `ratios`, from the smallest to the largest, nested.
 
@@ -41,15 +45,32 @@ def make_grid(
         scores: Normalised importance per unit.
         ratios: Keep ratios, rising.
         options: Rounding and the least number of heads.
+        student: Widths of the first candidate, where a budget has fixed them.
     """
     candidates: list[Candidate] = []
     for ratio in ratios:
-        widths = round_widths(groups, kept_counts(groups, scores, ratio), options)
+        if student is not None and not candidates:
+            widths = dict(student)
+        else:
+            widths = widths_at(groups, scores, ratio, ratio, options)
         if candidates:
             # Rounding looks at one candidate at a time; nestedness is a promise across them.
             widths = {name: max(width, candidates[-1].widths[name]) for name, width in widths.items()}
         candidates.append(Candidate(ratio, widths))
     return candidates
+
+
+def widths_at(
+    groups: Sequence[Group], scores: Scores, head_ratio: float, other_ratio: float, options: GridOptions
+) -> dict[str, int]:
+    """Widths that keep `head_ratio` of the heads and `other_ratio` of the neurons and filters."""
+    ratios = {"head": head_ratio, "neuron": other_ratio, "filter": other_ratio}
+    counts = {
+        name: count
+        for kind, ratio in ratios.items()
+        for name, count in kept_counts([g for g in groups if g.kind == kind], scores, ratio).items()
+    }
+    return round_widths(groups, counts, options)
 
 
 def check_room(scales: Sequence[float], options: GridOptions) -> None:

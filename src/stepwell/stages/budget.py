@@ -1,0 +1,135 @@
+"""Stage 2, first half, budget: the widths that cost what the user allows. Nothing is trained.
+
+A budget in MACs or parameters is counted on skeletons, one in milliseconds is measured on exported ones.
+All costs grow with the keep ratio, so the ratio is found by halving an interval. Heads are coarse units:
+where they leave too large a gap, their number stays and the neurons alone are fitted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from stepwell.errors import ConfigError
+from stepwell.training.run_dir import StageResult
+
+TOLERANCE = 0.03
+"""Largest distance of a count from its budget, as a share of the budget."""
+
+LEAST, MOST = 0.001, 0.999
+"""Keep ratios between which is looked."""
+
+Widths = Mapping[str, int]
+WidthsAt = Callable[[float, float], Widths]
+"""Widths for a share of the heads, and one of the neurons and filters."""
+
+
+class Met(StageResult):
+    """What a budget came to: the student's widths, and what they cost."""
+
+    keep_ratio: float
+    widths: dict[str, int]
+    cost: float
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the student may cost.
+
+    Attributes:
+        kind: What is counted.
+        target: How much of it.
+        tolerance: How far from the target is near enough, as a share of it.
+    """
+
+    kind: Literal["macs", "params", "latency_ms"]
+    target: float
+    tolerance: float = TOLERANCE
+
+    def text(self, value: float) -> str:
+        """A cost, for people."""
+        if self.kind == "latency_ms":
+            return f"{value:.3g} ms"
+        unit = {"macs": "MACs", "params": "parameters"}[self.kind]
+        for limit, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+            if value >= limit:
+                return f"{value / limit:.3g}{letter} {unit}"
+        return f"{value:g} {unit}"
+
+
+def amount(text: str, whole: float) -> float:
+    """`1.8G` or `10%` (of `whole`) as a number."""
+    number, unit = text.strip(), ""
+    if not number[-1].isdigit():
+        number, unit = number[:-1], number[-1]
+    if unit == "%":
+        return whole * float(number) / 100
+    return float(number) * {"": 1, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}[unit]
+
+
+def meet(budget: Budget, cost: Callable[[Widths], float], widths_at: WidthsAt, steps: int = 24) -> Met:
+    """The widths whose cost is nearest to the budget.
+
+    Args:
+        budget: What may be spent.
+        cost: Of given widths; does not fall when a width grows.
+        widths_at: What the ranking keeps at given shares.
+        steps: How often the interval of keep ratios is halved.
+
+    Raises:
+        ConfigError: The budget cannot be met; says what can be.
+    """
+    known: dict[tuple[tuple[str, int], ...], float] = {}
+
+    def cost_at(heads: float, others: float) -> float:
+        widths = widths_at(heads, others)
+        key = tuple(sorted(widths.items()))
+        if key not in known:
+            known[key] = cost(widths)
+        return known[key]
+
+    least, most = cost_at(LEAST, LEAST), cost_at(MOST, MOST)
+    if not least / (1 + budget.tolerance) <= budget.target <= most * (1 + budget.tolerance):
+        raise ConfigError(
+            f"{_asked(budget)}: candidates take from {budget.text(least)} to {budget.text(most)}; what is "
+            f"never cut is part of that"
+        )
+    low, high = _halve(lambda ratio: cost_at(ratio, ratio), budget.target, steps)
+    if budget.kind == "latency_ms":  # a limit: the largest that holds it, as far as the clock can tell
+        return Met(keep_ratio=round(low, 4), widths=dict(widths_at(low, low)), cost=cost_at(low, low))
+    tried = [(low, low), (high, high)]
+    if min(_gap(budget, cost_at(*shares)) for shares in tried) > budget.tolerance:
+        for heads in (low, high):
+            fitted = _halve(lambda others, heads=heads: cost_at(heads, others), budget.target, steps)
+            tried += [(heads, others) for others in fitted]
+    # Of equally near ones the cheaper.
+    best = min(tried, key=lambda shares: (_gap(budget, cost_at(*shares)), cost_at(*shares)))
+    if _gap(budget, cost_at(*best)) > budget.tolerance:
+        below, above = cost_at(low, low), cost_at(high, high)
+        raise ConfigError(
+            f"{_asked(budget)}: nearest are {budget.text(below)} (--keep {low:.3f}) and {budget.text(above)} "
+            f"(--keep {high:.3f}); a smaller --round-to makes finer steps"
+        )
+    return Met(keep_ratio=round(best[1], 4), widths=dict(widths_at(*best)), cost=cost_at(*best))
+
+
+def _asked(budget: Budget) -> str:
+    name = budget.kind.replace("_", "-")
+    return f"--{name}: {budget.text(budget.target)} cannot be met within {budget.tolerance:.0%}"
+
+
+def _gap(budget: Budget, cost: float) -> float:
+    return abs(cost - budget.target) / budget.target
+
+
+def _halve(cost: Callable[[float], float], target: float, steps: int) -> tuple[float, float]:
+    """Two keep ratios with the target between their costs, as near to each other as the steps allow."""
+    low, high = LEAST, MOST
+    for _ in range(steps):
+        middle = (low + high) / 2
+        if cost(middle) <= target:
+            low = middle
+        else:
+            high = middle
+    return low, high

@@ -1,0 +1,133 @@
+"""Budgets: amounts, the search, and what is found on real models."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import timm
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.tiny import tiny_vit
+
+from stepwell.budgets import student_widths
+from stepwell.commands.doctor import uniform_scores
+from stepwell.config import CompressConfig, make_config
+from stepwell.delivery.measure import Timing, count_macs, num_params
+from stepwell.delivery.teacher import input_spec
+from stepwell.errors import ConfigError
+from stepwell.pruning.families import find_groups
+from stepwell.pruning.skeleton import build_skeleton
+from stepwell.stages.budget import Budget, amount, meet
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1.8G", 1.8e9), ("9M", 9e6), ("900k", 9e5), ("10%", 25.0), (" 12.5 % ", 31.25), ("700", 700.0)],
+)
+def test_amounts(text, value):
+    assert amount(text, whole=250) == pytest.approx(value)
+
+
+@pytest.mark.parametrize("text", ["", "-3", "nan", "inf", "1.8GB", "ten", "1e9", "10%%"])
+def test_what_is_no_amount(text):
+    with pytest.raises(ConfigError, match="macs"):
+        make_config(CompressConfig, {"macs": text})
+
+
+def test_two_budgets_are_one_too_many():
+    with pytest.raises(ConfigError, match="--keep and --macs are each a budget"):
+        make_config(CompressConfig, {"keep_ratio": 0.1, "macs": "10%"})
+
+
+def stairs(heads: int, neurons: int):
+    """A model of two kinds of units: widths and cost (a head costs 50, a neuron 1, the rest 100)."""
+
+    def widths_at(head_ratio, other_ratio):
+        return {
+            "h": math.floor(head_ratio * heads + 0.5),
+            "n": 8 * math.floor(other_ratio * neurons / 8 + 0.5),
+        }
+
+    return widths_at, lambda widths: 100 + 50 * widths["h"] + widths["n"]
+
+
+@given(heads=st.integers(1, 40), neurons=st.integers(8, 4000), target=st.floats(150, 6000, allow_nan=False))
+def test_a_budget_is_met_or_refused(heads, neurons, target):
+    widths_at, cost = stairs(heads, neurons)
+    budget = Budget("macs", target)
+    try:
+        met = meet(budget, cost, widths_at)
+    except ConfigError:
+        met = None
+    if met is None:  # then nothing lies within the tolerance
+        ratios = [i / 997 for i in range(1, 997)]
+        assert all(abs(cost(widths_at(r, r)) - target) > 0.03 * target for r in ratios)
+    else:
+        assert met.cost == cost(met.widths)
+        assert abs(met.cost - target) <= 0.03 * target
+
+
+def test_neurons_fill_the_gap_that_heads_leave():
+    widths_at, cost = stairs(heads=2, neurons=800)
+    met = meet(Budget("macs", 470), cost, widths_at)
+    assert abs(met.cost - 470) <= 0.03 * 470
+
+
+def test_a_refusal_says_what_is_reachable():
+    widths_at, cost = stairs(heads=4, neurons=8)
+    with pytest.raises(
+        ConfigError, match=r"--macs: 50 MACs cannot be met within 3%: candidates take from 10"
+    ):
+        meet(Budget("macs", 50), cost, widths_at)
+    with pytest.raises(
+        ConfigError, match=r"nearest are 1\d\d MACs \(--keep .*\) and 1\d\d MACs \(--keep .*--round"
+    ):
+        meet(Budget("macs", 130), cost, widths_at)
+
+
+@pytest.mark.parametrize(
+    ("option", "target"),
+    [
+        ({"macs": "1.8G"}, 1.8e9),
+        ({"macs": "50%"}, 8.78e9),
+        ({"params": "9M"}, 9e6),
+        ({"params": "30%"}, 25.97e6),
+    ],
+)
+def test_vit_base_meets_its_budget(option, target):
+    with torch.device("meta"):
+        model = timm.create_model("vit_base_patch16_224").eval()
+    spec, groups = input_spec(model), find_groups(model)
+    met = student_widths(make_config(CompressConfig, option), model, spec, groups, uniform_scores(groups))
+    skeleton = build_skeleton(model, groups, met.widths)
+    found = count_macs(skeleton, spec) if "macs" in option else num_params(skeleton)
+    assert found == met.cost
+    assert abs(found - target) <= 0.03 * target
+
+
+def test_milliseconds_are_a_limit(monkeypatch):
+    """The clock is replaced by one that counts parameters, so that the result is exact."""
+    monkeypatch.setattr(
+        "stepwell.budgets._time", lambda skeleton, spec, threads: Timing(num_params(skeleton) / 1000, 0.01)
+    )
+    model = tiny_vit(depth=4, embed_dim=96, mlp_ratio=8.0)
+    spec, groups = input_spec(model), find_groups(model)
+    config = make_config(CompressConfig, {"latency_ms": num_params(model) / 2000})
+    met = student_widths(config, model, spec, groups, uniform_scores(groups))
+    assert (
+        0.4 * num_params(model)
+        < num_params(build_skeleton(model, groups, met.widths))
+        <= 0.5 * num_params(model)
+    )
+
+
+def test_a_skeleton_can_be_timed():
+    model = tiny_vit()
+    spec, groups = input_spec(model), find_groups(model)
+    config = make_config(CompressConfig, {"latency_ms": 1e-6})
+    with pytest.raises(
+        ConfigError, match=r"--latency-ms: 1e-06 ms cannot be met within .*candidates take from"
+    ):
+        student_widths(config, model, spec, groups, uniform_scores(groups))
