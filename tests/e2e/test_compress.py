@@ -144,7 +144,7 @@ def test_result_tells_time_and_speed_of_every_stage(finished):
     result = result_of(finished)
     stages = {path.name for path in (finished / "stages").iterdir() if path.is_dir()}
     assert set(result.seconds) == stages
-    assert stages == {"score", "ladder", "plan", "joint", "select", "distill", "control", "deliver"}
+    assert stages == {"score", "budget", "ladder", "plan", "joint", "select", "distill", "control", "deliver"}
     for table in (result.images_per_second, result.epochs, result.histories):
         assert set(table) == {"joint", "distill", "control"}
     assert all(speed > 0 for speed in result.images_per_second.values())

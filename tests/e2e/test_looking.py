@@ -45,7 +45,7 @@ def test_doctor_downloads_and_writes_nothing(says, offline, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     text = says("doctor", "--teacher", TIMM, *MODEL, *QUICK, "--out", tmp_path / "out")
     assert "supported" in text
-    assert "8 heads and 192 FFN neurons in 4 sub-layers" in text
+    assert "8 heads and 192 neurons in 4 layers" in text
     assert "44.3k parameters" in text  # 1,000 classes
     assert [row[0] for row in rows(text)] == ["0.1", "0.4", "0.7"]
     assert not list(tmp_path.iterdir())

@@ -31,7 +31,7 @@ from stepwell.stages import deliver
 from stepwell.training import loop, run_dir
 from stepwell.training.run_dir import RunDir
 
-STAGES = ("score", "ladder", "plan", "joint", "select", "distill", "control", "deliver")
+STAGES = ("score", "budget", "ladder", "plan", "joint", "select", "distill", "control", "deliver")
 
 
 @pytest.fixture

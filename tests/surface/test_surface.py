@@ -29,7 +29,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 PUBLIC = {"Compressed", "StepwellError", "__version__", "compress", "load"}
 
 TRAINING = {
-    "--augment", "--batch-size", "--clip-norm", "--data", "--data-root", "--device", "--epochs", "--image-size", "--lr",
+    "--augment", "--batch-size", "--clip-norm", "--data", "--data-root", "--device", "--epochs",
+    "--image-size", "--lr",
     "--minutes", "--model-args", "--out", "--precision", "--schedule", "--seed", "--selection-data",
     "--skip-bad-images", "--threads", "--warmup", "--weight-decay", "--workers", "--config",
 }  # fmt: skip

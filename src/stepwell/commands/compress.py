@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -13,7 +13,13 @@ from stepwell.config import CompressConfig, make_config
 from stepwell.delivery.archive import Factory, load
 from stepwell.delivery.result import Result
 from stepwell.delivery.table import result_table
-from stepwell.delivery.teacher import Teacher, load_factory, load_teacher, teacher_from_module
+from stepwell.delivery.teacher import (
+    Teacher,
+    load_factory,
+    load_teacher,
+    teacher_from_module,
+    with_image_size,
+)
 from stepwell.errors import ConfigError
 from stepwell.paths import amd
 from stepwell.setting import Setting, prepare
@@ -94,6 +100,8 @@ def run(config: CompressConfig, module: nn.Module | None = None) -> Compressed:
         teacher = teacher_from_module(module, data.classes or None)
     else:
         teacher = load_teacher(config.teacher, config.teacher_weights, config.model_args, len(data.classes))
+    spec = with_image_size(teacher.spec, teacher.model, config.image_size)
+    teacher = replace(teacher, spec=spec)
     result = amd.descend(_setting(config, teacher, data))
     return Compressed(result, config.out_dir, _factory(config, module))
 

@@ -18,7 +18,7 @@ from stepwell.budgets import student_widths
 from stepwell.config import CompressConfig
 from stepwell.delivery.measure import count_macs, num_params
 from stepwell.delivery.table import render, short_number
-from stepwell.delivery.teacher import create_timm, input_spec, load_teacher, parse_model_args
+from stepwell.delivery.teacher import create_timm, input_spec, load_teacher, parse_model_args, with_image_size
 from stepwell.errors import ConfigError
 from stepwell.pruning.families import families_of, find_groups
 from stepwell.pruning.skeleton import build_skeleton
@@ -41,6 +41,7 @@ def run(config: CompressConfig) -> str:
         raise ConfigError("doctor needs --teacher")
     data = resolve_data(config) if config.data else None
     model, spec = _model(config, data)
+    spec = with_image_size(spec, model, config.image_size)
     groups = find_groups(model)
     scores = uniform_scores(groups)
     met = student_widths(config, model, spec, groups, scores)

@@ -18,6 +18,7 @@ from stepwell.delivery.teacher import (
     parse_model_args,
     read_weights,
     timm_architecture,
+    with_image_size,
 )
 from stepwell.errors import ConfigError
 from stepwell.setting import set_up_torch
@@ -63,7 +64,7 @@ def run(config: TrainConfig) -> str:
         )
     device = set_up_torch(config)
     model = _start(config, len(data.classes)).to(device).train()
-    spec = input_spec(model)
+    spec = with_image_size(input_spec(model), model, config.image_size)
     # Decoded now: a bad image is an error before the folder is made.
     batches = TrainBatches(data.train, spec, config, config.seed, device)
     test = EvalBatches(data.test, spec, config, device)

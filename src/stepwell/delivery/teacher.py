@@ -193,6 +193,22 @@ def input_spec(model: nn.Module) -> InputSpec:
     )
 
 
+def with_image_size(spec: InputSpec, model: nn.Module, image_size: int | None) -> InputSpec:
+    """`spec` for images of another size, for a model that takes any.
+
+    Raises:
+        ConfigError: The model was built for one size.
+    """
+    if image_size is None or (image_size, image_size) == spec.size:
+        return spec
+    if hasattr(model, "patch_embed"):
+        raise ConfigError(
+            f"--image-size {image_size}: this {type(model).__name__} was built for {spec.size[0]} x "
+            f"{spec.size[1]}; train one with --model-args img_size={image_size}"
+        )
+    return replace(spec, size=(image_size, image_size))
+
+
 def _from_timm(name: str, weights: Path | None, args: dict[str, Any], num_classes: int) -> Teacher:
     if weights is None:
         model = create_timm(name, args, pretrained=True)
