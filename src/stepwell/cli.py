@@ -130,12 +130,12 @@ def _split_pairs(argv: Sequence[str]) -> list[str]:
     in_pairs = False
     for word in argv:
         if word.startswith("--"):
-            in_pairs = word == "--model-args"
+            in_pairs = word in ("--model-args", "--student-args")
             words.append(word)
         elif in_pairs:
             name, equals, value = word.partition("=")
             if not (name and equals):
-                raise ConfigError(f"--model-args takes name=value pairs, not {word!r}")
+                raise ConfigError(f"{words[-1]} takes name=value pairs, not {word!r}")
             words += [name, value]
         else:
             words.append(word)

@@ -200,6 +200,16 @@ class TaskOptions(Options):
         return self
 
 
+class StudentOptions(Options):
+    """A student of another architecture."""
+
+    student: str | None = None
+    """A timm model that becomes the student, from random weights, instead of the smallest candidate: the
+    assistant teaches it, its hidden states through learned projections."""
+    student_args: dict[str, str] = {}
+    """Arguments of timm's create_model for the student, as key=value."""
+
+
 # Fields come in the order of the bases from last to first: in the help, and in config.yaml.
 class CompressConfig(
     SelectOptions,
@@ -209,6 +219,7 @@ class CompressConfig(
     ScoreOptions,
     TrainingOptions,
     DataOptions,
+    StudentOptions,
     TaskOptions,
 ):
     """All options of one compression run."""

@@ -106,13 +106,13 @@ def better_on_selection(
 
 def _measure_all(s: Setting, descent: Descent) -> Delivered:
     rung = descent.selected.candidates[0]
-    widths = rung.widths
     assistant_widths = descent.selected.candidates[descent.selected.index].widths
-    roles: list[tuple[str, nn.Module | None, dict[str, int], float]] = [
-        ("teacher", s.model, {}, 1.0),
-        ("assistant", descent.assistant, assistant_widths, descent.selected.selection.pick),
-        ("student", descent.student, widths, rung.keep_ratio),
-        ("control", descent.control, widths, rung.keep_ratio),
+    student_card, pick = s.student_card(rung.widths), descent.selected.selection.pick
+    roles: list[tuple[str, nn.Module | None, Card, float]] = [
+        ("teacher", s.model, s.card({}), 1.0),
+        ("assistant", descent.assistant, s.card(assistant_widths), pick),
+        ("student", descent.student, student_card, rung.keep_ratio),
+        ("control", descent.control, student_card, rung.keep_ratio),
     ]
     measured: dict[str, Measured] = {
         role: measure(
@@ -120,12 +120,12 @@ def _measure_all(s: Setting, descent: Descent) -> Delivered:
             model.eval(),
             selection=s.selection,
             test=s.test,
-            card=s.card(cut),
+            card=card,
             teacher_macs=s.teacher_macs,
             keep_ratio=keep_ratio,
             threads=s.config.latency_threads,
         )
-        for role, model, cut, keep_ratio in roles
+        for role, model, card, keep_ratio in roles
         if model is not None
     }
     results = {role: m.result for role, m in measured.items()}
@@ -140,7 +140,7 @@ def _measure_all(s: Setting, descent: Descent) -> Delivered:
 
 
 def _student_card(s: Setting, descent: Descent, figures: ModelResult) -> Card:
-    return s.card(
+    return s.student_card(
         descent.selected.candidates[0].widths,
         stepwell=__version__,
         torch=torch.__version__,
@@ -163,6 +163,7 @@ def _result(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         hardware=hardware(s),
         teacher_name=s.teacher.name,
+        student_name=s.foreign.name if s.foreign else None,
         keep_ratio=descent.selected.candidates[0].keep_ratio,
         data=_data_result(s),
         teacher=delivered.teacher,
@@ -173,6 +174,7 @@ def _result(
         candidates=descent.selected.candidates,
         selection=descent.selected.selection,
         group_sizes={group.name: group.num_units for group in s.groups},
+        group_kinds={group.name: group.kind for group in s.groups},
         teacher_vs_student=mcnemar(teacher, student),
         cost_vs_single_step=_cost(s, descent),
         seconds=dict(s.run.seconds),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,13 +12,13 @@ import torch
 from torch import nn
 
 from stepwell.config import CompressConfig, TrainingOptions
-from stepwell.delivery.archive import Card
+from stepwell.delivery.archive import Architecture, Card
 from stepwell.delivery.measure import count_macs, evaluate
+from stepwell.delivery.student import Foreign, build_student
 from stepwell.delivery.teacher import Teacher, placeholders
 from stepwell.errors import ConfigError, DataError
-from stepwell.losses.amd import feature_layers
 from stepwell.pruning.families import find_groups
-from stepwell.pruning.states import last_of_each_stage
+from stepwell.pruning.states import compared_blocks
 from stepwell.pruning.units import Group
 from stepwell.training.batches import EvalBatches, TrainBatches
 from stepwell.training.data import Data, ImageSet
@@ -33,6 +34,8 @@ class Setting:
     teacher: Teacher
     groups: list[Group]
     """The units that may be cut."""
+    foreign: Foreign | None
+    """The student, where it is of another architecture than the teacher."""
     data: Data
     classes: tuple[str, ...]
     device: torch.device
@@ -44,20 +47,17 @@ class Setting:
 
     @cached_property
     def blocks(self) -> tuple[str, ...]:
-        """The blocks whose hidden states are compared: by default evenly spread, or one for each stage."""
-        stages = {group.block: group.stage for group in self.groups if group.block}
-        if self.config.feature_layers is None and len(set(stages.values())) > 1:
-            return tuple(last_of_each_stage(stages))
-        names = list(stages)
-        return tuple(names[i] for i in feature_layers(len(names), self.config)) if names else ()
+        """The blocks whose hidden states are compared."""
+        return compared_blocks(self.groups, self.config.feature_layers)
 
     @cached_property
     def no_decay(self) -> frozenset[str]:
-        """Norms, biases, scales, and what the model itself excepts (timm's `no_weight_decay`)."""
-        model = self.teacher.model
-        own = getattr(model, "no_weight_decay", None)
-        vectors = {name for name, parameter in model.named_parameters() if parameter.ndim <= 1}
-        return frozenset(vectors | set(cast(Iterable[str], own()) if callable(own) else ()))
+        """Parameters of the teacher without weight decay."""
+        return no_decay_of(self.teacher.model)
+
+    def fresh_student(self) -> nn.Module | None:
+        """A copy of the untrained student of another architecture, on the device; None if there is none."""
+        return copy.deepcopy(self.foreign.model).to(self.device) if self.foreign else None
 
     @cached_property
     def teacher_macs(self) -> int:
@@ -112,15 +112,33 @@ class Setting:
         return evaluate(self.model, batches, "teacher's answers").probabilities.argmax(dim=1).tolist()
 
     def card(self, widths: dict[str, int], **provenance: object) -> Card:
-        """The card of a model of this run with `widths` units per group."""
+        """The card of a slice of the teacher with `widths` units per group."""
+        # Groups that an earlier run emptied are no longer among this teacher's groups.
+        return self._card(self.teacher.architecture, {**self.teacher.widths, **widths}, provenance)
+
+    def student_card(self, widths: dict[str, int], **provenance: object) -> Card:
+        """The card of the student: a slice with `widths`, or the model of another architecture."""
+        if self.foreign is None:
+            return self.card(widths, **provenance)
+        return self._card(self.foreign.architecture, {}, provenance)
+
+    def _card(
+        self, architecture: Architecture, widths: dict[str, int], provenance: dict[str, object]
+    ) -> Card:
         return Card(
-            architecture=self.teacher.architecture,
-            # Groups that an earlier run emptied are no longer among this teacher's groups.
-            widths={**self.teacher.widths, **widths},
+            architecture=architecture,
+            widths=widths,
             classes=list(self.classes),
             input=self.teacher.spec,
             provenance={"teacher": self.teacher.name, "data": self.data.source, **provenance},
         )
+
+
+def no_decay_of(model: nn.Module) -> frozenset[str]:
+    """Norms, biases, scales, and what the model itself excepts (timm's `no_weight_decay`)."""
+    own = getattr(model, "no_weight_decay", None)
+    vectors = {name for name, parameter in model.named_parameters() if parameter.ndim <= 1}
+    return frozenset(vectors | set(cast(Iterable[str], own()) if callable(own) else ()))
 
 
 def prepare(config: CompressConfig, run: RunDir, teacher: Teacher, data: Data) -> Setting:
@@ -129,7 +147,8 @@ def prepare(config: CompressConfig, run: RunDir, teacher: Teacher, data: Data) -
     Raises:
         UnsupportedModelError: No family can cut the teacher.
         DataError: The classes of teacher and data differ.
-        ConfigError: There is no such device; or no labels, but a loss that needs them.
+        ConfigError: There is no such device; or no labels, but a loss that needs them; or no filters, but a
+            score that is for them.
     """
     groups = find_groups(teacher.model)
     classes = check_classes(teacher, data)
@@ -138,7 +157,13 @@ def prepare(config: CompressConfig, run: RunDir, teacher: Teacher, data: Data) -
             f"{data.source} has no class folders, so there are no labels to learn: pass --task-weight 0 "
             f"to learn from the teacher alone, or sort the images into train/CLASS/"
         )
-    setting = Setting(config, run, teacher, groups, data, classes, set_up_torch(config))
+    if config.importance == "l1" and not any(group.kind == "filter" for group in groups):
+        name = type(teacher.model).__name__
+        raise ConfigError(f"--importance l1 is for convolution filters, and this {name} has none to cut")
+    foreign = None
+    if config.student is not None:
+        foreign = build_student(config.student, config.student_args, len(classes), teacher.spec, config.seed)
+    setting = Setting(config, run, teacher, groups, foreign, data, classes, set_up_torch(config))
     _ = setting.blocks  # an impossible layer is an error now, not after scoring
     return setting
 

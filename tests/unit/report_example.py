@@ -124,7 +124,9 @@ def make_result(
         "handed_out": "student",
         "candidates": candidates,
         "selection": make_selection(candidates),
+        "student_name": None,
         "group_sizes": groups,
+        "group_kinds": {name: "head" if name.endswith("attn") else "neuron" for name in groups},
         "teacher_vs_student": {"only_teacher_right": 712, "only_student_right": 241, "p_value": 3.1e-54},
         "cost_vs_single_step": {"value": 2.37, "predicted": True},
         "seconds": {

@@ -8,7 +8,8 @@ import torch
 
 from stepwell.config import LossOptions, make_config
 from stepwell.errors import ConfigError
-from stepwell.losses.amd import Output, amd_loss, feature_layers
+from stepwell.losses.amd import Output, amd_loss
+from stepwell.pruning.states import chosen_layers
 from stepwell.losses.feature import state_loss
 from stepwell.losses.logit import kd_loss
 
@@ -253,12 +254,12 @@ def test_three_weights_of_0_are_refused():
 
 
 def test_twelve_blocks_are_compared_at_every_second_one():
-    assert feature_layers(12, LossOptions()) == (1, 3, 5, 7, 9, 11)
+    assert chosen_layers(12, None) == (1, 3, 5, 7, 9, 11)
 
 
 @pytest.mark.parametrize("num_layers", range(1, 49))
 def test_six_layers_are_spread_evenly_up_to_the_last(num_layers):
-    layers = feature_layers(num_layers, LossOptions())
+    layers = chosen_layers(num_layers, None)
     assert len(layers) == min(6, num_layers)
     assert layers[-1] == num_layers - 1
     gaps = np.diff([-1, *layers])
@@ -267,11 +268,11 @@ def test_six_layers_are_spread_evenly_up_to_the_last(num_layers):
 
 
 def test_layers_can_be_asked_for():
-    assert feature_layers(12, LossOptions(feature_layers=(0, 11))) == (0, 11)
-    assert feature_layers(12, LossOptions(feature_layers=(7, 2, 7))) == (2, 7)
+    assert chosen_layers(12, (0, 11)) == (0, 11)
+    assert chosen_layers(12, (7, 2, 7)) == (2, 7)
 
 
 @pytest.mark.parametrize("layers", [(12,), (0, 99), (-13,), ()])
 def test_a_layer_that_is_not_there_is_an_error_of_the_user(layers):
     with pytest.raises(ConfigError, match=r"feature_layers .*: the model has layers 0 to 11"):
-        feature_layers(12, LossOptions(feature_layers=layers))
+        chosen_layers(12, layers)

@@ -15,7 +15,7 @@ ASSISTANT = 4
 
 
 def costs(options: JointOptions, num_train: int = 1, num_scored: int = 0, num_selection: int = 0) -> Costs:
-    return Costs(SCALES, scales_per_step(SCALES, options), num_train, num_scored, num_selection)
+    return Costs(SCALES, SCALES[0], scales_per_step(SCALES, options), num_train, num_scored, num_selection)
 
 
 def test_all_candidates_in_every_step():

@@ -256,10 +256,11 @@ def test_groups_of_any_kind_are_shown(write):
     candidates = [
         c.model_dump() | {"widths": {"layer1.conv2": 7, "stem": 3}} for c in make_result().candidates
     ]
-    page = Page(
-        write(make_result(candidates=candidates, group_sizes={"layer1.conv2": 64, "stem": 16, "x.attn": 12}))
-    )
-    assert "Conv2" in page.text
+    sizes = {"layer1.conv2": 64, "stem": 16, "x.attn": 12}
+    kinds = {"layer1.conv2": "filter", "stem": "filter", "x.attn": "head"}
+    page = Page(write(make_result(candidates=candidates, group_sizes=sizes, group_kinds=kinds)))
+    assert "layer1.conv2" in page.text
+    assert "of its filters and heads" in page.text
     assert "Heads" in page.text
     assert page.values("style").count("--kept:0.109") == 9  # 7 of 64
     assert page.values("class").count("none") == 9  # x.attn is in no candidate

@@ -24,7 +24,7 @@ from stepwell.pruning.families import families_of, find_groups
 from stepwell.pruning.skeleton import build_skeleton
 from stepwell.pruning.units import Candidate, Group
 from stepwell.setting import find_device
-from stepwell.stages.grid import keep_ratios, make_grid
+from stepwell.stages.grid import keep_ratios, make_grid, uniform_scores
 from stepwell.stages.joint import scales_per_step
 from stepwell.stages.plan import Costs, Epochs
 from stepwell.training.batches import InputSpec
@@ -66,11 +66,6 @@ def run(config: CompressConfig) -> str:
         *(f"warning: {text}" for text in warnings_for(groups, candidates[0])),
     ]
     return "\n".join(lines)
-
-
-def uniform_scores(groups: Sequence[Group]) -> dict[str, list[float]]:
-    """Scores under which every layer keeps the same share of its units."""
-    return {g.name: [(g.num_units - i - 0.5) / g.num_units for i in range(g.num_units)] for g in groups}
 
 
 def warnings_for(groups: Sequence[Group], student: Candidate) -> list[str]:
@@ -179,6 +174,7 @@ def _estimate(
     num_train = len(data.train) if data else 1000
     costs = Costs(
         scales,
+        scales[0],
         scales_per_step(scales, config),
         num_train,
         min(config.score_images, num_train),

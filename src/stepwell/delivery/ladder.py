@@ -51,8 +51,7 @@ def load_rung(run: Path, keep_ratio: float, factory: Factory | None = None) -> t
         raise ModelError(f"{run} has no rung at keep {keep_ratio:g}; there are: {rungs}")
     full = build(ladder.teacher.architecture, factory, run)
     student = run / "student"
-    if index == 0 and (student / CARD).exists():
-        card = read_card(student)
+    if index == 0 and (student / CARD).exists() and _is_rung(card := read_card(student), ladder.teacher):
         return narrow_and_load(full, card.widths, student / WEIGHTS), card
     teacher = full
     if ladder.teacher.widths:  # it had been cut before
@@ -62,6 +61,11 @@ def load_rung(run: Path, keep_ratio: float, factory: Factory | None = None) -> t
     shared.load(joint.tensors)
     widths = {**ladder.teacher.widths, **candidate.widths}
     return shared.extract(index).eval(), ladder.teacher.model_copy(update={"widths": widths})
+
+
+def _is_rung(student: Card, teacher: Card) -> bool:
+    """A student of another architecture stands on no rung."""
+    return student.architecture == teacher.architecture
 
 
 def rungs(run: Path) -> list[float]:

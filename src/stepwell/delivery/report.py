@@ -144,6 +144,7 @@ def _render(result: Result, predictions: TestPredictions, thumbnails: Callable[[
         table=_table(result, percent),
         rules=wording.RULES,
         stages=wording.STAGES,
+        units=wording.units(result),
         heat_maps=_heat_maps(result),
         changes=shown,
         change_axis=_axis([change.change for change in shown]),
@@ -227,14 +228,15 @@ def _figures(result: Result, reliability: dict[str, plots.Reliability]) -> dict[
 
 
 def _heat_maps(result: Result) -> list[_HeatMap]:
-    """Groups by the last component of their name; one without a dot is a layer of the kind `units`."""
     kinds: dict[str, list[tuple[str, int, list[int]]]] = {}
     candidates = plots.by_scale(result)
     for group, num_units in result.group_sizes.items():
+        kind = f"{result.group_kinds[group]}s"
+        # Every layer's attention is called `attn`: its place says which.
         layer, _, last = group.rpartition(".")
-        kind = {"attn": "heads", "mlp": "neurons"}.get(last, last) if layer else "units"
+        shown = layer if layer and last in ("attn", "mlp", "attention", "ffn") else group
         kept = [candidate.widths.get(group, 0) for candidate in candidates]
-        kinds.setdefault(kind, []).append((layer or group, num_units, kept))
+        kinds.setdefault(kind, []).append((shown, num_units, kept))
     return [_HeatMap(kind, rows) for kind, rows in kinds.items()]
 
 

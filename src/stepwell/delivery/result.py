@@ -137,6 +137,9 @@ class Result(_Record):
     created: str
     hardware: dict[str, str]
     teacher_name: str
+    student_name: str | None
+    """The student's architecture, where it is no slice of the teacher; then `keep_ratio` is that of the
+    smallest rung of the ladder."""
     keep_ratio: float
     data: DataResult
     teacher: ModelResult
@@ -151,6 +154,8 @@ class Result(_Record):
     selection: SelectionResult
     group_sizes: dict[str, int]
     """Units of each group in the teacher."""
+    group_kinds: dict[str, str]
+    """What they are: `head`, `neuron` or `filter`."""
     teacher_vs_student: PairedTest
     cost_vs_single_step: Cost
     seconds: dict[str, float]

@@ -26,6 +26,11 @@ STAGES = {
 }
 
 
+def units(result: Result) -> str:
+    """`heads and neurons`, or whatever was cut."""
+    return " and ".join(f"{kind}s" for kind in dict.fromkeys(result.group_kinds.values()))
+
+
 def verdict(result: Result, handed_out: ModelResult) -> tuple[str, list[str]]:
     """The run in one sentence, and its small print: conditions, intervals and test, all from the numbers."""
     teacher = result.teacher

@@ -10,7 +10,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from stepwell.config import LossOptions
-from stepwell.errors import ConfigError
 from stepwell.losses.feature import state_loss
 from stepwell.losses.logit import kd_loss
 
@@ -38,7 +37,7 @@ def amd_loss(
         parts["task"] = F.cross_entropy(student.logits.float(), labels)
     if options.logit_weight:
         parts["logit"] = kd_loss(student.logits, teacher.logits, options.temperature)
-    if options.feature_weight and student.states:
+    if options.feature_weight and student.states and teacher.states:
         parts["feature"] = state_loss(student.states, teacher.states, options.feature_scale)
     weights = {
         "task": options.task_weight,
@@ -48,22 +47,3 @@ def amd_loss(
     loss = sum(weights[name] * part for name, part in parts.items())
     assert isinstance(loss, Tensor), "LossOptions allows at most two weights of 0"
     return {"loss": loss, **parts}
-
-
-def feature_layers(num_layers: int, options: LossOptions) -> tuple[int, ...]:
-    """The blocks whose outputs are compared: those asked for, or six spread evenly up to the last.
-
-    For 12 blocks these are 1, 3, 5, 7, 9, 11: MiniDisc's states 2, 4, ..., 12 without its embedding output.
-
-    Raises:
-        ConfigError: A layer that the model does not have.
-    """
-    if options.feature_layers is not None:
-        chosen = tuple(sorted(set(options.feature_layers)))
-        if not chosen or chosen[0] < 0 or chosen[-1] >= num_layers:
-            raise ConfigError(
-                f"feature_layers {list(options.feature_layers)}: the model has layers 0 to {num_layers - 1}"
-            )
-        return chosen
-    count = min(6, num_layers)
-    return tuple(sorted({round((i + 1) * num_layers / count) - 1 for i in range(count)}))

@@ -18,14 +18,15 @@ from stepwell.pruning.shared import SharedWeights
 from stepwell.pruning.skeleton import fill, leading_units, sort_units
 from stepwell.pruning.states import WithStates
 from stepwell.pruning.units import tensors_of
-from stepwell.setting import Setting
+from stepwell.setting import Setting, no_decay_of
 from stepwell.stages.budget import Met
 from stepwell.stages.distill import DistillStep, distill
-from stepwell.stages.grid import check_room, keep_ratios, make_grid
+from stepwell.stages.grid import check_room, keep_ratios, make_grid, uniform_scores
 from stepwell.stages.joint import JointStep, scales_per_step, train_jointly
 from stepwell.stages.judge import judge, nearest, resolve_metric
+from stepwell.stages.l1 import filter_norms
 from stepwell.stages.plan import Costs, Epochs, epochs_in
-from stepwell.stages.score import Importance, score
+from stepwell.stages.score import Importance, l2_normalised, score
 from stepwell.stages.select import Point, all_rules, performance, pick
 from stepwell.training.loop import Trained, seconds_per_step
 from stepwell.training.progress import say
@@ -35,12 +36,8 @@ def descend(s: Setting) -> Result:
     """Walk down from teacher to student, by way of an assistant that is chosen on the way."""
     config, run = s.config, s.run
 
-    # 1. Score every head and neuron of the teacher, once; sort them. The function stays the same.
-    importance = run.stage(
-        "score",
-        Importance,
-        lambda: score(s.model, s.groups, s.scored, reduction=config.score_reduction, autocast=s.autocast),
-    )
+    # 1. Score every unit of the teacher, once; sort them. The function stays the same.
+    importance = run.stage("score", Importance, lambda: _score(s))
     sorted_weights = sort_units(tensors_of(s.model), s.groups, importance.order())
 
     # 2. Grid: nested candidates, a width per layer for each keep ratio, from the student's budget up.
@@ -66,38 +63,55 @@ def descend(s: Setting) -> Result:
     # 4. Select the assistant, on images that nothing was trained on.
     selected = run.stage("select", Selected, lambda: _select(s, shared))
 
-    # 5. Distill: the assistant teaches the student; both are slices of the jointly trained weights.
-    assistant, student = shared.extract(selected.index), shared.extract(0)
+    # 5. Distill: the assistant teaches the student; both are slices of the jointly trained weights, unless
+    # the student is of another architecture.
+    assistant, student = shared.extract(selected.index), s.fresh_student() or shared.extract(0)
     distilled = run.stage(
         "distill", Trained, lambda: _teach(s, "distill", assistant, student, epochs.distill)
     )
-    student = fill(shared.skeletons[0], {k: t.to(s.device) for k, t in distilled.tensors.items()})
+    student.load_state_dict(distilled.tensors)
     trainings = {"joint": joint, "distill": distilled}
 
     # The control: the same student straight from the teacher, for the same price.
     control = None
     if config.control != "none":
         skeleton = shared.skeletons[0]
-        untaught = fill(skeleton, leading_units(sorted_weights, skeleton, s.groups, candidates[0].widths))
+        control = s.fresh_student() or fill(
+            skeleton, leading_units(sorted_weights, skeleton, s.groups, candidates[0].widths)
+        )
         control_epochs = (
             costs.equal_compute_epochs(epochs, selected.index)
             if config.control == "equal_compute"
             else epochs.joint + epochs.distill
         )
-        trained = run.stage(
-            "control", Trained, lambda: _teach(s, "control", s.model, untaught, control_epochs)
+        trainings["control"] = run.stage(
+            "control", Trained, lambda: _teach(s, "control", s.model, control, control_epochs)
         )
-        control = fill(skeleton, {k: t.to(s.device) for k, t in trained.tensors.items()})
-        trainings["control"] = trained
+        control.load_state_dict(trainings["control"].tensors)
 
     # 6. Deliver: measure everything, write the student, the ONNX file, the result and the report.
     return hand_over(s, Descent(assistant, student, control, selected, costs, epochs, trainings))
+
+
+def _score(s: Setting) -> Importance:
+    """By gradient; filters by their weights, if asked for."""
+    norms: dict[str, list[float]] = {}
+    if s.config.importance == "l1":
+        met = student_widths(s.config, s.model, s.teacher.spec, s.groups, uniform_scores(s.groups))
+        norms = filter_norms(tensors_of(s.model), s.groups, met.keep_ratio)
+    others = [group for group in s.groups if group.name not in norms]
+    if not others:
+        return Importance(raw=norms, normalised=l2_normalised(norms), num_images=0)
+    by_gradient = score(s.model, others, s.scored, reduction=s.config.score_reduction, autocast=s.autocast)
+    raw = {**by_gradient.raw, **norms}
+    return Importance(raw=raw, normalised=l2_normalised(raw), num_images=by_gradient.num_images)
 
 
 def _costs(s: Setting, shared: SharedWeights) -> Costs:
     scales = [count_macs(skeleton, s.teacher.spec) / s.teacher_macs for skeleton in shared.skeletons]
     return Costs(
         scales,
+        count_macs(s.foreign.model, s.teacher.spec) / s.teacher_macs if s.foreign else scales[0],
         scales_per_step(scales, s.config),
         num_train=len(s.data.train),
         num_scored=min(s.config.score_images, len(s.data.train)),
@@ -112,10 +126,8 @@ def _plan(s: Setting, step: JointStep, costs: Costs) -> Epochs:
         return Epochs(joint=config.joint_epochs or config.epochs, distill=config.epochs)
     shared = step.shared
     # The middle candidate stands for the assistant, which is not chosen yet.
-    assistant, student = shared.extract(len(shared.candidates) // 2), shared.extract(0)
-    distill_step = DistillStep(
-        WithStates(assistant, s.blocks), WithStates(student, s.blocks), config, s.autocast
-    )
+    assistant, student = shared.extract(len(shared.candidates) // 2), s.fresh_student() or shared.extract(0)
+    distill_step = DistillStep(WithStates(assistant, s.blocks), WithStates(student, ()), config, s.autocast)
     joint_seconds = seconds_per_step(step, s.train, shared.parameters) * s.train.steps_per_epoch
     distill_seconds = (
         seconds_per_step(distill_step, s.train, dict(student.named_parameters())) * s.train.steps_per_epoch
@@ -154,4 +166,7 @@ def _select(s: Setting, shared: SharedWeights) -> Selected:
 
 
 def _teach(s: Setting, stage: str, teacher: nn.Module, student: nn.Module, epochs: float) -> Trained:
-    return distill(stage, teacher, student, s.blocks, s.train, s.config, epochs, s.autocast, s.no_decay)
+    blocks, no_decay = s.blocks, s.no_decay
+    if s.foreign is not None:
+        blocks, no_decay = s.foreign.blocks, no_decay_of(student)
+    return distill(stage, teacher, student, s.blocks, blocks, s.train, s.config, epochs, s.autocast, no_decay)

@@ -62,6 +62,8 @@ class Group:
             that it can be compared with the teacher's. Empty where no such module is near.
         narrow: Sets up a skeleton for fewer units.
         gate_dim: -1 for tokens, 1 for channels of a map.
+        more_gates: Further modules whose input holds something of each unit, where it has to be 0 as well
+            for the unit to be gone. Their gates are the same number as the first.
     """
 
     name: str
@@ -72,6 +74,12 @@ class Group:
     block: str
     narrow: Narrow = field(repr=False, compare=False)
     gate_dim: int = -1
+    more_gates: tuple[str, ...] = ()
+
+    @property
+    def gates(self) -> tuple[str, ...]:
+        """All modules whose input is gated."""
+        return (self.gate, *self.more_gates)
 
     @property
     def stage(self) -> str:
@@ -121,8 +129,3 @@ def cuts_by_tensor(groups: Iterable[Group]) -> dict[str, list[tuple[Group, Slice
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers of a model, by name."""
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
-
-
-def block_names(groups: Iterable[Group]) -> list[str]:
-    """The blocks of a model whose outputs can be compared, in order."""
-    return list(dict.fromkeys(group.block for group in groups if group.block))

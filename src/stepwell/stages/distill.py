@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from stepwell.config import CompressConfig, LossOptions
 from stepwell.losses.amd import Output, amd_loss
+from stepwell.losses.projection import Projections
 from stepwell.pruning.states import WithStates
 from stepwell.training.batches import Batch, TrainBatches
 from stepwell.training.loop import Trained, fit
@@ -24,13 +25,15 @@ class DistillStep:
 
     Attributes:
         teacher: Returns (logits, states); frozen, in eval mode. The assistant in the last step.
-        student: Returns (logits, states) of the same layers; a physical model.
+        student: Returns (logits, states); a physical model.
+        projections: Make the states of two architectures comparable; None where they are already.
     """
 
     teacher: nn.Module
     student: nn.Module
     loss: LossOptions
     autocast: torch.autocast
+    projections: Projections | None = None
 
     def __call__(self, batch: Batch, step: int) -> Mapping[str, Tensor]:
         """Forward and backward; returns the losses, detached."""
@@ -38,6 +41,9 @@ class DistillStep:
             teacher = Output(*self.teacher(batch.images))
         with self.autocast:
             student = Output(*self.student(batch.images))
+            if self.projections is not None:
+                ours, theirs = self.projections(student.states, teacher.states)
+                student, teacher = student._replace(states=ours), teacher._replace(states=theirs)
         losses = amd_loss(student, teacher, batch.labels, self.loss)
         losses["loss"].backward()
         return {name: value.detach() for name, value in losses.items()}
@@ -48,6 +54,7 @@ def distill(
     teacher: nn.Module,
     student: nn.Module,
     blocks: tuple[str, ...],
+    student_blocks: tuple[str, ...],
     batches: TrainBatches,
     config: CompressConfig,
     epochs: float,
@@ -59,25 +66,29 @@ def distill(
     Args:
         stage: `distill` or `control`, for progress and errors.
         teacher: Stays as it is.
-        student: Same residual width and depth, fewer heads and neurons.
-        blocks: Names of the blocks whose hidden states are compared; both models have them.
+        student: A slice of the same model as the teacher, or another architecture.
+        blocks: Names of the teacher's blocks whose hidden states are compared.
+        student_blocks: The student's; if they are others, projections are learned and thrown away.
         batches: The training images.
         config: Optimizer, schedule and loss.
         epochs: Passes over the images.
         autocast: Number format of the forward passes.
         no_decay: Parameters that the teacher's own recipe does not decay.
     """
-    step = DistillStep(
-        WithStates(teacher.eval(), blocks),
-        WithStates(student.train(), blocks),
-        config,
-        autocast,
-    )
+    teacher_states, student_states = WithStates(teacher.eval(), blocks), WithStates(student, student_blocks)
+    projections = None
+    if student_blocks != blocks:
+        projections = _projections(teacher_states, student_states, batches, config.seed)
+    student.train()
+    step = DistillStep(teacher_states, student_states, config, autocast, projections)
+    parameters = dict(student.named_parameters())
+    if projections is not None:
+        parameters |= {f"projections.{name}": p for name, p in projections.named_parameters()}
     lr = config.distill_lr or config.lr
     trained = fit(
         stage,
         step,
-        dict(student.named_parameters()),
+        parameters,
         batches,
         config,
         epochs=epochs,
@@ -88,3 +99,12 @@ def distill(
     return trained.model_copy(
         update={"tensors": {name: t.detach() for name, t in student.state_dict().items()}}
     )
+
+
+def _projections(teacher: nn.Module, student: nn.Module, batches: TrainBatches, seed: int) -> Projections:
+    """Projections for the states that the two models have on real images."""
+    images = next(iter(batches.epoch(0))).images[:2]
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        (_, ours), (_, theirs) = student.eval()(images), teacher(images)
+        return Projections(ours, theirs).to(images.device)

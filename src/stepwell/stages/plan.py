@@ -25,7 +25,8 @@ class Costs:
     """Operation counts of a run.
 
     Attributes:
-        scales: Share of the teacher's MACs of each candidate, the student's first.
+        scales: Share of the teacher's MACs of each candidate, from the smallest up.
+        student: The student's share: the first candidate's, or that of another architecture.
         scales_per_step: Sum of the scales of a joint step's candidates, on average.
         num_train: Training images per epoch.
         num_scored: Images that importance is measured on.
@@ -33,6 +34,7 @@ class Costs:
     """
 
     scales: Sequence[float]
+    student: float
     scales_per_step: float
     num_train: int
     num_scored: int
@@ -41,7 +43,7 @@ class Costs:
     @property
     def single_step_epoch(self) -> float:
         """One epoch of distilling the student straight from the teacher."""
-        return self.num_train * (1 + 3 * self.scales[0])
+        return self.num_train * (1 + 3 * self.student)
 
     @property
     def joint_epoch(self) -> float:
@@ -50,7 +52,7 @@ class Costs:
 
     def distill_epoch(self, assistant: int) -> float:
         """One epoch of the last step, with candidate `assistant` as the teacher."""
-        return self.num_train * (self.scales[assistant] + 3 * self.scales[0])
+        return self.num_train * (self.scales[assistant] + 3 * self.student)
 
     def total(self, epochs: Epochs, assistant: int) -> float:
         """The whole run, from score to student."""

@@ -1,0 +1,70 @@
+"""A student of another architecture: built by name, for the images that the teacher takes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from stepwell.delivery.archive import Architecture
+from stepwell.delivery.teacher import create_timm, input_spec, parse_model_args, timm_architecture
+from stepwell.errors import ConfigError, UnsupportedModelError
+from stepwell.pruning.families import find_groups
+from stepwell.pruning.states import compared_blocks
+from stepwell.training.batches import InputSpec
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """A student that is no slice of the teacher.
+
+    Attributes:
+        model: With random weights, in eval mode, on the CPU.
+        architecture: How to build it.
+        blocks: The blocks whose states are compared with the assistant's; none if we know none of them.
+        name: For people.
+    """
+
+    model: nn.Module
+    architecture: Architecture
+    blocks: tuple[str, ...]
+    name: str
+
+
+def build_student(
+    name: str, args: Mapping[str, str], num_classes: int, spec: InputSpec, seed: int
+) -> Foreign:
+    """Build the student that `--student` names.
+
+    Args:
+        name: A timm model.
+        args: Arguments of timm's create_model.
+        num_classes: Those of the teacher.
+        spec: The teacher's input: the student gets the same images.
+        seed: Of the random weights.
+
+    Raises:
+        ModelError: timm has no such model.
+        ConfigError: It does not take images of this size.
+    """
+    common = {"num_classes": num_classes, "in_chans": spec.channels}
+    given = {**common, **parse_model_args(args)}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = create_timm(name, given, pretrained=False)
+        if hasattr(model, "patch_embed") and input_spec(model).size != spec.size and "img_size" not in given:
+            given |= {"img_size": spec.size}
+            model = create_timm(name, given, pretrained=False)
+    if hasattr(model, "patch_embed") and input_spec(model).size != spec.size:
+        raise ConfigError(
+            f"--student {name} takes {input_spec(model).size} images, the teacher {spec.size}: "
+            f"give it --student-args img_size={spec.size[0]}"
+        )
+    model = model.eval()
+    try:
+        blocks = compared_blocks(find_groups(model))
+    except UnsupportedModelError:
+        blocks = ()
+    return Foreign(model, timm_architecture(name, model, given), blocks, name)

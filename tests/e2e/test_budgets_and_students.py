@@ -1,0 +1,100 @@
+"""Whole runs to a budget, and to a student of another architecture."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from small_world import QUICK, stepwell
+
+import stepwell as package
+from stepwell.cli import main
+from stepwell.delivery.archive import read_card
+from stepwell.delivery.measure import num_params
+from stepwell.delivery.result import Result
+
+SMALLER = ("--num-candidates", "3", "--epochs", "1", "--batch-size", "16", "--round-to", "1")
+OTHER = (
+    "--student",
+    "vit_tiny_patch16_224",
+    "--student-args",
+    "patch_size=4",
+    "embed_dim=12",
+    "depth=1",
+    "num_heads=2",
+)
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory, data, teacher):
+    """A finished run whose student is a narrower, shallower ViT with finer patches."""
+    run = tmp_path_factory.mktemp("taught") / "run"
+    words = ("--teacher", teacher, "--data", data, "--out", run, *QUICK, *OTHER)
+    stepwell("compress", *words, "--control", "equal_epochs")
+    return run
+
+
+def test_a_run_meets_its_budget(data, teacher, tmp_path, quick):
+    stepwell(
+        "compress", "--teacher", teacher, "--data", data, "--out", tmp_path / "run", *SMALLER, "--macs", "40%"
+    )
+    result = Result.load(tmp_path / "run" / "result.json")
+    assert abs(result.student.macs - 0.4 * result.teacher.macs) <= 0.03 * 0.4 * result.teacher.macs
+    assert result.student.macs == result.candidates[0].macs < result.candidates[1].macs
+    assert num_params(package.load(tmp_path / "run")) == result.student.num_params
+
+
+def test_a_budget_of_parameters_from_python(data, teacher, tmp_path, quick):
+    options = {"num_candidates": 3, "epochs": 1, "batch_size": 16, "round_to": 1}
+    finished = package.compress(teacher, data=data, out_dir=tmp_path / "run", params="12k", **options)
+    assert abs(num_params(finished.student) - 12_000) <= 0.03 * 12_000
+
+
+def test_a_student_of_another_architecture(taught):
+    result, card = Result.load(taught / "result.json"), read_card(taught / "student")
+    model = package.load(taught)
+    assert result.student_name == card.architecture.name == "vit_tiny_patch16_224"
+    assert (len(model.blocks), model.embed_dim, model.blocks[0].attn.num_heads) == (1, 12, 2)
+    assert model.patch_embed.img_size == (16, 16)  # the teacher's: nobody had to say it
+    assert num_params(model) == result.student.num_params == result.control.num_params
+    assert not any("projection" in name for name in model.state_dict())
+    assert {"loss", "task", "logit", "feature"} <= result.histories["distill"].losses.keys()
+
+
+def test_its_ladder_is_that_of_the_teacher(taught, tmp_path):
+    """The smallest rung is a candidate, not the student."""
+    stepwell("export", taught, "--keep", 0.1, "--format", "safetensors", "--out", tmp_path)
+    (folder,) = tmp_path.iterdir()
+    assert len(package.load(folder).blocks) == 2
+
+
+def test_it_learns_from_the_assistant(data, teacher, taught, tmp_path, quick):
+    """Without labels and logits there are the projected states alone; they teach it something."""
+    words = ("--teacher", teacher, "--data", data, *QUICK, *OTHER, "--task-weight", 0, "--logit-weight", 0)
+    stepwell("compress", *words, "--out", tmp_path / "run", "--epochs", 8, "--lr", "1e-2")
+    losses = json.loads((tmp_path / "run" / "result.json").read_text())["histories"]["distill"]["losses"]
+    assert losses.keys() == {"loss", "feature"}
+    assert losses["feature"][-1] < 0.9 * losses["feature"][0]
+
+
+def test_resumed_equals_uninterrupted(data, teacher, taught, tmp_path):
+    """Random weights and projections come from the seed, not from what ran before."""
+    out = tmp_path / "run"
+    words = ("--teacher", teacher, "--data", data, "--out", out, *QUICK, *OTHER, "--control", "equal_epochs")
+    stepwell("compress", *words)
+    for stage in ("distill", "control", "deliver"):
+        for file in (out / "stages" / stage).iterdir():
+            file.unlink()
+        (out / "stages" / stage).rmdir()
+    (out / "result.json").unlink()
+    stepwell("compress", *words)
+    ours, theirs = package.load(out).state_dict(), package.load(taught).state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_student_that_does_not_exist(data, teacher, tmp_path, capsys):
+    words = ("--teacher", teacher, "--data", data, "--out", tmp_path / "run", *QUICK)
+    assert main(["compress", *map(str, words), "--student", "vit_tiny_patch16_242"]) == 2
+    assert "did you mean vit_tiny_patch16_224" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
