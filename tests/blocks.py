@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,13 +63,20 @@ def masked(model: nn.Module, groups: Sequence[Group], widths: Mapping[str, int])
     with ExitStack() as stack:
         for group in groups:
             if group.name in widths:
-                handle = model.get_submodule(group.gate).register_forward_pre_hook(mask(group))
-                stack.callback(handle.remove)
+                for gate in group.gates:
+                    handle = model.get_submodule(gate).register_forward_pre_hook(mask(group))
+                    stack.callback(handle.remove)
         yield
 
 
-def check_sliced_equals_masked(model: nn.Module, images: Tensor, keep_ratios: Sequence[float]) -> None:
-    """Outputs and gradients of every candidate, against the whole model with masks."""
+def check_sliced_equals_masked(
+    model: nn.Module, images: Tensor, keep_ratios: Sequence[float], masked: Callable[..., Any] = masked
+) -> None:
+    """Outputs and gradients of every candidate, against the whole model with masks.
+
+    Args:
+        masked: Sets the masks; a family whose norms lie over units brings its own.
+    """
     groups = find_groups(model)
     rng = random.Random(0)
     order = {g.name: rng.sample(range(g.num_units), g.num_units) for g in groups}

@@ -9,20 +9,26 @@ from functools import cached_property
 from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from stepwell.config import CompressConfig, TrainingOptions
 from stepwell.delivery.archive import Architecture, Card
 from stepwell.delivery.measure import count_macs, evaluate
 from stepwell.delivery.student import Foreign, build_student
 from stepwell.delivery.teacher import Teacher, placeholders
-from stepwell.errors import ConfigError, DataError
+from stepwell.errors import ConfigError, DataError, UnsupportedModelError
 from stepwell.pruning.families import find_groups
+from stepwell.pruning.prove import proven
 from stepwell.pruning.states import compared_blocks
 from stepwell.pruning.units import Group
 from stepwell.training.batches import EvalBatches, TrainBatches
 from stepwell.training.data import Data, ImageSet
+from stepwell.training.progress import say
 from stepwell.training.run_dir import RunDir
+
+CPU = torch.device("cpu")
+POSITIONS = ("relative_position_bias", "logit_scale", "cpb_mlp", "meta_mlp", "position_embeddings")
+"""What tables of positions and learned temperatures are called; not every library says so itself."""
 
 
 @dataclass(frozen=True)
@@ -135,10 +141,14 @@ class Setting:
 
 
 def no_decay_of(model: nn.Module) -> frozenset[str]:
-    """Norms, biases, scales, and what the model itself excepts (timm's `no_weight_decay`)."""
+    """Norms, biases, scales, tables of positions, and what the model itself excepts (`no_weight_decay`)."""
     own = getattr(model, "no_weight_decay", None)
-    vectors = {name for name, parameter in model.named_parameters() if parameter.ndim <= 1}
-    return frozenset(vectors | set(cast(Iterable[str], own()) if callable(own) else ()))
+    plain = {
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.ndim <= 1 or any(part in name for part in POSITIONS)
+    }
+    return frozenset(plain | set(cast(Iterable[str], own()) if callable(own) else ()))
 
 
 def prepare(config: CompressConfig, run: RunDir, teacher: Teacher, data: Data) -> Setting:
@@ -151,6 +161,11 @@ def prepare(config: CompressConfig, run: RunDir, teacher: Teacher, data: Data) -
             score that is for them.
     """
     groups = find_groups(teacher.model)
+    if teacher.architecture.source == "factory":
+        few = EvalBatches(
+            data.selection.subset(range(min(8, len(data.selection)))), teacher.spec, config, CPU
+        )
+        groups = groups_of_foreign(teacher.model, groups, next(iter(few)).images)
     classes = check_classes(teacher, data)
     if not data.labelled and config.task_weight:
         raise ConfigError(
@@ -166,6 +181,24 @@ def prepare(config: CompressConfig, run: RunDir, teacher: Teacher, data: Data) -
     setting = Setting(config, run, teacher, groups, foreign, data, classes, set_up_torch(config))
     _ = setting.blocks  # an impossible layer is an error now, not after scoring
     return setting
+
+
+def groups_of_foreign(model: nn.Module, groups: list[Group], images: Tensor) -> list[Group]:
+    """The groups of a module of the user's own that are proved to be cut rightly; says which are not.
+
+    Raises:
+        UnsupportedModelError: None is.
+    """
+    good = proven(model, groups, images)
+    refused = [group.name for group in groups if group not in good]
+    if not good:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is not supported: cutting its layers is not the same as masking their "
+            f"units, in none of the {len(refused)} that look familiar ({refused[0]}, ...)"
+        )
+    for name in refused:
+        say(f"stays whole: {name} (cutting it is not the same as masking its units)")
+    return good
 
 
 def check_classes(teacher: Teacher, data: Data) -> tuple[str, ...]:

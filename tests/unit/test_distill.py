@@ -26,7 +26,16 @@ def run(teacher, student, **values):
     config = CompressConfig(epochs=4, warmup=0.0, **values)
     batches = FixedTrain(random_batches(5, 4))
     return distill(
-        "distill", teacher, student, BLOCKS, BLOCKS, batches, config, config.epochs, no_autocast(), frozenset()
+        "distill",
+        teacher,
+        student,
+        BLOCKS,
+        BLOCKS,
+        batches,
+        config,
+        config.epochs,
+        no_autocast(),
+        frozenset(),
     )
 
 

@@ -9,9 +9,9 @@ import torch
 from stepwell.config import LossOptions, make_config
 from stepwell.errors import ConfigError
 from stepwell.losses.amd import Output, amd_loss
-from stepwell.pruning.states import chosen_layers
 from stepwell.losses.feature import state_loss
 from stepwell.losses.logit import kd_loss
+from stepwell.pruning.states import chosen_layers
 
 SIZES = [(1, 2), (3, 5), (8, 100)]
 TEMPERATURES = [0.5, 1.0, 2.0, 4.0]

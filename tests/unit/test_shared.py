@@ -339,10 +339,16 @@ def test_a_filled_model_owns_its_weights():
 
 
 @pytest.mark.parametrize(
-    ("args", "kind"), [({"scale_attn_norm": True}, "neuron"), ({"scale_mlp_norm": True}, "head")]
+    ("args", "group"),
+    [({"scale_attn_norm": True}, "blocks.0.attn"), ({"scale_mlp_norm": True}, "blocks.0.mlp")],
 )
-def test_a_layer_with_a_norm_over_its_units_stays_whole(args, kind):
-    assert {group.kind for group in find_groups(tiny_vit(**args))} == {kind}
+def test_a_norm_over_the_units_is_cut_with_them_and_the_gate_lies_before_it(args, group):
+    model = tiny_vit(**args)
+    groups = {g.name: g for g in find_groups(model)}
+    assert groups[group].gate == f"{group}.norm"
+    skeleton = build_skeleton(model, list(groups.values()), {group: 2})
+    kept = 2 * model.get_submodule(f"{group}.norm").weight.numel() // groups[group].num_units
+    assert skeleton.get_submodule(f"{group}.norm").normalized_shape == (kept,)
 
 
 def test_another_architecture_is_not_supported():

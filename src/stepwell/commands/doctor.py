@@ -23,7 +23,7 @@ from stepwell.errors import ConfigError
 from stepwell.pruning.families import families_of, find_groups
 from stepwell.pruning.skeleton import build_skeleton
 from stepwell.pruning.units import Candidate, Group
-from stepwell.setting import find_device
+from stepwell.setting import find_device, groups_of_foreign
 from stepwell.stages.grid import keep_ratios, make_grid, uniform_scores
 from stepwell.stages.joint import scales_per_step
 from stepwell.stages.plan import Costs, Epochs
@@ -40,9 +40,12 @@ def run(config: CompressConfig) -> str:
     if not config.teacher:
         raise ConfigError("doctor needs --teacher")
     data = resolve_data(config) if config.data else None
-    model, spec = _model(config, data)
+    model, spec, foreign = _model(config, data)
     spec = with_image_size(spec, model, config.image_size)
     groups = find_groups(model)
+    if foreign:
+        images = torch.randn(4, spec.channels, *spec.size, generator=torch.Generator().manual_seed(0))
+        groups = groups_of_foreign(model, groups, images)
     scores = uniform_scores(groups)
     met = student_widths(config, model, spec, groups, scores)
     candidates = make_grid(groups, scores, keep_ratios(met.keep_ratio, config), config, met.widths)
@@ -58,6 +61,7 @@ def run(config: CompressConfig) -> str:
         f"{short_number(count_macs(model, spec))} MACs per image",
         f"  can be cut: {_cut(groups)}",
         f"  stays whole: {_whole(model, groups)}",
+        *_normed(groups),
         "",
         _table(groups, candidates, skeletons, model, spec),
         "",
@@ -98,11 +102,12 @@ def _classes_differ(model: nn.Module, data: Data | None) -> list[str]:
     ]
 
 
-def _model(config: CompressConfig, data: Data | None) -> tuple[nn.Module, InputSpec]:
+def _model(config: CompressConfig, data: Data | None) -> tuple[nn.Module, InputSpec, bool]:
+    """The model, its input, and whether it is a module of the user's own."""
     num_classes = len(data.classes) if data else 0
     if ".py:" in config.teacher or Path(config.teacher).exists():
         teacher = load_teacher(config.teacher, config.teacher_weights, config.model_args, num_classes)
-        return teacher.model, teacher.spec
+        return teacher.model, teacher.spec, teacher.architecture.source == "factory"
     args = parse_model_args(config.model_args)
     if (
         num_classes and config.teacher_weights
@@ -111,7 +116,7 @@ def _model(config: CompressConfig, data: Data | None) -> tuple[nn.Module, InputS
     # Shapes are enough to count, but not to time.
     with torch.device("meta" if config.latency_ms is None else "cpu"):
         model = create_timm(config.teacher, args, pretrained=False)
-    return model.eval(), input_spec(model)
+    return model.eval(), input_spec(model), False
 
 
 def _kinds(groups: Sequence[Group]) -> list[str]:
@@ -121,6 +126,13 @@ def _kinds(groups: Sequence[Group]) -> list[str]:
 def _cut(groups: Sequence[Group]) -> str:
     units = " and ".join(f"{_units(groups, kind):,} {kind}s" for kind in _kinds(groups))
     return f"{units} in {len(groups)} layers"
+
+
+def _normed(groups: Sequence[Group]) -> list[str]:
+    norms = [group.norm for group in groups if group.norm]
+    if not norms:
+        return []
+    return [f"  norms taken over the units that are left: {len(norms)} ({norms[0]}, ...)"]
 
 
 def _whole(model: nn.Module, groups: Sequence[Group]) -> str:

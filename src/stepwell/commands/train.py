@@ -16,10 +16,10 @@ from stepwell.delivery.teacher import (
     create_timm,
     input_spec,
     parse_model_args,
-    read_weights,
     timm_architecture,
     with_image_size,
 )
+from stepwell.delivery.weights import read_weights
 from stepwell.errors import ConfigError
 from stepwell.setting import set_up_torch
 from stepwell.stages.plan import epochs_in

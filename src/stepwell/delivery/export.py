@@ -53,10 +53,14 @@ def export_onnx(
 
 
 def write_onnx(model: nn.Module, spec: InputSpec, file: Path) -> None:
-    """Export a model on the CPU, in fp32 and eval mode, with a dynamic batch; nothing is checked."""
+    """Export a model on the CPU, in fp32 and eval mode, with a dynamic batch; nothing is checked.
+
+    The model stays frozen: attention with a mask that is learned (BEiT) has other strides where gradients are
+    wanted, and torch's exporter trips over them.
+    """
     with _quiet():
         torch.onnx.export(
-            model.eval(),
+            model.eval().requires_grad_(False),
             (_example(spec),),
             str(file),
             dynamo=True,

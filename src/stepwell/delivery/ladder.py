@@ -57,7 +57,8 @@ def load_rung(run: Path, keep_ratio: float, factory: Factory | None = None) -> t
     if ladder.teacher.widths:  # it had been cut before
         teacher = build_skeleton(full, find_groups(full), ladder.teacher.widths)
     empty = {name: t.new_zeros(t.shape, device="cpu") for name, t in tensors_of(teacher).items()}
-    shared = SharedWeights(teacher, find_groups(teacher), empty, ladder.candidates)
+    groups = [group for group in find_groups(teacher) if group.name in candidate.widths]
+    shared = SharedWeights(teacher, groups, empty, ladder.candidates)
     shared.load(joint.tensors)
     widths = {**ladder.teacher.widths, **candidate.widths}
     return shared.extract(index).eval(), ladder.teacher.model_copy(update={"widths": widths})

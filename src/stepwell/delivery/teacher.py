@@ -1,13 +1,11 @@
-"""Where a teacher comes from: timm by name, a model directory, the user's own file, or a module."""
+"""Where a teacher comes from: timm by name, a directory of ours or of transformers, a file, or a module."""
 
 from __future__ import annotations
 
 import ast
 import copy
 import importlib.util
-import pickle
 import sys
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,11 +13,11 @@ from typing import Any
 
 import timm
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from timm.data.config import resolve_data_config
 from torch import Tensor, nn
 
+import stepwell.models  # noqa: F401  (their names become names of timm)
+from stepwell.delivery import huggingface
 from stepwell.delivery.archive import (
     WEIGHTS,
     Architecture,
@@ -32,6 +30,7 @@ from stepwell.delivery.archive import (
     narrow_and_load,
     read_card,
 )
+from stepwell.delivery.weights import read_weights
 from stepwell.errors import ConfigError, ModelError, did_you_mean
 from stepwell.training.batches import InputSpec
 from stepwell.training.images import one_line
@@ -68,7 +67,7 @@ def load_teacher(
     """Load the teacher that `--teacher` names.
 
     Args:
-        source: A timm model name, a run or model directory, or FILE.py:FACTORY.
+        source: A timm model name, a run or model directory, a folder of transformers, or FILE.py:FACTORY.
         weights: Weights to load into it, instead of timm's pretrained ones or the factory's own.
         model_args: Arguments of timm's create_model.
         num_classes: Classes of the data; used where neither weights nor source say.
@@ -91,10 +90,11 @@ def teacher_from_module(module: nn.Module, classes: tuple[str, ...] | None) -> T
     A module keeps no record of how it was built. If it is a timm model that can be built again from what it
     shows (proved by equal outputs), the student will load without help; else `load` asks for `factory=`.
     """
-    model = copy.deepcopy(module).cpu().eval()
-    _check_numbers(model, f"a {type(model).__name__}")
+    model = huggingface.wrapped(copy.deepcopy(module).cpu().eval())
+    _check_numbers(model, f"a {type(module).__name__}")
     spec = input_spec(model)
-    architecture = _recognise(model, spec) or Architecture(source="factory", name=type(model).__name__)
+    architecture = _recognise(model, spec) or Architecture(source="factory", name=type(module).__name__)
+    classes = huggingface.class_names(model) or classes
     return Teacher(model, architecture, spec, classes, {}, architecture.name, digest(model))
 
 
@@ -137,40 +137,13 @@ def parse_model_args(model_args: Mapping[str, str]) -> dict[str, Any]:
     return parsed
 
 
-def read_weights(file: Path) -> dict[str, Tensor]:
-    """Read a `.safetensors`, or a `.pth` of plain tensors; nothing in the file is executed.
-
-    Raises:
-        ModelError: It is missing, is damaged, or would have to run code to load.
-    """
-    if not file.is_file():
-        raise ModelError(f"no weights at {file}")
-    try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a pickle that torch did not write; it is refused anyway
-            content = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise ModelError(
-            f"{file} is damaged, or a pickle that would run code when loaded, which is refused; "
-            f"save its state_dict() alone, or as .safetensors"
-        ) from None
-    except (SafetensorError, RuntimeError, OSError, EOFError, ValueError) as error:
-        raise ModelError(f"cannot read weights from {file}: {one_line(error)}") from None
-    for key in ("state_dict", "model", "state_dict_ema"):  # what training scripts wrap weights in
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
-        raise ModelError(f"{file} holds no state dict of tensors")
-    return {name.removeprefix("module."): tensor for name, tensor in content.items()}
-
-
 def input_spec(model: nn.Module) -> InputSpec:
     """What images `model` wants: size and channels from the module itself, the rest from timm's record.
 
     timm's record of the size is wrong for a model that was built with `img_size=`, so the module wins.
     """
+    if isinstance(model, huggingface.Classifier):
+        return huggingface.input_spec(model)
     config = resolve_data_config(model=model, verbose=False)
     channels, *size = config["input_size"]
     own_size = getattr(getattr(model, "patch_embed", None), "img_size", None)
@@ -239,12 +212,14 @@ def _classes_in(tensors: Mapping[str, Tensor], name: str, default: int) -> int:
 
 def _from_directory(path: Path, weights: Path | None, args: Mapping[str, Any]) -> Teacher:
     folder = find_model_dir(path)
-    if folder is None:
+    if folder is None and not huggingface.is_folder(path):
         raise ModelError(
             f"{path} holds no finished model: no stepwell.json in it, its student/ or its teacher/"
         )
     if args:
-        raise ConfigError(f"--model-args are for timm names; {folder} has its own")
+        raise ConfigError(f"--model-args are for timm names; {folder or path} has its own")
+    if folder is None:
+        return _from_transformers(path, weights)
     card: Card = read_card(folder)
     model = build(card.architecture, None, folder)
     model = narrow_and_load(model, card.widths, folder / WEIGHTS)
@@ -261,13 +236,23 @@ def _from_directory(path: Path, weights: Path | None, args: Mapping[str, Any]) -
     )
 
 
+def _from_transformers(folder: Path, weights: Path | None) -> Teacher:
+    if weights is not None:
+        raise ConfigError(f"--teacher-weights do not go with {folder}, which has its own")
+    model = huggingface.load_folder(folder)
+    spec, classes = huggingface.input_spec(model, folder), huggingface.class_names(model)
+    _check_numbers(model, str(folder))
+    architecture = _recognise(model, spec) or Architecture(source="factory", name=str(folder))
+    return Teacher(model, architecture, spec, classes, {}, str(folder), digest(model))
+
+
 def placeholders(num_classes: int) -> list[str]:
     """Names for classes that nobody named."""
     return [f"class {i}" for i in range(num_classes)]
 
 
 def _from_file(source: str, weights: Path | None) -> Teacher:
-    model = load_factory(source)()
+    model = huggingface.wrapped(load_factory(source)())
     if weights is not None:
         load_strictly(model, read_weights(weights), str(weights))
     function = source.rpartition(":")[2]
@@ -319,7 +304,9 @@ def _check_numbers(model: nn.Module, name: str) -> None:
 
 
 def _recognise(model: nn.Module, spec: InputSpec) -> Architecture | None:
-    """The timm call that builds `model` again, if one can be found and proved."""
+    """What builds `model` again with timm or transformers, if it can be found and proved."""
+    if (found := huggingface.recipe(model)) is not None:
+        return Architecture(source="transformers", name=found[0], args=found[1])
     name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
     if name is None or not timm.is_model(name):
         return None

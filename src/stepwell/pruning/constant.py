@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import cast
 
 import torch
+from timm.layers.conv2d_same import Conv2dSame
 from torch import Tensor, nn
 
 
@@ -17,11 +18,13 @@ class ConstantOutput(nn.Module):
     Args:
         name: Name of the output layer; the bias keeps its place in the state dict (`attn.proj.bias`).
         bias: The output layer's bias, or None for a constant of 0.
+        dim: The dimension of the bias: -1 for tokens, 1 for a map of channels first.
     """
 
-    def __init__(self, name: str, bias: nn.Parameter | None) -> None:
+    def __init__(self, name: str, bias: nn.Parameter | None, dim: int = -1) -> None:
         super().__init__()
         self.output = name
+        self.dim = dim
         holder = nn.Module()
         holder.register_parameter("bias", bias)
         self.add_module(name, holder)
@@ -29,37 +32,43 @@ class ConstantOutput(nn.Module):
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         """Return the bias for every position of `x`; masks and other arguments do not matter."""
         bias = cast(nn.Parameter | None, self.get_submodule(self.output).bias)
-        return torch.zeros_like(x) if bias is None else bias.to(x.dtype).expand_as(x)
+        if bias is None:
+            return torch.zeros_like(x)
+        bias = bias.to(x.dtype)
+        return (bias if self.dim == -1 else bias[:, None, None]).expand_as(x)
 
 
 class ConstantConv(nn.Module):
     """A convolution without input channels: its bias, or 0, on a map of the size that it would return.
 
     Args:
-        conv: What it stands for.
-        channels: Output channels; those of `conv` if not given.
+        conv: What it stands for; its tensors have their new shapes, its counts may be the old ones.
+        channels: Output channels, all 0; those of `conv`, and its bias, if not given.
     """
 
     def __init__(self, conv: nn.Conv2d | ConstantConv, channels: int | None = None) -> None:
         super().__init__()
-        self.out_channels = conv.out_channels if channels is None else channels
+        own = conv.out_channels if isinstance(conv, ConstantConv) else conv.weight.shape[0]
+        self.out_channels = own if channels is None else channels
         self.kernel_size, self.stride = conv.kernel_size, conv.stride
-        self.padding, self.dilation = conv.padding, conv.dilation
+        # Conv2dSame pads as much as it takes, whatever its `padding` says.
+        self.padding = "same" if isinstance(conv, Conv2dSame) else conv.padding
+        self.dilation = conv.dilation
         self.bias: nn.Parameter | None = None if channels else cast(nn.Parameter | None, conv.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Only the size of `x` matters."""
         height, width = (self._size(x.shape[-2 + i], i) for i in range(2))
-        shape = (x.shape[0], self.out_channels, height, width)
-        if self.bias is None:
-            return x.new_zeros(shape)
-        return self.bias.to(x.dtype)[:, None, None].expand(shape)
+        zeros = x.new_zeros((x.shape[0], self.out_channels, height, width))
+        # A sum and not an expanded view: what follows may work in place.
+        return zeros if self.bias is None else zeros + self.bias.to(x.dtype)[:, None, None]
 
     def _size(self, size: int, i: int) -> int:
-        if isinstance(self.padding, str):
-            return size if self.padding == "same" else size - self.dilation[i] * (self.kernel_size[i] - 1)
+        if self.padding == "same":
+            return (size - 1) // self.stride[i] + 1
+        padding = 0 if isinstance(self.padding, str) else self.padding[i]
         reach = self.dilation[i] * (self.kernel_size[i] - 1) + 1
-        return (size + 2 * self.padding[i] - reach) // self.stride[i] + 1
+        return (size + 2 * padding - reach) // self.stride[i] + 1
 
 
 def replace(model: nn.Module, name: str, module: nn.Module) -> None:

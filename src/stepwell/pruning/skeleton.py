@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from timm.layers.drop import DropPath
@@ -88,6 +88,8 @@ def _silence_dropout(skeleton: nn.Module) -> None:
             module.p = 0.0
         if hasattr(module, "drop_prob"):  # timm's DropPath, or one like it
             cast(DropPath, module).drop_prob = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):  # torchvision's Swin, transformers
+            cast(Any, module).attention_dropout = 0.0
         if isinstance(module, PatchDropout):
             module.prob = 0.0
 

@@ -64,6 +64,10 @@ class Group:
         gate_dim: -1 for tokens, 1 for channels of a map.
         more_gates: Further modules whose input holds something of each unit, where it has to be 0 as well
             for the unit to be gone. Their gates are the same number as the first.
+        norm: A norm that lies over the units, behind the gate: it is taken over those that are left, so that
+            cutting a unit is more than setting its output to 0. None where there is none.
+        unit_size: Neurons or filters that a unit holds: more than 1 around a grouped convolution. Widths
+            are rounded by what the layers have in the end.
     """
 
     name: str
@@ -75,6 +79,8 @@ class Group:
     narrow: Narrow = field(repr=False, compare=False)
     gate_dim: int = -1
     more_gates: tuple[str, ...] = ()
+    norm: str | None = None
+    unit_size: int = 1
 
     @property
     def gates(self) -> tuple[str, ...]:

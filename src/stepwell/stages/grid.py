@@ -73,6 +73,11 @@ def widths_at(
     return round_widths(groups, counts, options)
 
 
+def uniform_scores(groups: Sequence[Group]) -> dict[str, list[float]]:
+    """Scores under which every layer keeps the same share of its units."""
+    return {g.name: [(g.num_units - i - 0.5) / g.num_units for i in range(g.num_units)] for g in groups}
+
+
 def check_room(scales: Sequence[float], options: GridOptions) -> None:
     """Check that there is room for an assistant on the ladder.
 
@@ -109,7 +114,7 @@ def kept_counts(groups: Sequence[Group], scores: Scores, keep_ratio: float) -> d
 
 
 def round_widths(groups: Sequence[Group], counts: Mapping[str, int], options: GridOptions) -> dict[str, int]:
-    """Round neurons to the nearest multiple of `round_to`, and hold `min_heads_per_layer`.
+    """Round neurons and filters to the nearest multiple of `round_to`, and hold `min_heads_per_layer`.
 
     Less than half a multiple empties the layer, but never the last one of its ranking.
     """
@@ -119,11 +124,16 @@ def round_widths(groups: Sequence[Group], counts: Mapping[str, int], options: Gr
         if group.kind == "head":
             widths[group.name] = min(group.num_units, max(count, options.min_heads_per_layer))
         else:
-            multiple = options.round_to * math.floor(count / options.round_to + 0.5)
-            widths[group.name] = min(group.num_units, multiple)
+            step = _step(group, options)
+            widths[group.name] = min(group.num_units, step * math.floor(count / step + 0.5))
     for ranking in {(group.kind, group.stage) for group in groups}:
         members = [group for group in groups if (group.kind, group.stage) == ranking]
         if all(widths[group.name] == 0 for group in members):
             fullest = max(members, key=lambda group: counts[group.name])
-            widths[fullest.name] = min(fullest.num_units, options.round_to)
+            widths[fullest.name] = min(fullest.num_units, _step(fullest, options))
     return widths
+
+
+def _step(group: Group, options: GridOptions) -> int:
+    """The units that make up `round_to` neurons or filters; at least one."""
+    return max(1, options.round_to // group.unit_size)

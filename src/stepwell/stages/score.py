@@ -16,7 +16,9 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
+from stepwell.pruning.skeleton import build_skeleton
 from stepwell.pruning.units import Group
 from stepwell.training.batches import EvalBatches
 from stepwell.training.progress import progress
@@ -54,22 +56,31 @@ def score(
         autocast: Run the passes under this; sums are kept in fp32 all the same.
     """
     model.eval()
+    parameters: dict[str, Tensor] = dict(model.named_parameters())
+    # At full width: the same computation, with the gates where the groups say, even for torch's attention.
+    skeleton = build_skeleton(model, groups, {group.name: group.num_units for group in groups})
     sums = {group.name: torch.zeros(group.num_units, dtype=torch.float64) for group in groups}
     num_images = 0
-    with progress("score", len(batches)) as advance, _unit_outputs(model, groups) as outputs:
+    with progress("score", len(batches)) as advance, _unit_outputs(skeleton, groups) as outputs:
         for batch in batches:
             outputs.clear()
             with autocast or torch.autocast(batch.images.device.type, enabled=False):
-                logits = model(batch.images)
+                logits = functional_call(skeleton, parameters, (batch.images,))
             # Summed: each image's gradient is its own, and none shrinks below fp16's smallest number.
             loss = F.cross_entropy(logits.float(), batch.labels, reduction="sum")
-            activations = [outputs[group.name] for group in groups]
-            gradients = torch.autograd.grad(loss, activations)
-            for group, output, gradient in zip(groups, activations, gradients, strict=True):
-                per_image = gate_gradients(
-                    output.detach(), gradient, group.num_units, len(batch.labels), group.gate_dim
-                )
-                sums[group.name] += _reduced(per_image, reduction).double().cpu()
+            gradients = dict(zip(outputs, torch.autograd.grad(loss, list(outputs.values())), strict=True))
+            for group in groups:
+                by_gate = [
+                    gate_gradients(
+                        outputs[name].detach(),
+                        gradients[name],
+                        group.num_units,
+                        len(batch.labels),
+                        group.gate_dim,
+                    )
+                    for name in group.gates
+                ]
+                sums[group.name] += _reduced(sum(by_gate[1:], by_gate[0]), reduction).double().cpu()
             num_images += len(batch.labels)
             advance("")
     divisor = num_images if reduction == "sample" else 1
@@ -111,7 +122,7 @@ def l2_normalised(raw: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
 
 @contextmanager
 def _unit_outputs(model: nn.Module, groups: Sequence[Group]) -> Iterator[dict[str, Tensor]]:
-    """Collect the input of each group's gate module in every forward pass; leaves no hook behind."""
+    """Collect the input of each gate module in every forward pass; leaves no hook behind."""
     outputs: dict[str, Tensor] = {}
 
     def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -122,7 +133,9 @@ def _unit_outputs(model: nn.Module, groups: Sequence[Group]) -> Iterator[dict[st
         return hook
 
     handles = [
-        model.get_submodule(group.gate).register_forward_pre_hook(keep(group.name)) for group in groups
+        model.get_submodule(gate).register_forward_pre_hook(keep(gate))
+        for group in groups
+        for gate in group.gates
     ]
     try:
         yield outputs

@@ -13,7 +13,17 @@ from typing import Protocol
 from torch import nn
 
 from stepwell.errors import UnsupportedModelError
-from stepwell.pruning.families import attention, ffn
+from stepwell.pruning.families import (
+    attention,
+    cait,
+    cifar,
+    ffn,
+    huggingface,
+    inverted,
+    resnet,
+    swin,
+    torch_attention,
+)
 from stepwell.pruning.units import Group
 
 
@@ -28,7 +38,17 @@ class Family(Protocol):
         ...
 
 
-FAMILIES: tuple[Family, ...] = (attention, ffn)
+FAMILIES: tuple[Family, ...] = (
+    attention,
+    cait,
+    swin,
+    torch_attention,
+    ffn,
+    resnet,
+    inverted,
+    cifar,
+    huggingface,
+)
 
 
 def find_groups(model: nn.Module) -> list[Group]:

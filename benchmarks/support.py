@@ -1,0 +1,358 @@
+"""Which models can be cut, at which ratios, and what still works then: docs/supported.md.
+
+    make support-table                       # goes on where it stopped; --jobs 2 takes two processes
+    python benchmarks/support.py --only swin
+
+Every model has random weights and a random ranking. For each keep ratio:
+
+    exact      the slice computes what the model computes with its other units masked (largest logit, 1e-4)
+    backward   every parameter that is left gets a finite gradient
+    reload     saved, loaded by stepwell, equal to the bit
+    onnx       exported with a dynamic batch, run by onnxruntime, agrees to 1e-5
+    export     torch.export with a dynamic batch, agrees to 1e-5
+    compile    torch.compile(fullgraph=True, backend="aot_eager"), one graph, agrees to 1e-5
+
+Writes benchmarks/results/support.json and docs/supported.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import re
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torchvision
+from torch import nn
+
+from record import RESULTS, commit
+from stepwell.config import GridOptions
+from stepwell.delivery.archive import Architecture, Card, load, save_model
+from stepwell.delivery.export import export_onnx, export_program
+from stepwell.delivery.measure import count_macs, num_params
+from stepwell.delivery.teacher import teacher_from_module, with_image_size
+from stepwell.pruning.families import find_groups
+from stepwell.pruning.prove import difference
+from stepwell.pruning.skeleton import build_skeleton, fill, leading_units, sort_units
+from stepwell.pruning.units import tensors_of
+from stepwell.stages.grid import make_grid
+from stepwell.training.run_dir import write_atomically
+
+RATIOS = (0.1, 0.3, 0.5, 0.7, 0.9)
+CHECKS = ("exact", "backward", "reload", "onnx", "export", "compile")
+PAGE = Path(__file__).parent.parent / "docs" / "supported.md"
+FILE = RESULTS / "support.json"
+
+# Small inputs: what can be cut does not depend on them.
+SMALL = {"img_size": 64}
+TIMM: dict[str, dict[str, dict[str, Any]]] = {
+    "ViT": {
+        "vit_tiny_patch16_224": SMALL,
+        "vit_small_patch16_224": SMALL,
+        "vit_base_patch16_224": SMALL,
+        "vit_base_patch16_gap_224": SMALL,
+        "vit_small_patch14_reg4_dinov2": {"img_size": 56},
+        "vit_base_patch16_siglip_gap_224": SMALL,
+        "vit_little_patch16_reg4_gap_256": SMALL,
+        "vit_wee_patch16_reg1_gap_256": SMALL,
+    },
+    "DeiT": {
+        "deit_tiny_patch16_224": SMALL,
+        "deit_small_distilled_patch16_224": SMALL,
+        "deit3_small_patch16_224": SMALL,
+    },
+    "BEiT, EVA": {
+        "beit_base_patch16_224": SMALL,
+        "beitv2_base_patch16_224": SMALL,
+        "eva02_tiny_patch14_224": {"img_size": 56},
+        "eva02_base_patch14_224": {"img_size": 56},
+        "vit_base_patch16_rope_reg1_gap_256": SMALL,
+    },
+    "CaiT, XCiT": {"cait_xxs24_224": SMALL, "xcit_nano_12_p16_224": {}},
+    "Swin": {
+        "swin_tiny_patch4_window7_224": SMALL,
+        "swin_small_patch4_window7_224": SMALL,
+        "swin_s3_tiny_224": SMALL,
+        "swinv2_tiny_window8_256": SMALL,
+        "swinv2_cr_tiny_224": SMALL,
+    },
+    "ConvNeXt": {"convnext_tiny": {}, "convnext_nano": {}, "convnextv2_nano": {}, "convnext_atto": {}},
+    "ResNet": {
+        "resnet18": {},
+        "resnet50": {},
+        "resnet50d": {},
+        "seresnet50": {},
+        "ecaresnet26t": {},
+        "resnext50_32x4d": {},
+        "wide_resnet50_2": {},
+    },
+    "RegNet": {"regnetx_002": {}, "regnety_004": {}, "regnety_016": {}},
+    "EfficientNet, MobileNet": {
+        "mobilenetv2_100": {},
+        "mobilenetv3_large_100": {},
+        "mobilenetv4_conv_small": {},
+        "efficientnet_b0": {},
+        "tf_efficientnetv2_b0": {},
+        "mnasnet_100": {},
+    },
+    "CIFAR": {
+        "cifar_resnet20": {},
+        "cifar_resnet56": {},
+        "cifar_wrn_16_2": {},
+        "cifar_wrn_40_2": {},
+        "cifar_vgg8": {},
+        "cifar_vgg13": {},
+    },
+}
+TORCHVISION = (
+    "resnet18",
+    "resnet50",
+    "resnext50_32x4d",
+    "regnet_y_400mf",
+    "mobilenet_v2",
+    "mobilenet_v3_small",
+    "vit_b_16",
+    "swin_t",
+    "swin_v2_t",
+)
+TRANSFORMERS = ("ViT", "DeiT", "Swin")
+
+
+def main() -> None:
+    """Check all models that are not checked yet, then write the page."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", default="", help="a regular expression of names")
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--again", action="store_true", help="also those that are checked")
+    options = parser.parse_args()
+    done: dict[str, Any] = json.loads(FILE.read_text()) if FILE.exists() else {}
+    todo = {
+        name: family
+        for name, family in models().items()
+        if re.search(options.only, name) and (options.again or name not in done)
+    }
+    with ProcessPoolExecutor(options.jobs, max_tasks_per_child=1) as pool:
+        waiting = {pool.submit(check, name): name for name in todo}
+        for number, future in enumerate(as_completed(waiting), 1):
+            name = waiting[future]
+            done[name] = {"family": todo[name], "commit": commit(), **future.result()}
+            write_atomically(FILE, json.dumps(dict(sorted(done.items())), indent=1) + "\n")
+            print(f"{number}/{len(todo)} {name}: {summary(done[name])}", flush=True)
+    write_atomically(PAGE, page(done))
+
+
+def models() -> dict[str, str]:
+    """Family by name."""
+    return {
+        **{f"timm/{name}": family for family, members in TIMM.items() for name in members},
+        **{f"torchvision/{name}": "torchvision" for name in TORCHVISION},
+        **{f"transformers/{name}": "transformers" for name in TRANSFORMERS},
+    }
+
+
+def build(name: str) -> nn.Module:
+    """The model with random weights and 10 classes; none of its numbers is 0 or 1 any more."""
+    torch.manual_seed(0)
+    library, _, plain = name.partition("/")
+    match library:
+        case "timm":
+            args = next(members[plain] for members in TIMM.values() if plain in members)
+            model = timm.create_model(plain, num_classes=10, **args)
+        case "torchvision":
+            model = torchvision.models.get_model(plain, weights=None, num_classes=10)
+        case _:
+            model = from_transformers(plain)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim <= 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def from_transformers(kind: str) -> nn.Module:
+    """A small model of Hugging Face's transformers."""
+    import transformers
+
+    common = {"image_size": 64, "num_labels": 10}
+    match kind:
+        case "Swin":
+            config = transformers.SwinConfig(embed_dim=48, depths=[2, 2, 4, 2], **common)
+            return transformers.SwinForImageClassification(config)
+        case "DeiT":
+            config = transformers.DeiTConfig(
+                hidden_size=192, num_attention_heads=6, num_hidden_layers=6, **common
+            )
+            return transformers.DeiTForImageClassification(config)
+        case _:
+            config = transformers.ViTConfig(
+                hidden_size=192, num_attention_heads=6, num_hidden_layers=6, **common
+            )
+            return transformers.ViTForImageClassification(config)
+
+
+def check(name: str) -> dict[str, Any]:
+    """All checks of one model at all ratios; what fails says why."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    try:
+        original = build(name)
+        teacher = teacher_from_module(original, None)
+        model, spec = teacher.model, teacher.spec
+        if not hasattr(model, "patch_embed") and name.startswith(("timm", "torchvision/r", "torchvision/m")):
+            spec = with_image_size(spec, model, min(64, spec.size[0]))
+        groups = find_groups(model)
+        rng = random.Random(0)
+        order = {g.name: rng.sample(range(g.num_units), g.num_units) for g in groups}
+        scores = {g.name: [rng.random() for _ in range(g.num_units)] for g in groups}
+        weights = sort_units(tensors_of(model), groups, order)
+        images = torch.randn(4, spec.channels, *spec.size)
+        record: dict[str, Any] = {
+            "num_params": num_params(model),
+            "macs": count_macs(model, spec),
+            "input": list(spec.size),
+            "ratios": {},
+        }
+    except Exception as error:
+        return {"error": one_line(error), "ratios": {}}
+    whole = {g.name: g.num_units for g in groups}
+    sorted_model = fill(build_skeleton(model, groups, whole), weights).eval()
+    for candidate in make_grid(groups, scores, RATIOS, GridOptions()):
+        widths = candidate.widths
+        skeleton = build_skeleton(model, groups, widths)
+        small = fill(skeleton, leading_units(weights, skeleton, groups, widths)).eval()
+        card = Card(
+            architecture=teacher.architecture if teacher.architecture.source != "factory" else FACTORY,
+            widths=widths,
+            classes=[str(i) for i in range(10)],
+            input=spec,
+        )
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary)
+            checks: Mapping[str, Callable[[], None]] = {
+                "exact": lambda w=widths: exact(sorted_model, groups, w, images),
+                "backward": lambda m=small: backward(m, images),
+                "reload": lambda m=small, c=card, f=folder: reload(m, c, f, images, original),
+                "onnx": lambda m=small, f=folder: export_onnx(m, spec, f / "model.onnx", images),
+                "export": lambda m=small, f=folder: export_program(m, spec, f / "model.pt2", images),
+                "compile": lambda m=small: compiled(m, images),
+            }
+            results = {check_name: passed(run) for check_name, run in checks.items()}
+        record["ratios"][f"{candidate.keep_ratio:g}"] = {
+            "num_params": num_params(small),
+            "macs": count_macs(small, spec),
+            **results,
+        }
+    return record
+
+
+FACTORY = Architecture(source="factory", name="the module itself")
+
+
+def passed(run: Callable[[], object]) -> str:
+    """`ok`, or what went wrong."""
+    try:
+        run()
+    except Exception as error:
+        return one_line(error)
+    return "ok"
+
+
+def one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+
+
+def exact(model: nn.Module, groups: list[Any], widths: Mapping[str, int], images: torch.Tensor) -> None:
+    """Where a norm lies over the units, a mask is not a cut: those groups stay whole for this check."""
+    maskable = [group for group in groups if group.norm is None]
+    off = difference(model, maskable, {g.name: widths[g.name] for g in maskable}, images)
+    assert off <= 1e-4, f"logits differ by {off:.1e} of the largest"
+
+
+def backward(model: nn.Module, images: torch.Tensor) -> None:
+    model.train()
+    model(images).square().sum().backward()
+    model.eval()
+    bad = [n for n, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+    assert not bad, f"{bad[0]} has no finite gradient"
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+    model.zero_grad()
+
+
+def reload(model: nn.Module, card: Card, folder: Path, images: torch.Tensor, original: nn.Module) -> None:
+    save_model(folder, model, card)
+    factory = (lambda: original) if card.architecture.source == "factory" else None
+    with torch.no_grad():
+        assert torch.equal(load(folder, factory=factory)(images), model(images)), (
+            "another result after loading"
+        )
+
+
+def compiled(model: nn.Module, images: torch.Tensor) -> None:
+    torch._dynamo.reset()
+    with torch.no_grad():
+        found = torch.compile(model, fullgraph=True, backend="aot_eager")(images)
+        off = (found - model(images)).abs().max() / found.abs().max()
+    assert off <= 1e-5, f"logits differ by {off:.1e} of the largest"
+
+
+def summary(record: dict[str, Any]) -> str:
+    """One line for the log."""
+    if "error" in record:
+        return record["error"]
+    bad = {c: r[c] for r in record["ratios"].values() for c in CHECKS if r[c] != "ok"}
+    return "all ok" if not bad else "; ".join(f"{check}: {text}" for check, text in bad.items())
+
+
+def page(done: Mapping[str, Any]) -> str:
+    """docs/supported.md."""
+    lines = [
+        "# What can be compressed",
+        "",
+        "Written by `make support-table` (`benchmarks/support.py`); do not edit. Random weights, a random",
+        f"ranking, keep ratios {', '.join(f'{r:g}' for r in RATIOS)}; a check that does not pass at all of",
+        "them says at how many.",
+        "",
+        "`exact`: the slice equals the masked model. `onnx`: onnxruntime agrees to 1e-5. `compile`: one",
+        "graph, `torch.compile(fullgraph=True)`. *At 0.1*: what is left of parameters and of MACs when a",
+        "tenth of the units is kept; what is never cut (stem, classifier, residual width) is part of it.",
+        "",
+        "| model | " + " | ".join(CHECKS) + " | params at 0.1 | MACs at 0.1 |",
+        "|---|" + "---|" * len(CHECKS) + "---:|---:|",
+    ]
+    notes: list[str] = []
+    total = len(RATIOS)
+    for family in dict.fromkeys(models().values()):
+        lines.append(f"| **{family}** |" + " |" * (len(CHECKS) + 2))
+        for name in (n for n, f in models().items() if f == family and n in done):
+            record = done[name]
+            if "error" in record:
+                lines.append(f"| {name} | refused |" + " |" * (len(CHECKS) + 1))
+                notes.append(f"- {name}: {record['error']}")
+                continue
+            ratios = record["ratios"]
+            cells = []
+            for one in CHECKS:
+                count = sum(r[one] == "ok" for r in ratios.values())
+                cells.append("✓" if count == total else f"{count} of {total}")
+                reasons = sorted({r[one] for r in ratios.values() if r[one] != "ok"})
+                notes += [f"- {name}, {one}: {reason}" for reason in reasons]
+            least = ratios["0.1"]
+            shares = [f"{100 * least[k] / record[k]:.1f} %" for k in ("num_params", "macs")]
+            lines.append(f"| {name} | {' | '.join(cells + shares)} |")
+    if notes:
+        lines += ["", "What does not pass:", "", *notes]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

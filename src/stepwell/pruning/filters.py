@@ -1,0 +1,240 @@
+"""Filters: the channels inside of a block, from the convolution that makes them to the one that reads them.
+
+    conv -> norm, activation -> depthwise or grouped conv, norm, activation -> squeeze-excite -> conv
+    makes   '----------------------------- between --------------------------------------'   takes
+
+This is a *span*. In between each channel (or, around a grouped convolution, each group of channels) is by
+itself, so it can be cut from one end to the other. A convolution may end one span and begin the next.
+What a block adds to its input, and what it returns, stays whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeGuard, cast
+
+from timm.layers.blur_pool import BlurPool2d
+from timm.layers.conv2d_same import Conv2dSame
+from timm.layers.conv_bn_act import ConvNormAct
+from timm.layers.drop import DropBlock2d
+from timm.layers.norm_act import BatchNormAct2d, FrozenBatchNormAct2d, SyncBatchNormAct
+from timm.layers.squeeze_excite import EffectiveSEModule, SEModule
+from timm.models._efficientnet_blocks import SqueezeExcite
+from torch import Tensor, nn
+from torchvision.ops.misc import FrozenBatchNorm2d, SqueezeExcitation
+
+from stepwell.pruning.constant import ConstantConv, replace
+from stepwell.pruning.units import Group, Slice
+
+# Exact classes, here and below: a subclass may compute something else. A MixedConv2d (MixNet) or CondConv2d
+# is not among them: its channels lie in several tensors, or its weights depend on the image.
+CONVOLUTIONS = (nn.Conv2d, Conv2dSame)
+# Not GroupNorm or LayerNorm: they would see other channels in every candidate.
+NORMS = (
+    nn.BatchNorm2d,
+    nn.SyncBatchNorm,
+    BatchNormAct2d,
+    SyncBatchNormAct,
+    FrozenBatchNorm2d,
+    FrozenBatchNormAct2d,
+)
+# The layer that reads the mean of every channel, and the one that returns a factor for every channel. Not
+# ECA, whose factors depend on the neighbours of a channel.
+SQUEEZE_EXCITES: dict[type[nn.Module], tuple[str, str]] = {
+    SEModule: ("fc1", "fc2"),
+    SqueezeExcite: ("conv_reduce", "conv_expand"),
+    SqueezeExcitation: ("fc1", "fc2"),
+    EffectiveSEModule: ("fc", "fc"),
+}
+ACTIVATIONS = ("torch.nn.modules.activation", "timm.layers.activations")
+MIXING = (nn.Softmax, nn.Softmax2d, nn.LogSoftmax, nn.Softmin, nn.GLU)
+
+
+@dataclass(frozen=True)
+class Span:
+    """Channels that can be cut, and the modules that they run through, by name."""
+
+    makes: str
+    between: tuple[str, ...]
+    takes: str
+    units: int
+    gate: str
+
+
+def filter_groups(name: str, block: nn.Module, path: Sequence[str]) -> list[Group]:
+    """The filters inside of a block.
+
+    Args:
+        name: What the model calls the block.
+        block: It.
+        path: Its modules in the order in which its forward calls them, from the first convolution to the
+            last; those that a block does not have are skipped. Layers that the forward calls by another
+            name as well (one ReLU for all) may be left out if they treat every number by itself.
+    """
+    prefix = f"{name}." if name else ""  # a block may be the whole model
+    modules = dict(leaf for part in path for leaf in _leaves(f"{prefix}{part}", _child(block, part)))
+    spans = list(_spans(modules))
+    made = {span.makes: span.units for span in spans}
+    taken = {span.takes: span.units for span in spans}
+    return [
+        Group(
+            span.makes,
+            "filter",
+            span.units,
+            tuple(_slices(span, modules, made, taken)),
+            gate=span.gate,
+            block=name,
+            narrow=partial(_narrow, span=span),
+            gate_dim=1,
+            unit_size=cast(nn.Conv2d, modules[span.makes]).out_channels // span.units,
+        )
+        for span in spans
+    ]
+
+
+def _child(block: nn.Module, name: str) -> nn.Module | None:
+    return cast(nn.Module | None, getattr(block, name, None))
+
+
+def _leaves(name: str, module: nn.Module | None) -> Iterator[tuple[str, nn.Module]]:
+    """A module, or those that a container runs one after the other."""
+    if type(module) is ConvNormAct:
+        for part in ("conv", "bn", "aa"):
+            yield from _leaves(f"{name}.{part}", _child(module, part))
+    elif isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
+        for part, child in module.named_children():
+            yield from _leaves(f"{name}.{part}", child)
+    elif module is not None:
+        yield name, module
+
+
+def _is_conv(module: nn.Module) -> TypeGuard[nn.Conv2d]:
+    return type(module) in CONVOLUTIONS
+
+
+def _spans(modules: Mapping[str, nn.Module]) -> Iterator[Span]:
+    run: list[str] = []  # the open span: who makes its channels, and what they have run through
+    for name, module in modules.items():
+        if _is_conv(module) and module.groups == 1:
+            span = _span(run, name, modules)
+            if span is not None:
+                yield span
+            run = [name]
+        elif run and _keeps_channels_apart(module):
+            run.append(name)
+        else:
+            run = []
+
+
+def _span(run: Sequence[str], takes: str, modules: Mapping[str, nn.Module]) -> Span | None:
+    if not run:
+        return None
+    makes, *between = run
+    grouped = {module.groups for module in map(modules.__getitem__, between) if _is_conv(module)}
+    if len(grouped) > 1:  # chunks of different sizes, that overlap
+        return None
+    units = grouped.pop() if grouped else cast(nn.Conv2d, modules[makes]).out_channels
+    excites = [i for i, name in enumerate(between) if type(modules[name]) in SQUEEZE_EXCITES]
+    if not excites:
+        return Span(makes, tuple(between), takes, units, gate=takes)
+    # It reads all channels, so the gate lies before it; what follows must leave a 0 as it is.
+    first, *others = excites
+    if others or any(not isinstance(modules[name], nn.Identity) for name in between[first + 1 :]):
+        return None
+    return Span(makes, tuple(between), takes, units, gate=between[first])
+
+
+def _keeps_channels_apart(module: nn.Module) -> bool:
+    if type(module) in NORMS:
+        return all(_is_elementwise(inner) for inner in module.children())  # timm's hold an activation
+    if type(module) in SQUEEZE_EXCITES:
+        layers = [_child(module, leaf) for leaf in SQUEEZE_EXCITES[type(module)]]
+        return all(layer is not None and _is_conv(layer) and layer.groups == 1 for layer in layers)
+    return _is_conv(module) or type(module) in (BlurPool2d, nn.AvgPool2d) or _is_elementwise(module)
+
+
+def _is_elementwise(module: nn.Module) -> bool:
+    if type(module) in (nn.Identity, nn.Dropout, nn.Dropout2d, DropBlock2d):
+        return True
+    # Those with parameters (PReLU) may have one per channel.
+    known = type(module).__module__ in ACTIVATIONS and not isinstance(module, MIXING)
+    return known and not any(True for _ in module.parameters())
+
+
+def _slices(
+    span: Span, modules: Mapping[str, nn.Module], made: Mapping[str, int], taken: Mapping[str, int]
+) -> Iterator[Slice]:
+    """Where the channels of `span` lie; `made` and `taken` count the units of all spans, by convolution."""
+    units = span.units
+    yield from _filters(span.makes, modules[span.makes], units, taken.get(span.makes))
+    for name in span.between:
+        module = modules[name]
+        if _is_conv(module):
+            yield from _filters(name, module, units)
+        elif type(module) in NORMS:
+            for leaf in ("weight", "bias", "running_mean", "running_var"):
+                yield from _leading(f"{name}.{leaf}", getattr(module, leaf), units)
+        elif type(module) in SQUEEZE_EXCITES:
+            squeeze, excite = SQUEEZE_EXCITES[type(module)]
+            inner = units if squeeze == excite else None
+            yield _inputs(f"{name}.{squeeze}", module.get_submodule(squeeze), units, inner)
+            yield from _filters(f"{name}.{excite}", module.get_submodule(excite), units, inner)
+        elif isinstance(module, BlurPool2d) and module.channels is not None:
+            yield from _leading(f"{name}.filt", cast(Tensor, module.filt), units)
+    yield _inputs(span.takes, modules[span.takes], units, made.get(span.takes))
+
+
+def _filters(name: str, conv: nn.Module, units: int, in_units: int | None = None) -> Iterator[Slice]:
+    """The filters of a convolution; its weight may also be cut by its inputs, and is viewed for both."""
+    view, _ = _view(conv, units, in_units)
+    yield Slice(f"{name}.weight", view, axis=0, dim=0)
+    yield from _leading(f"{name}.bias", cast(nn.Conv2d, conv).bias, units)
+
+
+def _inputs(name: str, conv: nn.Module, units: int, out_units: int | None) -> Slice:
+    view, axis = _view(conv, out_units, units)
+    return Slice(f"{name}.weight", view, axis, dim=1)
+
+
+def _view(conv: nn.Module, out_units: int | None, in_units: int | None) -> tuple[tuple[int, ...], int]:
+    """The view of a weight, and the axis of its inputs."""
+    out_size, in_size, *kernel = cast(nn.Conv2d, conv).weight.shape
+    rows, columns = _parted(out_size, out_units), _parted(in_size, in_units)
+    return (*rows, *columns, *kernel), len(rows)
+
+
+def _leading(name: str, tensor: Tensor | None, units: int) -> Iterator[Slice]:
+    if tensor is not None:
+        yield Slice(name, (*_parted(len(tensor), units), *tensor.shape[1:]), axis=0, dim=0)
+
+
+def _parted(size: int, units: int | None) -> tuple[int, ...]:
+    return (size,) if units in (None, size) else (units, size // units)
+
+
+def _narrow(skeleton: nn.Module, name: str, width: int, span: Span) -> None:
+    for inner in span.between:
+        module = skeleton.get_submodule(inner)
+        if isinstance(module, nn.Conv2d):
+            module.groups = width
+        elif isinstance(module, BlurPool2d) and module.channels is not None:
+            module.channels = len(cast(Tensor, module.filt))
+    if width == 0:
+        _empty(skeleton, span)
+
+
+def _empty(skeleton: nn.Module, span: Span) -> None:
+    """Nothing is left: the last convolution is a constant, what comes before hands it a size."""
+    for name in (span.makes, *span.between):
+        module = skeleton.get_submodule(name)
+        if isinstance(module, nn.Conv2d | ConstantConv):
+            replace(skeleton, name, ConstantConv(module, channels=1))
+        elif isinstance(module, BlurPool2d):
+            padding = cast("list[int]", module.padding)[0]
+            replace(skeleton, name, nn.AvgPool2d(module.filt_size, module.stride, padding))
+        elif type(module) in NORMS or type(module) in SQUEEZE_EXCITES:
+            replace(skeleton, name, nn.Identity())
+    takes = cast("nn.Conv2d | ConstantConv", skeleton.get_submodule(span.takes))
+    replace(skeleton, span.takes, ConstantConv(takes))

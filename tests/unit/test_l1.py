@@ -1,0 +1,199 @@
+"""Importance by the sum of absolute weights, against loops written from Li et al. 2017."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
+
+import numpy as np
+import pytest
+import timm
+import torch
+from tests.blocks import shaken
+from torch import nn
+
+from stepwell.config import CompressConfig
+from stepwell.delivery.measure import num_params
+from stepwell.errors import ConfigError
+from stepwell.models.cifar_nets import CifarResNet, CifarVgg
+from stepwell.paths import amd
+from stepwell.pruning.families import find_groups
+from stepwell.pruning.units import tensors_of
+from stepwell.setting import Setting, prepare
+from stepwell.stages.l1 import filter_norms
+from stepwell.stages.score import Importance, score
+from stepwell.training.batches import InputSpec
+from tiny import FixedEval, random_batches, tiny_vit
+
+VGG_WIDTHS = ((8,), (6, 12), (10,))
+CONVS = ["block0.0", "block1.0", "block1.3", "block2.0"]
+
+
+def vgg() -> nn.Module:
+    return shaken(lambda: CifarVgg(VGG_WIDTHS))
+
+
+def norm_of(kernels: np.ndarray) -> float:
+    """Sum of the absolute weights of some 3x3 kernels."""
+    total = 0.0
+    for kernel in kernels:
+        for row in kernel:
+            for weight in row:
+                total += abs(float(weight))
+    return total
+
+
+def greedy(model: nn.Module, kept: dict[str, int]) -> dict[str, list[float]]:
+    """Layer after layer; the kernels of the maps that the layer before has lost are not summed."""
+    found = {}
+    maps = list(range(3))  # of the image
+    for name in CONVS:
+        weight = model.get_submodule(name).weight.detach().numpy()
+        found[name] = [norm_of(weight[j, maps]) for j in range(len(weight))]
+        maps = list(np.argsort(found[name])[::-1][: kept[name]])
+    return found
+
+
+def assert_equal(found: dict[str, list[float]], expected: dict[str, list[float]]) -> None:
+    assert found.keys() == expected.keys()
+    for name, values in expected.items():
+        assert found[name] == pytest.approx(values, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("keep_ratio", "kept"),
+    [
+        (0.5, {"block0.0": 4, "block1.0": 3, "block1.3": 6, "block2.0": 5}),
+        (0.3, {"block0.0": 2, "block1.0": 2, "block1.3": 4, "block2.0": 3}),
+        (0.01, dict.fromkeys(CONVS, 1)),
+        (1.0, {"block0.0": 8, "block1.0": 6, "block1.3": 12, "block2.0": 10}),
+    ],
+)
+def test_greedy_along_a_vgg(keep_ratio, kept):
+    model = vgg()
+    found = filter_norms(tensors_of(model), find_groups(model), keep_ratio)
+    assert_equal(found, greedy(model, kept))
+    everything = greedy(model, dict.fromkeys(CONVS, 1000))
+    assert found["block0.0"] == pytest.approx(everything["block0.0"], rel=1e-12)
+    if keep_ratio < 1:
+        assert found["block1.0"] != pytest.approx(everything["block1.0"], rel=1e-3)
+
+
+def test_where_the_inputs_stay_whole_all_kernels_count():
+    model = shaken(lambda: CifarResNet(14))
+    groups = find_groups(model)
+    expected = {}
+    for stage in (1, 2, 3):
+        for block in (0, 1):
+            name = f"layer{stage}.{block}.conv1"
+            expected[name] = [
+                norm_of(filter_) for filter_ in model.get_submodule(name).weight.detach().numpy()
+            ]
+    for keep_ratio in (0.1, 1.0):
+        assert_equal(filter_norms(tensors_of(model), groups, keep_ratio), expected)
+
+
+def test_heads_and_neurons_are_left_out():
+    model = tiny_vit()
+    assert filter_norms(tensors_of(model), find_groups(model), 0.5) == {}
+
+
+def test_the_second_convolution_of_a_bottleneck_counts_what_the_first_has_left():
+    model = shaken(
+        lambda: timm.create_model("resnet50", layers=(1, 1, 1, 1), channels=(8, 8, 8, 8), num_classes=2)
+    )
+    found = filter_norms(tensors_of(model), find_groups(model), 0.25)
+    first = model.get_submodule("layer1.0.conv1").weight.detach().numpy()
+    second = model.get_submodule("layer1.0.conv2").weight.detach().numpy()
+    norms = [norm_of(filter_) for filter_ in first]
+    assert found["layer1.0.conv1"] == pytest.approx(norms, rel=1e-12)
+    kept = np.argsort(norms)[::-1][:2]
+    assert found["layer1.0.conv2"] == pytest.approx([norm_of(filter_[kept]) for filter_ in second], rel=1e-12)
+
+
+# --- in the run
+
+
+def setting(model: nn.Module, **options: object) -> Setting:
+    """As much of a setting as scoring needs."""
+    size = 16
+    batches = FixedEval(random_batches(1, 4, torch.float64))
+    spec = InputSpec((size, size), 3, (0.5,) * 3, (0.5,) * 3)
+    config = CompressConfig(importance="l1", out_dir=Path("unused"), **options)  # pyright: ignore
+    namespace = SimpleNamespace(
+        model=model,
+        groups=find_groups(model),
+        scored=batches,
+        config=config,
+        autocast=None,
+        teacher=SimpleNamespace(spec=spec),
+    )
+    return cast(Setting, namespace)
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ({"keep_ratio": 0.5}, {"block0.0": 4, "block1.0": 3, "block1.3": 6, "block2.0": 5}),
+        ({}, dict.fromkeys(CONVS, 1)),  # a tenth
+    ],
+)
+def test_the_stage_uses_the_students_keep_ratio(options, kept):
+    model = vgg()
+    importance = amd._score(setting(model, **options))
+    assert_equal(importance.raw, greedy(model, kept))
+    assert importance.num_images == 0
+    for values in importance.normalised.values():
+        assert sum(v**2 for v in values) == pytest.approx(1)
+    assert importance.order()["block0.0"] == list(np.argsort(importance.raw["block0.0"])[::-1])
+
+
+def test_a_budget_stands_for_the_equal_shares_that_meet_it():
+    model = shaken(lambda: CifarVgg(((40,), (40, 40), (40,))))
+    params = {k: (27 * k + 3 * k) + 3 * (9 * k * k + 3 * k) + 10 * k + 10 for k in range(1, 41)}
+    assert params[40] == num_params(model)
+    nearest = min(params, key=lambda k: abs(params[k] - 0.4 * params[40]))
+    found = amd._score(setting(model, params="40%", round_to=1)).raw
+    assert_equal(found, greedy(model, dict.fromkeys(CONVS, nearest)))
+    assert found != filter_norms(tensors_of(model), find_groups(model), 0.1)
+
+
+class Mixed(nn.Module):
+    """Convolutions and, behind them, a transformer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cnn = CifarVgg(VGG_WIDTHS, num_classes=3)
+        self.vit = tiny_vit()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.vit(x * self.cnn(x)[:, :, None, None])
+
+
+def test_heads_and_neurons_are_still_scored_by_gradient():
+    model = shaken(Mixed)
+    s = setting(model, keep_ratio=0.5)
+    found = amd._score(s)
+    expected: Importance = score(model, s.groups, s.scored)
+    others = [g.name for g in s.groups if g.kind != "filter"]
+    assert others
+    assert found.num_images == expected.num_images == 4
+    for name in others:
+        assert found.raw[name] == pytest.approx(expected.raw[name], rel=1e-9)
+    assert found.raw["cnn.block0.0"] != pytest.approx(expected.raw["cnn.block0.0"], rel=0.1)
+    by_gradient = cast(
+        Setting, SimpleNamespace(**{**vars(s), "config": CompressConfig(out_dir=Path("unused"))})
+    )
+    assert amd._score(by_gradient) == expected
+
+
+def test_a_model_without_filters_is_an_error():
+    model = tiny_vit()
+    teacher = SimpleNamespace(model=model, spec=InputSpec((16, 16), 3, (0.5,) * 3, (0.5,) * 3), classes=None)
+    data = SimpleNamespace(labelled=False, source="images")
+    config = CompressConfig(importance="l1", task_weight=0, out_dir=Path("unused"))
+    with pytest.raises(
+        ConfigError, match="--importance l1 is for convolution filters, and this VisionTransformer"
+    ):
+        prepare(config, None, teacher, data)  # pyright: ignore
