@@ -4,10 +4,10 @@ PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check
 PYTHON_CHECK := import ensurepip, sys; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint check clean
+.PHONY: help install demo test support-table lint check clean
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /  make \1 - /p' Makefile
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1 - /p' Makefile
 
 install: .venv/.installed  ## set up .venv, unless it is up to date
 
@@ -28,6 +28,9 @@ demo: install  ## the whole path on 1,797 real scans, on a CPU
 
 test: install  ## the fast tests
 	.venv/bin/python -m pytest -n 2 --dist loadfile -m "not slow"
+
+support-table: install  ## docs/supported.md; goes on where it stopped
+	.venv/bin/python benchmarks/support.py --jobs 2
 
 lint: install  ## linter, formatter, type checker, floors
 	.venv/bin/ruff check src tests benchmarks

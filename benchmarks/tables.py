@@ -17,7 +17,8 @@ from stepwell.delivery.table import short_number
 
 README = Path(__file__).parent.parent / "README.md"
 TITLES = {
-    "cifar10-gpu": "CIFAR-10",
+    "cifar10-vit-gpu": "CIFAR-10",
+    "cifar10-resnet44": "CIFAR-10 (a published ResNet-44)",
     "digits": "scikit-learn's digits",
 }
 RULES = ("npsd", "npsd-chord-teacher", "npsd-chord-student", "lambda")
@@ -81,6 +82,7 @@ def main() -> None:
     text = README.read_text(encoding="utf-8")
     files = sorted(RESULTS.glob("*.json"))
     records = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files}
+    records = {name: record for name, record in records.items() if "runs" in record}
     parts = {name: results_table(record) for name, record in records.items()}
     parts["claims"] = claims(records)
     if "digits" in records:

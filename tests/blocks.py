@@ -70,14 +70,19 @@ def masked(model: nn.Module, groups: Sequence[Group], widths: Mapping[str, int])
 
 
 def check_sliced_equals_masked(
-    model: nn.Module, images: Tensor, keep_ratios: Sequence[float], masked: Callable[..., Any] = masked
+    model: nn.Module,
+    images: Tensor,
+    keep_ratios: Sequence[float],
+    masked: Callable[..., Any] = masked,
+    groups: Sequence[Group] | None = None,
 ) -> None:
     """Outputs and gradients of every candidate, against the whole model with masks.
 
     Args:
         masked: Sets the masks; a family whose norms lie over units brings its own.
+        groups: What is cut; what the families find, if not given.
     """
-    groups = find_groups(model)
+    groups = find_groups(model) if groups is None else groups
     rng = random.Random(0)
     order = {g.name: rng.sample(range(g.num_units), g.num_units) for g in groups}
     scores = {g.name: [rng.random() for _ in range(g.num_units)] for g in groups}

@@ -12,16 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from stepwell.config import CompressConfig, TrainingOptions
-from stepwell.delivery.archive import Architecture, Card
+from stepwell.delivery.archive import Architecture, Card, example_images
 from stepwell.delivery.measure import count_macs, evaluate
 from stepwell.delivery.student import Foreign, build_student
 from stepwell.delivery.teacher import Teacher, placeholders
 from stepwell.errors import ConfigError, DataError, UnsupportedModelError
 from stepwell.pruning.families import find_groups
+from stepwell.pruning.generic import propose
 from stepwell.pruning.prove import proven
 from stepwell.pruning.states import compared_blocks
 from stepwell.pruning.units import Group
-from stepwell.training.batches import EvalBatches, TrainBatches
+from stepwell.training.batches import EvalBatches, InputSpec, TrainBatches
 from stepwell.training.data import Data, ImageSet
 from stepwell.training.progress import say
 from stepwell.training.run_dir import RunDir
@@ -160,12 +161,13 @@ def prepare(config: CompressConfig, run: RunDir, teacher: Teacher, data: Data) -
         ConfigError: There is no such device; or no labels, but a loss that needs them; or no filters, but a
             score that is for them.
     """
-    groups = find_groups(teacher.model)
     if teacher.architecture.source == "factory":
         few = EvalBatches(
             data.selection.subset(range(min(8, len(data.selection)))), teacher.spec, config, CPU
         )
-        groups = groups_of_foreign(teacher.model, groups, next(iter(few)).images)
+        groups = groups_of_foreign(teacher.model, teacher.spec, next(iter(few)).images)
+    else:
+        groups = find_groups(teacher.model)
     classes = check_classes(teacher, data)
     if not data.labelled and config.task_weight:
         raise ConfigError(
@@ -183,13 +185,21 @@ def prepare(config: CompressConfig, run: RunDir, teacher: Teacher, data: Data) -
     return setting
 
 
-def groups_of_foreign(model: nn.Module, groups: list[Group], images: Tensor) -> list[Group]:
-    """The groups of a module of the user's own that are proved to be cut rightly; says which are not.
+def groups_of_foreign(model: nn.Module, spec: InputSpec, images: Tensor) -> list[Group]:
+    """The groups of a module of the user's own that are proved to be cut rightly; says what stays whole.
+
+    Args:
+        model: In eval mode.
+        spec: What it takes.
+        images: A few real images, to prove it on.
 
     Raises:
-        UnsupportedModelError: None is.
+        UnsupportedModelError: Nothing can be cut.
     """
-    good = proven(model, groups, images)
+    proposal = propose(model, example_images(spec))
+    groups = proposal.groups
+    # If the two kinds do not go together, what the families know is the surer one.
+    good = proven(model, groups, images) or proven(model, proposal.known, images)
     refused = [group.name for group in groups if group not in good]
     if not good:
         raise UnsupportedModelError(
@@ -198,6 +208,8 @@ def groups_of_foreign(model: nn.Module, groups: list[Group], images: Tensor) -> 
         )
     for name in refused:
         say(f"stays whole: {name} (cutting it is not the same as masking its units)")
+    for name, reason in proposal.whole.items():
+        say(f"stays whole: {name} ({reason})")
     return good
 
 

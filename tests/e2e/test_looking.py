@@ -10,7 +10,8 @@ import pytest
 from small_world import MODEL, QUICK, contents, stepwell
 
 from stepwell.cli import main
-from stepwell.delivery.result import Result
+from stepwell.commands.inspect import not_faster
+from stepwell.delivery.result import Latency, Result
 
 TIMM = "vit_tiny_patch16_224"
 
@@ -72,7 +73,7 @@ def test_doctor_knows_the_sizes_that_a_run_will_have(says, teacher, data, refere
 
 def test_doctor_refuses_what_compress_refuses(capsys, data, tmp_path, offline):
     for words, said in (
-        (("--teacher", "resnet10t"), "ResNet is not supported"),
+        (("--teacher", "mixnet_s"), "EfficientNet is not supported"),
         (("--teacher", "vit_tiny_patch16_242"), "did you mean vit_tiny_patch16_224?"),
         (("--teacher", tmp_path), "no finished model"),
         (("--teacher", TIMM, "--data", tmp_path / "gone"), "no folder"),
@@ -133,3 +134,16 @@ def test_inspect_of_a_damaged_result(capsys, finished, tmp_path, content):
     assert main(["inspect", str(tmp_path)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "result.json is damaged" in line
+
+
+def test_a_rung_that_is_not_faster_is_named(finished):
+    """Three rungs, of which the middle one takes as long as the largest at batch 1."""
+    result = Result.load(finished / "result.json")
+    times = [(1.0, 10.0), (2.0, 20.0), (2.01, 30.0)]
+    latencies = [
+        Latency(onnx_batch1=one, onnx_batch32=many, eager_batch1=1, eager_batch32=1, threads=1)
+        for one, many in times
+    ]
+    (line,) = not_faster(result, latencies)
+    middle, largest = (result.candidates[i].keep_ratio for i in (1, 2))
+    assert f"at batch 1, keep {middle:g} (2.00 ms) is not faster than keep {largest:g} (2.01 ms)" in line

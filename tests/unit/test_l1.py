@@ -19,7 +19,7 @@ from stepwell.errors import ConfigError
 from stepwell.models.cifar_nets import CifarResNet, CifarVgg
 from stepwell.paths import amd
 from stepwell.pruning.families import find_groups
-from stepwell.pruning.units import tensors_of
+from stepwell.pruning.units import Group, Slice, tensors_of
 from stepwell.setting import Setting, prepare
 from stepwell.stages.l1 import filter_norms
 from stepwell.stages.score import Importance, score
@@ -112,6 +112,26 @@ def test_the_second_convolution_of_a_bottleneck_counts_what_the_first_has_left()
     assert found["layer1.0.conv2"] == pytest.approx([norm_of(filter_[kept]) for filter_ in second], rel=1e-12)
 
 
+def group(name: str, *slices: Slice) -> Group:
+    return Group(name, "filter", 4, slices, gate="", block="", narrow=lambda *_: None)
+
+
+def test_channels_around_a_shortcut_count_all_their_kernels():
+    # The second convolution makes and reads the same channels as the first makes.
+    weights = {"first": torch.randn(4, 3, 3, 3), "second": torch.randn(4, 4, 3, 3)}
+    view = (4, 4, 3, 3)
+    shortcut = group(
+        "a", Slice("second", view, 0, 0), Slice("first", (4, 3, 3, 3), 0, 0), Slice("second", view, 1, 1)
+    )
+    expected = [norm_of(filter_) for filter_ in weights["second"].numpy()]
+    assert filter_norms(weights, [shortcut], 0.25)["a"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_filters_of_no_convolution_are_left_out():
+    transposed = group("a", Slice("conv", (3, 4, 2, 2), 1, 1), Slice("bias", (4,), 0, 0))
+    assert filter_norms({"conv": torch.ones(3, 4, 2, 2), "bias": torch.ones(4)}, [transposed], 0.5) == {}
+
+
 # --- in the run
 
 
@@ -190,7 +210,12 @@ def test_heads_and_neurons_are_still_scored_by_gradient():
 
 def test_a_model_without_filters_is_an_error():
     model = tiny_vit()
-    teacher = SimpleNamespace(model=model, spec=InputSpec((16, 16), 3, (0.5,) * 3, (0.5,) * 3), classes=None)
+    teacher = SimpleNamespace(
+        model=model,
+        spec=InputSpec((16, 16), 3, (0.5,) * 3, (0.5,) * 3),
+        classes=None,
+        architecture=SimpleNamespace(source="timm"),
+    )
     data = SimpleNamespace(labelled=False, source="images")
     config = CompressConfig(importance="l1", task_weight=0, out_dir=Path("unused"))
     with pytest.raises(

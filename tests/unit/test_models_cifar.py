@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from tests.blocks import check_sliced_equals_masked, masked, shaken, whole
 from torch import nn
 
@@ -25,6 +26,7 @@ from stepwell.models.cifar_nets import (
     CifarResNet,
     CifarVgg,
     CifarWideResNet,
+    PreActBlock,
     SubsampleShortcut,
 )
 from stepwell.pruning.families import find_groups
@@ -171,6 +173,41 @@ def test_shortcut_a_takes_every_other_pixel_and_adds_channels_of_0_on_both_sides
         for column in range(3):
             expected[:, 2:6, row, column] = x[:, :, 2 * row, 2 * column]
     assert SubsampleShortcut(4, 2)(torch.from_numpy(x)).numpy().tolist() == expected.tolist()
+
+
+def in_words(block: nn.Module, *layers: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Run layers of a block one after the other, by their weights; `relu` is one."""
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        for name in layers:
+            if name == "relu":
+                x = x.clamp_min(0)
+                continue
+            layer = block.get_submodule(name)
+            if isinstance(layer, nn.Conv2d):
+                x = F.conv2d(x, layer.weight, stride=layer.stride, padding=layer.kernel_size[0] // 2)
+            else:
+                scale = layer.weight / (layer.running_var + 1e-5).sqrt()
+                x = (x - layer.running_mean[:, None, None]) * scale[:, None, None] + layer.bias[:, None, None]
+        return x
+
+    return run
+
+
+@pytest.mark.parametrize(("inputs", "outputs", "stride"), [(4, 4, 1), (4, 8, 2), (4, 8, 1)])
+def test_blocks_compute_what_the_papers_draw(inputs, outputs, stride):
+    x = torch.randn(2, inputs, 6, 6, dtype=torch.float64)
+    whole_shape = (inputs, stride) == (outputs, 1)
+    block = shaken(lambda: BasicBlock(inputs, outputs, stride, "B"))
+    branch = in_words(block, "conv1", "bn1", "relu", "conv2", "bn2")(x)
+    shortcut = x if whole_shape else in_words(block, "shortcut.0", "shortcut.1")(x)
+    torch.testing.assert_close(block(x), (branch + shortcut).clamp_min(0))
+
+    block = shaken(lambda: PreActBlock(inputs, outputs, stride))
+    branch = in_words(block, "bn1", "relu", "conv1", "bn2", "relu", "conv2")(x)
+    # Where the shape changes, norm and activation come before both ways.
+    shortcut = x if whole_shape else in_words(block, "bn1", "relu", "convShortcut")(x)
+    torch.testing.assert_close(block(x), branch + shortcut)
 
 
 @pytest.mark.parametrize("name", ["cifar_resnet20", "cifar_wrn_16_2", "cifar_vgg8"])

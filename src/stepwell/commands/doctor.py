@@ -16,11 +16,13 @@ from torch import nn
 
 from stepwell.budgets import student_widths
 from stepwell.config import CompressConfig
+from stepwell.delivery.archive import example_images
 from stepwell.delivery.measure import count_macs, num_params
 from stepwell.delivery.table import render, short_number
 from stepwell.delivery.teacher import create_timm, input_spec, load_teacher, parse_model_args, with_image_size
 from stepwell.errors import ConfigError
-from stepwell.pruning.families import families_of, find_groups
+from stepwell.pruning import generic
+from stepwell.pruning.families import FAMILIES, families_of, find_groups
 from stepwell.pruning.skeleton import build_skeleton
 from stepwell.pruning.units import Candidate, Group
 from stepwell.setting import find_device, groups_of_foreign
@@ -42,10 +44,7 @@ def run(config: CompressConfig) -> str:
     data = resolve_data(config) if config.data else None
     model, spec, foreign = _model(config, data)
     spec = with_image_size(spec, model, config.image_size)
-    groups = find_groups(model)
-    if foreign:
-        images = torch.randn(4, spec.channels, *spec.size, generator=torch.Generator().manual_seed(0))
-        groups = groups_of_foreign(model, groups, images)
+    groups = groups_of_foreign(model, spec, example_images(spec, 4)) if foreign else find_groups(model)
     scores = uniform_scores(groups)
     met = student_widths(config, model, spec, groups, scores)
     candidates = make_grid(groups, scores, keep_ratios(met.keep_ratio, config), config, met.widths)
@@ -55,7 +54,7 @@ def run(config: CompressConfig) -> str:
             skeletons.append(build_skeleton(model, groups, candidate.widths))
             advance("")
     lines = [
-        f"{config.teacher}: supported ({'; '.join(families_of(model))})",
+        f"{config.teacher}: supported ({'; '.join(_found_by(model, groups))})",
         f"  input {spec.size[0]} x {spec.size[1]} x {spec.channels}, "
         f"{short_number(num_params(model))} parameters, "
         f"{short_number(count_macs(model, spec))} MACs per image",
@@ -117,6 +116,13 @@ def _model(config: CompressConfig, data: Data | None) -> tuple[nn.Module, InputS
     with torch.device("meta" if config.latency_ms is None else "cpu"):
         model = create_timm(config.teacher, args, pretrained=False)
     return model.eval(), input_spec(model), False
+
+
+def _found_by(model: nn.Module, groups: Sequence[Group]) -> list[str]:
+    """Families that know something in `model`, and the dependency graph where it found more."""
+    known = {g.name for family in FAMILIES for n, m in model.named_modules() for g in family.groups(n, m)}
+    more = [generic.NAME] if any(group.name not in known for group in groups) else []
+    return [*families_of(model), *more]
 
 
 def _kinds(groups: Sequence[Group]) -> list[str]:

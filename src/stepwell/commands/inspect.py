@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -37,7 +39,10 @@ def run(config: InspectConfig) -> str:
         "",
         _ladder_table(result, latencies),
         *(
-            ["(Accuracies after joint training; the first rung is timed as it was delivered.)"]
+            [
+                "(Accuracies after joint training; the first rung is timed as it was delivered.)",
+                *not_faster(result, latencies),
+            ]
             if latencies
             else []
         ),
@@ -51,6 +56,21 @@ def run(config: InspectConfig) -> str:
         f"report: {config.run / 'report.html'}",
     ]
     return "\n".join(parts)
+
+
+def not_faster(result: Result, latencies: Sequence[Latency]) -> list[str]:
+    """Where a cut does not pay: a rung that takes as long as the next larger one."""
+    warnings = []
+    for batch in (1, 32):
+        times = [getattr(latency, f"onnx_batch{batch}") for latency in latencies]
+        for i, (smaller, larger) in enumerate(itertools.pairwise(times)):
+            if smaller >= 0.98 * larger:  # timings of one file differ by about 2 %
+                below, above = (result.candidates[j].keep_ratio for j in (i, i + 1))
+                warnings.append(
+                    f"warning: at batch {batch}, keep {below:g} ({smaller:.2f} ms) is not faster than keep "
+                    f"{above:g} ({larger:.2f} ms)"
+                )
+    return warnings
 
 
 def _unfinished(run: Path) -> str:

@@ -71,7 +71,7 @@ def run(config: TrainConfig) -> str:
     run_dir = RunDir.open(config.out_dir, config)
     run_dir.check_identity({"data": data.fingerprint})
     trained = run_dir.stage("train", Trained, lambda: _fit(config, model, batches, device))
-    model.load_state_dict({**model.state_dict(), **{k: t.to(device) for k, t in trained.tensors.items()}})
+    model.load_state_dict(trained.tensors)
     model.eval()
 
     scores = evaluate(model, test, "test images")
@@ -151,5 +151,5 @@ def _fit(config: TrainConfig, model: nn.Module, batches: TrainBatches, device: t
         lr=config.lr,
         no_decay=frozenset(no_decay()),
     )
-    # Buffers too: a model with BatchNorm is not whole without them.
-    return trained.model_copy(update={"tensors": {**trained.tensors, **dict(model.named_buffers())}})
+    # All of it: a model with BatchNorm is not whole without its statistics.
+    return trained.model_copy(update={"tensors": model.state_dict()})

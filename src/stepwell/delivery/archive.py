@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import timm
+import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
@@ -21,9 +22,11 @@ from torch import Tensor, nn
 
 import stepwell.models  # noqa: F401  (their names become names of timm)
 from stepwell.delivery import huggingface
-from stepwell.errors import DataError, ModelError
+from stepwell.errors import DataError, ModelError, UnsupportedModelError
+from stepwell.pruning import generic
 from stepwell.pruning.families import find_groups
 from stepwell.pruning.skeleton import build_skeleton, fill
+from stepwell.pruning.units import Group
 from stepwell.training.batches import InputSpec
 from stepwell.training.run_dir import write_atomically
 
@@ -58,6 +61,11 @@ class Card(BaseModel):
     input: InputSpec
     provenance: dict[str, Any] = {}
     """Versions, teacher, data and figures: for people; nothing is computed from it."""
+
+    @property
+    def foreign_input(self) -> InputSpec | None:
+        """What a module of the user's own takes; None for other models. See `named_groups`."""
+        return self.input if self.architecture.source == "factory" else None
 
 
 def save_model(folder: Path, model: nn.Module, card: Card) -> None:
@@ -107,7 +115,8 @@ def load(path: str | Path, factory: Factory | None = None) -> nn.Module:
     if folder is None:
         raise ModelError(f"{path} holds no model: no {CARD} in it, in its student/ or in its teacher/")
     card = read_card(folder)
-    return narrow_and_load(build(card.architecture, factory, folder), card.widths, folder / WEIGHTS)
+    model = build(card.architecture, factory, folder)
+    return narrow_and_load(model, card.widths, folder / WEIGHTS, card.foreign_input)
 
 
 def build(architecture: Architecture, factory: Factory | None, where: Path) -> nn.Module:
@@ -132,8 +141,47 @@ def build(architecture: Architecture, factory: Factory | None, where: Path) -> n
         ) from None
 
 
-def narrow_and_load(model: nn.Module, widths: Mapping[str, int], weights: Path) -> nn.Module:
+def example_images(spec: InputSpec, num: int = 2) -> Tensor:
+    """Random images of the right shape, always the same."""
+    return torch.randn(num, spec.channels, *spec.size, generator=torch.Generator().manual_seed(0))
+
+
+def named_groups(model: nn.Module, names: Collection[str], foreign: InputSpec | None) -> list[Group]:
+    """The groups of a model among which those called `names` should be.
+
+    Args:
+        model: At the width that they were found at.
+        names: Their names. The dependency graph is only asked for what the families do not find.
+        foreign: What a module of the user's own takes; None for other models.
+
+    Raises:
+        ModelError: They were found with torch-pruning, which is missing.
+    """
+    if foreign is None:
+        return find_groups(model)
+    try:
+        groups = find_groups(model)
+    except UnsupportedModelError:
+        groups = []
+    if set(names) <= {group.name for group in groups}:
+        return groups
+    if not generic.installed():
+        raise ModelError(
+            f"{type(model).__name__} was cut with torch-pruning: pip install 'stepwell[generic]'"
+        )
+    return generic.propose(model.eval(), example_images(foreign)).groups
+
+
+def narrow_and_load(
+    model: nn.Module, widths: Mapping[str, int], weights: Path, foreign: InputSpec | None = None
+) -> nn.Module:
     """Cut `model` to `widths` and fill it from a safetensors file.
+
+    Args:
+        model: At full width.
+        widths: Units kept per group.
+        weights: The file.
+        foreign: See `named_groups`.
 
     Raises:
         ModelError: The file cannot be read, or model, widths and weights do not fit each other.
@@ -143,7 +191,7 @@ def narrow_and_load(model: nn.Module, widths: Mapping[str, int], weights: Path) 
     except (OSError, SafetensorError) as error:
         raise ModelError(f"cannot read {weights}: {error}") from None
     if widths:
-        groups = find_groups(model)
+        groups = named_groups(model, widths, foreign)
         units = {group.name: group.num_units for group in groups}
         wrong = [name for name, width in widths.items() if width > units.get(name, -1)]
         if wrong:

@@ -6,9 +6,17 @@ from pathlib import Path
 
 from torch import nn
 
-from stepwell.delivery.archive import CARD, WEIGHTS, Card, Factory, build, narrow_and_load, read_card
+from stepwell.delivery.archive import (
+    CARD,
+    WEIGHTS,
+    Card,
+    Factory,
+    build,
+    named_groups,
+    narrow_and_load,
+    read_card,
+)
 from stepwell.errors import ModelError
-from stepwell.pruning.families import find_groups
 from stepwell.pruning.shared import SharedWeights
 from stepwell.pruning.skeleton import build_skeleton
 from stepwell.pruning.units import Candidate, tensors_of
@@ -52,12 +60,13 @@ def load_rung(run: Path, keep_ratio: float, factory: Factory | None = None) -> t
     full = build(ladder.teacher.architecture, factory, run)
     student = run / "student"
     if index == 0 and (student / CARD).exists() and _is_rung(card := read_card(student), ladder.teacher):
-        return narrow_and_load(full, card.widths, student / WEIGHTS), card
-    teacher = full
+        return narrow_and_load(full, card.widths, student / WEIGHTS, card.foreign_input), card
+    teacher, foreign = full, ladder.teacher.foreign_input
     if ladder.teacher.widths:  # it had been cut before
-        teacher = build_skeleton(full, find_groups(full), ladder.teacher.widths)
+        groups = named_groups(full, ladder.teacher.widths, foreign)
+        teacher = build_skeleton(full, groups, ladder.teacher.widths)
     empty = {name: t.new_zeros(t.shape, device="cpu") for name, t in tensors_of(teacher).items()}
-    groups = [group for group in find_groups(teacher) if group.name in candidate.widths]
+    groups = [g for g in named_groups(teacher, candidate.widths, foreign) if g.name in candidate.widths]
     shared = SharedWeights(teacher, groups, empty, ladder.candidates)
     shared.load(joint.tensors)
     widths = {**ladder.teacher.widths, **candidate.widths}

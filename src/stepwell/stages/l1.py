@@ -15,13 +15,15 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from stepwell.pruning.units import Group, Slice, cuts_by_tensor
+from stepwell.pruning.units import Group, cuts_by_tensor
 
 
 def filter_norms(
     weights: Mapping[str, Tensor], groups: Sequence[Group], keep_ratio: float
 ) -> dict[str, list[float]]:
-    """The importance of every filter, by group; groups of other kinds are left out.
+    """The importance of every filter, by group; other groups are left out.
+
+    The filters of a group are those of the first layer that its channels run through.
 
     Args:
         weights: The teacher's parameters.
@@ -32,19 +34,17 @@ def filter_norms(
     cuts = cuts_by_tensor(filters)
     norms: dict[str, list[float]] = {}
     for group in filters:
-        own = _producer(group, weights)
+        own = next((s for s in group.slices if s.dim == 0 and weights[s.tensor].ndim > 1), None)
+        if own is None:  # such as a transposed convolution: its filters lie elsewhere
+            continue
         weight = weights[own.tensor].detach().double().abs().reshape(own.view)
         for other, slice_ in cuts[own.tensor]:
-            if slice_.dim == 1:  # its input channels, which are the filters of the layer before
+            # Its input channels, which are the filters of a layer before; or its own, around a shortcut.
+            if slice_.dim == 1 and other.name in norms:
                 kept = _largest(norms[other.name], keep_ratio)
                 weight = weight.index_select(slice_.axis, torch.tensor(kept, device=weight.device))
         norms[group.name] = weight.movedim(own.axis, 0).flatten(1).sum(dim=1).tolist()
     return norms
-
-
-def _producer(group: Group, weights: Mapping[str, Tensor]) -> Slice:
-    """Where the filters lie in the convolution that makes the channels, the first that they run through."""
-    return next(s for s in group.slices if s.dim == 0 and weights[s.tensor].ndim == 4)
 
 
 def _largest(values: Sequence[float], share: float) -> list[int]:

@@ -1,0 +1,164 @@
+"""What torch-pruning says of a model: which channels of which layers go together."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+End = tuple[str, bool]
+"""The outputs (True) or the inputs (False) of a layer; a norm has only outputs."""
+
+
+@dataclass
+class Coupled:
+    """Channels that go together, as torch-pruning says.
+
+    Attributes:
+        ends: Where they lie: pairs (position, channel / number of channels).
+        sizes: Numbers of channels: several where a grouped convolution ties its inputs to its outputs.
+        obstacle: Why they cannot be cut, if that is certain.
+    """
+
+    ends: dict[End, list[tuple[int, float]]] = field(default_factory=dict)
+    sizes: set[int] = field(default_factory=set)
+    obstacle: str = ""
+
+
+def coupled_sets(model: nn.Module, images: Tensor) -> list[Coupled]:
+    """All sets of coupled channels of a copy of `model`."""
+    twin = copy.deepcopy(model).eval().requires_grad_(True)
+    with warnings.catch_warnings(), torch.enable_grad():
+        warnings.simplefilter("ignore")
+        from torch_pruning import DependencyGraph, ops  # only here: an extra, and slow to import
+
+        graph = DependencyGraph()
+        images = images.to(next(twin.parameters()))
+        # Called by us: torch-pruning would first try one argument per image, and hide what goes wrong.
+        graph.build_dependency(twin, images, forward_fn=lambda module, x: module(x), verbose=False)
+        names = {id(module): name for name, module in twin.named_modules()}
+        return [_coupled(group, graph, names, ops.OPTYPE.OUTPUT) for group in graph.get_all_groups()]
+
+
+def _coupled(group: Any, graph: Any, names: Mapping[int, str], output: object) -> Coupled:  # noqa: ANN401
+    """What we need of a group of torch-pruning."""
+    coupled = Coupled()
+    channels = len(group[0].idxs)
+    coupled.sizes.add(channels)
+    for item in group.items:
+        module = item.dep.target.module
+        name = names.get(id(module))
+        if isinstance(module, nn.Parameter):
+            coupled.obstacle = "a parameter outside of layers goes with its channels"
+        elif item.dep.target.type == output:
+            coupled.obstacle = "the model returns its channels"
+        elif name is not None and size_of(module, True) is None:
+            if not _is_elementwise(module):
+                coupled.obstacle = f"{name} ({type(module).__name__}) is nothing that could be cut with it"
+        elif name is not None:
+            end = (name, graph.is_out_channel_pruning_fn(item.dep.handler))
+            # `root_idxs` says which channel of the first layer each position goes back to.
+            pairs = [(p, r / channels) for p, r in zip(item.idxs, item.root_idxs, strict=True)]
+            coupled.ends.setdefault(end, []).extend(pairs)
+    return coupled
+
+
+def _is_elementwise(module: nn.Module) -> bool:
+    return not any(True for _ in module.parameters()) or (
+        isinstance(module, nn.PReLU) and module.num_parameters == 1
+    )
+
+
+def size_of(module: nn.Module, outputs: bool) -> int | None:
+    """How many outputs or inputs a layer has; None if it is no layer that we know."""
+    if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+        return module.out_channels if outputs else module.in_channels
+    if isinstance(module, nn.Linear):
+        return module.out_features if outputs else module.in_features
+    if isinstance(module, _BatchNorm | _InstanceNorm):
+        return module.num_features
+    if isinstance(module, nn.GroupNorm):
+        return module.num_channels if module.num_groups > 1 else None
+    if isinstance(module, nn.PReLU):
+        return module.num_parameters if module.num_parameters > 1 else None
+    return None
+
+
+def num_parts(module: nn.Module) -> int:
+    """Into how many groups a grouped convolution or a GroupNorm parts its channels; 0 if it does not."""
+    if isinstance(module, nn.GroupNorm):
+        return module.num_groups
+    if isinstance(module, nn.Conv2d | nn.ConvTranspose2d) and module.groups > 1:
+        return module.groups
+    return 0
+
+
+def merge_tied(sets: Sequence[Coupled], modules: Mapping[str, nn.Module]) -> list[Coupled]:
+    """Sets that a grouped convolution ties together are one: its groups have inputs and outputs."""
+    merged: list[Coupled] = []
+    for coupled in sets:
+        tied = {name for name, _ in coupled.ends if num_parts(modules[name])}
+        for other in [m for m in merged if any(name in tied for name, _ in m.ends)]:
+            merged.remove(other)
+            coupled = Coupled(
+                {**other.ends, **coupled.ends},
+                coupled.sizes | other.sizes,
+                coupled.obstacle or other.obstacle,
+            )
+            tied |= {name for name, _ in other.ends if num_parts(modules[name])}
+        merged.append(coupled)
+    return merged
+
+
+def num_units(coupled: Coupled, modules: Mapping[str, nn.Module]) -> int:
+    """The largest number of equal units that every layer can be parted into."""
+    sizes = [cast(int, size_of(modules[name], outputs)) for name, outputs in coupled.ends]
+    parts = [num_parts(modules[name]) for name, _ in coupled.ends]
+    return math.gcd(*sizes, *parts, *coupled.sizes)
+
+
+def readers_of(coupled: Coupled, modules: Mapping[str, nn.Module]) -> list[str]:
+    """The layers that read all channels, in the order of the model."""
+    return [name for name in modules if (name, False) in coupled.ends and not num_parts(modules[name])]
+
+
+def cut_tensors(coupled: Coupled, modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, int]]:
+    """The tensors that shrink, and which of their dimensions does."""
+    for name, module in modules.items():
+        weight_dims = (1, 0) if isinstance(module, nn.ConvTranspose2d) else (0, 1)
+        if (name, True) in coupled.ends:
+            # A transposed convolution in groups holds the outputs of one group only.
+            dim = 0 if num_parts(module) else weight_dims[0]
+            if getattr(module, "weight", None) is not None:
+                yield f"{name}.weight", dim
+            for leaf in ("bias", "running_mean", "running_var"):
+                if getattr(module, leaf, None) is not None:
+                    yield f"{name}.{leaf}", 0
+        if (name, False) in coupled.ends and not num_parts(module):
+            yield f"{name}.weight", weight_dims[1]
+
+
+def runs_of(model: nn.Module, images: Tensor) -> dict[str, list[int]]:
+    """The number of dimensions of every layer's input, for each time that it runs."""
+    runs: dict[str, list[int]] = {name: [] for name, _ in model.named_modules()}
+
+    def record(name: str, _module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        runs[name] += [x.ndim for x in inputs[:1] if isinstance(x, Tensor)]
+
+    handles = [m.register_forward_pre_hook(partial(record, name)) for name, m in model.named_modules()]
+    try:
+        with torch.no_grad():
+            model(images.to(next(model.parameters())))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return runs

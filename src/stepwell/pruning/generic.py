@@ -1,0 +1,222 @@
+"""Modules that no family knows: channels that torch-pruning's dependency graph finds to be coupled.
+
+    conv -> norm -> + -> relu -> conv, linear, ...
+    conv -> norm --'             what adds up is cut together, from all that make it to all that read it
+
+It is asked about modules of the user's own only, and it only proposes: `prove.proven` cuts a group if cutting
+equals masking on real images. Nothing leads past such a group, so it is never emptied, and it is ranked by
+itself.
+
+Whole stay: the classifier's outputs; what is joined in a concatenation, split, or put in another order, since
+a unit has to lie alike in all of its tensors; what a LayerNorm or a GroupNorm of one group lies over, which
+would see other channels in every candidate; what a parameter outside of layers goes with; and all that lies
+in blocks that a family knows, whose outputs must have the same shape at any width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from typing import cast
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from stepwell.errors import UnsupportedModelError
+from stepwell.pruning.coupled import (
+    Coupled,
+    coupled_sets,
+    cut_tensors,
+    merge_tied,
+    num_units,
+    readers_of,
+    runs_of,
+    size_of,
+)
+from stepwell.pruning.families import find_groups
+from stepwell.pruning.units import Group, Slice, tensors_of
+
+NAME = "coupled channels, by torch-pruning's dependency graph"
+HINT = "to cut channels of modules that no family knows: pip install 'stepwell[generic]'"
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """What may be cut in a module of the user's own.
+
+    Attributes:
+        known: What the families found.
+        generic: What the dependency graph adds to it.
+        whole: Layers whose channels can not be cut, and why.
+    """
+
+    known: list[Group]
+    generic: list[Group]
+    whole: dict[str, str]
+
+    @property
+    def groups(self) -> list[Group]:
+        """All of them; always in the same order, for the same model."""
+        return [*self.known, *self.generic]
+
+
+def installed() -> bool:
+    """Whether the extra `generic` is there."""
+    return find_spec("torch_pruning") is not None
+
+
+def propose(model: nn.Module, images: Tensor) -> Proposal:
+    """What may be cut in `model`: by families, and by the dependency graph.
+
+    Raises:
+        UnsupportedModelError: Nothing.
+    """
+    try:
+        known, unknown = find_groups(model), ""
+    except UnsupportedModelError as error:
+        known, unknown = [], str(error)
+    if not installed():
+        if unknown:
+            raise UnsupportedModelError(f"{unknown}; {HINT}")
+        return Proposal(known, [], {"every other layer": HINT})
+    generic, whole = _propose(model, images, known)
+    if unknown and not generic:
+        why = "".join(f"; {layer}: {reason}" for layer, reason in list(whole.items())[:1])
+        raise UnsupportedModelError(f"{unknown}; nor does torch-pruning find channels to cut{why}")
+    return Proposal(known, generic, whole)
+
+
+def generic_groups(model: nn.Module, images: Tensor, known: Sequence[Group]) -> list[Group]:
+    """The coupled channels of `model`, besides what the `known` groups and their blocks hold.
+
+    Args:
+        model: In eval mode; stays as it is.
+        images: What it takes; only their shape matters.
+        known: What the families found in it.
+    """
+    return _propose(model, images, known)[0]
+
+
+def _propose(model: nn.Module, images: Tensor, known: Sequence[Group]) -> tuple[list[Group], dict[str, str]]:
+    modules = dict(model.named_modules())
+    try:
+        sets = coupled_sets(model, images)
+        runs = runs_of(model, images)
+    except Exception as error:  # whatever the tracer, or a forward pass that it changes, stumbles over
+        reason = f"torch-pruning cannot follow it: {type(error).__name__}: {str(error)[:120]}"
+        return [], {type(model).__name__: reason}
+    taken = {slice_.tensor for group in known for slice_ in group.slices}
+    blocks = tuple(f"{group.block}." for group in known if group.block)
+    chosen: dict[str, tuple[Coupled, int]] = {}
+    whole: dict[str, str] = {}
+    for coupled in merge_tied(sets, modules):
+        makers = [name for name in modules if (name, True) in coupled.ends]
+        tensors = {name for name, _ in cut_tensors(coupled, modules)}
+        inside = any(f"{name}.".startswith(blocks) for name, _ in coupled.ends)
+        if inside or tensors & taken or not readers_of(coupled, modules):
+            continue
+        units = num_units(coupled, modules)
+        obstacle = coupled.obstacle or _obstacle(coupled, units, modules, runs, tensors_of(model))
+        if obstacle:
+            whole[makers[0]] = obstacle
+        else:
+            chosen[makers[0]] = (coupled, units)
+    names = [name for name in modules if name in chosen]
+    views = _views(model, modules, chosen)
+    return [_group(name, *chosen[name], modules, runs, views) for name in names], whole
+
+
+def _obstacle(
+    coupled: Coupled,
+    units: int,
+    modules: Mapping[str, nn.Module],
+    runs: Mapping[str, list[int]],
+    tensors: Collection[str],
+) -> str:
+    """Why these channels stay whole, or nothing."""
+    if units == 1:
+        return "its layers part their channels differently"
+    for (name, outputs), pairs in coupled.ends.items():
+        size = cast(int, size_of(modules[name], outputs))
+        if len({position for position, _ in pairs}) < size:
+            return f"{name} takes its channels together with others"
+        if any(position * units // size != math.floor(part * units + 1e-6) for position, part in pairs):
+            return f"its channels are in another order in {name}"
+    if any(tensor not in tensors for tensor, _ in cut_tensors(coupled, modules)):
+        return "it shares a parameter with another layer"
+    readers = readers_of(coupled, modules)
+    if any(len(runs[name]) != 1 for name in readers):
+        return "a layer that reads its channels runs more than once"
+    if len({_gate_dim(modules[name], runs[name]) for name in readers}) > 1:
+        return "its channels are read from maps and from tokens"
+    return ""
+
+
+def _gate_dim(module: nn.Module, dims: Sequence[int]) -> int:
+    return -1 if isinstance(module, nn.Linear) and dims[0] > 2 else 1
+
+
+def _views(
+    model: nn.Module, modules: Mapping[str, nn.Module], chosen: Mapping[str, tuple[Coupled, int]]
+) -> dict[str, dict[int, tuple[int, ...]]]:
+    """How each dimension of each tensor is viewed: a tensor that two groups cut must be viewed alike."""
+    own = tensors_of(model)
+    views: dict[str, dict[int, tuple[int, ...]]] = {}
+    for coupled, units in chosen.values():
+        for tensor, dim in cut_tensors(coupled, modules):
+            shape = own[tensor].shape
+            view = views.setdefault(tensor, {i: (size,) for i, size in enumerate(shape)})
+            view[dim] = (units,) if shape[dim] == units else (units, shape[dim] // units)
+    return views
+
+
+def _group(
+    name: str,
+    coupled: Coupled,
+    units: int,
+    modules: Mapping[str, nn.Module],
+    runs: Mapping[str, list[int]],
+    views: Mapping[str, dict[int, tuple[int, ...]]],
+) -> Group:
+    slices = []
+    for tensor, dim in cut_tensors(coupled, modules):
+        parts = views[tensor]
+        view = tuple(size for part in parts.values() for size in part)
+        slices.append(Slice(tensor, view, axis=sum(len(parts[i]) for i in range(dim)), dim=dim))
+    gate, *more_gates = readers_of(coupled, modules)
+    layers = tuple(dict.fromkeys(layer for layer, _ in coupled.ends))
+    return Group(
+        name,
+        "filter",
+        units,
+        tuple(slices),
+        gate=gate,
+        block="",
+        narrow=partial(_narrow, layers=layers, units=units),
+        gate_dim=_gate_dim(modules[gate], runs[gate]),
+        more_gates=tuple(more_gates),
+        unit_size=cast(int, size_of(modules[name], True)) // units,
+    )
+
+
+def _narrow(skeleton: nn.Module, _name: str, width: int, layers: Sequence[str], units: int) -> None:
+    """Counts that layers keep beside their weights, and that are not told them with their sizes."""
+    for name in layers:
+        module = skeleton.get_submodule(name)
+        if isinstance(module, nn.GroupNorm):
+            module.num_groups = module.num_groups // units * width
+            module.num_channels = module.num_channels // units * width
+        elif isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+            if module.groups > 1:
+                module.groups = module.groups // units * width
+            if isinstance(module, nn.ConvTranspose2d):
+                module.in_channels = module.weight.shape[0]
+                module.out_channels = module.weight.shape[1] * module.groups
+        elif isinstance(module, _BatchNorm | _InstanceNorm):
+            module.num_features = module.num_features // units * width
+        elif isinstance(module, nn.PReLU):
+            module.num_parameters = len(module.weight)
