@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.models.resnet import Bottleneck
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -295,6 +296,70 @@ def test_known_blocks_keep_the_shape_of_their_outputs():
     assert "stem.2.weight" in touched  # its inputs
     assert "stem.2.bias" not in touched
     assert not any(name.startswith(("block", "head", "place")) for name in touched)
+
+
+class Residual(nn.Module):
+    """A block of timm's ResNet between convolutions: without a norm over channels, all of it could be cut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        shortcut = nn.Sequential(nn.Conv2d(8, 16, 1, bias=False), nn.BatchNorm2d(16))
+        self.stem, self.block, self.last = conv(3, 8), Bottleneck(8, 4, downsample=shortcut), conv(16, 12)
+        self.block.act2 = nn.PReLU(4)  # the family leaves the last convolution of the block alone
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.last(self.block(self.stem(x))).mean((2, 3)))
+
+
+def test_what_runs_through_known_blocks_is_not_proposed():
+    proposal = propose(shaken(Residual), IMAGES.double())
+    assert [group.name for group in proposal.known] == ["block.conv1"]
+    assert [group.name for group in proposal.generic] == ["last.0"]
+
+
+class Split(nn.Module):
+    """One half of the channels multiplies the other; one convolution and one linear layer read the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.halves, self.both = conv(3, 8), nn.Conv2d(4, 6, 1)
+        self.map, self.tokens = nn.Conv2d(6, 5, 1), nn.Linear(6, 5)
+        self.inner, self.head = nn.Linear(5, 8), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = self.halves(x).chunk(2, dim=1)
+        x = self.both(left * right)
+        x = self.map(x).mean((2, 3)) + self.tokens(x.flatten(2).transpose(1, 2)).mean(1)
+        return self.head(self.inner(x).relu())
+
+
+def test_what_does_not_lie_alike_in_all_tensors_stays_whole():
+    proposal = propose(shaken(Split), IMAGES.double())
+    assert proposal.whole == {
+        "halves.0": "its channels are in another order in both",
+        "both": "its channels are read from maps and from tokens",
+    }
+    assert [group.name for group in proposal.groups] == ["map", "inner"]
+
+
+class Tied(nn.Module):
+    """Two layers share their weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.shared, self.again = conv(3, 4), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+        self.again.weight = self.shared.weight
+        self.last, self.head = nn.Conv2d(4, 8, 1), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.last(self.again(self.shared(self.first(x)))).relu().mean((2, 3)))
+
+
+def test_layers_that_share_a_weight_stay_whole():
+    proposal = propose(shaken(Tied), IMAGES.double())
+    assert [group.name for group in proposal.groups] == ["last"]
+    assert proposal.whole == dict.fromkeys(("first.0", "shared", "again"), "it shares a parameter")
 
 
 class Ungraspable(nn.Module):

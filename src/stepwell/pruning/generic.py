@@ -16,6 +16,7 @@ in blocks that a family knows, whose outputs must have the same shape at any wid
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -120,7 +121,7 @@ def _propose(model: nn.Module, images: Tensor, known: Sequence[Group]) -> tuple[
         if inside or tensors & taken or not readers_of(coupled, modules):
             continue
         units = num_units(coupled, modules)
-        obstacle = coupled.obstacle or _obstacle(coupled, units, modules, runs, tensors_of(model))
+        obstacle = coupled.obstacle or _obstacle(coupled, units, modules, runs, _unshared(model))
         if obstacle:
             whole[makers[0]] = obstacle
         else:
@@ -128,6 +129,12 @@ def _propose(model: nn.Module, images: Tensor, known: Sequence[Group]) -> tuple[
     names = [name for name in modules if name in chosen]
     views = _views(model, modules, chosen)
     return [_group(name, *chosen[name], modules, runs, views) for name in names], whole
+
+
+def _unshared(model: nn.Module) -> set[str]:
+    """Tensors that have one name only; the skeleton would cut the others under one of their names."""
+    names = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    return {name for name, tensor in tensors_of(model).items() if names[id(tensor)] <= 1}
 
 
 def _obstacle(
@@ -147,7 +154,7 @@ def _obstacle(
         if any(position * units // size != math.floor(part * units + 1e-6) for position, part in pairs):
             return f"its channels are in another order in {name}"
     if any(tensor not in tensors for tensor, _ in cut_tensors(coupled, modules)):
-        return "it shares a parameter with another layer"
+        return "it shares a parameter"
     readers = readers_of(coupled, modules)
     if any(len(runs[name]) != 1 for name in readers):
         return "a layer that reads its channels runs more than once"
