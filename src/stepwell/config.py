@@ -107,10 +107,16 @@ class GridOptions(Options):
     grid: Literal["with-student", "between"] = "with-student"
     """Count the student's own rung among the candidates (0.1, 0.2 ... 0.9 for keep 0.1 and 9 candidates),
     or place all of them strictly between student and teacher."""
-    round_to: Count = 8
-    """FFN widths are rounded to a multiple of this; below half of it the sub-layer is left out."""
+    round_to: Count | Literal["cpu", "gpu"] = "cpu"
+    """Widths of FFNs and convolutions are rounded to a multiple of this; below half of it the layer is left
+    out. `cpu` is 8, the numbers that a vector unit holds; `gpu` is 16, the tile of a matrix unit."""
     min_heads_per_layer: Annotated[int, Field(ge=0)] = 0
     """Heads that no layer falls below; 0 lets a layer lose its attention, as in the paper."""
+
+    @property
+    def multiple(self) -> int:
+        """`round_to` as a number."""
+        return {"cpu": 8, "gpu": 16}[self.round_to] if isinstance(self.round_to, str) else self.round_to
 
     @model_validator(mode="after")
     def _room_for_an_assistant(self) -> Self:

@@ -423,6 +423,17 @@ def test_a_moved_run_goes_on(words, started, reference, tmp_path, quick, monkeyp
     assert_same_run(tmp_path / "elsewhere", reference)
 
 
+def test_a_path_may_be_written_in_another_way(words, started, reference, quick, monkeypatch):
+    """Data and teacher by relative names, where they were absolute before."""
+    for flag in ("--data", "--teacher"):
+        place = words.index(flag) + 1
+        monkeypatch.chdir(Path(words[place]).parent)
+        words[place] = os.path.relpath(words[place])
+        stepwell(*words)
+        assert_same_weights(student_weights(started), student_weights(reference))
+        words[place] = os.path.abspath(words[place])
+
+
 def test_a_run_of_another_command_is_refused(words, teacher, capsys):
     words[words.index("--out") + 1] = str(teacher)
     assert_refused(words, teacher, capsys, said="belongs to another command")

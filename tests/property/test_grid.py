@@ -68,7 +68,7 @@ def test_widths_fit_the_layer_the_multiple_and_the_least_number_of_heads(layers,
             width = candidate.widths[group.name]
             assert 0 <= width <= group.num_units
             if group.kind == "neuron":
-                assert width % options.round_to == 0 or width == group.num_units
+                assert width % options.multiple == 0 or width == group.num_units
             else:
                 assert width >= min(group.num_units, options.min_heads_per_layer)
 
@@ -109,10 +109,10 @@ def test_rounding_moves_no_layer_by_more_than_half_a_multiple(layers, ratios, op
         (candidate,) = make_grid(groups, scores, [ratio], options)
         counts = kept_counts(groups, scores, ratio)
         for ranking in members(groups):
-            if ranking[0].kind == "head" or all(counts[g.name] < options.round_to / 2 for g in ranking):
+            if ranking[0].kind == "head" or all(counts[g.name] < options.multiple / 2 for g in ranking):
                 continue  # held by min_heads_per_layer, or by the rule that one layer is left
             for g in ranking:
-                assert abs(candidate.widths[g.name] - counts[g.name]) <= options.round_to / 2
+                assert abs(candidate.widths[g.name] - counts[g.name]) <= options.multiple / 2
 
 
 @given(st.floats(0.01, 0.97), st.integers(2, 15), st.sampled_from(["with-student", "between"]))

@@ -235,3 +235,10 @@ def test_between_needs_only_one_candidate():
     assert keep_ratios(0.1, GridOptions(num_candidates=1, grid="between")) == [0.1, 0.55]
     with pytest.raises(ConfigError, match="at least 2: one is the student, one the assistant"):
         make_config(GridOptions, {"num_candidates": 1})
+
+
+@pytest.mark.parametrize(("round_to", "width"), [("cpu", 24), ("gpu", 32), (1, 27), (5, 25)])
+def test_widths_are_rounded_for_the_machine_that_runs_the_student(round_to, width):
+    groups = [group("m", "neuron", 64)]
+    options = make_config(GridOptions, {"round_to": round_to})
+    assert round_widths(groups, {"m": 27}, options)["m"] == width

@@ -91,7 +91,7 @@ def check_room(scales: Sequence[float], options: GridOptions) -> None:
     if not any(scales[0] < scale < 1 for scale in scales[1:]):
         raise ConfigError(
             f"no candidate lies between student and teacher: all {len(scales)} come to the widths of one or "
-            f"the other; try a smaller --keep, --round-to 1 (now {options.round_to}) or a larger teacher"
+            f"the other; try a smaller --keep, --round-to 1 (now {options.multiple}) or a larger teacher"
         )
 
 
@@ -136,4 +136,4 @@ def round_widths(groups: Sequence[Group], counts: Mapping[str, int], options: Gr
 
 def _step(group: Group, options: GridOptions) -> int:
     """The units that make up `round_to` neurons or filters; at least one."""
-    return max(1, options.round_to // group.unit_size)
+    return max(1, options.multiple // group.unit_size)

@@ -124,11 +124,18 @@ def _check_same(before: Mapping[str, object], config: Options, path: Path) -> No
             f"{foreign[0]}); choose another --out"
         )
     for name in sorted(now.keys() | before.keys()):
-        if name not in _MAY_CHANGE and before.get(name) != now.get(name):
+        if name not in _MAY_CHANGE and not _same(before.get(name), now.get(name)):
             raise RunDirError(
                 f"{path} was made with {name}: {before.get(name)}, now it is {now.get(name)}; "
                 f"give the old value to go on, or choose another --out"
             )
+
+
+def _same(before: object, now: object) -> bool:
+    """Equal, or two ways to write the same path."""
+    if isinstance(before, str) and isinstance(now, str) and before and now:
+        return before == now or Path(before).absolute() == Path(now).absolute()
+    return before == now
 
 
 def _holds_only(path: Path, allowed: Collection[Path]) -> bool:
