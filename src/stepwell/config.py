@@ -210,10 +210,13 @@ class StudentOptions(Options):
     """A student of another architecture."""
 
     student: str | None = None
-    """A timm model that becomes the student, from random weights, instead of the smallest candidate: the
+    """A timm model that becomes the student, instead of the smallest candidate: the
     assistant teaches it, its hidden states through learned projections."""
     student_args: dict[str, str] = {}
     """Arguments of timm's create_model for the student, as key=value."""
+    student_init: Literal["random", "teacher"] = "random"
+    """`teacher` copies every tensor of the teacher that the student has too, by name and shape: of a student
+    with fewer layers (--student-args depth=2) these are the teacher's first ones."""
 
 
 # Fields come in the order of the bases from last to first: in the help, and in config.yaml.

@@ -179,7 +179,10 @@ def prepare(config: CompressConfig, run: RunDir, teacher: Teacher, data: Data) -
         raise ConfigError(f"--importance l1 is for convolution filters, and this {name} has none to cut")
     foreign = None
     if config.student is not None:
-        foreign = build_student(config.student, config.student_args, len(classes), teacher.spec, config.seed)
+        like = teacher.model if config.student_init == "teacher" else None
+        foreign = build_student(
+            config.student, config.student_args, len(classes), teacher.spec, config.seed, like
+        )
     setting = Setting(config, run, teacher, groups, foreign, data, classes, set_up_torch(config))
     _ = setting.blocks  # an impossible layer is an error now, not after scoring
     return setting

@@ -93,6 +93,25 @@ def test_resumed_equals_uninterrupted(data, teacher, taught, tmp_path):
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+def test_the_first_layer_of_the_teacher_is_a_student(data, teacher, tmp_path, quick, capsys):
+    args = ("patch_size=8", "embed_dim=24", "depth=1", "num_heads=4")
+    words = ("--teacher", teacher, "--data", data, *QUICK, "--student", "vit_tiny_patch16_224")
+    words += ("--student-args", *args, "--student-init", "teacher", "--lr", "1e-12")
+    stepwell("compress", *words, "--out", tmp_path / "run")
+    ours, theirs = package.load(tmp_path / "run").state_dict(), package.load(teacher).state_dict()
+    assert "student: 20 of its 20 parameter tensors are the teacher's" in capsys.readouterr().err
+    assert all(torch.allclose(ours[name], theirs[name], atol=1e-6) for name in ours)
+    assert "blocks.0.attn.qkv.weight" in ours
+    assert "blocks.1.attn.qkv.weight" not in ours
+
+
+def test_a_student_without_anything_of_the_teacher(data, teacher, tmp_path, capsys):
+    words = ("--teacher", teacher, "--data", data, "--out", tmp_path / "run", *QUICK)
+    words += ("--student", "cifar_resnet20", "--student-init", "teacher")
+    assert main(["compress", *map(str, words)]) == 2
+    assert "cifar_resnet20 has no tensor in common with the teacher" in capsys.readouterr().err
+
+
 def test_a_student_that_does_not_exist(data, teacher, tmp_path, capsys):
     words = ("--teacher", teacher, "--data", data, "--out", tmp_path / "run", *QUICK)
     assert main(["compress", *map(str, words), "--student", "vit_tiny_patch16_242"]) == 2

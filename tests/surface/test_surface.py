@@ -40,7 +40,7 @@ COMPRESS = TRAINING | {
     "--min-heads-per-layer", "--num-candidates", "--num-random", "--preset", "--round-to", "--rule",
     "--sampling", "--score-images", "--score-reduction", "--task-weight", "--teacher", "--teacher-weights",
     "--temperature", "--macs", "--params", "--latency-ms", "--importance",
-    "--student", "--student-args",
+    "--student", "--student-args", "--student-init",
 }  # fmt: skip
 FLAGS = {
     "train": TRAINING | {"--label-smoothing", "--model", "--pretrained", "--weights"},

@@ -14,6 +14,7 @@ from stepwell.errors import ConfigError, UnsupportedModelError
 from stepwell.pruning.families import find_groups
 from stepwell.pruning.states import compared_blocks
 from stepwell.training.batches import InputSpec
+from stepwell.training.progress import say
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Foreign:
 
 
 def build_student(
-    name: str, args: Mapping[str, str], num_classes: int, spec: InputSpec, seed: int
+    name: str, args: Mapping[str, str], num_classes: int, spec: InputSpec, seed: int, like: nn.Module | None
 ) -> Foreign:
     """Build the student that `--student` names.
 
@@ -44,6 +45,7 @@ def build_student(
         num_classes: Those of the teacher.
         spec: The teacher's input: the student gets the same images.
         seed: Of the random weights.
+        like: Where to copy weights from, by name and shape; None starts from random ones.
 
     Raises:
         ModelError: timm has no such model.
@@ -63,8 +65,25 @@ def build_student(
             f"give it --student-args img_size={spec.size[0]}"
         )
     model = model.eval()
+    if like is not None:
+        _copy(like, model, name)
     try:
         blocks = compared_blocks(find_groups(model))
     except UnsupportedModelError:
         blocks = ()
     return Foreign(model, timm_architecture(name, model, given), blocks, name)
+
+
+def _copy(source: nn.Module, target: nn.Module, name: str) -> None:
+    theirs = source.state_dict()
+    same = {
+        key: theirs[key].clone()
+        for key, tensor in target.state_dict().items()
+        if key in theirs and theirs[key].shape == tensor.shape
+    }
+    parameters = [key for key, _ in target.named_parameters()]
+    if not any(key in same for key in parameters):
+        raise ConfigError(f"--student-init teacher: {name} has no tensor in common with the teacher")
+    target.load_state_dict(same, strict=False)
+    copied = sum(key in same for key in parameters)
+    say(f"student: {copied} of its {len(parameters)} parameter tensors are the teacher's")
