@@ -21,6 +21,8 @@ from stepwell.training.batches import InputSpec
 from stepwell.training.progress import progress, say
 
 DEFAULT_KEEP = 0.1
+NOISE = 0.1
+"""Largest spread of timings that is made allowance for: a busy machine must not stretch a limit."""
 _STEPS = {"macs": 24, "params": 24, "latency_ms": 8}  # halvings; a measurement takes seconds
 
 
@@ -56,7 +58,8 @@ def student_widths(
         budget = Budget("params", amount(config.params, num_params(model)))
         cost = counted(num_params)
     elif config.latency_ms is not None:
-        budget = Budget("latency_ms", config.latency_ms, max(TOLERANCE, timed({}).spread))
+        noise = min(NOISE, max(TOLERANCE, timed({}).spread))
+        budget = Budget("latency_ms", config.latency_ms, noise)
         cost = _milliseconds(timed)
     else:
         keep = config.keep_ratio or DEFAULT_KEEP

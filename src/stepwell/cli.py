@@ -56,7 +56,9 @@ def main(argv: Sequence[str]) -> int:
         MemoryError,
         RuntimeError,
     ) as error:  # torch's OutOfMemoryError is one, and torch is not imported here
-        if "memory" not in str(error) and not isinstance(error, MemoryError):
+        if not isinstance(error, MemoryError) and not re.search(
+            "out of memory|allocate memory|not enough memory", str(error), re.IGNORECASE
+        ):
             raise
         line = " ".join(str(error).split())[:160]
         print(f"stepwell: out of memory ({line}): a smaller --batch-size in another --out", file=sys.stderr)

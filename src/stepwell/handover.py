@@ -224,11 +224,26 @@ def _data_result(s: Setting) -> DataResult:
 def _notes(s: Setting, delivered: Delivered) -> list[str]:
     """What a careful reader should be told, besides what the report says by itself (delivery/wording.py)."""
     notes = []
+    if s.foreign is not None:
+        notes.append(
+            f"The student is a {s.foreign.name}, no slice of the teacher; the smallest rung of the ladder is "
+            f"not it."
+        )
     if delivered.control is None:
         notes.append(
             "No control was trained: whether the assistant paid for itself is not known "
             "(--control equal_compute trains one)."
         )
+    student, teacher = delivered.student.latency, delivered.teacher.latency
+    for batch, small, large in (
+        (1, student.onnx_batch1, teacher.onnx_batch1),
+        (32, student.onnx_batch32, teacher.onnx_batch32),
+    ):
+        if small >= 0.95 * large:
+            notes.append(
+                f"At batch {batch} the student is not faster than the teacher ({small:.2f} ms, {large:.2f} "
+                f"ms): this cut does not pay there."
+            )
     if s.data.test_from == TEST_BY_HASH and not _teacher_is_ours(s):
         notes.append(
             "The test images were set aside by stepwell: a teacher that was trained on this folder elsewhere "

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from stepwell.config import CompressConfig, TrainingOptions
 from stepwell.delivery.archive import Architecture, Card, example_images
+from stepwell.delivery.input import check_runs
 from stepwell.delivery.measure import count_macs, evaluate
 from stepwell.delivery.student import Foreign, build_student
 from stepwell.delivery.teacher import Teacher, placeholders
@@ -161,6 +162,19 @@ def prepare(config: CompressConfig, run: RunDir, teacher: Teacher, data: Data) -
         ConfigError: There is no such device; or no labels, but a loss that needs them; or no filters, but a
             score that is for them.
     """
+    classes = check_classes(teacher, data)
+    if not data.labelled and config.task_weight:
+        raise ConfigError(
+            f"{data.source} has no class folders, so there are no labels to learn: pass --task-weight 0 "
+            f"to learn from the teacher alone, or sort the images into train/CLASS/"
+        )
+    foreign = None
+    if config.student is not None:
+        like = teacher.model if config.student_init == "teacher" else None
+        foreign = build_student(
+            config.student, config.student_args, len(classes), teacher.spec, config.seed, like
+        )
+    # Last of the checks: of a module of the user's own every group is tried.
     if teacher.architecture.source == "factory":
         few = EvalBatches(
             data.selection.subset(range(min(8, len(data.selection)))), teacher.spec, config, CPU
@@ -168,23 +182,16 @@ def prepare(config: CompressConfig, run: RunDir, teacher: Teacher, data: Data) -
         groups = groups_of_foreign(teacher.model, teacher.spec, next(iter(few)).images)
     else:
         groups = find_groups(teacher.model)
-    classes = check_classes(teacher, data)
-    if not data.labelled and config.task_weight:
-        raise ConfigError(
-            f"{data.source} has no class folders, so there are no labels to learn: pass --task-weight 0 "
-            f"to learn from the teacher alone, or sort the images into train/CLASS/"
-        )
     if config.importance == "l1" and not any(group.kind == "filter" for group in groups):
         name = type(teacher.model).__name__
         raise ConfigError(f"--importance l1 is for convolution filters, and this {name} has none to cut")
-    foreign = None
-    if config.student is not None:
-        like = teacher.model if config.student_init == "teacher" else None
-        foreign = build_student(
-            config.student, config.student_args, len(classes), teacher.spec, config.seed, like
-        )
     setting = Setting(config, run, teacher, groups, foreign, data, classes, set_up_torch(config))
-    _ = setting.blocks  # an impossible layer is an error now, not after scoring
+    # An impossible layer, or nothing to learn from, is an error now, not after scoring.
+    if not setting.blocks and not config.task_weight and not config.logit_weight:
+        raise ConfigError(
+            f"this {type(teacher.model).__name__} has no hidden states that can be compared, so "
+            f"--feature-weight alone teaches nothing: leave --task-weight or --logit-weight above 0"
+        )
     return setting
 
 
@@ -218,8 +225,7 @@ def groups_of_foreign(model: nn.Module, spec: InputSpec, images: Tensor) -> list
 
 def check_classes(teacher: Teacher, data: Data) -> tuple[str, ...]:
     """The names of the classes; number and names must agree between teacher and data."""
-    with torch.no_grad():
-        outputs = teacher.model(torch.zeros(1, teacher.spec.channels, *teacher.spec.size)).shape[-1]
+    outputs = check_runs(teacher.model, teacher.spec, teacher.name, "--image-size")
     if not data.labelled:
         return teacher.classes or tuple(placeholders(outputs))
     if outputs != len(data.classes):

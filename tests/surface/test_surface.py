@@ -138,7 +138,9 @@ def test_constraints_satisfy_the_project() -> None:
 def test_lowest_versions_are_the_ones_that_are_tested() -> None:
     """Every lower bound that a user relies on is installed, to the digit, by the minimum-versions check."""
     pinned = constraints("constraints-minimum.txt")
-    for line in [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["demo"]]:
+    extras = PROJECT["optional-dependencies"]
+    lines = [line for name in ("demo", "transformers", "generic") for line in extras[name]]
+    for line in [*PROJECT["dependencies"], *lines]:
         requirement = Requirement(line)
         (bound,) = requirement.specifier
         assert bound.operator == ">="

@@ -14,8 +14,8 @@ from tests.tiny import tiny_vit
 from stepwell.budgets import student_widths
 from stepwell.commands.doctor import uniform_scores
 from stepwell.config import CompressConfig, make_config
+from stepwell.delivery.input import input_spec
 from stepwell.delivery.measure import Timing, count_macs, num_params
-from stepwell.delivery.teacher import input_spec
 from stepwell.errors import ConfigError
 from stepwell.pruning.families import find_groups
 from stepwell.pruning.skeleton import build_skeleton

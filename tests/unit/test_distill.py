@@ -31,6 +31,7 @@ def run(teacher, student, **values):
         student,
         BLOCKS,
         BLOCKS,
+        False,
         batches,
         config,
         config.epochs,

@@ -223,6 +223,30 @@ def test_a_model_that_was_cut_before(name):
     check_sliced_equals_masked(emptied, some_images(), (0.3, 0.8))
 
 
+@pytest.mark.parametrize(
+    "name", ["regnety", "resnext", "mobilenetv2", "efficientnet with padding of TensorFlow", "odd blocks"]
+)
+def test_one_unit_is_the_same_unit_when_it_is_cut_again(name, tmp_path):
+    model = shaken(MODELS[name])
+    groups = find_groups(model)
+    ones = {g.name: 1 for g in groups}
+    expected = [(g.name, 1, g.unit_size, g.gate) for g in groups]
+    once = copy.deepcopy(cut(model, ones))
+    assert [(g.name, g.num_units, g.unit_size, g.gate) for g in find_groups(once)] == expected
+    check_sliced_equals_masked(once, some_images(), (0.5,))
+    again = {g.name: i % 2 for i, g in enumerate(groups)}
+    twice = cut(once, again)
+    # As a student's card counts: in units of the first teacher, at full width.
+    saved = Card(architecture=Architecture(source="factory", name="a"), widths={}, classes=[], input=SPEC)
+    for widths, student in (({**ones, **again}, twice), (ones, once)):
+        save_model(tmp_path, student.float(), saved)
+        loaded = narrow_and_load(MODELS[name](), widths, tmp_path / "model.safetensors")
+        images = random_images(2, size=24)
+        assert torch.equal(loaded(images), student(images))
+    assert [(g.name, g.num_units, g.unit_size, g.gate) for g in find_groups(loaded)] == expected
+    assert export_onnx(loaded, SPEC, tmp_path / "model.onnx", images) < 1e-5
+
+
 def test_what_is_a_unit_and_where_its_gate_lies():
     found = {g.name: (g.num_units, g.gate, g.stage) for g in find_groups(timm_stack())}
     assert found == {
@@ -258,8 +282,7 @@ def test_a_block_may_be_the_whole_model():
 
 
 def test_widths_are_rounded_by_channels_and_not_by_groups_of_them():
-    with torch.device("meta"):
-        groups = find_groups(timm.create_model("regnety_004"))
+    groups = find_groups(on_meta(timm, "regnety_004"))
     first = groups[0]
     assert (first.num_units, first.unit_size) == (6, 8)
     scores = uniform_scores(groups)
@@ -406,10 +429,11 @@ def test_published_counts(source, name, params, gmacs, num_groups):
 
 
 def on_meta(source, name: str) -> nn.Module:
-    if source is torchvision and name.startswith("regnet"):  # computes its widths with tensors
-        return torchvision.models.get_model(name).to("meta")
+    create = timm.create_model if source is timm else torchvision.models.get_model
+    if name.startswith("regnet"):  # computes its widths with tensors
+        return create(name).to("meta")
     with torch.device("meta"):
-        return timm.create_model(name) if source is timm else torchvision.models.get_model(name)
+        return create(name)
 
 
 def resnet50_params(share: float) -> int:

@@ -84,6 +84,24 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "torchvision v2": torchvision_swin(2),
     "torchvision v2, windows that need padding": torchvision_swin(2, window=3),
 }
+
+
+def can_be_built(name: str) -> bool:
+    """Not all, in timm's older versions: there the mask of a shift lacks the padding, and does not fit."""
+    try:
+        MODELS[name]()
+    except RuntimeError:
+        return False
+    return True
+
+
+PADDED = "v2, windows that need padding"
+CASES = [
+    pytest.param(
+        n, marks=pytest.mark.skipif(n == PADDED and not can_be_built(n), reason="timm cannot build it")
+    )
+    for n in MODELS
+]
 EACH_BLOCK = ["v1", "v2", "v2 cr", "torchvision v1", "torchvision v2"]
 # Two blocks are enough, with one that is shifted; the exporter is slow.
 SHALLOW: dict[str, Callable[[], nn.Module]] = {
@@ -108,12 +126,12 @@ def extracted(model: nn.Module, keep_ratio: float, min_heads: int = 0) -> tuple[
     return grid[0], SharedWeights(model, groups, tensors_of(model), grid).extract(0).eval()
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", CASES)
 def test_sliced_equals_masked(name):
     check_sliced_equals_masked(shaken(MODELS[name]), images(1), RATIOS)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", CASES)
 def test_at_full_width_nothing_changes(name):
     model = shaken(MODELS[name])
     groups = find_groups(model)
@@ -126,7 +144,7 @@ def test_at_full_width_nothing_changes(name):
         torch.testing.assert_close(copy(images()), model(images()), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", CASES)
 def test_every_attention_and_ffn_is_cut_and_nothing_else(name):
     model = MODELS[name]()
     leaves = [n for n, _ in model.named_modules() if n.endswith((".attn", ".mlp"))]
@@ -177,8 +195,12 @@ def test_images_of_another_size_before_the_cut_or_after(name):
     teacher = MODELS[name]().double().eval()
     candidate, cut = extracted(teacher, 0.1)
     assert 0 in candidate.widths.values()
-    for model in (teacher, cut):
-        model.set_input_size((48, 48))
+    resize = {"img_size": (48, 48), "window_size": (6, 6)}
+    try:
+        teacher.set_input_size(**resize)
+    except RuntimeError as error:  # older versions of the other V2 keep a table of the old size
+        pytest.skip(f"timm cannot resize its own model: {error}")
+    cut.set_input_size(**resize)
     again = extracted(teacher, 0.1)[1]
     pixels = random_images(2, torch.float64, size=48)
     with torch.no_grad():

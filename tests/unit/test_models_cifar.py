@@ -18,8 +18,9 @@ import stepwell
 from stepwell.config import GridOptions
 from stepwell.delivery.archive import Architecture, Card, check_fit, narrow_and_load, save_model
 from stepwell.delivery.export import export_onnx
+from stepwell.delivery.input import input_spec
 from stepwell.delivery.measure import count_macs, num_params
-from stepwell.delivery.teacher import create_timm, input_spec, teacher_from_module
+from stepwell.delivery.teacher import create_timm, teacher_from_module
 from stepwell.errors import ConfigError, ModelError
 from stepwell.models.cifar_nets import (
     BasicBlock,

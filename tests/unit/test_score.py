@@ -4,9 +4,11 @@ import itertools
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 from stepwell.pruning.families import find_groups
-from stepwell.pruning.units import Group
+from stepwell.pruning.units import Group, Slice
 from stepwell.stages.score import Importance, gate_gradients, l2_normalised, score
 from stepwell.training.batches import Batch
 from tiny import (
@@ -242,3 +244,36 @@ def test_groups_say_what_they_are():
         "blocks.0.mlp.fc1.bias(units), blocks.0.mlp.fc2.weight(24, units))"
     )
     assert {g.name: g.num_units for g in find_groups(model)} == group_sizes(model)
+
+
+class Shortcut(nn.Module):
+    """Two readers of the same channels, and a sum in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.inner = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.head = nn.Linear(4, NUM_CLASSES)
+
+    def forward(self, images):
+        x = self.stem(images)
+        x += self.inner(x).relu()
+        return self.head(x.mean((2, 3)))
+
+
+def test_a_gate_is_that_of_its_reader_alone():
+    """What the shortcut carries past the gate does not count, and may be overwritten."""
+    torch.manual_seed(0)
+    model = Shortcut().double().eval()
+    batch = random_batches(1, 6, torch.float64)[0]
+    slices = (Slice("stem.weight", (4, 3, 3, 3), 0, 0), Slice("stem.bias", (4,), 0, 0))
+    group = Group("stem", "filter", 4, slices, gate="inner", block="", narrow=lambda *_: None, gate_dim=1)
+    model.requires_grad_(False)
+    found = score(model, [group], FixedEval([batch])).raw["stem"]
+    expected = torch.zeros(4, dtype=torch.float64)
+    for image, label in zip(batch.images, batch.labels, strict=True):
+        gate = torch.ones(4, dtype=torch.float64, requires_grad=True)
+        x = model.stem(image[None])
+        logits = model.head((x + model.inner(x * gate[:, None, None]).relu()).mean((2, 3)))
+        (gradient,) = torch.autograd.grad(F.cross_entropy(logits, label[None]), gate)
+        expected += gradient.abs() / len(batch.labels)
+    torch.testing.assert_close(torch.tensor(found, dtype=torch.float64), expected, rtol=1e-5, atol=1e-8)

@@ -9,17 +9,12 @@ from pathlib import Path
 
 from torch import nn
 
-from stepwell.config import CompressConfig, make_config
+from stepwell.config import FLAGS, CompressConfig, make_config
 from stepwell.delivery.archive import Factory, load
+from stepwell.delivery.input import with_image_size
 from stepwell.delivery.result import Result
 from stepwell.delivery.table import result_table
-from stepwell.delivery.teacher import (
-    Teacher,
-    load_factory,
-    load_teacher,
-    teacher_from_module,
-    with_image_size,
-)
+from stepwell.delivery.teacher import Teacher, load_factory, load_teacher, teacher_from_module
 from stepwell.errors import ConfigError
 from stepwell.paths import amd
 from stepwell.setting import Setting, prepare
@@ -126,7 +121,6 @@ def _setting(config: CompressConfig, teacher: Teacher, data: Data) -> Setting:
 
 def require(config: CompressConfig, command: str, *names: str) -> None:
     """Check that the options without a default were given."""
-    flags = {"out_dir": "out", "keep_ratio": "keep"}
     for name in names:
         if not getattr(config, name):
-            raise ConfigError(f"{command} needs --{flags.get(name, name).replace('_', '-')}")
+            raise ConfigError(f"{command} needs --{FLAGS.get(name, name).replace('_', '-')}")

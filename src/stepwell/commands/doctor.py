@@ -1,14 +1,16 @@
 """`stepwell doctor`: can this be compressed, into what, and what will it take? Nothing is trained.
 
-A timm model is built without memory for its weights and without a download; the sizes of the candidates
-assume that all layers matter alike, which scoring will correct.
+A timm model is built without memory for its weights, where it can be, and without a download; the sizes of
+the candidates assume that all layers matter alike, which scoring will correct.
 """
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.table import Table
@@ -17,9 +19,10 @@ from torch import nn
 from stepwell.budgets import student_widths
 from stepwell.config import CompressConfig
 from stepwell.delivery.archive import example_images
+from stepwell.delivery.input import input_spec, with_image_size
 from stepwell.delivery.measure import count_macs, num_params
 from stepwell.delivery.table import render, short_number
-from stepwell.delivery.teacher import create_timm, input_spec, load_teacher, parse_model_args, with_image_size
+from stepwell.delivery.teacher import create_timm, load_teacher, parse_model_args
 from stepwell.errors import ConfigError
 from stepwell.pruning import generic
 from stepwell.pruning.families import FAMILIES, families_of, find_groups
@@ -113,9 +116,17 @@ def _model(config: CompressConfig, data: Data | None) -> tuple[nn.Module, InputS
     ):  # without weights of the user's, timm's own count of classes holds
         args = {"num_classes": num_classes, **args}
     # Shapes are enough to count, but not to time.
-    with torch.device("meta" if config.latency_ms is None else "cpu"):
-        model = create_timm(config.teacher, args, pretrained=False)
+    create = _without_memory if config.latency_ms is None else create_timm
+    model = create(config.teacher, args, pretrained=False)
     return model.eval(), input_spec(model), False
+
+
+def _without_memory(name: str, args: Mapping[str, Any], *, pretrained: bool) -> nn.Module:
+    """As `create_timm`, on the meta device if the model can be built there."""
+    # A constructor may want the values of tensors, which have none there (RegNet in older versions of timm).
+    with contextlib.suppress(ConfigError, RuntimeError), torch.device("meta"):
+        return create_timm(name, args, pretrained=pretrained)
+    return create_timm(name, args, pretrained=pretrained)
 
 
 def _found_by(model: nn.Module, groups: Sequence[Group]) -> list[str]:

@@ -40,7 +40,7 @@ def run(config: InspectConfig) -> str:
         _ladder_table(result, latencies),
         *(
             [
-                "(Accuracies after joint training; the first rung is timed as it was delivered.)",
+                "(Accuracies after joint training.)",
                 *not_faster(result, latencies),
             ]
             if latencies
@@ -122,7 +122,8 @@ def _ladder_table(result: Result, latencies: list[Latency]) -> str:
         ]
         if latencies:
             row += [f"{latencies[i].onnx_batch1:.2f} ms", f"{latencies[i].onnx_batch32:.2f} ms"]
-        role = "assistant" if c.keep_ratio == result.selection.pick else "student" if i == 0 else ""
+        student = i == 0 and result.student_name is None
+        role = "assistant" if c.keep_ratio == result.selection.pick else "student" if student else ""
         table.add_row(*row, role)
     return render(table)
 

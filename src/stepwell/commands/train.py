@@ -11,14 +11,9 @@ from torch import Tensor, nn
 
 from stepwell.config import TrainConfig
 from stepwell.delivery.archive import Card, find_model_dir, load_strictly, save_model
+from stepwell.delivery.input import input_spec, with_image_size
 from stepwell.delivery.measure import evaluate, num_params, wilson_interval
-from stepwell.delivery.teacher import (
-    create_timm,
-    input_spec,
-    parse_model_args,
-    timm_architecture,
-    with_image_size,
-)
+from stepwell.delivery.teacher import create_timm, parse_model_args, timm_architecture
 from stepwell.delivery.weights import read_weights
 from stepwell.errors import ConfigError
 from stepwell.setting import set_up_torch

@@ -28,7 +28,7 @@ from stepwell.pruning.families import find_groups
 from stepwell.pruning.skeleton import build_skeleton, fill
 from stepwell.pruning.units import Group
 from stepwell.training.batches import InputSpec
-from stepwell.training.run_dir import write_atomically
+from stepwell.training.run_dir import plain_tensors, write_atomically
 
 WEIGHTS, CARD, ONNX = "model.safetensors", "stepwell.json", "model.onnx"
 
@@ -70,8 +70,7 @@ class Card(BaseModel):
 
 def save_model(folder: Path, model: nn.Module, card: Card) -> None:
     """Write `model.safetensors` and `stepwell.json`, each atomically, the card last."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    write_atomically(folder / WEIGHTS, save(tensors))
+    write_atomically(folder / WEIGHTS, save(plain_tensors(model.state_dict())))
     write_atomically(folder / CARD, json.dumps(card.model_dump(mode="json"), indent=2))
 
 
@@ -241,5 +240,4 @@ def check_fit(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> No
 
 def digest(model: nn.Module) -> str:
     """A fingerprint of all weights and buffers."""
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    return hashlib.blake2b(save(state), digest_size=16).hexdigest()
+    return hashlib.blake2b(save(plain_tensors(model.state_dict())), digest_size=16).hexdigest()

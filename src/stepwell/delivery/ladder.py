@@ -59,7 +59,9 @@ def load_rung(run: Path, keep_ratio: float, factory: Factory | None = None) -> t
         raise ModelError(f"{run} has no rung at keep {keep_ratio:g}; there are: {rungs}")
     full = build(ladder.teacher.architecture, factory, run)
     student = run / "student"
-    if index == 0 and (student / CARD).exists() and _is_rung(card := read_card(student), ladder.teacher):
+    widths = {**ladder.teacher.widths, **candidate.widths}
+    rung = ladder.teacher.model_copy(update={"widths": widths})
+    if index == 0 and (student / CARD).exists() and _is_rung(card := read_card(student), rung):
         return narrow_and_load(full, card.widths, student / WEIGHTS, card.foreign_input), card
     teacher, foreign = full, ladder.teacher.foreign_input
     if ladder.teacher.widths:  # it had been cut before
@@ -73,9 +75,9 @@ def load_rung(run: Path, keep_ratio: float, factory: Factory | None = None) -> t
     return shared.extract(index).eval(), ladder.teacher.model_copy(update={"widths": widths})
 
 
-def _is_rung(student: Card, teacher: Card) -> bool:
+def _is_rung(student: Card, rung: Card) -> bool:
     """A student of another architecture stands on no rung."""
-    return student.architecture == teacher.architecture
+    return student.architecture == rung.architecture and student.widths == rung.widths
 
 
 def rungs(run: Path) -> list[float]:

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from stepwell.delivery.archive import Architecture
-from stepwell.delivery.teacher import create_timm, input_spec, parse_model_args, timm_architecture
+from stepwell.delivery.input import check_runs, has_one_size, input_spec
+from stepwell.delivery.teacher import create_timm, parse_model_args, timm_architecture
 from stepwell.errors import ConfigError, UnsupportedModelError
 from stepwell.pruning.families import find_groups
 from stepwell.pruning.states import compared_blocks
@@ -51,20 +52,21 @@ def build_student(
         ModelError: timm has no such model.
         ConfigError: It does not take images of this size.
     """
+    if spec.size[0] != spec.size[1]:
+        raise ConfigError(
+            f"--student needs square images, and the teacher's are {spec.size[0]} x {spec.size[1]}: the "
+            f"hidden states of two architectures are matched on square maps"
+        )
     common = {"num_classes": num_classes, "in_chans": spec.channels}
     given = {**common, **parse_model_args(args)}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = create_timm(name, given, pretrained=False)
-        if hasattr(model, "patch_embed") and input_spec(model).size != spec.size and "img_size" not in given:
+        model = create_timm(name, given, pretrained=False, flag="--student-args")
+        if has_one_size(model) and input_spec(model).size != spec.size and "img_size" not in given:
             given |= {"img_size": spec.size}
-            model = create_timm(name, given, pretrained=False)
-    if hasattr(model, "patch_embed") and input_spec(model).size != spec.size:
-        raise ConfigError(
-            f"--student {name} takes {input_spec(model).size} images, the teacher {spec.size}: "
-            f"give it --student-args img_size={spec.size[0]}"
-        )
+            model = create_timm(name, given, pretrained=False, flag="--student-args")
     model = model.eval()
+    check_runs(model, spec, f"--student {name}", "--student-args or another student")
     if like is not None:
         _copy(like, model, name)
     try:

@@ -27,9 +27,11 @@ def result_table(result: Result, width: int = 110) -> str:
             label = role if role != result.handed_out else f"{role} *"
             table.add_row(label, *_cells(model, result.teacher))
     latency = result.teacher.latency
+    student = "" if result.student_name is None else f" The student is a {result.student_name}."
     return (
         f"{render(table, width)}\n\n* handed out. top1 on {result.data.num_test} test images "
         f"({result.data.test_from}); latency: onnxruntime, CPU, fp32, batch 1, {latency.threads} thread(s)."
+        f"{student}"
     )
 
 

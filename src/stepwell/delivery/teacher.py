@@ -13,7 +13,6 @@ from typing import Any
 
 import timm
 import torch
-from timm.data.config import resolve_data_config
 from torch import Tensor, nn
 
 import stepwell.models  # noqa: F401  (their names become names of timm)
@@ -30,6 +29,7 @@ from stepwell.delivery.archive import (
     narrow_and_load,
     read_card,
 )
+from stepwell.delivery.input import input_spec
 from stepwell.delivery.weights import read_weights
 from stepwell.errors import ConfigError, ModelError, did_you_mean
 from stepwell.training.batches import InputSpec
@@ -102,7 +102,12 @@ _HUB = ("hf-hub:", "hf_hub:", "local-dir:")
 
 
 def create_timm(
-    name: str, args: Mapping[str, Any], *, pretrained: bool, way_out: str = "pass --teacher-weights FILE"
+    name: str,
+    args: Mapping[str, Any],
+    *,
+    pretrained: bool,
+    way_out: str = "pass --teacher-weights FILE",
+    flag: str = "--model-args",
 ) -> nn.Module:
     """`timm.create_model` with our errors: unknown names, wrong arguments, unreachable weights."""
     base = name.split(".")[0]
@@ -114,12 +119,12 @@ def create_timm(
     try:
         return timm.create_model(name, **{**args, "pretrained": pretrained})
     except TypeError as error:
-        raise ConfigError(f"--model-args {dict(args)} do not suit {name}: {one_line(error)}") from None
+        raise ConfigError(f"{flag} {dict(args)} do not suit {name}: {one_line(error)}") from None
     except Exception as error:
         if not pretrained:
             if not args:
                 raise
-            raise ConfigError(f"--model-args {dict(args)} do not suit {name}: {one_line(error)}") from None
+            raise ConfigError(f"{flag} {dict(args)} do not suit {name}: {one_line(error)}") from None
         # Whatever the hub's client raises (no network, no such file, no weights): the way out is the same.
         raise ModelError(
             f"no pretrained weights can be reached for {name} ({one_line(error)[:120]}); {way_out}"
@@ -135,51 +140,6 @@ def parse_model_args(model_args: Mapping[str, str]) -> dict[str, Any]:
         except (ValueError, SyntaxError):
             parsed[name] = text
     return parsed
-
-
-def input_spec(model: nn.Module) -> InputSpec:
-    """What images `model` wants: size and channels from the module itself, the rest from timm's record.
-
-    timm's record of the size is wrong for a model that was built with `img_size=`, so the module wins.
-    """
-    if isinstance(model, huggingface.Classifier):
-        return huggingface.input_spec(model)
-    config = resolve_data_config(model=model, verbose=False)
-    channels, *size = config["input_size"]
-    own_size = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    if own_size is not None:
-        size = own_size
-    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-    if first is not None:
-        channels = first.in_channels
-    mean, std = tuple(config["mean"]), tuple(config["std"])
-    if len(mean) != channels:
-        mean, std = (sum(mean) / len(mean),) * channels, (sum(std) / len(std),) * channels
-    return InputSpec(
-        size=(int(size[0]), int(size[1])),
-        channels=channels,
-        mean=mean,
-        std=std,
-        interpolation=config["interpolation"],
-        crop_pct=config["crop_pct"],
-        crop_mode=config.get("crop_mode", "center"),
-    )
-
-
-def with_image_size(spec: InputSpec, model: nn.Module, image_size: int | None) -> InputSpec:
-    """`spec` for images of another size, for a model that takes any.
-
-    Raises:
-        ConfigError: The model was built for one size.
-    """
-    if image_size is None or (image_size, image_size) == spec.size:
-        return spec
-    if hasattr(model, "patch_embed"):
-        raise ConfigError(
-            f"--image-size {image_size}: this {type(model).__name__} was built for {spec.size[0]} x "
-            f"{spec.size[1]}; train one with --model-args img_size={image_size}"
-        )
-    return replace(spec, size=(image_size, image_size))
 
 
 def _from_timm(name: str, weights: Path | None, args: dict[str, Any], num_classes: int) -> Teacher:
@@ -310,22 +270,22 @@ def _recognise(model: nn.Module, spec: InputSpec) -> Architecture | None:
     name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
     if name is None or not timm.is_model(name):
         return None
-    args: dict[str, Any] = {"num_classes": model.num_classes, "in_chans": spec.channels}
+    common: dict[str, Any] = {"num_classes": model.num_classes, "in_chans": spec.channels}
+    size = spec.size[0] if spec.size[0] == spec.size[1] else spec.size
+    guesses = [common, {**common, "img_size": size}]
     blocks, embed = getattr(model, "blocks", None), getattr(model, "patch_embed", None)
-    if blocks is not None and embed is not None and hasattr(blocks[0].attn, "num_heads"):
-        args |= {
-            "img_size": spec.size[0] if spec.size[0] == spec.size[1] else spec.size,
-            "patch_size": embed.patch_size[0],
-            "embed_dim": model.embed_dim,
-            "depth": len(blocks),
-            "num_heads": blocks[0].attn.num_heads,
-        }
-    try:
-        twin = timm.create_model(name, pretrained=False, **args)
-        twin.load_state_dict(model.state_dict())
-    except (TypeError, RuntimeError, AssertionError):
-        return None
+    if blocks is not None and embed is not None and hasattr(getattr(blocks[0], "attn", None), "num_heads"):
+        vit = {"patch_size": embed.patch_size[0], "embed_dim": model.embed_dim, "depth": len(blocks)}
+        guesses.append({**guesses[1], **vit, "num_heads": blocks[0].attn.num_heads})
     images = torch.randn(2, spec.channels, *spec.size, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        same = torch.equal(twin.eval()(images), model(images))
-    return Architecture(source="timm", name=name, args=args) if same else None
+    for args in guesses:
+        try:
+            twin = timm.create_model(name, pretrained=False, **args)
+            twin.load_state_dict(model.state_dict())
+            with torch.no_grad():
+                same = torch.equal(twin.eval()(images), model(images))
+        except (TypeError, RuntimeError, AssertionError):
+            continue
+        if same:
+            return Architecture(source="timm", name=name, args=args)
+    return None

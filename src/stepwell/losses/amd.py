@@ -15,7 +15,7 @@ from stepwell.losses.logit import kd_loss
 
 
 class Output(NamedTuple):
-    """What a model with states returns: logits (batch, classes) and hidden states (batch, tokens, embed)."""
+    """What a model with states returns: logits (batch, classes) and hidden states, tokens or maps."""
 
     logits: Tensor
     states: Sequence[Tensor]

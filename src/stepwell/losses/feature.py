@@ -12,8 +12,8 @@ from torch import Tensor
 
 
 def state_loss(
-    student_states: Sequence[Float[Tensor, "batch tokens embed"]],
-    teacher_states: Sequence[Float[Tensor, "batch tokens embed"]],
+    student_states: Sequence[Float[Tensor, "batch ..."]],
+    teacher_states: Sequence[Float[Tensor, "batch ..."]],
     scale: Literal["teacher-power", "raw"] = "teacher-power",
 ) -> Float[Tensor, ""]:
     """Mean squared distance of hidden states, averaged over batch, tokens, channels and layers.
@@ -30,6 +30,7 @@ def state_loss(
     """
     distances = []
     for student, teacher in zip(student_states, teacher_states, strict=True):
+        assert student.shape == teacher.shape, f"{tuple(student.shape)} against {tuple(teacher.shape)}"
         distance = F.mse_loss(student.float(), teacher.float())
         if scale == "teacher-power":
             # The floor only matters for a state that is 0 everywhere, which nothing can be measured against.

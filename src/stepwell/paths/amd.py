@@ -169,4 +169,7 @@ def _teach(s: Setting, stage: str, teacher: nn.Module, student: nn.Module, epoch
     blocks, no_decay = s.blocks, s.no_decay
     if s.foreign is not None:
         blocks, no_decay = s.foreign.blocks, no_decay_of(student)
-    return distill(stage, teacher, student, s.blocks, blocks, s.train, s.config, epochs, s.autocast, no_decay)
+    foreign = s.foreign is not None
+    return distill(
+        stage, teacher, student, s.blocks, blocks, foreign, s.train, s.config, epochs, s.autocast, no_decay
+    )

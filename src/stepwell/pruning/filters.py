@@ -50,6 +50,9 @@ SQUEEZE_EXCITES: dict[type[nn.Module], tuple[str, str]] = {
 }
 ACTIVATIONS = ("torch.nn.modules.activation", "timm.layers.activations")
 MIXING = (nn.Softmax, nn.Softmax2d, nn.LogSoftmax, nn.Softmin, nn.GLU)
+# Set on a grouped convolution that is narrowed. With one group left it would look like a plain one, and the
+# next cut would count its channels where the first counted groups, under the same name.
+GROUPED = "stepwell_grouped"
 
 
 @dataclass(frozen=True)
@@ -114,10 +117,14 @@ def _is_conv(module: nn.Module) -> TypeGuard[nn.Conv2d]:
     return type(module) in CONVOLUTIONS
 
 
+def _is_grouped(conv: nn.Conv2d) -> bool:
+    return conv.groups > 1 or hasattr(conv, GROUPED)
+
+
 def _spans(modules: Mapping[str, nn.Module]) -> Iterator[Span]:
     run: list[str] = []  # the open span: who makes its channels, and what they have run through
     for name, module in modules.items():
-        if _is_conv(module) and module.groups == 1:
+        if _is_conv(module) and not _is_grouped(module):
             span = _span(run, name, modules)
             if span is not None:
                 yield span
@@ -219,6 +226,7 @@ def _narrow(skeleton: nn.Module, name: str, width: int, span: Span) -> None:
         module = skeleton.get_submodule(inner)
         if isinstance(module, nn.Conv2d):
             module.groups = width
+            setattr(module, GROUPED, True)
         elif isinstance(module, BlurPool2d) and module.channels is not None:
             module.channels = len(cast(Tensor, module.filt))
     if width == 0:

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _NormBase
 
 from stepwell.pruning.skeleton import build_skeleton, fill, leading_units
 from stepwell.pruning.units import Candidate, Group, Slice, cuts_by_tensor
@@ -145,6 +145,6 @@ class SharedWeights:
 
 def _statistics(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, module in model.named_modules():
-        if isinstance(module, _BatchNorm):
+        if isinstance(module, _NormBase):  # of batches or of instances
             for leaf, buffer in module.named_buffers(recurse=False):
                 yield f"{name}.{leaf}", buffer

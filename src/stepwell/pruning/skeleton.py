@@ -15,6 +15,7 @@ from timm.layers.drop import DropPath
 from timm.layers.patch_dropout import PatchDropout
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 from torchvision.ops.stochastic_depth import StochasticDepth
 
 from stepwell.errors import ModelError
@@ -84,8 +85,10 @@ def _tell_sizes(skeleton: nn.Module) -> None:
 
 def _silence_dropout(skeleton: nn.Module) -> None:
     for module in skeleton.modules():
-        if isinstance(module, nn.Dropout | StochasticDepth):
+        if isinstance(module, _DropoutNd | StochasticDepth):
             module.p = 0.0
+        if isinstance(getattr(module, "drop_rate", None), float):  # timm's CNNs, before the classifier
+            cast(Any, module).drop_rate = 0.0
         if hasattr(module, "drop_prob"):  # timm's DropPath, or one like it
             cast(DropPath, module).drop_prob = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):  # torchvision's Swin, transformers
@@ -146,4 +149,15 @@ def fill(skeleton: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
         model.load_state_dict(own, strict=False, assign=True)
     except RuntimeError as error:
         raise ModelError(f"weights do not fit the model: {str(error).splitlines()[-1].strip()}") from None
+    for name, first in _tied(skeleton):
+        owner, _, leaf = name.rpartition(".")
+        model.get_submodule(owner).register_parameter(leaf, model.get_parameter(first))
     return model.requires_grad_(True)
+
+
+def _tied(model: nn.Module) -> list[tuple[str, str]]:
+    """Parameters that are one under two names: (further name, first name)."""
+    first: dict[int, str] = {}
+    every = model.named_parameters(remove_duplicate=False)
+    names = [(name, first.setdefault(id(parameter), name)) for name, parameter in every]
+    return [(name, original) for name, original in names if name != original]

@@ -1,4 +1,4 @@
-"""Stage 5, distill: one model teaches a smaller one that has the same residual width.
+"""Stage 5, distill: one model teaches a smaller one: a slice of the same model, or another architecture.
 
 Used for the last step (assistant to student) and for the control (teacher to student, no assistant).
 """
@@ -55,6 +55,7 @@ def distill(
     student: nn.Module,
     blocks: tuple[str, ...],
     student_blocks: tuple[str, ...],
+    projected: bool,
     batches: TrainBatches,
     config: CompressConfig,
     epochs: float,
@@ -68,7 +69,9 @@ def distill(
         teacher: Stays as it is.
         student: A slice of the same model as the teacher, or another architecture.
         blocks: Names of the teacher's blocks whose hidden states are compared.
-        student_blocks: The student's; if they are others, projections are learned and thrown away.
+        student_blocks: The student's.
+        projected: Whether the two are different architectures: then projections of the student's states are
+            learned, and thrown away at the end.
         batches: The training images.
         config: Optimizer, schedule and loss.
         epochs: Passes over the images.
@@ -77,7 +80,7 @@ def distill(
     """
     teacher_states, student_states = WithStates(teacher.eval(), blocks), WithStates(student, student_blocks)
     projections = None
-    if student_blocks != blocks:
+    if projected and blocks and student_blocks:
         projections = _projections(teacher_states, student_states, batches, config.seed)
     student.train()
     step = DistillStep(teacher_states, student_states, config, autocast, projections)

@@ -125,10 +125,14 @@ def _unit_outputs(model: nn.Module, groups: Sequence[Group]) -> Iterator[dict[st
     """Collect the input of each gate module in every forward pass; leaves no hook behind."""
     outputs: dict[str, Tensor] = {}
 
-    def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
+        def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             # The model is frozen: without this, nothing before the first gate would ask for a gradient.
-            outputs[name] = inputs[0] if inputs[0].requires_grad else inputs[0].requires_grad_()
+            x = inputs[0] if inputs[0].requires_grad else inputs[0].detach().requires_grad_()
+            # A copy for this reader alone: others (a shortcut, say) may read or overwrite the same tensor,
+            # and what flows through them is not this gate's.
+            outputs[name] = x.clone()
+            return (outputs[name], *inputs[1:])
 
         return hook
 

@@ -147,8 +147,7 @@ def _save(folder: Path, result: StageResult, seconds: float) -> None:
         unfinished = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=folder.parent))
         try:
             if result.tensors:
-                tensors = {name: t.detach().cpu().contiguous() for name, t in result.tensors.items()}
-                save_file(tensors, unfinished / "tensors.safetensors")
+                save_file(plain_tensors(result.tensors), unfinished / "tensors.safetensors")
             text = json.dumps({"seconds": seconds, "result": result.model_dump(mode="json")}, indent=1)
             (unfinished / "result.json").write_text(text, encoding="utf-8")
             unfinished.chmod(0o755)
@@ -170,6 +169,17 @@ def _load(folder: Path, kind: type[StageT]) -> tuple[StageT, float]:
             f"remove it, and the same command computes this stage again"
         ) from None
     return result, seconds
+
+
+def plain_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors as safetensors takes them: on the CPU, each with memory of its own, also where layers share."""
+    plain: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        own = tensor.detach().cpu().contiguous()
+        plain[name] = own.clone() if own.untyped_storage().data_ptr() in seen else own
+        seen.add(own.untyped_storage().data_ptr())
+    return plain
 
 
 def write_atomically(file: Path, content: str | bytes) -> None:

@@ -1,4 +1,4 @@
-"""BatchNorm statistics, taken anew: of one pass over some images, every batch counting alike."""
+"""BatchNorm statistics, taken anew: of one pass over some images, every image counting alike."""
 
 from __future__ import annotations
 
@@ -27,10 +27,15 @@ def recalibrate(model: nn.Module, forward: Callable[[Tensor], Tensor], batches: 
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
-        norm.momentum = None  # torch's word for the plain mean over batches
         norm.train()
+    seen = 0
     with torch.no_grad():
         for batch in batches:
+            if len(batch.labels) == 1 and seen:
+                continue  # one image has no variance on a map of one position
+            seen += len(batch.labels)
+            for norm in norms:
+                norm.momentum = len(batch.labels) / seen  # the running mean over all images so far
             forward(batch.images)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum

@@ -1,0 +1,107 @@
+"""Students of another architecture: states of any two layouts made comparable."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+
+from stepwell.config import CompressConfig, make_config
+from stepwell.delivery.student import build_student
+from stepwell.errors import ConfigError
+from stepwell.losses.projection import Projections, as_map
+from stepwell.pruning.families import find_groups
+from stepwell.pruning.states import compared_blocks
+from stepwell.stages.distill import distill
+from stepwell.training.batches import InputSpec
+from tiny import FixedTrain, no_autocast, random_batches, random_images, tiny_vit
+
+SPEC = InputSpec((32, 32), 3, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
+def test_every_layout_becomes_the_same_map():
+    image = torch.randn(2, 5, 4, 4)
+    tokens = image.flatten(2).transpose(1, 2)
+    assert torch.equal(as_map(image), image)
+    assert torch.equal(as_map(image.permute(0, 2, 3, 1)), image)
+    assert torch.equal(as_map(tokens), image)
+    assert torch.equal(as_map(torch.cat([torch.randn(2, 1, 5), tokens], dim=1)), image)
+
+
+def test_states_are_paired_from_the_end_on_the_smaller_grid():
+    student = [torch.randn(2, 4, 8, 8), torch.randn(2, 6, 4, 4), torch.randn(2, 8, 2, 2)]
+    teacher = [torch.randn(2, 17, 10), torch.randn(2, 17, 10)]
+    projections = Projections(student, teacher)
+    ours, theirs = projections(student, teacher)
+    assert (
+        [tuple(x.shape) for x in ours] == [tuple(x.shape) for x in theirs] == [(2, 10, 4, 4), (2, 10, 2, 2)]
+    )
+    assert torch.equal(theirs[0], as_map(teacher[0]))
+    torch.testing.assert_close(theirs[1][:, :, 0, 0], as_map(teacher[1])[:, :, :2, :2].mean((2, 3)))
+
+
+def run_distill(student, teacher, blocks, student_blocks):
+    config = make_config(CompressConfig, {"epochs": 1, "batch_size": 4, "lr": 1e-3})
+    return distill(
+        "distill",
+        teacher.requires_grad_(False),
+        student,
+        blocks,
+        student_blocks,
+        True,
+        FixedTrain(random_batches(3, 4)),
+        config,
+        1,
+        no_autocast(),
+        frozenset(),
+    )
+
+
+def test_blocks_of_the_same_name_but_another_width_are_projected():
+    blocks = ("blocks.0", "blocks.2")
+    trained = run_distill(tiny_vit(embed_dim=12, num_heads=2), tiny_vit(), blocks, blocks)
+    assert trained.losses["feature"][-1] > 0
+    assert not any("projection" in name for name in trained.tensors)
+
+
+@pytest.mark.parametrize(("blocks", "student_blocks"), [((), ("blocks.2",)), (("blocks.2",), ()), ((), ())])
+def test_where_one_has_no_blocks_the_logits_teach_alone(blocks, student_blocks):
+    trained = run_distill(tiny_vit(embed_dim=12, num_heads=2), tiny_vit(), blocks, student_blocks)
+    assert "feature" not in trained.losses
+    assert "logit" in trained.losses
+
+
+def test_a_student_is_built_for_the_teachers_images():
+    vit = build_student("vit_tiny_patch16_224", {"depth": "1"}, 5, SPEC, 0, None)
+    assert vit.model.patch_embed.img_size == (32, 32)
+    any_size = build_student("cifar_resnet20", {}, 5, SPEC, 0, None)
+    assert any_size.model(random_images(2, size=32)).shape == (2, 5)
+    assert any_size.blocks == compared_blocks(find_groups(any_size.model))
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "said"),
+    [
+        ("resnet18", {"nonsense": "1"}, "--student-args"),
+        ("mixer_s32_224", {}, "--student mixer_s32_224 cannot run on images of 32 x 32 x 3"),
+    ],
+)
+def test_a_student_that_does_not_fit(name, args, said):
+    with pytest.raises(ConfigError) as caught:
+        build_student(name, args, 5, SPEC, 0, None)
+    assert said in str(caught.value)
+
+
+def test_oblong_images_are_refused():
+    oblong = InputSpec((32, 64), 3, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    with pytest.raises(ConfigError, match="--student needs square images"):
+        build_student("cifar_resnet20", {}, 5, oblong, 0, None)
+
+
+def test_the_seed_says_which_weights_a_student_starts_from():
+    weights = [
+        build_student("cifar_resnet20", {}, 5, SPEC, seed, None).model.conv1.weight for seed in (0, 0, 1)
+    ]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+    assert timm.is_model("cifar_resnet20")
