@@ -176,10 +176,8 @@ def prepare(config: CompressConfig, run: RunDir, teacher: Teacher, data: Data) -
         )
     # Last of the checks: of a module of the user's own every group is tried.
     if teacher.architecture.source == "factory":
-        few = EvalBatches(
-            data.selection.subset(range(min(8, len(data.selection)))), teacher.spec, config, CPU
-        )
-        groups = groups_of_foreign(teacher.model, teacher.spec, next(iter(few)).images)
+        images = few_images(data, teacher.spec, config)
+        groups = groups_of_foreign(teacher.model, teacher.spec, images)
     else:
         groups = find_groups(teacher.model)
     if config.importance == "l1" and not any(group.kind == "filter" for group in groups):
@@ -193,6 +191,12 @@ def prepare(config: CompressConfig, run: RunDir, teacher: Teacher, data: Data) -
             f"--feature-weight alone teaches nothing: leave --task-weight or --logit-weight above 0"
         )
     return setting
+
+
+def few_images(data: Data, spec: InputSpec, config: CompressConfig) -> Tensor:
+    """The first selection images, normalised."""
+    few = data.selection.subset(range(min(8, len(data.selection))))
+    return next(iter(EvalBatches(few, spec, config, CPU))).images
 
 
 def groups_of_foreign(model: nn.Module, spec: InputSpec, images: Tensor) -> list[Group]:

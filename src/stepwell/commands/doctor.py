@@ -21,6 +21,7 @@ from stepwell.config import CompressConfig
 from stepwell.delivery.archive import example_images
 from stepwell.delivery.input import input_spec, with_image_size
 from stepwell.delivery.measure import count_macs, num_params
+from stepwell.delivery.student import build_student
 from stepwell.delivery.table import render, short_number
 from stepwell.delivery.teacher import create_timm, load_teacher, parse_model_args
 from stepwell.errors import ConfigError
@@ -28,7 +29,7 @@ from stepwell.pruning import generic
 from stepwell.pruning.families import FAMILIES, families_of, find_groups
 from stepwell.pruning.skeleton import build_skeleton
 from stepwell.pruning.units import Candidate, Group
-from stepwell.setting import find_device, groups_of_foreign
+from stepwell.setting import few_images, find_device, groups_of_foreign
 from stepwell.stages.grid import keep_ratios, make_grid, uniform_scores
 from stepwell.stages.joint import scales_per_step
 from stepwell.stages.plan import Costs, Epochs
@@ -47,7 +48,12 @@ def run(config: CompressConfig) -> str:
     data = resolve_data(config) if config.data else None
     model, spec, foreign = _model(config, data)
     spec = with_image_size(spec, model, config.image_size)
-    groups = groups_of_foreign(model, spec, example_images(spec, 4)) if foreign else find_groups(model)
+    if foreign:
+        images = few_images(data, spec, config) if data else example_images(spec, 4)
+        groups = groups_of_foreign(model, spec, images)
+    else:
+        groups = find_groups(model)
+    student = _student(config, model, spec)
     scores = uniform_scores(groups)
     met = student_widths(config, model, spec, groups, scores)
     candidates = make_grid(groups, scores, keep_ratios(met.keep_ratio, config), config, met.widths)
@@ -66,8 +72,9 @@ def run(config: CompressConfig) -> str:
         *_normed(groups),
         "",
         _table(groups, candidates, skeletons, model, spec),
+        *_student_line(config, student, model, spec),
         "",
-        *_estimate(config, data, model, skeletons, spec),
+        *_estimate(config, data, model, skeletons, student, spec),
         *_classes_differ(model, data),
         *(f"warning: {text}" for text in warnings_for(groups, candidates[0])),
     ]
@@ -127,6 +134,14 @@ def _without_memory(name: str, args: Mapping[str, Any], *, pretrained: bool) -> 
     with contextlib.suppress(ConfigError, RuntimeError), torch.device("meta"):
         return create_timm(name, args, pretrained=pretrained)
     return create_timm(name, args, pretrained=pretrained)
+
+
+def _student(config: CompressConfig, teacher: nn.Module, spec: InputSpec) -> nn.Module | None:
+    """The student of another architecture, if one is asked for."""
+    if config.student is None:
+        return None
+    classes = getattr(teacher, "num_classes", None) or 1000
+    return build_student(config.student, config.student_args, classes, spec, config.seed, None).model
 
 
 def _found_by(model: nn.Module, groups: Sequence[Group]) -> list[str]:
@@ -190,11 +205,25 @@ def _table(
     return render(table)
 
 
+def _student_line(
+    config: CompressConfig, student: nn.Module | None, teacher: nn.Module, spec: InputSpec
+) -> list[str]:
+    if student is None:
+        return []
+    params, macs = num_params(student), count_macs(student, spec)
+    return [
+        f"student: {config.student}, {short_number(params)} parameters "
+        f"({100 * params / num_params(teacher):.1f} %), {short_number(macs)} MACs "
+        f"({100 * macs / count_macs(teacher, spec):.1f} %)",
+    ]
+
+
 def _estimate(
     config: CompressConfig,
     data: Data | None,
     model: nn.Module,
     skeletons: Sequence[nn.Module],
+    student: nn.Module | None,
     spec: InputSpec,
 ) -> list[str]:
     device = find_device(config.device)
@@ -203,7 +232,7 @@ def _estimate(
     num_train = len(data.train) if data else 1000
     costs = Costs(
         scales,
-        scales[0],
+        scales[0] if student is None else count_macs(student, spec) / total,
         scales_per_step(scales, config),
         num_train,
         min(config.score_images, num_train),
