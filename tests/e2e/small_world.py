@@ -63,6 +63,7 @@ def figures(run: Path) -> dict:
         del result[name]
     if not result["cost_vs_single_step"]["predicted"]:
         del result["cost_vs_single_step"]
+    result["notes"] = [note for note in result["notes"] if not note.startswith("At batch")]
     for role in ("teacher", "assistant", "student", "control"):
         if result[role] is not None:
             del result[role]["latency"], result[role]["latency_ms"]

@@ -214,6 +214,7 @@ def test_a_model_without_filters_is_an_error():
         model=model,
         spec=InputSpec((16, 16), 3, (0.5,) * 3, (0.5,) * 3),
         classes=None,
+        name="a ViT",
         architecture=SimpleNamespace(source="timm"),
     )
     data = SimpleNamespace(labelled=False, source="images")
