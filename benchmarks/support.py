@@ -333,8 +333,10 @@ def page(done: Mapping[str, Any]) -> str:
     notes: list[str] = []
     total = len(RATIOS)
     for family in dict.fromkeys(models().values()):
-        lines.append(f"| **{family}** |" + " |" * (len(CHECKS) + 2))
-        for name in (n for n, f in models().items() if f == family and n in done):
+        members = [name for name, its in models().items() if its == family and name in done]
+        if members:
+            lines.append(f"| **{family}** |" + " |" * (len(CHECKS) + 2))
+        for name in members:
             record = done[name]
             if "error" in record:
                 lines.append(f"| {name} | refused |" + " |" * (len(CHECKS) + 1))

@@ -1,7 +1,7 @@
-"""Put the tables of `benchmarks/results/*.json` into the README, between its markers.
+"""Put the tables of `benchmarks/results/*.json` into the README and docs/results.md, between their markers.
 
-python benchmarks/tables.py            rewrite README.md
-python benchmarks/tables.py --check    exit 1 if README.md is not what the results say
+python benchmarks/tables.py            rewrite them
+python benchmarks/tables.py --check    exit 1 if they are not what the results say
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from record import RESULTS, spread
+from speed import table as speed_table
 from stepwell.delivery.table import short_number
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
 TITLES = {
     "cifar10-vit-gpu": "CIFAR-10",
-    "cifar10-resnet44": "CIFAR-10 (a published ResNet-44)",
     "digits": "scikit-learn's digits",
 }
 RULES = ("npsd", "npsd-chord-teacher", "npsd-chord-student", "lambda")
@@ -78,24 +79,24 @@ def claims(records: dict[str, dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Rewrite the README, or check it."""
-    text = README.read_text(encoding="utf-8")
+    """Rewrite the pages, or check them."""
     files = sorted(RESULTS.glob("*.json"))
     records = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files}
-    records = {name: r for name, r in records.items() if f"<!-- begin: {name} -->" in text}
-    parts = {name: results_table(record) for name, record in records.items()}
-    parts["claims"] = claims(records)
-    if "digits" in records:
-        parts["demo-output"] = f"```\n{records['digits']['runs'][0]['table']}\n```"
-    new = text
-    for marker, part in parts.items():
-        pattern = rf"(<!-- begin: {marker} -->\n).*?(<!-- end: {marker} -->)"
-        new = re.sub(pattern, lambda m, p=part: f"{m[1]}{p}\n{m[2]}", new, flags=re.DOTALL)
-    if "--check" in sys.argv:
-        sys.exit(
-            0 if new == text else "README.md is not what benchmarks/results say: run benchmarks/tables.py"
-        )
-    README.write_text(new, encoding="utf-8")
+    runs = {name: record for name, record in records.items() if name.startswith(("digits", "cifar10"))}
+    parts = {name: results_table(record) for name, record in runs.items()}
+    parts["claims"] = claims(runs)
+    parts["demo-output"] = f"```\n{records['digits']['runs'][0]['table']}\n```"
+    parts["speed"] = speed_table(records["speed"]["runs"])
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        new = text
+        for marker, part in parts.items():
+            pattern = rf"(<!-- begin: {marker} -->\n).*?(<!-- end: {marker} -->)"
+            new = re.sub(pattern, lambda m, p=part: f"{m[1]}{p}\n{m[2]}", new, flags=re.DOTALL)
+        if "--check" not in sys.argv:
+            page.write_text(new, encoding="utf-8")
+        elif new != text:
+            sys.exit(f"{page.name} is not what benchmarks/results say: run benchmarks/tables.py")
 
 
 if __name__ == "__main__":
