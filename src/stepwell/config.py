@@ -210,7 +210,7 @@ class StudentOptions(Options):
     """A student of another architecture."""
 
     student: str | None = None
-    """A timm model that becomes the student, instead of the smallest candidate: the
+    """A timm model, or FILE.py:FACTORY, that becomes the student instead of the smallest candidate: the
     assistant teaches it, its hidden states through learned projections."""
     student_args: dict[str, str] = {}
     """Arguments of timm's create_model for the student, as key=value."""

@@ -153,8 +153,17 @@ def no_decay_of(model: nn.Module) -> frozenset[str]:
     return frozenset(plain | set(cast(Iterable[str], own()) if callable(own) else ()))
 
 
-def prepare(config: CompressConfig, run: RunDir, teacher: Teacher, data: Data) -> Setting:
+def prepare(
+    config: CompressConfig, run: RunDir, teacher: Teacher, data: Data, student: nn.Module | None = None
+) -> Setting:
     """Check that teacher, data and options agree, and put them together.
+
+    Args:
+        config: All options.
+        run: Where the run is kept.
+        teacher: What is compressed.
+        data: The images.
+        student: The module that `config.student` stands for, where the caller built it.
 
     Raises:
         UnsupportedModelError: No family can cut the teacher.
@@ -172,7 +181,7 @@ def prepare(config: CompressConfig, run: RunDir, teacher: Teacher, data: Data) -
     if config.student is not None:
         like = teacher.model if config.student_init == "teacher" else None
         foreign = build_student(
-            config.student, config.student_args, len(classes), teacher.spec, config.seed, like
+            student or config.student, config.student_args, len(classes), teacher.spec, config.seed, like
         )
     # Last of the checks: of a module of the user's own every group is tried.
     if teacher.architecture.source == "factory":

@@ -112,6 +112,49 @@ def test_a_student_without_anything_of_the_teacher(data, teacher, tmp_path, caps
     assert "cifar_resnet20 has no tensor in common with the teacher" in capsys.readouterr().err
 
 
+class Own(torch.nn.Module):
+    """Nothing in it that a family knows."""
+
+    def __init__(self, num_classes: int = 3) -> None:
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 4, 4, 4)
+        self.head = torch.nn.Linear(4, num_classes)
+
+    def forward(self, images):
+        return self.head(self.conv(images).relu().mean((2, 3)))
+
+
+def test_a_module_of_the_users_own_as_student(data, teacher, tmp_path, quick):
+    torch.manual_seed(0)
+    own, options = Own(), {"num_candidates": 3, "epochs": 2, "batch_size": 16, "out_dir": tmp_path / "run"}
+    before = own.conv.weight.clone()
+    finished = package.compress(teacher, data=data, student=own, **options)
+    assert type(finished.student) is Own
+    assert not torch.equal(finished.student.conv.weight, before)
+    assert torch.equal(own.conv.weight, before)  # the caller's own is never trained
+    assert finished.result.student_name == "Own"
+    torch.manual_seed(1)
+    with pytest.raises(package.StepwellError, match="was begun with another student"):
+        package.compress(teacher, data=data, student=Own(), **options)
+
+
+def test_a_student_from_a_file(data, teacher, tmp_path, quick):
+    file = tmp_path / "model.py"
+    file.write_text(
+        "import timm\n\ndef build():\n    return timm.create_model('cifar_resnet20', num_classes=3)\n"
+    )
+    words = ("--teacher", teacher, "--data", data, "--out", tmp_path / "run", *QUICK)
+    stepwell("compress", *words, "--student", f"{file}:build")
+    assert read_card(tmp_path / "run" / "student").architecture.source == "factory"
+    with pytest.raises(package.StepwellError, match="pass factory="):
+        package.load(tmp_path / "run")
+
+
+def test_a_student_with_other_classes(data, teacher, tmp_path):
+    with pytest.raises(package.StepwellError, match="--student Own has 4 classes, the teacher has 3"):
+        package.compress(teacher, data=data, student=Own(4), out_dir=tmp_path / "run")
+
+
 def test_a_student_that_does_not_exist(data, teacher, tmp_path, capsys):
     words = ("--teacher", teacher, "--data", data, "--out", tmp_path / "run", *QUICK)
     assert main(["compress", *map(str, words), "--student", "vit_tiny_patch16_242"]) == 2

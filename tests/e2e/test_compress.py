@@ -34,6 +34,7 @@ from timm.models._hub import save_for_hf
 from torch import nn
 
 import stepwell as package
+from conftest import without_files
 from stepwell import setting
 from stepwell.cli import main
 from stepwell.config import CompressConfig, make_config, read_yaml
@@ -529,10 +530,7 @@ def test_a_teacher_from_a_file_of_the_users(
         save_file(tensors, weights)
     else:
         monkeypatch.undo()  # this one is the user's own pickle, and may be opened
-        again = pytest.MonkeyPatch()
-        from conftest import without_files
-
-        without_files(again)
+        without_files(monkeypatch)
         torch.save({"model": {f"module.{name}": t for name, t in tensors.items()}, "epoch": 3}, weights)
     out = tmp_path / "out"
     words = ("--teacher", source, "--teacher-weights", weights, "--data", data, "--out", out)

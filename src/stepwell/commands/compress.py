@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import nn
 
 from stepwell.config import FLAGS, CompressConfig, make_config
-from stepwell.delivery.archive import Factory, load
+from stepwell.delivery.archive import Factory, digest, load
 from stepwell.delivery.input import with_image_size
 from stepwell.delivery.result import Result
 from stepwell.delivery.table import result_table
@@ -29,7 +29,7 @@ class Compressed:
     Attributes:
         result: Everything that `result.json` holds.
         out_dir: The run directory.
-        factory: Builds the full-width teacher, for models that timm cannot build by name.
+        factory: Builds the student at full width, for models that timm cannot build by name.
     """
 
     result: Result
@@ -56,6 +56,7 @@ def compress(
     *,
     keep_ratio: float | None = None,
     out_dir: str | Path,
+    student: nn.Module | str | None = None,
     **options: object,
 ) -> Compressed:
     """Compress `teacher` to a budget, in automatic distillation steps.
@@ -69,25 +70,40 @@ def compress(
         keep_ratio: Fraction of the units that the student keeps, in (0, 1); 0.1 if no other budget is given
             (`macs="1.8G"`, `params="10%"`, `latency_ms=5`).
         out_dir: The run directory.
+        student: A model of another architecture that the assistant teaches, instead of the smallest
+            candidate: a timm name, FILE.py:FACTORY, or a module.
         **options: Any other field of `stepwell.config.CompressConfig`, such as `epochs=60`.
 
     Raises:
         StepwellError: Anything that the caller can mend, in one line.
     """
-    name = str(teacher) if isinstance(teacher, str | Path) else f"a {type(teacher).__name__}"
     values = {
-        "teacher": name,
+        "teacher": _name(teacher),
         "data": str(data),
         "keep_ratio": keep_ratio,
         "out_dir": Path(out_dir),
+        "student": None if student is None else _name(student),
         **options,
     }
     config = make_config(CompressConfig, values)
-    return run(config, teacher if isinstance(teacher, nn.Module) else None)
+    modules = (model if isinstance(model, nn.Module) else None for model in (teacher, student))
+    return run(config, *modules)
 
 
-def run(config: CompressConfig, module: nn.Module | None = None) -> Compressed:
-    """What `compress()` and the command line share."""
+def _name(model: nn.Module | str | Path) -> str:
+    return f"a {type(model).__name__}" if isinstance(model, nn.Module) else str(model)
+
+
+def run(
+    config: CompressConfig, module: nn.Module | None = None, student: nn.Module | None = None
+) -> Compressed:
+    """What `compress()` and the command line share.
+
+    Args:
+        config: All options.
+        module: The teacher, where the caller built it.
+        student: The student of another architecture, likewise.
+    """
     require(config, "compress", "teacher", "data", "out_dir")
     assert config.out_dir is not None
     data = resolve_data(config)
@@ -97,25 +113,30 @@ def run(config: CompressConfig, module: nn.Module | None = None) -> Compressed:
         teacher = load_teacher(config.teacher, config.teacher_weights, config.model_args, len(data.classes))
     spec = with_image_size(teacher.spec, teacher.model, config.image_size)
     teacher = replace(teacher, spec=spec)
-    result = amd.descend(_setting(config, teacher, data))
-    return Compressed(result, config.out_dir, _factory(config, module))
+    result = amd.descend(_setting(config, teacher, data, student))
+    if config.student is not None:
+        return Compressed(result, config.out_dir, _factory(config.student, student))
+    return Compressed(result, config.out_dir, _factory(config.teacher, module))
 
 
-def _factory(config: CompressConfig, module: nn.Module | None) -> Factory | None:
-    """What builds the full-width model again, where timm cannot do it by name."""
+def _factory(source: str, module: nn.Module | None) -> Factory | None:
+    """What builds a model again, where timm cannot do it by name."""
     if module is not None:
         return lambda: copy.deepcopy(module).cpu()
-    return load_factory(config.teacher) if ".py:" in config.teacher else None
+    return load_factory(source) if ".py:" in source else None
 
 
-def _setting(config: CompressConfig, teacher: Teacher, data: Data) -> Setting:
+def _setting(config: CompressConfig, teacher: Teacher, data: Data, student: nn.Module | None) -> Setting:
     assert config.out_dir is not None
     # Every check comes before the folder is made.
-    setting = prepare(config, RunDir(config.out_dir), teacher, data)
+    setting = prepare(config, RunDir(config.out_dir), teacher, data, student)
     if not (config.out_dir / "result.json").exists():
         setting.read_images()
     RunDir.open(config.out_dir, config)
-    setting.run.check_identity({"teacher": teacher.digest, "data": data.fingerprint})
+    identity = {"teacher": teacher.digest, "data": data.fingerprint}
+    if setting.foreign is not None:
+        identity["student"] = digest(setting.foreign.model)
+    setting.run.check_identity(identity)
     return setting
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ from torch import nn
 
 from stepwell.delivery.archive import Architecture
 from stepwell.delivery.input import check_runs, has_one_size, input_spec
-from stepwell.delivery.teacher import create_timm, parse_model_args, timm_architecture
+from stepwell.delivery.teacher import create_timm, load_factory, parse_model_args, timm_architecture
 from stepwell.errors import ConfigError, UnsupportedModelError
 from stepwell.pruning.families import find_groups
 from stepwell.pruning.states import compared_blocks
@@ -36,44 +37,63 @@ class Foreign:
 
 
 def build_student(
-    name: str, args: Mapping[str, str], num_classes: int, spec: InputSpec, seed: int, like: nn.Module | None
+    source: str | nn.Module,
+    args: Mapping[str, str],
+    num_classes: int,
+    spec: InputSpec,
+    seed: int,
+    like: nn.Module | None = None,
 ) -> Foreign:
     """Build the student that `--student` names.
 
     Args:
-        name: A timm model.
+        source: A timm model, FILE.py:FACTORY, or a module (a copy is taken).
         args: Arguments of timm's create_model.
         num_classes: Those of the teacher.
         spec: The teacher's input: the student gets the same images.
         seed: Of the random weights.
-        like: Where to copy weights from, by name and shape; None starts from random ones.
+        like: Where to copy weights from, by name and shape; None leaves the student its own.
 
     Raises:
-        ModelError: timm has no such model.
-        ConfigError: It does not take images of this size.
+        ModelError: There is no such model.
+        ConfigError: It does not take images of this size, or has other classes.
     """
     if spec.size[0] != spec.size[1]:
         raise ConfigError(
             f"--student needs square images, and the teacher's are {spec.size[0]} x {spec.size[1]}: the "
             f"hidden states of two architectures are matched on square maps"
         )
-    common = {"num_classes": num_classes, "in_chans": spec.channels}
-    given = {**common, **parse_model_args(args)}
+    name = source if isinstance(source, str) else type(source).__name__
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = create_timm(name, given, pretrained=False, flag="--student-args")
-        if has_one_size(model) and input_spec(model).size != spec.size and "img_size" not in given:
-            given |= {"img_size": spec.size}
-            model = create_timm(name, given, pretrained=False, flag="--student-args")
+        if isinstance(source, nn.Module):
+            model, architecture = copy.deepcopy(source).cpu(), Architecture(source="factory", name=name)
+        elif ".py:" in source:
+            model, architecture = load_factory(source)(), Architecture(source="factory", name=name)
+        else:
+            model, architecture = _from_timm(source, args, num_classes, spec)
     model = model.eval()
-    check_runs(model, spec, f"--student {name}", "--student-args or another student")
+    classes = check_runs(model, spec, f"--student {name}", "--student-args or another student")
+    if classes != num_classes:
+        raise ConfigError(f"--student {name} has {classes} classes, the teacher has {num_classes}")
     if like is not None:
         _copy(like, model, name)
     try:
         blocks = compared_blocks(find_groups(model))
     except UnsupportedModelError:
         blocks = ()
-    return Foreign(model, timm_architecture(name, model, given), blocks, name)
+    return Foreign(model, architecture, blocks, name)
+
+
+def _from_timm(
+    name: str, args: Mapping[str, str], num_classes: int, spec: InputSpec
+) -> tuple[nn.Module, Architecture]:
+    given = {"num_classes": num_classes, "in_chans": spec.channels, **parse_model_args(args)}
+    model = create_timm(name, given, pretrained=False, flag="--student-args")
+    if has_one_size(model) and input_spec(model).size != spec.size and "img_size" not in given:
+        given |= {"img_size": spec.size}
+        model = create_timm(name, given, pretrained=False, flag="--student-args")
+    return model, timm_architecture(name, model.eval(), given)
 
 
 def _copy(source: nn.Module, target: nn.Module, name: str) -> None:
