@@ -269,7 +269,8 @@ def passed(run: Callable[[], object]) -> str:
 
 
 def one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", str(error))  # some come in colours
+    return f"{type(error).__name__}: {' '.join(plain.split())[:160]}"
 
 
 def exact(model: nn.Module, groups: list[Any], widths: Mapping[str, int], images: torch.Tensor) -> None:

@@ -13,6 +13,7 @@ from torch.func import functional_call
 
 from stepwell.config import GridOptions
 from stepwell.pruning.families import find_groups
+from stepwell.pruning.prove import difference
 from stepwell.pruning.shared import SharedWeights
 from stepwell.pruning.skeleton import fill, sort_units
 from stepwell.pruning.units import Candidate, Group, cuts_by_tensor, tensors_of
@@ -91,6 +92,10 @@ def check_sliced_equals_masked(
     sorted_model = fill(SharedWeights(model, groups, weights, [whole(groups)]).skeletons[0], weights).eval()
     with torch.no_grad():
         torch.testing.assert_close(sorted_model(images), model(images), rtol=1e-8, atol=1e-10)
+    for group in groups:
+        if group.block and group.norm is None:  # which others are emptied is up to the scores
+            widths = {g.name: 0 if g is group else g.num_units for g in groups}
+            assert difference(model, groups, widths, images) <= 1e-8, f"{group.name} cannot be emptied"
     shared = SharedWeights(model, groups, weights, candidates)
     cuts = cuts_by_tensor(groups)
     for index, candidate in enumerate(candidates):

@@ -226,8 +226,8 @@ def groups_of_foreign(model: nn.Module, spec: InputSpec, images: Tensor) -> list
     refused = [group.name for group in groups if group not in good]
     if not good:
         raise UnsupportedModelError(
-            f"{type(model).__name__} is not supported: cutting its layers is not the same as masking their "
-            f"units, in none of the {len(refused)} that look familiar ({refused[0]}, ...)"
+            f"{type(model).__name__} is not supported: none of the {len(refused)} layers that look familiar "
+            f"can be cut; in each, cutting differs from masking its units ({refused[0]}, ...)"
         )
     for name in refused:
         say(f"stays whole: {name} (cutting it is not the same as masking its units)")

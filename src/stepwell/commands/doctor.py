@@ -19,7 +19,7 @@ from torch import nn
 from stepwell.budgets import student_widths
 from stepwell.config import CompressConfig
 from stepwell.delivery.archive import example_images
-from stepwell.delivery.input import input_spec, with_image_size
+from stepwell.delivery.input import check_runs, input_spec, with_image_size
 from stepwell.delivery.measure import count_macs, num_params
 from stepwell.delivery.student import build_student
 from stepwell.delivery.table import render, short_number
@@ -49,6 +49,7 @@ def run(config: CompressConfig) -> str:
     model, spec, foreign = _model(config, data)
     spec = with_image_size(spec, model, config.image_size)
     if foreign:
+        check_runs(model, spec, config.teacher, "--image-size")
         images = few_images(data, spec, config) if data else example_images(spec, 4)
         groups = groups_of_foreign(model, spec, images)
     else:

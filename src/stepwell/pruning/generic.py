@@ -109,7 +109,7 @@ def _propose(model: nn.Module, images: Tensor, known: Sequence[Group]) -> tuple[
         runs = runs_of(model, images)
     except Exception as error:  # whatever the tracer, or a forward pass that it changes, stumbles over
         reason = f"torch-pruning cannot follow it: {type(error).__name__}: {str(error)[:120]}"
-        return [], {type(model).__name__: reason}
+        return [], {f"what no family knows in {type(model).__name__}": reason}
     taken = {slice_.tensor for group in known for slice_ in group.slices}
     blocks = tuple(f"{group.block}." for group in known if group.block)
     chosen: dict[str, tuple[Coupled, int]] = {}
