@@ -35,7 +35,7 @@ from torch import nn
 
 from record import RESULTS, commit
 from stepwell.config import GridOptions
-from stepwell.delivery.archive import Architecture, Card, load, save_model
+from stepwell.delivery.archive import Card, load, save_model
 from stepwell.delivery.export import export_onnx, export_program
 from stepwell.delivery.input import with_image_size
 from stepwell.delivery.measure import count_macs, num_params
@@ -126,6 +126,9 @@ TORCHVISION = (
 )
 TRANSFORMERS = ("ViT", "DeiT", "Swin")
 
+CONVOLUTIONAL = ("timm", "torchvision/r", "torchvision/m")
+"""Where these start without patches, they take a smaller image as they are."""
+
 
 def main() -> None:
     """Check all models that are not checked yet, then write the page."""
@@ -206,57 +209,62 @@ def check(name: str) -> dict[str, Any]:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     try:
-        original = build(name)
-        teacher = teacher_from_module(original, None)
-        model, spec = teacher.model, teacher.spec
-        if not hasattr(model, "patch_embed") and name.startswith(("timm", "torchvision/r", "torchvision/m")):
-            spec = with_image_size(spec, model, min(64, spec.size[0]))
-        groups = find_groups(model)
-        rng = random.Random(0)
-        order = {g.name: rng.sample(range(g.num_units), g.num_units) for g in groups}
-        scores = {g.name: [rng.random() for _ in range(g.num_units)] for g in groups}
-        weights = sort_units(tensors_of(model), groups, order)
-        images = torch.randn(4, spec.channels, *spec.size)
-        record: dict[str, Any] = {
-            "num_params": num_params(model),
-            "macs": count_macs(model, spec),
-            "input": list(spec.size),
-            "ratios": {},
-        }
+        return {"ratios": {}, **Checked(name).record()}
     except Exception as error:
         return {"error": one_line(error), "ratios": {}}
-    whole = {g.name: g.num_units for g in groups}
-    sorted_model = fill(build_skeleton(model, groups, whole), weights).eval()
-    for candidate in make_grid(groups, scores, RATIOS, GridOptions()):
-        widths = candidate.widths
-        skeleton = build_skeleton(model, groups, widths)
-        small = fill(skeleton, leading_units(weights, skeleton, groups, widths)).eval()
+
+
+class Checked:
+    """One model with a random ranking of its units."""
+
+    def __init__(self, name: str) -> None:
+        self.original = build(name)
+        teacher = teacher_from_module(self.original, None)
+        self.model, self.spec, self.architecture = teacher.model, teacher.spec, teacher.architecture
+        if not hasattr(self.model, "patch_embed") and name.startswith(CONVOLUTIONAL):
+            self.spec = with_image_size(self.spec, self.model, min(64, self.spec.size[0]))
+        self.groups = find_groups(self.model)
+        rng = random.Random(0)
+        order = {g.name: rng.sample(range(g.num_units), g.num_units) for g in self.groups}
+        scores = {g.name: [rng.random() for _ in range(g.num_units)] for g in self.groups}
+        self.candidates = make_grid(self.groups, scores, RATIOS, GridOptions())
+        self.weights = sort_units(tensors_of(self.model), self.groups, order)
+        whole = build_skeleton(self.model, self.groups, {g.name: g.num_units for g in self.groups})
+        self.sorted_model = fill(whole, self.weights).eval()
+        self.images = torch.randn(4, self.spec.channels, *self.spec.size)
+
+    def record(self) -> dict[str, Any]:
+        """Sizes, and the checks of every candidate."""
+        return {
+            "num_params": num_params(self.model),
+            "macs": count_macs(self.model, self.spec),
+            "input": list(self.spec.size),
+            "ratios": {f"{c.keep_ratio:g}": self.candidate(c.widths) for c in self.candidates},
+        }
+
+    def candidate(self, widths: Mapping[str, int]) -> dict[str, Any]:
+        """Sizes of one slice, and what works with it."""
+        skeleton = build_skeleton(self.model, self.groups, widths)
+        small = fill(skeleton, leading_units(self.weights, skeleton, self.groups, widths)).eval()
+        spec, images = self.spec, self.images
         card = Card(
-            architecture=teacher.architecture if teacher.architecture.source != "factory" else FACTORY,
-            widths=widths,
+            architecture=self.architecture,
+            widths=dict(widths),
             classes=[str(i) for i in range(10)],
             input=spec,
         )
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
-            checks: Mapping[str, Callable[[], None]] = {
-                "exact": lambda w=widths: exact(sorted_model, groups, w, images),
-                "backward": lambda m=small: backward(m, images),
-                "reload": lambda m=small, c=card, f=folder: reload(m, c, f, images, original),
-                "onnx": lambda m=small, f=folder: export_onnx(m, spec, f / "model.onnx", images),
-                "export": lambda m=small, f=folder: export_program(m, spec, f / "model.pt2", images),
-                "compile": lambda m=small: compiled(m, images),
+            checks: dict[str, Callable[[], object]] = {
+                "exact": lambda: exact(self.sorted_model, self.groups, widths, images),
+                "backward": lambda: backward(small, images),
+                "reload": lambda: reload(small, card, folder, images, self.original),
+                "onnx": lambda: export_onnx(small, spec, folder / "model.onnx", images),
+                "export": lambda: export_program(small, spec, folder / "model.pt2", images),
+                "compile": lambda: compiled(small, images),
             }
             results = {check_name: passed(run) for check_name, run in checks.items()}
-        record["ratios"][f"{candidate.keep_ratio:g}"] = {
-            "num_params": num_params(small),
-            "macs": count_macs(small, spec),
-            **results,
-        }
-    return record
-
-
-FACTORY = Architecture(source="factory", name="the module itself")
+        return {"num_params": num_params(small), "macs": count_macs(small, spec), **results}
 
 
 def passed(run: Callable[[], object]) -> str:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch.func import functional_call
 
 from stepwell.config import GridOptions
 from stepwell.pruning.families import find_groups
-from stepwell.pruning.prove import difference
+from stepwell.pruning.prove import difference, masked
 from stepwell.pruning.shared import SharedWeights
 from stepwell.pruning.skeleton import fill, sort_units
 from stepwell.pruning.units import Candidate, Group, cuts_by_tensor, tensors_of
@@ -44,30 +43,6 @@ def shaken(build: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
 def whole(groups: Sequence[Group]) -> Candidate:
     """All units of all groups."""
     return Candidate(1.0, {g.name: g.num_units for g in groups})
-
-
-@contextmanager
-def masked(model: nn.Module, groups: Sequence[Group], widths: Mapping[str, int]) -> Iterator[None]:
-    """Set the output of all units but the first `widths` to 0, by hooks on the gates."""
-
-    def mask(group: Group):
-        def hook(_module, inputs):
-            x = inputs[0]
-            keep = torch.arange(group.num_units) < widths[group.name]
-            per_unit = x.shape[group.gate_dim] // group.num_units
-            shape = [1] * x.ndim
-            shape[group.gate_dim] = -1
-            return (x * keep.repeat_interleave(per_unit).to(x.dtype).reshape(shape), *inputs[1:])
-
-        return hook
-
-    with ExitStack() as stack:
-        for group in groups:
-            if group.name in widths:
-                for gate in group.gates:
-                    handle = model.get_submodule(gate).register_forward_pre_hook(mask(group))
-                    stack.callback(handle.remove)
-        yield
 
 
 def check_sliced_equals_masked(

@@ -45,22 +45,22 @@ def student_widths(
     def at(heads: float, others: float) -> dict[str, int]:
         return widths_at(groups, scores, heads, others, config)
 
-    def counted(count: Callable[[nn.Module], int]) -> Callable[[Widths], float]:
-        return lambda widths: count(build_skeleton(model, groups, widths))
+    def of_skeleton(cost: Callable[[nn.Module], float]) -> Callable[[Widths], float]:
+        return lambda widths: cost(build_skeleton(model, groups, widths))
 
-    def timed(widths: Widths) -> Timing:
-        return _time(build_skeleton(model, groups, widths), spec, config.latency_threads)
+    def timed(skeleton: nn.Module) -> Timing:
+        return _time(skeleton, spec, config.latency_threads)
 
     if config.macs is not None:
         budget = Budget("macs", amount(config.macs, count_macs(model, spec)))
-        cost = counted(lambda skeleton: count_macs(skeleton, spec))
+        cost = of_skeleton(lambda skeleton: count_macs(skeleton, spec))
     elif config.params is not None:
         budget = Budget("params", amount(config.params, num_params(model)))
-        cost = counted(num_params)
+        cost = of_skeleton(num_params)
     elif config.latency_ms is not None:
-        noise = min(NOISE, max(TOLERANCE, timed({}).spread))
+        noise = min(NOISE, max(TOLERANCE, timed(build_skeleton(model, groups, {})).spread))
         budget = Budget("latency_ms", config.latency_ms, noise)
-        cost = _milliseconds(timed)
+        cost = of_skeleton(lambda skeleton: timed(skeleton).median_ms)
     else:
         keep = config.keep_ratio or DEFAULT_KEEP
         return Met(keep_ratio=keep, widths=at(keep, keep), cost=keep)
@@ -78,10 +78,6 @@ def student_widths(
         f"budget: {budget.text(met.cost)}, asked {budget.text(budget.target)}{noise}; keep {met.keep_ratio:g}"
     )
     return met
-
-
-def _milliseconds(timed: Callable[[Widths], Timing]) -> Callable[[Widths], float]:
-    return lambda widths: timed(widths).median_ms
 
 
 def _time(skeleton: nn.Module, spec: InputSpec, threads: int) -> Timing:

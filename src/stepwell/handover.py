@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Literal
 
-import onnxruntime
 import torch
 from torch import Tensor, nn
 
 from stepwell.delivery.archive import CARD, Card
+from stepwell.delivery.hardware import hardware
 from stepwell.delivery.measure import Scores, mcnemar
 from stepwell.delivery.report import TestPredictions, write_report
 from stepwell.delivery.result import (
@@ -20,6 +19,7 @@ from stepwell.delivery.result import (
     Cost,
     DataResult,
     History,
+    Latency,
     ModelResult,
     Result,
     SelectionResult,
@@ -161,7 +161,7 @@ def _result(
     return Result(
         stepwell_version=__version__,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        hardware=hardware(s),
+        hardware=hardware(s.device),
         teacher_name=s.teacher.name,
         student_name=s.foreign.name if s.foreign else None,
         keep_ratio=descent.selected.candidates[0].keep_ratio,
@@ -234,16 +234,7 @@ def _notes(s: Setting, delivered: Delivered) -> list[str]:
             "No control was trained: whether the assistant paid for itself is not known "
             "(--control equal_compute trains one)."
         )
-    student, teacher = delivered.student.latency, delivered.teacher.latency
-    for batch, small, large in (
-        (1, student.onnx_batch1, teacher.onnx_batch1),
-        (32, student.onnx_batch32, teacher.onnx_batch32),
-    ):
-        if small >= 0.95 * large:
-            notes.append(
-                f"At batch {batch} the student is not faster than the teacher ({small:.2f} ms, {large:.2f} "
-                f"ms): this cut does not pay there."
-            )
+    notes += _where_it_does_not_pay(delivered.student.latency, delivered.teacher.latency)
     if s.data.test_from == TEST_BY_HASH and not _teacher_is_ours(s):
         notes.append(
             "The test images were set aside by stepwell: a teacher that was trained on this folder elsewhere "
@@ -272,6 +263,19 @@ def _notes(s: Setting, delivered: Delivered) -> list[str]:
     return notes
 
 
+def _where_it_does_not_pay(student: Latency, teacher: Latency) -> list[str]:
+    pairs = {
+        1: (student.onnx_batch1, teacher.onnx_batch1),
+        32: (student.onnx_batch32, teacher.onnx_batch32),
+    }
+    return [
+        f"At batch {batch} the student is not faster than the teacher ({small:.2f} ms, {large:.2f} ms): "
+        f"this cut does not pay there."
+        for batch, (small, large) in pairs.items()
+        if small >= 0.95 * large
+    ]
+
+
 def _predictions(s: Setting, delivered: Delivered, handed_out: str) -> TestPredictions:
     tensors: dict[str, Tensor] = delivered.tensors
     return TestPredictions(
@@ -280,29 +284,3 @@ def _predictions(s: Setting, delivered: Delivered, handed_out: str) -> TestPredi
         student=tensors[handed_out].numpy(),
         keys=list(s.data.test.keys),
     )
-
-
-def hardware(s: Setting) -> dict[str, str]:
-    """What the figures were measured on."""
-    device = s.device.type
-    if s.device.type == "cuda":
-        device = torch.cuda.get_device_name(s.device)
-    return {
-        "training device": device,
-        "processor": _processor(),
-        "threads": str(torch.get_num_threads()),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "onnxruntime": onnxruntime.__version__,
-    }
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            for line in file:
-                if line.startswith("model name"):
-                    return line.split(":", 1)[1].strip()
-    except OSError:
-        pass  # not Linux
-    return platform.processor() or platform.machine()

@@ -63,6 +63,11 @@ class Setting:
         """Parameters of the teacher without weight decay."""
         return no_decay_of(self.teacher.model)
 
+    @property
+    def foreign_blocks(self) -> tuple[str, ...] | None:
+        """The blocks of a student of another architecture; None if it is a slice of the teacher."""
+        return self.foreign.blocks if self.foreign else None
+
     def fresh_student(self) -> nn.Module | None:
         """A copy of the untrained student of another architecture, on the device; None if there is none."""
         return copy.deepcopy(self.foreign.model).to(self.device) if self.foreign else None
@@ -194,10 +199,11 @@ def prepare(
         raise ConfigError(f"--importance l1 is for convolution filters, and this {name} has none to cut")
     setting = Setting(config, run, teacher, groups, foreign, data, classes, set_up_torch(config))
     # An impossible layer, or nothing to learn from, is an error now, not after scoring.
-    if not setting.blocks and not config.task_weight and not config.logit_weight:
+    nothing = teacher.name if not setting.blocks else foreign.name if foreign and not foreign.blocks else None
+    if nothing and not config.task_weight and not config.logit_weight:
         raise ConfigError(
-            f"this {type(teacher.model).__name__} has no hidden states that can be compared, so "
-            f"--feature-weight alone teaches nothing: leave --task-weight or --logit-weight above 0"
+            f"{nothing} has no hidden states that can be compared, so --feature-weight alone teaches "
+            f"nothing: leave --task-weight or --logit-weight above 0"
         )
     return setting
 

@@ -150,6 +150,38 @@ def test_a_student_from_a_file(data, teacher, tmp_path, quick):
         package.load(tmp_path / "run")
 
 
+@pytest.mark.parametrize("student", [(), OTHER])
+def test_minutes_are_planned_by_the_steps_that_will_run(data, teacher, tmp_path, quick, student):
+    """Also where the hidden states alone teach."""
+    words = ("--teacher", teacher, "--data", data, "--out", tmp_path / "run", *QUICK, *student)
+    stepwell("compress", *words, "--task-weight", 0, "--logit-weight", 0, "--minutes", "0.01")
+    losses = json.loads((tmp_path / "run" / "result.json").read_text())["histories"]["distill"]["losses"]
+    assert losses.keys() == {"loss", "feature"}
+
+
+def test_states_alone_teach_nothing_to_a_student_without_any(data, teacher, tmp_path):
+    weights = {"task_weight": 0, "logit_weight": 0}
+    with pytest.raises(package.StepwellError, match="Own has no hidden states that can be compared"):
+        package.compress(teacher, data=data, student=Own(), out_dir=tmp_path / "run", **weights)
+
+
+def test_doctor_asks_a_module_how_many_classes_it_has(tmp_path, capsys):
+    file = tmp_path / "model.py"
+    file.write_text(
+        "import timm, torch\n\n"
+        "class Wrapped(torch.nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.net = timm.create_model('cifar_resnet20', num_classes=3)\n\n"
+        "    def forward(self, images):\n"
+        "        return self.net(images)\n\n"
+        "def student():\n    return timm.create_model('cifar_resnet20', num_classes=3)\n"
+    )
+    words = ("--teacher", f"{file}:Wrapped", "--student", f"{file}:student", "--image-size", 32)
+    stepwell("doctor", *words, "--num-candidates", 2)
+    assert "parameters (100.0 %)" in capsys.readouterr().out
+
+
 def test_a_student_with_other_classes(data, teacher, tmp_path):
     with pytest.raises(package.StepwellError, match="--student Own has 4 classes, the teacher has 3"):
         package.compress(teacher, data=data, student=Own(4), out_dir=tmp_path / "run")

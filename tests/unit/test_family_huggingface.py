@@ -20,7 +20,7 @@ from stepwell.delivery.image_processor import read_spec
 from stepwell.delivery.measure import count_macs, num_params
 from stepwell.delivery.teacher import load_teacher, teacher_from_module
 from stepwell.errors import ConfigError, ModelError, StepwellError, UnsupportedModelError
-from stepwell.pruning.families import families_of, find_groups
+from stepwell.pruning.families import find_groups, names_by_family
 from stepwell.pruning.shared import SharedWeights
 from stepwell.pruning.skeleton import build_skeleton
 from stepwell.pruning.units import Candidate, tensors_of
@@ -94,7 +94,7 @@ def test_everything_between_the_residual_sums_is_cut(name):
     assert [g.kind for g in groups] == ["head", "neuron"] * 4 if "swin" in name else ["head", "neuron"] * 2
     assert list(dict.fromkeys(g.block for g in groups)) == layers
     assert len({g.stage for g in groups}) == (2 if "swin" in name else 1)
-    assert families_of(teacher(name)) == ["ViT, DeiT and Swin of transformers"]
+    assert list(names_by_family(teacher(name))) == ["ViT, DeiT and Swin of transformers"]
 
 
 @pytest.mark.parametrize("name", ["vit", "deit", "swin, shifted windows"])

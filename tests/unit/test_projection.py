@@ -48,7 +48,6 @@ def run_distill(student, teacher, blocks, student_blocks):
         student,
         blocks,
         student_blocks,
-        True,
         FixedTrain(random_batches(3, 4)),
         config,
         1,

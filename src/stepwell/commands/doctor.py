@@ -26,7 +26,7 @@ from stepwell.delivery.table import render, short_number
 from stepwell.delivery.teacher import create_timm, load_teacher, parse_model_args
 from stepwell.errors import ConfigError
 from stepwell.pruning import generic
-from stepwell.pruning.families import FAMILIES, families_of, find_groups
+from stepwell.pruning.families import find_groups, names_by_family
 from stepwell.pruning.skeleton import build_skeleton
 from stepwell.pruning.units import Candidate, Group
 from stepwell.setting import few_images, find_device, groups_of_foreign
@@ -141,15 +141,19 @@ def _student(config: CompressConfig, teacher: nn.Module, spec: InputSpec) -> nn.
     """The student of another architecture, if one is asked for."""
     if config.student is None:
         return None
-    classes = getattr(teacher, "num_classes", None) or 1000
-    return build_student(config.student, config.student_args, classes, spec, config.seed, None).model
+    # A model of timm by name has no weights here, and cannot run; it says how many classes it has.
+    classes = getattr(teacher, "num_classes", None)
+    if classes is None:
+        classes = check_runs(teacher, spec, config.teacher, "--image-size")
+    return build_student(config.student, config.student_args, classes, spec, config.seed).model
 
 
 def _found_by(model: nn.Module, groups: Sequence[Group]) -> list[str]:
     """Families that know something in `model`, and the dependency graph where it found more."""
-    known = {g.name for family in FAMILIES for n, m in model.named_modules() for g in family.groups(n, m)}
+    found = names_by_family(model)
+    known = set().union(*found.values())
     more = [generic.NAME] if any(group.name not in known for group in groups) else []
-    return [*families_of(model), *more]
+    return [*found, *more]
 
 
 def _kinds(groups: Sequence[Group]) -> list[str]:

@@ -71,8 +71,7 @@ def load_rung(run: Path, keep_ratio: float, factory: Factory | None = None) -> t
     groups = [g for g in named_groups(teacher, candidate.widths, foreign) if g.name in candidate.widths]
     shared = SharedWeights(teacher, groups, empty, ladder.candidates)
     shared.load(joint.tensors)
-    widths = {**ladder.teacher.widths, **candidate.widths}
-    return shared.extract(index).eval(), ladder.teacher.model_copy(update={"widths": widths})
+    return shared.extract(index).eval(), rung
 
 
 def _is_rung(student: Card, rung: Card) -> bool:

@@ -16,11 +16,10 @@ from stepwell.delivery.result import Result, SelectionResult
 from stepwell.handover import Descent, Selected, hand_over
 from stepwell.pruning.shared import SharedWeights
 from stepwell.pruning.skeleton import fill, leading_units, sort_units
-from stepwell.pruning.states import WithStates
 from stepwell.pruning.units import tensors_of
 from stepwell.setting import Setting, no_decay_of
 from stepwell.stages.budget import Met
-from stepwell.stages.distill import DistillStep, distill
+from stepwell.stages.distill import distill, distill_step
 from stepwell.stages.grid import check_room, keep_ratios, make_grid, uniform_scores
 from stepwell.stages.joint import JointStep, scales_per_step, train_jointly
 from stepwell.stages.judge import judge, nearest, resolve_metric
@@ -127,11 +126,9 @@ def _plan(s: Setting, step: JointStep, costs: Costs) -> Epochs:
     shared = step.shared
     # The middle candidate stands for the assistant, which is not chosen yet.
     assistant, student = shared.extract(len(shared.candidates) // 2), s.fresh_student() or shared.extract(0)
-    distill_step = DistillStep(WithStates(assistant, s.blocks), WithStates(student, ()), config, s.autocast)
+    teach = distill_step(assistant, student, s.blocks, s.foreign_blocks, s.train, config, s.autocast)
     joint_seconds = seconds_per_step(step, s.train, shared.parameters) * s.train.steps_per_epoch
-    distill_seconds = (
-        seconds_per_step(distill_step, s.train, dict(student.named_parameters())) * s.train.steps_per_epoch
-    )
+    distill_seconds = seconds_per_step(teach, s.train, teach.parameters()) * s.train.steps_per_epoch
     # A control of equal compute doubles the bill.
     minutes = config.minutes if config.control == "none" else config.minutes / 2
     epochs = epochs_in(minutes, joint_seconds, distill_seconds)
@@ -166,10 +163,15 @@ def _select(s: Setting, shared: SharedWeights) -> Selected:
 
 
 def _teach(s: Setting, stage: str, teacher: nn.Module, student: nn.Module, epochs: float) -> Trained:
-    blocks, no_decay = s.blocks, s.no_decay
-    if s.foreign is not None:
-        blocks, no_decay = s.foreign.blocks, no_decay_of(student)
-    foreign = s.foreign is not None
     return distill(
-        stage, teacher, student, s.blocks, blocks, foreign, s.train, s.config, epochs, s.autocast, no_decay
+        stage,
+        teacher,
+        student,
+        s.blocks,
+        s.foreign_blocks,
+        s.train,
+        s.config,
+        epochs,
+        s.autocast,
+        no_decay_of(student),
     )

@@ -91,17 +91,6 @@ def propose(model: nn.Module, images: Tensor) -> Proposal:
     return Proposal(known, generic, whole)
 
 
-def generic_groups(model: nn.Module, images: Tensor, known: Sequence[Group]) -> list[Group]:
-    """The coupled channels of `model`, besides what the `known` groups and their blocks hold.
-
-    Args:
-        model: In eval mode; stays as it is.
-        images: What it takes; only their shape matters.
-        known: What the families found in it.
-    """
-    return _propose(model, images, known)[0]
-
-
 def _propose(model: nn.Module, images: Tensor, known: Sequence[Group]) -> tuple[list[Group], dict[str, str]]:
     modules = dict(model.named_modules())
     try:

@@ -85,6 +85,7 @@ def masked(model: nn.Module, groups: Sequence[Group], widths: Mapping[str, int])
     with ExitStack() as stack:
         for group in groups:
             for gate in group.gates:
-                handle = model.get_submodule(gate).register_forward_pre_hook(mask(group, widths[group.name]))
+                keep = widths.get(group.name, group.num_units)
+                handle = model.get_submodule(gate).register_forward_pre_hook(mask(group, keep))
                 stack.callback(handle.remove)
         yield

@@ -7,11 +7,13 @@ where they leave too large a gap, their number stays and the neurons alone are f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from stepwell.delivery.table import short_number
 from stepwell.errors import ConfigError
+from stepwell.pruning.units import Widths
 from stepwell.training.run_dir import StageResult
 
 TOLERANCE = 0.03
@@ -20,7 +22,6 @@ TOLERANCE = 0.03
 LEAST, MOST = 0.001, 0.999
 """Keep ratios between which is looked."""
 
-Widths = Mapping[str, int]
 WidthsAt = Callable[[float, float], Widths]
 """Widths for a share of the heads, and one of the neurons and filters."""
 
@@ -51,11 +52,7 @@ class Budget:
         """A cost, for people."""
         if self.kind == "latency_ms":
             return f"{value:.3g} ms"
-        unit = {"macs": "MACs", "params": "parameters"}[self.kind]
-        for limit, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-            if value >= limit:
-                return f"{value / limit:.3g}{letter} {unit}"
-        return f"{value:g} {unit}"
+        return f"{short_number(value)} {'MACs' if self.kind == 'macs' else 'parameters'}"
 
 
 def amount(text: str, whole: float) -> float:

@@ -35,6 +35,14 @@ class DistillStep:
     autocast: torch.autocast
     projections: Projections | None = None
 
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """What is trained: the student, by its own names, and the projections."""
+        projections = self.projections.named_parameters() if self.projections is not None else ()
+        return {
+            **{name.removeprefix("model."): p for name, p in self.student.named_parameters()},
+            **{f"projections.{name}": p for name, p in projections},
+        }
+
     def __call__(self, batch: Batch, step: int) -> Mapping[str, Tensor]:
         """Forward and backward; returns the losses, detached."""
         with torch.no_grad(), self.autocast:
@@ -49,13 +57,31 @@ class DistillStep:
         return {name: value.detach() for name, value in losses.items()}
 
 
+def distill_step(
+    teacher: nn.Module,
+    student: nn.Module,
+    blocks: tuple[str, ...],
+    foreign_blocks: tuple[str, ...] | None,
+    batches: TrainBatches,
+    config: CompressConfig,
+    autocast: torch.autocast,
+) -> DistillStep:
+    """What happens in each step; see `distill` for the arguments."""
+    own_blocks = blocks if foreign_blocks is None else foreign_blocks
+    teacher_states, student_states = WithStates(teacher.eval(), blocks), WithStates(student, own_blocks)
+    projections = None
+    if blocks and foreign_blocks:
+        projections = _projections(teacher_states, student_states, batches, config.seed)
+    student.train()
+    return DistillStep(teacher_states, student_states, config, autocast, projections)
+
+
 def distill(
     stage: str,
     teacher: nn.Module,
     student: nn.Module,
     blocks: tuple[str, ...],
-    student_blocks: tuple[str, ...],
-    projected: bool,
+    foreign_blocks: tuple[str, ...] | None,
     batches: TrainBatches,
     config: CompressConfig,
     epochs: float,
@@ -69,33 +95,23 @@ def distill(
         teacher: Stays as it is.
         student: A slice of the same model as the teacher, or another architecture.
         blocks: Names of the teacher's blocks whose hidden states are compared.
-        student_blocks: The student's.
-        projected: Whether the two are different architectures: then projections of the student's states are
-            learned, and thrown away at the end.
+        foreign_blocks: The blocks of a student of another architecture, whose states pass through learned
+            projections, which are thrown away at the end. None for a slice: it has the teacher's.
         batches: The training images.
         config: Optimizer, schedule and loss.
         epochs: Passes over the images.
         autocast: Number format of the forward passes.
-        no_decay: Parameters that the teacher's own recipe does not decay.
+        no_decay: Parameters that the student's own recipe does not decay.
     """
-    teacher_states, student_states = WithStates(teacher.eval(), blocks), WithStates(student, student_blocks)
-    projections = None
-    if projected and blocks and student_blocks:
-        projections = _projections(teacher_states, student_states, batches, config.seed)
-    student.train()
-    step = DistillStep(teacher_states, student_states, config, autocast, projections)
-    parameters = dict(student.named_parameters())
-    if projections is not None:
-        parameters |= {f"projections.{name}": p for name, p in projections.named_parameters()}
-    lr = config.distill_lr or config.lr
+    step = distill_step(teacher, student, blocks, foreign_blocks, batches, config, autocast)
     trained = fit(
         stage,
         step,
-        parameters,
+        step.parameters(),
         batches,
         config,
         epochs=epochs,
-        lr=lr,
+        lr=config.distill_lr or config.lr,
         no_decay=no_decay,
     )
     student.eval()

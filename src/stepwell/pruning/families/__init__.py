@@ -71,10 +71,10 @@ def find_groups(model: nn.Module) -> list[Group]:
     return groups
 
 
-def families_of(model: nn.Module) -> list[str]:
-    """The names of the families that know something in `model`."""
-    return [
-        family.NAME
+def names_by_family(model: nn.Module) -> dict[str, set[str]]:
+    """The families that know something in `model`, and the names of the groups that each found."""
+    found = {
+        family.NAME: {g.name for name, module in model.named_modules() for g in family.groups(name, module)}
         for family in FAMILIES
-        if any(family.groups(name, module) for name, module in model.named_modules())
-    ]
+    }
+    return {family: names for family, names in found.items() if names}
