@@ -13,6 +13,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.layers.helpers import to_2tuple
 from torch import Tensor, nn
 
 import stepwell.models  # noqa: F401  (their names become names of timm)
@@ -275,7 +276,8 @@ def _recognise(model: nn.Module, spec: InputSpec) -> Architecture | None:
     guesses = [common, {**common, "img_size": size}]
     blocks, embed = getattr(model, "blocks", None), getattr(model, "patch_embed", None)
     if blocks is not None and embed is not None and hasattr(getattr(blocks[0], "attn", None), "num_heads"):
-        vit = {"patch_size": embed.patch_size[0], "embed_dim": model.embed_dim, "depth": len(blocks)}
+        patch_size = to_2tuple(embed.patch_size)[0]
+        vit = {"patch_size": patch_size, "embed_dim": model.embed_dim, "depth": len(blocks)}
         guesses.append({**guesses[1], **vit, "num_heads": blocks[0].attn.num_heads})
     images = torch.randn(2, spec.channels, *spec.size, generator=torch.Generator().manual_seed(0))
     for args in guesses:
