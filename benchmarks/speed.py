@@ -38,11 +38,11 @@ import torch
 from torch import nn
 
 from record import RESULTS, save
-from stepwell.config import GridOptions
 from stepwell.delivery.export import export_onnx
 from stepwell.delivery.hardware import processor
 from stepwell.delivery.input import input_spec
 from stepwell.delivery.measure import count_macs, num_params
+from stepwell.options import GridOptions
 from stepwell.pruning.families import find_groups
 from stepwell.pruning.skeleton import build_skeleton, fill, leading_units
 from stepwell.pruning.units import tensors_of

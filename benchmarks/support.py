@@ -34,12 +34,12 @@ import torchvision
 from torch import nn
 
 from record import RESULTS, commit
-from stepwell.config import GridOptions
 from stepwell.delivery.archive import Card, load, save_model
 from stepwell.delivery.export import export_onnx, export_program
 from stepwell.delivery.input import with_image_size
 from stepwell.delivery.measure import count_macs, num_params
 from stepwell.delivery.teacher import teacher_from_module
+from stepwell.options import GridOptions
 from stepwell.pruning.families import find_groups
 from stepwell.pruning.prove import difference
 from stepwell.pruning.skeleton import build_skeleton, fill, leading_units, sort_units

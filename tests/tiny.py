@@ -8,12 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 
 import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from stepwell.losses.distillation import Distillation, make_distillation
+from stepwell.losses.output import Output, Target, TrainingImages
+from stepwell.options import LossOptions
 from stepwell.training.batches import Batch, EvalBatches, InputSpec, TrainBatches
 
 CPU = torch.device("cpu")
@@ -77,6 +81,22 @@ def random_batches(
     ]
 
 
+def distillation(options: LossOptions) -> Distillation:
+    """A loss whose parts look at no shapes when it is made, as AMD's own."""
+    example = Output(torch.zeros(1, 2), [torch.zeros(1, 1, 1)], torch.zeros(1, 1))
+    return make_distillation(options, example, example, TrainingImages(None, 1), projected=False, seed=0)
+
+
+def output(logits: Tensor, states: Sequence[Tensor]) -> Output:
+    """Of a model whose classifier reads nothing of interest."""
+    return Output(logits, states, logits)
+
+
+def amd_loss(student: Output, teacher: Output, labels: Tensor, options: LossOptions) -> dict[str, Tensor]:
+    """The loss of one batch."""
+    return distillation(options)(student, teacher, Target(labels, torch.arange(len(labels)), 0.0))
+
+
 class FixedEval(EvalBatches):
     """Hands out the batches it was given, in order."""
 
@@ -95,6 +115,8 @@ class FixedTrain(TrainBatches):
 
     def __init__(self, batches: Sequence[Batch]) -> None:
         self._fixed = list(batches)
+        self.labels = torch.cat([batch.labels for batch in batches])
+        self.spec = replace(SPEC, size=tuple(batches[0].images.shape[2:]))
         self.batch_size = len(self._fixed[0].labels)
         self.steps_per_epoch = len(self._fixed)
         self.epochs_begun: list[int] = []

@@ -20,19 +20,15 @@ from typing import Annotated, Any
 import tyro
 from pydantic import TypeAdapter, ValidationError
 
-from stepwell.config import (
-    FLAGS,
-    POSITIONAL,
-    PRESETS,
-    CompressConfig,
-    Options,
-    TrainConfig,
-    make_config,
-    read_yaml,
-)
+from stepwell.config import POSITIONAL, CompressConfig, TrainConfig, implied, make_config, read_yaml
 from stepwell.config_tools import DemoConfig, ExportConfig, InspectConfig, PredictConfig
 from stepwell.errors import ConfigError, StepwellError, did_you_mean
+from stepwell.options import FLAGS, Options
+from stepwell.own_code import is_own_code
 from stepwell.version import __version__
+
+PAIRS = ("--model-args", "--student-args", "--logit-args", "--feature-args")
+"""Options that take name=value pairs."""
 
 COMMANDS: dict[str, tuple[type[Options], str]] = {
     "train": (TrainConfig, "get a teacher: fine-tune a timm model on a folder of images"),
@@ -132,7 +128,7 @@ def _split_pairs(argv: Sequence[str]) -> list[str]:
     in_pairs = False
     for word in argv:
         if word.startswith("--"):
-            in_pairs = word in ("--model-args", "--student-args")
+            in_pairs = word in PAIRS
             words.append(word)
         elif in_pairs:
             name, equals, value = word.partition("=")
@@ -152,9 +148,17 @@ def _defaults(kind: type[Options], words: Sequence[str]) -> dict[str, Any]:
             if name not in kind.model_fields:
                 field = next((f for f, flag in FLAGS.items() if flag == name), str(name))
                 raise ConfigError(f"{file}: unknown key {name!r}{did_you_mean(field, kind.model_fields)}")
+            flag = f"--{FLAGS.get(name, name)}".replace("_", "-")
+            if is_own_code(value) and _value_of(flag, words) is None:
+                raise ConfigError(
+                    f"{file}: {name}: {value} would run code, which a config file cannot ask for; "
+                    f"if you trust that file, pass {flag} {value} on the command line"
+                )
             values[name] = _value(name, value, kind, file)
-    preset = _value_of("--preset", words) or values.get("preset", "default")
-    return {**PRESETS.get(str(preset), {}), **values}
+    for name in ("preset", "logit_loss", "feature_loss"):
+        if (word := _value_of(f"--{name.replace('_', '-')}", words)) is not None:
+            values[name] = word
+    return {**implied(values), **values}
 
 
 def _value(name: str, value: object, kind: type[Options], file: str) -> object:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from stepwell.config import Count, Fraction, Options, Positive, Seed
+from stepwell.options import Count, Fraction, Options, Positive, Seed
 
 
 class DemoConfig(Options):

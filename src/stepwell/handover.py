@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Literal
 
@@ -12,64 +10,44 @@ from torch import Tensor, nn
 
 from stepwell.delivery.archive import CARD, Card
 from stepwell.delivery.hardware import hardware
-from stepwell.delivery.measure import Scores, mcnemar
+from stepwell.delivery.measure import Scores, evaluate, mcnemar
 from stepwell.delivery.report import TestPredictions, write_report
 from stepwell.delivery.result import (
-    CandidateResult,
     Cost,
     DataResult,
     History,
     Latency,
     ModelResult,
     Result,
-    SelectionResult,
+    TriedResult,
 )
+from stepwell.descent import Finished, Rung
 from stepwell.setting import Setting
 from stepwell.stages.deliver import Measured, deliver, measure
-from stepwell.stages.plan import Costs, Epochs
+from stepwell.stages.judge import resolve_metric
 from stepwell.stages.select import performance
 from stepwell.training.data import TEST_BY_HASH
-from stepwell.training.loop import Trained
 from stepwell.training.progress import say
 from stepwell.training.run_dir import StageResult, write_atomically
 from stepwell.version import __version__
-
-
-class Selected(StageResult):
-    """What the select stage hands on: the candidates' figures, and which is the assistant."""
-
-    index: int
-    candidates: list[CandidateResult]
-    selection: SelectionResult
-
-
-@dataclass(frozen=True)
-class Descent:
-    """The models that a path ends with, and how it came to them."""
-
-    assistant: nn.Module
-    student: nn.Module
-    control: nn.Module | None
-    selected: Selected
-    costs: Costs
-    epochs: Epochs
-    trainings: Mapping[str, Trained]
 
 
 class Delivered(StageResult):
     """Figures of all models; `tensors` hold their probabilities on the test images, by role."""
 
     teacher: ModelResult
-    assistant: ModelResult
+    assistants: list[ModelResult]
     student: ModelResult
     control: ModelResult | None
+    tried: list[TriedResult]
 
 
-def hand_over(s: Setting, descent: Descent) -> Result:
+def hand_over(s: Setting, descent: Finished) -> Result:
     """Measure all models, hand out the better of student and control, and write every file of the run."""
     delivered = s.run.stage("deliver", Delivered, lambda: _measure_all(s, descent))
-    handed_out = better_on_selection(delivered, descent.selected.selection.metric)
-    model = descent.control if handed_out == "control" else descent.student
+    metric = resolve_metric(s.config.metric, len(s.data.selection))
+    handed_out = better_on_selection(delivered, metric)
+    model = descent.control if handed_out == "control" else descent.student.model
     assert model is not None
     file = s.run.path / "result.json"
     folder = s.run.path / "student"
@@ -104,14 +82,19 @@ def better_on_selection(
     return "control" if control > student else "student"
 
 
-def _measure_all(s: Setting, descent: Descent) -> Delivered:
-    rung = descent.selected.candidates[0]
-    assistant_widths = descent.selected.candidates[descent.selected.index].widths
-    student_card, pick = s.student_card(rung.widths), descent.selected.selection.pick
+def _measure_all(s: Setting, descent: Finished) -> Delivered:
+    rung = descent.student.candidate
+    assert rung is not None
+    student_card = s.student_card(rung.widths)
+    assistants = [
+        (f"assistant {number}", a.model, s.card(a.candidate.widths), a.candidate.keep_ratio)
+        for number, a in enumerate(descent.assistants, 1)
+        if a.candidate is not None
+    ]
     roles: list[tuple[str, nn.Module | None, Card, float]] = [
         ("teacher", s.model, s.card({}), 1.0),
-        ("assistant", descent.assistant, s.card(assistant_widths), pick),
-        ("student", descent.student, student_card, rung.keep_ratio),
+        *assistants,
+        ("student", descent.student.model, student_card, rung.keep_ratio),
         ("control", descent.control, student_card, rung.keep_ratio),
     ]
     measured: dict[str, Measured] = {
@@ -131,20 +114,39 @@ def _measure_all(s: Setting, descent: Descent) -> Delivered:
     results = {role: m.result for role, m in measured.items()}
     return Delivered(
         teacher=results["teacher"],
-        assistant=results["assistant"],
+        assistants=[results[role] for role, *_ in assistants],
         student=results["student"],
         control=results.get("control"),
+        tried=[try_out(s, assistant, student) for assistant, student in descent.tried],
         tensors={role: m.test.probabilities for role, m in measured.items()}
         | {"labels": measured["teacher"].test.labels},
     )
 
 
-def _student_card(s: Setting, descent: Descent, figures: ModelResult) -> Card:
+def try_out(s: Setting, assistant: Rung, student: Rung) -> TriedResult:
+    """Figures of a student that came by way of `assistant`."""
+    assert assistant.candidate is not None
+    name = f"by way of {assistant.candidate.keep_ratio:g}"
+    selection = evaluate(student.model, s.selection, f"{name}: selection images")
+    test = evaluate(student.model, s.test, f"{name}: test images")
+    return TriedResult(
+        keep_ratio=assistant.candidate.keep_ratio,
+        scale=assistant.scale,
+        selection_top1=selection.top1,
+        selection_log_likelihood=selection.log_likelihood,
+        top1=test.top1,
+        log_likelihood=test.log_likelihood,
+    )
+
+
+def _student_card(s: Setting, descent: Finished, figures: ModelResult) -> Card:
+    rung = descent.student.candidate
+    assert rung is not None
     return s.student_card(
-        descent.selected.candidates[0].widths,
+        rung.widths,
         stepwell=__version__,
         torch=torch.__version__,
-        keep_ratio=descent.selected.candidates[0].keep_ratio,
+        keep_ratio=rung.keep_ratio,
         top1=figures.top1,
         num_params=figures.num_params,
         macs=figures.macs,
@@ -154,8 +156,9 @@ def _student_card(s: Setting, descent: Descent, figures: ModelResult) -> Card:
 
 
 def _result(
-    s: Setting, descent: Descent, delivered: Delivered, handed_out: Literal["student", "control"]
+    s: Setting, descent: Finished, delivered: Delivered, handed_out: Literal["student", "control"]
 ) -> Result:
+    selected = descent.selected
     teacher = Scores(delivered.tensors["teacher"], delivered.tensors["labels"])
     student = Scores(delivered.tensors[handed_out], delivered.tensors["labels"])
     return Result(
@@ -164,19 +167,24 @@ def _result(
         hardware=hardware(s.device),
         teacher_name=s.teacher.name,
         student_name=s.foreign.name if s.foreign else None,
-        keep_ratio=descent.selected.candidates[0].keep_ratio,
+        path=s.config.path,
+        losses={"logits": s.config.logit_loss, "features": s.config.feature_loss},
+        keep_ratio=delivered.student.keep_ratio,
         data=_data_result(s),
         teacher=delivered.teacher,
-        assistant=delivered.assistant,
+        higher_assistants=delivered.assistants[:-1],
+        assistant=delivered.assistants[-1] if delivered.assistants else None,
         student=delivered.student,
         control=delivered.control,
         handed_out=handed_out,
-        candidates=descent.selected.candidates,
-        selection=descent.selected.selection,
+        candidates=selected.candidates if selected else [],
+        selection=selected.selection if selected else None,
+        tried=delivered.tried,
         group_sizes={group.name: group.num_units for group in s.groups},
         group_kinds={group.name: group.kind for group in s.groups},
         teacher_vs_student=mcnemar(teacher, student),
         cost_vs_single_step=_cost(s, descent),
+        teacher_passes=dict(descent.bill),
         seconds=dict(s.run.seconds),
         images_per_second={name: t.images_per_second for name, t in descent.trainings.items()},
         epochs={name: t.epochs for name, t in descent.trainings.items()},
@@ -187,16 +195,15 @@ def _result(
     )
 
 
-def _cost(s: Setting, descent: Descent) -> Cost:
+def _cost(s: Setting, descent: Finished) -> Cost:
     """Measured against the control's seconds where one was trained, else from operation counts."""
     control = descent.trainings.get("control")
     if control is None:
-        index = descent.selected.index
-        return Cost(value=descent.costs.vs_single_step(descent.epochs, index), predicted=True)
+        return Cost(value=sum(descent.bill.values()) / descent.single_step, predicted=True)
     seconds = s.run.seconds
-    run = sum(seconds[name] for name in ("score", "joint", "select", "distill"))
-    single_step = seconds["control"] * descent.epochs.distill / control.epochs
-    return Cost(value=run / single_step, predicted=False)
+    run = sum(seconds[stage] for stage in descent.bill if stage in seconds)
+    last = [trained for stage, trained in descent.trainings.items() if stage != "control"][-1]
+    return Cost(value=run / (seconds["control"] * last.epochs / control.epochs), predicted=False)
 
 
 def _teacher_is_ours(s: Setting) -> bool:
@@ -229,7 +236,7 @@ def _notes(s: Setting, delivered: Delivered) -> list[str]:
             f"The student is a {s.foreign.name}, no slice of the teacher; the smallest rung of the ladder is "
             f"not it."
         )
-    if delivered.control is None:
+    if delivered.control is None and delivered.assistants:
         notes.append(
             "No control was trained: whether the assistant paid for itself is not known "
             "(--control equal_compute trains one)."
@@ -251,12 +258,12 @@ def _notes(s: Setting, delivered: Delivered) -> list[str]:
         )
     if s.data.num_bad_images:
         notes.append(f"{s.data.num_bad_images} images could not be decoded and were left out.")
-    if s.config.sampling == "sandwich":
+    if s.config.sampling == "sandwich" and s.config.path.startswith("amd"):
         notes.append(
             f"Joint training ran the smallest candidate and {s.config.num_random} random other(s) per step "
             "(sandwich sampling), not all of them as in the paper's Algorithm 1."
         )
-    if len(s.data.selection) < 200:
+    if len(s.data.selection) < 200 and s.config.path not in ("single-step", "takd", "dgkd"):
         notes.append(
             f"Only {len(s.data.selection)} selection images: the choice of the assistant is mostly noise."
         )

@@ -11,13 +11,14 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from stepwell.config import CompressConfig, TrainingOptions
+from stepwell.config import CompressConfig
 from stepwell.delivery.archive import Architecture, Card, example_images
 from stepwell.delivery.input import check_runs
 from stepwell.delivery.measure import count_macs, evaluate
 from stepwell.delivery.student import Foreign, build_student
 from stepwell.delivery.teacher import Teacher, placeholders
 from stepwell.errors import ConfigError, DataError, UnsupportedModelError
+from stepwell.options import NEED_LABELS, NEED_STATES, TrainingOptions
 from stepwell.pruning.families import find_groups
 from stepwell.pruning.generic import propose
 from stepwell.pruning.prove import proven
@@ -182,6 +183,10 @@ def prepare(
             f"{data.source} has no class folders, so there are no labels to learn: pass --task-weight 0 "
             f"to learn from the teacher alone, or sort the images into train/CLASS/"
         )
+    losses = {"--logit-loss": config.logit_weight, "--feature-loss": config.feature_weight}
+    for (option, weight), name in zip(losses.items(), (config.logit_loss, config.feature_loss), strict=True):
+        if not data.labelled and weight and name in NEED_LABELS:
+            raise ConfigError(f"{option} {name} needs labels, and {data.source} has no class folders")
     foreign = None
     if config.student is not None:
         like = teacher.model if config.student_init == "teacher" else None
@@ -200,6 +205,8 @@ def prepare(
     setting = Setting(config, run, teacher, groups, foreign, data, classes, set_up_torch(config))
     # An impossible layer, or nothing to learn from, is an error now, not after scoring.
     nothing = teacher.name if not setting.blocks else foreign.name if foreign and not foreign.blocks else None
+    if config.feature_loss not in NEED_STATES:
+        nothing = None
     if nothing and not config.task_weight and not config.logit_weight:
         raise ConfigError(
             f"{nothing} has no hidden states that can be compared, so --feature-weight alone teaches "

@@ -24,7 +24,7 @@ from stepwell.stages.grid import keep_ratios, make_grid
 from stepwell.stages.joint import JointStep
 from stepwell.stages.score import score
 from stepwell.training.loop import fit
-from tiny import FixedEval, FixedTrain, no_autocast, random_batches, tiny_vit
+from tiny import FixedEval, FixedTrain, distillation, no_autocast, random_batches, tiny_vit
 
 FOLDER = Path(__file__).parent
 TOLERANCE = 1e-4  # relative; sums are ordered in another way on another processor
@@ -39,8 +39,8 @@ class Recorded:
         self.step = step
         self.losses: dict[str, list[float]] = {}
 
-    def __call__(self, batch, number):
-        losses = self.step(batch, number)
+    def __call__(self, batch, number, progress):
+        losses = self.step(batch, number, progress)
         for name, value in losses.items():
             self.losses.setdefault(name, []).append(float(value))
         return losses
@@ -75,7 +75,8 @@ def joint(sampling: str):
     """Losses, and the store that nothing changes afterwards: models are taken out of it as copies."""
     options = config(sampling=sampling)
     model, shared = ladder(options)
-    step = JointStep(model, shared, BLOCKS, options, options, options.seed, no_autocast())
+    losses = [distillation(options) for _ in shared.candidates]
+    step = JointStep(model, shared, BLOCKS, losses, options, options.seed, no_autocast())
     return train("joint", step, shared.parameters, options), shared
 
 
@@ -102,7 +103,8 @@ def test_distill(golden):
     options = config(schedule="linear", temperature=2.0)
     _, shared = joint("sandwich")
     assistant, student = shared.extract(1).eval(), shared.extract(0).train()
-    step = DistillStep(WithStates(assistant, BLOCKS), WithStates(student, BLOCKS), options, no_autocast())
+    models = [WithStates(model, BLOCKS) for model in (assistant, student)]
+    step = DistillStep(models[:1], models[1], [distillation(options)], no_autocast())
     losses = train("distill", step, dict(student.named_parameters()), options)
     assert len(losses["loss"]) == NUM_STEPS
     golden("distill", losses)

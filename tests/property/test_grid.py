@@ -6,7 +6,7 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stepwell.config import GridOptions
+from stepwell.options import GridOptions
 from stepwell.pruning.units import Group
 from stepwell.stages.grid import keep_ratios, kept_counts, make_grid
 

@@ -31,7 +31,7 @@ PUBLIC = {"Compressed", "StepwellError", "__version__", "compress", "load"}
 TRAINING = {
     "--augment", "--batch-size", "--clip-norm", "--data", "--data-root", "--device", "--epochs",
     "--image-size", "--lr",
-    "--minutes", "--model-args", "--out", "--precision", "--schedule", "--seed", "--selection-data",
+    "--minutes", "--model-args", "--optimizer", "--out", "--precision", "--schedule", "--seed", "--selection-data",
     "--skip-bad-images", "--threads", "--warmup", "--weight-decay", "--workers", "--config",
 }  # fmt: skip
 COMPRESS = TRAINING | {
@@ -41,6 +41,8 @@ COMPRESS = TRAINING | {
     "--sampling", "--score-images", "--score-reduction", "--task-weight", "--teacher", "--teacher-weights",
     "--temperature", "--macs", "--params", "--latency-ms", "--importance",
     "--student", "--student-args", "--student-init",
+    "--path", "--assistants", "--num-assistants", "--drop", "--logit-loss", "--feature-loss", "--logit-args",
+    "--feature-args", "--loss-warmup", "--first-epochs",
 }  # fmt: skip
 FLAGS = {
     "train": TRAINING | {"--label-smoothing", "--model", "--pretrained", "--weights"},

@@ -110,7 +110,12 @@ def make_result(
         "created": CREATED,
         "hardware": {"machine": "x86_64, 2 cores, AMD EPYC 7B13", "device": "cpu", "torch": "2.11.0"},
         "teacher_name": "vit_small_patch4_32",
+        "path": "amd",
+        "losses": {"logits": "kd", "features": "states"},
         "keep_ratio": 0.1,
+        "higher_assistants": [],
+        "tried": [],
+        "teacher_passes": {"score": 6144.0, "joint": 3.9e6, "select": 2.4e4, "distill": 8.1e5},
         "data": {
             "source": "data/cifar10", "classes": classes, "num_train": 45_000, "num_selection": 5000,
             "num_test": num_test, "test_from": "test/",

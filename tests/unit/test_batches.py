@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from timm.data.transforms_factory import create_transform
 
-from stepwell.config import DataOptions
 from stepwell.errors import DataError
+from stepwell.options import DataOptions
 from stepwell.training import batches
 from stepwell.training.batches import EvalBatches, InputSpec, TrainBatches, eval_transform, normalise
 from stepwell.training.data import ImageSet

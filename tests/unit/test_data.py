@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stepwell.config import DataOptions
 from stepwell.errors import DataError
+from stepwell.options import DataOptions
 from stepwell.training import sources
 from stepwell.training.data import Data, resolve_data
 

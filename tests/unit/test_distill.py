@@ -5,13 +5,14 @@ import copy
 import pytest
 import torch
 
-from stepwell.config import CompressConfig, LossOptions
-from stepwell.losses.amd import Output, amd_loss
+from stepwell.config import CompressConfig
+from stepwell.losses.output import Output
+from stepwell.options import LossOptions
 from stepwell.pruning.families import find_groups
 from stepwell.pruning.skeleton import build_skeleton, fill, leading_units
 from stepwell.pruning.states import WithStates
 from stepwell.stages.distill import DistillStep, distill
-from tiny import FixedTrain, no_autocast, random_batches, tiny_vit
+from tiny import FixedTrain, amd_loss, distillation, no_autocast, random_batches, tiny_vit
 
 BLOCKS = ("blocks.0", "blocks.2")
 WIDTHS = {f"blocks.{i}.{kind}": width for i in range(3) for kind, width in (("attn", 2), ("mlp", 16))}
@@ -27,7 +28,7 @@ def run(teacher, student, **values):
     batches = FixedTrain(random_batches(5, 4))
     return distill(
         "distill",
-        teacher,
+        [teacher],
         student,
         BLOCKS,
         None,
@@ -43,7 +44,8 @@ def test_a_step_leaves_the_gradient_of_the_loss_in_the_student_alone():
     teacher, student = tiny_vit(torch.float64), small(tiny_vit(torch.float64, seed=3))
     (batch,) = random_batches(1, 4, torch.float64)
     options = LossOptions(task_weight=0.5, logit_weight=2.0, temperature=3.0)
-    step = DistillStep(WithStates(teacher, BLOCKS), WithStates(student, BLOCKS), options, no_autocast())
+    models = [WithStates(model, BLOCKS) for model in (teacher, student)]
+    step = DistillStep(models[:1], models[1], [distillation(options)], no_autocast())
     found = step(batch, 0)
 
     again = copy.deepcopy(student)

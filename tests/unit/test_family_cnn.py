@@ -28,11 +28,11 @@ from torchvision.models import regnet as torchvision_regnet
 from torchvision.models import resnet as torchvision_resnet
 from torchvision.ops.misc import FrozenBatchNorm2d
 
-from stepwell.config import GridOptions
 from stepwell.delivery.archive import Architecture, Card, narrow_and_load, save_model
 from stepwell.delivery.export import export_onnx
 from stepwell.delivery.measure import count_macs, num_params
 from stepwell.errors import UnsupportedModelError
+from stepwell.options import GridOptions
 from stepwell.pruning.constant import ConstantConv
 from stepwell.pruning.families import find_groups
 from stepwell.pruning.filters import filter_groups

@@ -14,10 +14,10 @@ from torch import nn
 from torchvision.models import swin_t, swin_v2_t
 from torchvision.models import swin_transformer as tv
 
-from stepwell.config import GridOptions
 from stepwell.delivery.archive import Architecture, Card, narrow_and_load, save_model
 from stepwell.delivery.export import export_onnx
 from stepwell.delivery.measure import count_macs, num_params
+from stepwell.options import GridOptions
 from stepwell.pruning.families import find_groups
 from stepwell.pruning.shared import SharedWeights
 from stepwell.pruning.skeleton import build_skeleton, fill

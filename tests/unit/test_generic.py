@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from blocks import check_sliced_equals_masked, shaken
-from stepwell.config import GridOptions
 from stepwell.delivery import archive
 from stepwell.delivery.archive import Architecture, Card, load, save_model
 from stepwell.delivery.export import export_onnx
 from stepwell.delivery.measure import num_params
 from stepwell.errors import ModelError, UnsupportedModelError
+from stepwell.options import GridOptions
 from stepwell.pruning import generic
 from stepwell.pruning.generic import propose
 from stepwell.pruning.prove import proven

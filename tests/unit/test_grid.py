@@ -5,9 +5,10 @@ import pytest
 import timm
 import torch
 
-from stepwell.config import GridOptions, make_config
+from stepwell.config import make_config
 from stepwell.delivery.measure import count_macs, num_params
 from stepwell.errors import ConfigError
+from stepwell.options import GridOptions
 from stepwell.pruning.families import find_groups
 from stepwell.pruning.skeleton import build_skeleton
 from stepwell.pruning.units import Group

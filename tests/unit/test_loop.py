@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from stepwell.config import TrainingOptions
 from stepwell.errors import DivergedError
+from stepwell.options import TrainingOptions
 from stepwell.pruning.families import find_groups
 from stepwell.pruning.shared import SharedWeights
 from stepwell.pruning.units import Candidate
@@ -53,7 +53,7 @@ class Pull:
         self.path: list[list[float]] = []
         self.batches: list[int] = []
 
-    def __call__(self, batch, number):
+    def __call__(self, batch, number, progress):
         self.path.append([float(p.detach().flatten()[0]) for p in self.parameters])
         self.batches.append(int(batch.indices[0]))
         for parameter in self.parameters:
@@ -191,7 +191,7 @@ def test_the_result_holds_the_parameters_themselves():
 def test_the_norm_of_all_gradients_together_is_clipped(clip_norm, factor):
     first, second, idle = parameter(2), parameter(2, 1), parameter(3)
 
-    def step(batch, number):
+    def step(batch, number, progress):
         first.grad = torch.tensor([3.0, 4.0], dtype=torch.float64)
         second.grad = torch.tensor([[12.0], [0.0]], dtype=torch.float64)
         return {"loss": torch.tensor(1.0)}
@@ -232,7 +232,7 @@ def test_decay_shrinks_matrices_and_nothing_else():
     }
     parameters = {name: parameter(*shape, value=1.0) for name, shape in names.items()}
 
-    def step(batch, number):
+    def step(batch, number, progress):
         for p in parameters.values():
             p.grad = torch.zeros_like(p)
         return {"loss": torch.tensor(1.0)}
@@ -270,7 +270,7 @@ def test_every_tensor_of_a_store_is_in_the_right_group():
         for r, heads, neurons in ((0.1, 1, 8), (0.5, 2, 24))
     ]
     parameters = SharedWeights(model, find_groups(model), dict(model.named_parameters()), ladder).parameters
-    optimizer = make_optimizer(parameters, 0.1, 0.05, frozenset(model.no_weight_decay()))
+    optimizer = make_optimizer(parameters, 0.1, TrainingOptions(), frozenset(model.no_weight_decay()))
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert len(decay) == len(parameters)
     decayed = {name for name, p in parameters.items() if decay[id(p)] == 0.05}
@@ -285,7 +285,7 @@ def test_every_tensor_of_a_store_is_in_the_right_group():
 
 
 def test_a_model_of_vectors_only_can_be_trained():
-    optimizer = make_optimizer({"a.bias": parameter(3)}, 0.1, 0.05, frozenset())
+    optimizer = make_optimizer({"a.bias": parameter(3)}, 0.1, TrainingOptions(), frozenset())
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.0]
 
 
@@ -295,7 +295,7 @@ def test_a_parameter_without_a_gradient_is_left_alone(rests_in):
     rests, works = parameter(2, 2, value=1.0), parameter(2, 2, value=1.0)
     path = []
 
-    def step(batch, number):
+    def step(batch, number, progress):
         path.append(rests.detach().clone())
         works.grad = torch.ones_like(works)
         if number not in rests_in:
@@ -352,7 +352,7 @@ def test_a_diverged_loss_names_stage_and_step(bad, first_bad, num_steps, message
 def test_a_part_of_the_loss_that_diverges_is_named():
     weight = parameter(1)
 
-    def step(batch, number):
+    def step(batch, number, progress):
         weight.grad = torch.ones_like(weight)
         return {"logit": torch.tensor(math.nan), "loss": torch.tensor(1.0)}
 

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from stepwell.config import LossOptions, make_config
+from stepwell.config import make_config
 from stepwell.errors import ConfigError
-from stepwell.losses.amd import Output, amd_loss
 from stepwell.losses.feature import state_loss
 from stepwell.losses.logit import kd_loss
+from stepwell.options import LossOptions
 from stepwell.pruning.states import chosen_layers
+from tiny import amd_loss, output
 
 SIZES = [(1, 2), (3, 5), (8, 100)]
 TEMPERATURES = [0.5, 1.0, 2.0, 4.0]
@@ -182,8 +183,8 @@ def test_amd_loss_is_the_weighted_sum_of_its_three_terms(batch, classes, tempera
         task_weight=0.3, logit_weight=0.7, feature_weight=0.05, temperature=temperature, feature_scale=scale
     )
     losses = amd_loss(
-        Output(tensors([student])[0], tensors(student_states)),
-        Output(tensors([teacher])[0], tensors(teacher_states)),
+        output(tensors([student])[0], tensors(student_states)),
+        output(tensors([teacher])[0], tensors(teacher_states)),
         torch.from_numpy(labels),
         options,
     )
@@ -204,8 +205,8 @@ def test_amd_loss_is_the_weighted_sum_of_its_three_terms(batch, classes, tempera
 def test_by_default_every_term_has_weight_1():
     rng = np.random.default_rng(0)
     student, teacher = (
-        Output(tensors([logits(rng, 3, 4)])[0], tensors(states(rng, 2))),
-        Output(tensors([logits(rng, 3, 4)])[0], tensors(states(rng, 2))),
+        output(tensors([logits(rng, 3, 4)])[0], tensors(states(rng, 2))),
+        output(tensors([logits(rng, 3, 4)])[0], tensors(states(rng, 2))),
     )
     losses = {
         k: float(v) for k, v in amd_loss(student, teacher, torch.tensor([0, 1, 3]), LossOptions()).items()
@@ -217,8 +218,8 @@ def test_by_default_every_term_has_weight_1():
 def test_a_weight_of_0_leaves_its_term_out_even_where_it_would_be_nan(left_out):
     good = torch.tensor([[1.0, 2.0, 3.0]])
     bad = torch.full((1, 3), math.nan)
-    student = Output(good, [torch.ones(1, 1, 3)])
-    teacher = Output(
+    student = output(good, [torch.ones(1, 1, 3)])
+    teacher = output(
         bad if left_out == "logit" else -good, [bad[None] if left_out == "feature" else good[None]]
     )
     # -100 is the label that cross-entropy ignores; alone, its mean over nothing is NaN.
@@ -232,8 +233,8 @@ def test_a_weight_of_0_leaves_its_term_out_even_where_it_would_be_nan(left_out):
 
 def test_the_gradient_at_equality_is_that_of_the_labels_alone():
     rng = np.random.default_rng(0)
-    teacher = Output(tensors([logits(rng, 4, 5)])[0], tensors(states(rng, 2)))
-    student = Output(
+    teacher = output(tensors([logits(rng, 4, 5)])[0], tensors(states(rng, 2)))
+    student = output(
         teacher.logits.clone().requires_grad_(), [s.clone().requires_grad_() for s in teacher.states]
     )
     labels = torch.tensor([0, 1, 2, 3])

@@ -15,7 +15,6 @@ from tests.blocks import check_sliced_equals_masked, masked, shaken, whole
 from torch import nn
 
 import stepwell
-from stepwell.config import GridOptions
 from stepwell.delivery.archive import Architecture, Card, check_fit, narrow_and_load, save_model
 from stepwell.delivery.export import export_onnx
 from stepwell.delivery.input import input_spec
@@ -30,6 +29,7 @@ from stepwell.models.cifar_nets import (
     PreActBlock,
     SubsampleShortcut,
 )
+from stepwell.options import GridOptions
 from stepwell.pruning.families import find_groups
 from stepwell.pruning.shared import SharedWeights
 from stepwell.pruning.skeleton import build_skeleton, fill
@@ -300,8 +300,8 @@ def test_the_states_of_residual_blocks_can_be_compared_at_any_width():
     for name in RESIDUAL:
         model = shaken(MODELS[name])
         blocks = [g.block for g in find_groups(model)]
-        _, expected = WithStates(model, blocks)(images())
-        _, found = WithStates(extracted(model, small_widths(name)), blocks)(images())
+        _, expected, _ = WithStates(model, blocks)(images())
+        _, found, _ = WithStates(extracted(model, small_widths(name)), blocks)(images())
         assert [s.shape for s in found] == [s.shape for s in expected]
 
 

@@ -6,62 +6,98 @@ pass of the teacher costs 1 per image, a backward pass twice its forward.
 
 import pytest
 
-from stepwell.config import JointOptions
+from stepwell.config import CompressConfig, make_config
 from stepwell.stages.joint import scales_per_step
-from stepwell.stages.plan import Costs, Epochs, epochs_in
+from stepwell.stages.plan import Costs, Epochs, epochs_in, expected_bill
 
 SCALES = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
-ASSISTANT = 4
+ONCE = Epochs(joint=1, distill=1)
 
 
-def costs(options: JointOptions, num_train: int = 1, num_scored: int = 0, num_selection: int = 0) -> Costs:
-    return Costs(SCALES, SCALES[0], scales_per_step(SCALES, options), num_train, num_scored, num_selection)
+def costs(config: CompressConfig, scales=SCALES, num_scored: int = 0, num_selection: int = 0) -> Costs:
+    per_step = scales_per_step(scales, config)
+    return Costs(scales, scales[0], per_step, 1, num_scored, num_selection, config.views)
 
 
-def test_all_candidates_in_every_step():
-    found = costs(JointOptions(sampling="all"))
-    assert found.joint_epoch == pytest.approx(14.5)  # 1 + 3 * 4.5
-    assert found.distill_epoch(ASSISTANT) == pytest.approx(0.8)  # 0.5 + 3 * 0.1
-    assert found.single_step_epoch == pytest.approx(1.3)  # 1 + 3 * 0.1
-    once = Epochs(joint=1, distill=1)
-    assert found.total(once, ASSISTANT) == pytest.approx(15.3)
-    assert round(found.vs_single_step(once, ASSISTANT), 1) == 11.8
-    assert found.equal_compute_epochs(once, ASSISTANT) == pytest.approx(15.3 / 1.3)
+def relative(epochs: Epochs = ONCE, scales=SCALES, **options) -> float:
+    """Cost of a whole path in single steps."""
+    config = make_config(CompressConfig, options)
+    found = costs(config, scales)
+    return sum(expected_bill(config, found, epochs).values()) / found.single_step(epochs.distill)
 
 
-# The student and k of the eight others, whose mean scale is 0.55.
+# The table of METHODS E.
 @pytest.mark.parametrize(
-    ("num_random", "joint", "ratio"), [(1, 2.95, 2.9), (2, 4.6, 4.2), (3, 6.25, 5.4), (8, 14.5, 11.8)]
+    ("ratio", "options"),
+    [
+        (1.0, {"path": "single-step"}),
+        (11.8, {"path": "amd", "sampling": "all"}),
+        (2.9, {"path": "amd", "sampling": "sandwich", "num_random": 1}),
+        (4.2, {"path": "amd", "sampling": "sandwich", "num_random": 2}),
+        (5.4, {"path": "amd", "sampling": "sandwich", "num_random": 3}),
+        (17.9, {"path": "mmd-os"}),
+    ],
 )
-def test_sandwich(num_random, joint, ratio):
-    found = costs(JointOptions(sampling="sandwich", num_random=num_random))
-    assert found.joint_epoch == pytest.approx(joint)
-    assert round(found.vs_single_step(Epochs(joint=1, distill=1), ASSISTANT), 1) == ratio
+def test_paths_cost_what_the_methods_table_says(ratio, options):
+    assert relative(**options) == pytest.approx(ratio, abs=0.05)
 
 
-# The table's last row: all candidates, but the joint stage has only a share of the epochs.
+def test_mmd_trains_an_assistant_and_a_student_for_every_candidate():
+    # sum over 0.2 ... 0.9 of (1 + 3 s) + (s + 0.3), s summing to 4.4.
+    assert relative(path="mmd") == pytest.approx((8 + 3 * 4.4 + 4.4 + 8 * 0.3) / 1.3)
+
+
+def test_amd_by_hand_trains_a_student_for_every_candidate():
+    joint = 1 + 3 * 4.5
+    assert relative(path="amd-manual", sampling="all") == pytest.approx((joint + 4.4 + 8 * 0.3) / 1.3)
+
+
+@pytest.mark.parametrize(
+    ("path", "drop", "passes"),
+    [
+        # 1 -> 0.6 -> 0.3 -> 0.1
+        ("takd", 1, (1 + 1.8) + (0.6 + 0.9) + (0.3 + 0.3)),
+        ("dgkd", 0, (1 + 1.8) + (1.6 + 0.9) + (1.9 + 0.3)),
+        # One of two, of three: the mean of what is left.
+        ("dgkd", 1, (1 + 1.8) + (0.8 + 0.9) + (1.9 * 2 / 3 + 0.3)),
+    ],
+)
+def test_chains(path, drop, passes):
+    assert relative(path=path, drop=drop, scales=[0.1, 0.3, 0.6]) == pytest.approx(passes / 1.3)
+
+
+# The last row of the table: all candidates, but the joint stage has only a share of the epochs.
 @pytest.mark.parametrize(("share", "ratio"), [(0.1, 1.7), (0.142, 2.2), (0.2, 2.8), (0.25, 3.4), (0.5, 6.2)])
 def test_a_shorter_joint_stage(share, ratio):
-    found = costs(JointOptions(sampling="all"), num_train=50_000)
-    assert round(found.vs_single_step(Epochs(joint=30 * share, distill=30), ASSISTANT), 1) == ratio
+    found = relative(Epochs(joint=30 * share, distill=30), sampling="all")
+    assert found == pytest.approx(ratio, abs=0.05)
 
 
 def test_a_whole_run_with_scoring_and_judging():
-    found = costs(JointOptions(sampling="all"), num_train=1000, num_scored=200, num_selection=100)
-    # 3 * 200 to score, (1 + 4.5) * 100 to judge, 2 * 14500 joint, 10 * 800 of distillation.
-    expected = 600 + 550 + 29_000 + 8_000
-    epochs = Epochs(joint=2, distill=10)
-    assert found.total(epochs, ASSISTANT) == pytest.approx(expected)
-    assert found.vs_single_step(epochs, ASSISTANT) == pytest.approx(expected / 13_000)
-    assert found.equal_compute_epochs(epochs, ASSISTANT) == pytest.approx(expected / 1300)
+    config = make_config(CompressConfig, {"sampling": "all"})
+    found = costs(config, num_scored=200, num_selection=100)
+    bill = expected_bill(config, found, Epochs(joint=2, distill=10))
+    assert bill == pytest.approx(
+        {"score": 600, "joint": 2 * 14.5, "select": 100 * 5.5, "distill": 10 * 0.8, "more assistants": 0}
+    )
+
+
+def test_a_loss_with_four_views_costs_four_times_and_its_first_training_too():
+    plain, views = relative(path="single-step"), make_config(CompressConfig, {"feature_loss": "sskd"})
+    found = costs(views)
+    assert found.single_step(1) == pytest.approx(4 * 1.3)
+    bill = expected_bill(
+        make_config(CompressConfig, {"feature_loss": "sskd", "path": "single-step"}), found, ONCE
+    )
+    assert bill["distill"] == pytest.approx(1.25 * 4 * 1.3 * plain)
 
 
 def test_a_control_of_equal_compute_costs_what_the_run_costs():
-    found = costs(JointOptions(), num_train=640, num_scored=64, num_selection=32)
-    epochs = Epochs(joint=3, distill=5)
-    control = found.equal_compute_epochs(epochs, 2)
-    assert control * found.single_step_epoch == pytest.approx(found.total(epochs, 2))
-    assert control > epochs.distill
+    found = costs(make_config(CompressConfig, {}), num_scored=64, num_selection=32)
+    bill = {"score": found.scoring, "joint": found.joint(3), "distill": found.step_down(5, 0.1, 0.5)}
+    control = found.equal_compute_epochs(bill)
+    assert found.single_step(control) == pytest.approx(sum(bill.values()))
+    assert control > 5
 
 
 def test_minutes_become_epochs():

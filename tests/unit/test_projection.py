@@ -44,7 +44,7 @@ def run_distill(student, teacher, blocks, student_blocks):
     config = make_config(CompressConfig, {"epochs": 1, "batch_size": 4, "lr": 1e-3})
     return distill(
         "distill",
-        teacher.requires_grad_(False),
+        [teacher.requires_grad_(False)],
         student,
         blocks,
         student_blocks,

@@ -247,11 +247,38 @@ def test_stages_without_history_or_speed_are_left_out(write):
         write(make_result(histories={"joint": history, "distill": one}, images_per_second={}, seconds={}))
     )
     assert "Train all candidates together" not in page.text
-    assert "Distil assistant to student" in page.text
+    assert "Distil the student" in page.text
     assert 'id="losses"' not in write(make_result(histories={}))
 
 
 @pytest.mark.usefixtures("no_figures")
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("single-step", "The teacher taught the small model itself, without an assistant."),
+        ("takd", "by way of 2 given assistants, each taught by the one above it"),
+        ("mmd", "each taught a student of its own, of which the best was kept"),
+    ],
+)
+def test_paths_that_choose_no_assistant_by_rule(write, no_figures, path, said):
+    tried = {"keep_ratio": 0.4, "scale": 0.42, "selection_top1": 81.5, "selection_log_likelihood": -0.7}
+    page = Page(
+        write(
+            make_result(
+                path=path,
+                assistant=None if path == "single-step" else make_model(87.65, 0.224, 0.2),
+                higher_assistants=[make_model(90.0, 0.5, 0.5)] if path == "takd" else [],
+                selection=None,
+                candidates=[],
+                tried=[{**tried, "top1": 80.25, "log_likelihood": -0.71}] if path == "mmd" else [],
+            )
+        )
+    )
+    assert said in page.text
+    assert "Why this assistant" not in page.text
+    assert ("by way of each assistant" in page.text) == ("80.25" in page.text) == (path == "mmd")
+
+
 def test_groups_of_any_kind_are_shown(write):
     candidates = [
         c.model_dump() | {"widths": {"layer1.conv2": 7, "stem": 3}} for c in make_result().candidates

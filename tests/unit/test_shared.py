@@ -12,10 +12,11 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from stepwell.config import CompressConfig, JointOptions, LossOptions
+from stepwell.config import CompressConfig
 from stepwell.delivery.archive import Architecture, Card, load, save_model
 from stepwell.errors import ModelError, UnsupportedModelError
-from stepwell.losses.amd import Output, amd_loss
+from stepwell.losses.output import Output
+from stepwell.options import JointOptions, LossOptions
 from stepwell.pruning.constant import ConstantOutput
 from stepwell.pruning.families import find_groups
 from stepwell.pruning.shared import SharedWeights
@@ -30,11 +31,14 @@ from tiny import (
     SPEC,
     VARIANTS,
     FixedTrain,
+    amd_loss,
+    distillation,
     gates,
     group_of,
     group_sizes,
     keep_leading,
     no_autocast,
+    output,
     random_batches,
     random_images,
     tiny_vit,
@@ -100,7 +104,8 @@ def make_shared(model) -> SharedWeights:
 
 
 def joint_step(teacher, shared, options: JointOptions, loss: LossOptions | None = None) -> JointStep:
-    return JointStep(teacher, shared, BLOCKS, loss or LossOptions(), options, 0, no_autocast())
+    losses = [distillation(loss or LossOptions()) for _ in shared.candidates]
+    return JointStep(teacher, shared, BLOCKS, losses, options, 0, no_autocast())
 
 
 def run_with_states(model, images) -> Output:
@@ -115,7 +120,7 @@ def run_with_states(model, images) -> Output:
     finally:
         for handle in handles:
             handle.remove()
-    return Output(logits, [states[i] for i in LAYERS])
+    return output(logits, [states[i] for i in LAYERS])
 
 
 def increments_joined(tensors, name: str) -> torch.Tensor:
@@ -220,7 +225,7 @@ def test_states_are_those_of_the_blocks(variant):
     model = tiny_vit(torch.float64, **VARIANTS[variant])
     images = random_images(2, torch.float64)
     with torch.no_grad():
-        expected, (logits, states) = run_with_states(model, images), WithStates(model, BLOCKS)(images)
+        expected, (logits, states, _) = run_with_states(model, images), WithStates(model, BLOCKS)(images)
     assert torch.equal(logits, expected.logits)
     assert [torch.equal(a, b) for a, b in zip(states, expected.states, strict=True)] == [True, True]
     tokens = 4 + {"no-class-token": 0, "registers": 3}.get(variant, 1)
@@ -437,7 +442,7 @@ def test_a_store_takes_over_the_values_of_another():
     second.load({name: p.detach() for name, p in first.parameters.items()})
     for rung in range(len(LADDER)):
         assert torch.equal(first.extract(rung)(images), second.extract(rung)(images))
-    with pytest.raises(AssertionError, match="the store was saved for another grid"):
+    with pytest.raises(AssertionError, match="saved for another grid"):
         second.load({"head.bias": torch.zeros(5)})
 
 
@@ -562,11 +567,11 @@ def test_what_does_not_run_does_not_move():
                 assert same, f"{key} moved in step {number}"
                 rested += 1
 
-    def watched(batch, number):
+    def watched(batch, number, progress):
         if number:
             compare(number - 1)
         before.update({key: p.detach().clone() for key, p in shared.parameters.items()})
-        return step(batch, number)
+        return step(batch, number, progress)
 
     config = CompressConfig(warmup=0.0, weight_decay=0.1, lr=1e-3)
     fit(

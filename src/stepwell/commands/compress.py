@@ -9,14 +9,16 @@ from pathlib import Path
 
 from torch import nn
 
-from stepwell.config import FLAGS, CompressConfig, make_config
+from stepwell.config import CompressConfig, make_config
 from stepwell.delivery.archive import Factory, digest, load
 from stepwell.delivery.input import with_image_size
 from stepwell.delivery.result import Result
 from stepwell.delivery.table import result_table
 from stepwell.delivery.teacher import Teacher, load_factory, load_teacher, teacher_from_module
 from stepwell.errors import ConfigError
-from stepwell.paths import amd
+from stepwell.handover import hand_over
+from stepwell.options import FLAGS
+from stepwell.paths import descend
 from stepwell.setting import Setting, prepare
 from stepwell.training.data import Data, resolve_data
 from stepwell.training.run_dir import RunDir
@@ -113,7 +115,8 @@ def run(
         teacher = load_teacher(config.teacher, config.teacher_weights, config.model_args, len(data.classes))
     spec = with_image_size(teacher.spec, teacher.model, config.image_size)
     teacher = replace(teacher, spec=spec)
-    result = amd.descend(_setting(config, teacher, data, student))
+    setting = _setting(config, teacher, data, student)
+    result = hand_over(setting, descend(setting))
     if config.student is not None:
         return Compressed(result, config.out_dir, _factory(config.student, student))
     return Compressed(result, config.out_dir, _factory(config.teacher, module))

@@ -30,9 +30,9 @@ from stepwell.pruning.families import find_groups, names_by_family
 from stepwell.pruning.skeleton import build_skeleton
 from stepwell.pruning.units import Candidate, Group
 from stepwell.setting import few_images, find_device, groups_of_foreign
-from stepwell.stages.grid import keep_ratios, make_grid, uniform_scores
+from stepwell.stages.grid import make_grid, rungs_of_path, uniform_scores
 from stepwell.stages.joint import scales_per_step
-from stepwell.stages.plan import Costs, Epochs
+from stepwell.stages.plan import Costs, Epochs, expected_bill
 from stepwell.training.batches import InputSpec
 from stepwell.training.data import Data, resolve_data
 from stepwell.training.progress import progress
@@ -57,7 +57,7 @@ def run(config: CompressConfig) -> str:
     student = _student(config, model, spec)
     scores = uniform_scores(groups)
     met = student_widths(config, model, spec, groups, scores)
-    candidates = make_grid(groups, scores, keep_ratios(met.keep_ratio, config), config, met.widths)
+    candidates = make_grid(groups, scores, rungs_of_path(met.keep_ratio, config), config, met.widths)
     skeletons = []
     with progress("sizes of the candidates", len(candidates)) as advance:
         for candidate in candidates:
@@ -242,9 +242,10 @@ def _estimate(
         num_train,
         min(config.score_images, num_train),
         len(data.selection) if data else 100,
+        config.views,
     )
     epochs = Epochs(joint=config.joint_epochs or config.epochs, distill=config.epochs)
-    passes = costs.total(epochs, assistant=len(scales) // 2)
+    passes = sum(expected_bill(config, costs, epochs).values())
     if config.control != "none":
         passes *= 2
     seconds = passes * total / (EFFICIENCY * macs_per_second(device))

@@ -15,7 +15,7 @@ from stepwell.delivery.archive import ONNX, Factory
 from stepwell.delivery.export import export_onnx
 from stepwell.delivery.ladder import load_rung
 from stepwell.delivery.measure import measure_latency
-from stepwell.delivery.result import Latency, Result
+from stepwell.delivery.result import Latency, Result, SelectionResult
 from stepwell.delivery.table import render, result_table, short_number
 from stepwell.delivery.teacher import load_factory
 from stepwell.errors import ModelError
@@ -33,11 +33,22 @@ def run(config: InspectConfig) -> str:
     factory = load_factory(config.teacher) if config.teacher else None
     latencies = _latencies(config.run, result, factory) if config.all else []
     parts = [
-        f"{result.teacher_name} on {result.data.source}, keep {result.keep_ratio:g}",
+        f"{result.teacher_name} on {result.data.source}, keep {result.keep_ratio:g}, path {result.path}",
         "",
-        f"The ladder, judged on {result.selection.num_images} selection images:",
+        *(_selection(result, result.selection, latencies) if result.selection else []),
+        *(_tried(result) if result.tried else []),
+        result_table(result),
+        *(f"- {note}" for note in result.notes),
+        f"report: {config.run / 'report.html'}",
+    ]
+    return "\n".join(parts)
+
+
+def _selection(result: Result, selection: SelectionResult, latencies: list[Latency]) -> list[str]:
+    return [
+        f"The ladder, judged on {selection.num_images} selection images:",
         "",
-        _ladder_table(result, latencies),
+        _ladder_table(result, selection, latencies),
         *(
             [
                 "(Accuracies after joint training.)",
@@ -47,15 +58,21 @@ def run(config: InspectConfig) -> str:
             else []
         ),
         "",
-        _why(result),
+        _why(selection),
         "",
-        _rules_table(result),
+        _rules_table(result, selection),
         "",
-        result_table(result),
-        *(f"- {note}" for note in result.notes),
-        f"report: {config.run / 'report.html'}",
     ]
-    return "\n".join(parts)
+
+
+def _tried(result: Result) -> list[str]:
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for column in ("assistant keeps", "scale", "selection top1 %", "test top1 %"):
+        table.add_column(column, justify="right")
+    for tried in result.tried:
+        cells = (f"{tried.keep_ratio:g}", f"{tried.scale:.3f}")
+        table.add_row(*cells, f"{tried.selection_top1:.2f}", f"{tried.top1:.2f}")
+    return ["The student by way of each assistant:", "", render(table), ""]
 
 
 def not_faster(result: Result, latencies: Sequence[Latency]) -> list[str]:
@@ -103,7 +120,7 @@ def _latencies(run: Path, result: Result, factory: Factory | None) -> list[Laten
     return measured
 
 
-def _ladder_table(result: Result, latencies: list[Latency]) -> str:
+def _ladder_table(result: Result, selection: SelectionResult, latencies: list[Latency]) -> str:
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     columns = ["keep", "scale", "params", "MACs", "top1 %", "95 % interval", "log-lik."]
     columns += ["batch 1", "batch 32"] if latencies else []
@@ -123,26 +140,27 @@ def _ladder_table(result: Result, latencies: list[Latency]) -> str:
         if latencies:
             row += [f"{latencies[i].onnx_batch1:.2f} ms", f"{latencies[i].onnx_batch32:.2f} ms"]
         student = i == 0 and result.student_name is None
-        role = "assistant" if c.keep_ratio == result.selection.pick else "student" if student else ""
+        role = "assistant" if c.keep_ratio == selection.pick else "student" if student else ""
         table.add_row(*row, role)
     return render(table)
 
 
-def _why(result: Result) -> str:
-    chosen = result.selection
+def _why(chosen: SelectionResult) -> str:
     measure = "top1" if chosen.metric == "top1" else "the likelihood of the true class"
     if chosen.rule == "by hand":
         return f"The assistant keeps {chosen.pick:g}, as --assistant asked."
+    if chosen.rule == "best student":
+        return f"The assistant keeps {chosen.pick:g}: its student did best on the selection images."
     return f"The assistant keeps {chosen.pick:g}: rule {chosen.rule} is largest there, judged by {measure}."
 
 
-def _rules_table(result: Result) -> str:
+def _rules_table(result: Result, selection: SelectionResult) -> str:
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     table.add_column("rule")
     for candidate in result.candidates:
         table.add_column(f"{candidate.keep_ratio:g}", justify="right")
     table.add_column("picks", justify="right")
-    for rule, values in result.selection.values.items():
+    for rule, values in selection.values.items():
         cells = ["-" if value is None else f"{value:.3f}" for value in values]
-        table.add_row(rule, *cells, f"{result.selection.picks[rule]:g}")
+        table.add_row(rule, *cells, f"{selection.picks[rule]:g}")
     return render(table)

@@ -34,7 +34,7 @@ class ClassifyStep:
     label_smoothing: float
     autocast: torch.autocast
 
-    def __call__(self, batch: Batch, step: int) -> Mapping[str, Tensor]:
+    def __call__(self, batch: Batch, step: int, progress: float = 0.0) -> Mapping[str, Tensor]:
         """Forward and backward; returns the loss, detached."""
         with self.autocast:
             logits = self.model(batch.images)

@@ -138,6 +138,7 @@ def _mark(axes: Axes, role: str, x: float, y: float) -> None:
 
 def rule_values(result: Result, rule: str, width: int = 390, height: int = 220) -> str:
     """One selection rule's value over the candidates, with its pick marked."""
+    assert result.selection is not None
     points = sorted(
         (c.scale, value, c.keep_ratio == result.selection.picks.get(rule))
         for c, value in zip(result.candidates, result.selection.values[rule], strict=True)
@@ -221,7 +222,12 @@ def reliability(curves: dict[str, Reliability], width: int = 430, height: int = 
 
 def models_of(result: Result) -> list[tuple[str, ModelResult]]:
     """Role and measurements of each model, from teacher to control; the control only if one was trained."""
-    models = [("teacher", result.teacher), ("assistant", result.assistant), ("student", result.student)]
+    assistants = [*result.higher_assistants, *([result.assistant] if result.assistant else [])]
+    models = [
+        ("teacher", result.teacher),
+        *(("assistant", assistant) for assistant in assistants),
+        ("student", result.student),
+    ]
     return models if result.control is None else [*models, ("control", result.control)]
 
 

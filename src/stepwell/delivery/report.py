@@ -141,9 +141,10 @@ def _render(result: Result, predictions: TestPredictions, thumbnails: Callable[[
         models=plots.models_of(result),
         candidates=plots.by_scale(result),
         verdict=wording.verdict(result, plots.handed_out(result)),
+        way=wording.way(result),
         table=_table(result, percent),
         rules=wording.RULES,
-        stages=wording.STAGES,
+        stage_name=wording.stage,
         units=wording.units(result),
         heat_maps=_heat_maps(result),
         changes=shown,
@@ -214,10 +215,11 @@ def _line(name: str, unit: str, values: list[float], better: str, worse: str) ->
 
 def _figures(result: Result, reliability: dict[str, plots.Reliability]) -> dict[str, Any]:
     """Every figure as SVG text that is safe to insert: plots.py escapes the few words in it."""
+    rules = result.selection.values if result.selection is not None else {}
     return {
         "curve_wide": Markup(plots.accuracy_curve(result)),
         "curve_narrow": Markup(plots.accuracy_curve(result, width=400, height=380)),
-        "rules": {rule: Markup(plots.rule_values(result, rule)) for rule in result.selection.values},
+        "rules": {rule: Markup(plots.rule_values(result, rule)) for rule in rules},
         "losses": {
             stage: Markup(plots.loss_curves(stage, history))
             for stage, history in result.histories.items()

@@ -71,6 +71,21 @@ class CandidateResult(_Record):
     """Units kept per group."""
 
 
+class TriedResult(_Record):
+    """The student by way of one assistant, where a student was trained for each."""
+
+    keep_ratio: float
+    """The assistant's."""
+    scale: float
+    """The assistant's share of the teacher's MACs."""
+    selection_top1: float
+    """The student's, on the selection images: decides which is kept."""
+    selection_log_likelihood: float
+    top1: float
+    """The student's, on the test images: looked at once, at the end."""
+    log_likelihood: float
+
+
 class SelectionResult(_Record):
     """Which candidate became the assistant, and what every rule would have said."""
 
@@ -140,24 +155,36 @@ class Result(_Record):
     student_name: str | None
     """The student's architecture, where it is no slice of the teacher; then `keep_ratio` is that of the
     smallest rung of the ladder."""
+    path: str
+    """The way down: `amd`, `single-step`, ..."""
+    losses: dict[str, str]
+    """The losses on `logits` and `features`."""
     keep_ratio: float
     data: DataResult
     teacher: ModelResult
-    assistant: ModelResult
+    higher_assistants: list[ModelResult]
+    """Those above `assistant`, from the largest down; none but in a chain."""
+    assistant: ModelResult | None
+    """Which taught the student; None in a single step."""
     student: ModelResult
-    """The end of the descent: teacher, assistant, student."""
+    """The end of the descent: teacher, assistants, student."""
     control: ModelResult | None
     """The same student distilled straight from the teacher, if one was trained."""
     handed_out: Literal["student", "control"]
     """Which of the two trainings is in `student/`, decided on the selection images."""
     candidates: list[CandidateResult]
-    selection: SelectionResult
+    """The rungs, where they were trained and judged; empty where a path chooses nothing."""
+    selection: SelectionResult | None
+    tried: list[TriedResult]
+    """The student by way of each assistant, where a student was trained for each."""
     group_sizes: dict[str, int]
     """Units of each group in the teacher."""
     group_kinds: dict[str, str]
     """What they are: `head`, `neuron` or `filter`."""
     teacher_vs_student: PairedTest
     cost_vs_single_step: Cost
+    teacher_passes: dict[str, float]
+    """Cost of each stage of the path, in forward passes of the teacher on one image."""
     seconds: dict[str, float]
     images_per_second: dict[str, float]
     epochs: dict[str, float]

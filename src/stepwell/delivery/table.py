@@ -16,13 +16,14 @@ def result_table(result: Result, width: int = 110) -> str:
     table.add_column("")
     for column in ("top1 %", "95 % interval", "params", "ratio", "MACs", "ratio", "latency", "speed-up"):
         table.add_column(column, justify="right")
-    roles = {
-        "teacher": result.teacher,
-        "assistant": result.assistant,
-        "student": result.student,
-        "control": result.control,
-    }
-    for role, model in roles.items():
+    roles = [
+        ("teacher", result.teacher),
+        *(("assistant", assistant) for assistant in result.higher_assistants),
+        ("assistant", result.assistant),
+        ("student", result.student),
+        ("control", result.control),
+    ]
+    for role, model in roles:
         if model is not None:
             label = role if role != result.handed_out else f"{role} *"
             table.add_row(label, *_cells(model, result.teacher))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import ast
 import copy
-import importlib.util
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,6 +31,7 @@ from stepwell.delivery.archive import (
 from stepwell.delivery.input import input_spec
 from stepwell.delivery.weights import read_weights
 from stepwell.errors import ConfigError, ModelError, did_you_mean
+from stepwell.own_code import load_function
 from stepwell.training.batches import InputSpec
 from stepwell.training.images import one_line
 
@@ -222,22 +221,7 @@ def _from_file(source: str, weights: Path | None) -> Teacher:
 
 def load_factory(source: str) -> Factory:
     """Import FILE.py and return its function; only ever for a file that the user named in this command."""
-    file, _, function = source.rpartition(":")
-    path = Path(file)
-    if not path.is_file():
-        raise ModelError(f"no file {path} (from --teacher {source})")
-    spec = importlib.util.spec_from_file_location(f"_stepwell_user_{path.stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up there
-    try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        raise ModelError(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
-    factory = getattr(module, function, None)
-    if not callable(factory):
-        raise ModelError(f"{path} has no function {function!r}{did_you_mean(function, vars(module))}")
+    factory = load_function(source, "--teacher")
 
     def build() -> nn.Module:
         try:

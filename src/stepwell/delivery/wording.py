@@ -20,10 +20,51 @@ STAGES = {
     "budget": "find the student's widths",
     "joint": "train all candidates together",
     "select": "choose the assistant",
-    "distill": "distil assistant to student",
+    "distill": "distil the student",
+    "choose": "compare the students",
     "control": "control: teacher straight to student",
     "deliver": "measure and export",
 }
+
+
+def way(result: Result) -> str:
+    """How the path went, for the report's first lines."""
+    rungs = len(result.candidates)
+    match result.path:
+        case "amd":
+            words = f"The teacher taught a ladder of {rungs} nested candidates together, and "
+            words += (
+                "one of them was chosen as the assistant."
+                if not result.higher_assistants
+                else (f"{len(result.higher_assistants) + 1} of them were chosen as assistants in a row.")
+            )
+            return words
+        case "amd-manual":
+            return (
+                f"The teacher taught a ladder of {rungs} nested candidates together, and every candidate "
+                f"taught a student of its own, of which the best was kept."
+            )
+        case "mmd":
+            return (
+                "The teacher taught every candidate by itself, and each taught a student of its own, of "
+                "which the best was kept."
+            )
+        case "mmd-os":
+            return f"The teacher taught {rungs} candidates one by one, and one was chosen as the assistant."
+        case "single-step":
+            return "The teacher taught the small model itself, without an assistant."
+        case _:
+            given = len(result.higher_assistants) + 1
+            others = "by all larger ones" if result.path == "dgkd" else "by the one above it"
+            return f"It went down by way of {plural(given, 'given assistant')}, each taught {others}."
+
+
+def stage(name: str) -> str:
+    """What a stage does, for people; those of a chain are numbered or named by what the assistant keeps."""
+    return STAGES.get(name) or {
+        "assistant": f"train {name}",
+        "distill": f"student {name.removeprefix('distill ')}",
+    }.get(name.partition(" ")[0], name)
 
 
 def units(result: Result) -> str:

@@ -7,127 +7,96 @@ resumed run ends where an uninterrupted one does.
 
 from __future__ import annotations
 
-from torch import nn
-
-from stepwell.budgets import student_widths
-from stepwell.delivery.ladder import Ladder
-from stepwell.delivery.measure import count_macs, evaluate
-from stepwell.delivery.result import Result, SelectionResult
-from stepwell.handover import Descent, Selected, hand_over
+from stepwell.descent import Descent, Finished, Selected
 from stepwell.pruning.shared import SharedWeights
-from stepwell.pruning.skeleton import fill, leading_units, sort_units
-from stepwell.pruning.units import tensors_of
-from stepwell.setting import Setting, no_decay_of
-from stepwell.stages.budget import Met
-from stepwell.stages.distill import distill, distill_step
-from stepwell.stages.grid import check_room, keep_ratios, make_grid, uniform_scores
-from stepwell.stages.joint import JointStep, scales_per_step, train_jointly
-from stepwell.stages.judge import judge, nearest, resolve_metric
-from stepwell.stages.l1 import filter_norms
-from stepwell.stages.plan import Costs, Epochs, epochs_in
-from stepwell.stages.score import Importance, l2_normalised, score
-from stepwell.stages.select import Point, all_rules, performance, pick
+from stepwell.setting import Setting
+from stepwell.stages.distill import distill_step
+from stepwell.stages.joint import JointStep, joint_step, train_jointly
+from stepwell.stages.judge import judge_all
+from stepwell.stages.plan import Epochs, epochs_in
 from stepwell.training.loop import Trained, seconds_per_step
 from stepwell.training.progress import say
 
 
-def descend(s: Setting) -> Result:
+def descend(s: Setting) -> Finished:
     """Walk down from teacher to student, by way of an assistant that is chosen on the way."""
     config, run = s.config, s.run
 
-    # 1. Score every unit of the teacher, once; sort them. The function stays the same.
-    importance = run.stage("score", Importance, lambda: _score(s))
-    sorted_weights = sort_units(tensors_of(s.model), s.groups, importance.order())
-
-    # 2. Grid: nested candidates, a width per layer for each keep ratio, from the student's budget up.
-    scores = importance.normalised
-    met = run.stage("budget", Met, lambda: student_widths(config, s.model, s.teacher.spec, s.groups, scores))
-    ratios = keep_ratios(met.keep_ratio, config)
-    candidates = make_grid(s.groups, scores, ratios, config, met.widths)
-    run.stage("ladder", Ladder, lambda: Ladder(teacher=s.card({}), candidates=candidates))
+    # 1. Score every unit of the teacher, and sort them. 2. Grid: nested candidates, from the student's
+    # budget up. Both are the beginning of every path, and done here.
+    descent = Descent(s)
 
     # 3. Joint: train all candidates in one shared set of weights, against the frozen teacher.
-    shared = SharedWeights(s.model, s.groups, sorted_weights, candidates)
-    step = JointStep(s.model, shared, s.blocks, config, config, config.seed, s.autocast)
-    costs = _costs(s, shared)
-    check_room(costs.scales, config)
-    epochs = run.stage("plan", Epochs, lambda: _plan(s, step, costs))
+    shared = descent.store()
+    step = joint_step(s.model, shared, s.blocks, s.train, config, s.autocast)
+    epochs = run.stage("plan", Epochs, lambda: _plan(descent, step))
     joint = run.stage(
         "joint",
         Trained,
         lambda: train_jointly(step, s.train, s.scored, config, epochs.joint, s.no_decay),
     )
     shared.load(joint.tensors)
+    descent.trainings["joint"] = joint
+    descent.bill["joint"] = descent.costs.joint(config.all_epochs(epochs.joint))
 
     # 4. Select the assistant, on images that nothing was trained on.
-    selected = run.stage("select", Selected, lambda: _select(s, shared))
+    selected = run.stage(
+        "select",
+        Selected,
+        lambda: descent.choose(judge_all(shared, s.selection, s.teacher.spec, s.teacher_macs)),
+    )
+    descent.bill["select"] = descent.costs.judging(descent.costs.scales)
 
     # 5. Distill: the assistant teaches the student; both are slices of the jointly trained weights, unless
     # the student is of another architecture.
-    assistant, student = shared.extract(selected.index), s.fresh_student() or shared.extract(0)
-    distilled = run.stage(
-        "distill", Trained, lambda: _teach(s, "distill", assistant, student, epochs.distill)
-    )
-    student.load_state_dict(distilled.tensors)
-    trainings = {"joint": joint, "distill": distilled}
+    if config.path == "amd-manual":
+        return _by_way_of_all(descent, shared, selected, epochs)
+    assistants = [descent.rung(selected.index, shared.extract(selected.index))]
+    student = s.fresh_student() or shared.extract(0)
+    for lower in _lower_assistants(descent, selected):
+        number = len(assistants) + 1
+        assistant = descent.rung(lower, shared.extract(lower))
+        descent.teach(f"assistant {number}", [assistants[-1]], assistant, epochs.distill)
+        assistants.append(assistant)
+        student = descent.student(above=assistant.model, index=lower).model
+    student = descent.teach("distill", [assistants[-1]], descent.rung(0, student), epochs.distill)
 
-    # The control: the same student straight from the teacher, for the same price.
-    control = None
-    if config.control != "none":
-        skeleton = shared.skeletons[0]
-        control = s.fresh_student() or fill(
-            skeleton, leading_units(sorted_weights, skeleton, s.groups, candidates[0].widths)
-        )
-        control_epochs = (
-            costs.equal_compute_epochs(epochs, selected.index)
-            if config.control == "equal_compute"
-            else epochs.joint + epochs.distill
-        )
-        trainings["control"] = run.stage(
-            "control", Trained, lambda: _teach(s, "control", s.model, control, control_epochs)
-        )
-        control.load_state_dict(trainings["control"].tensors)
-
-    # 6. Deliver: measure everything, write the student, the ONNX file, the result and the report.
-    return hand_over(s, Descent(assistant, student, control, selected, costs, epochs, trainings))
+    # The control, if asked for. 6. Deliver: measure everything, write the files of the run (handover.py).
+    return descent.finish(student, assistants, epochs, selected)
 
 
-def _score(s: Setting) -> Importance:
-    """By gradient; filters by their weights, if asked for."""
-    norms: dict[str, list[float]] = {}
-    if s.config.importance == "l1":
-        met = student_widths(s.config, s.model, s.teacher.spec, s.groups, uniform_scores(s.groups))
-        norms = filter_norms(tensors_of(s.model), s.groups, met.keep_ratio)
-    others = [group for group in s.groups if group.name not in norms]
-    if not others:
-        return Importance(raw=norms, normalised=l2_normalised(norms), num_images=0)
-    by_gradient = score(s.model, others, s.scored, reduction=s.config.score_reduction, autocast=s.autocast)
-    raw = {**by_gradient.raw, **norms}
-    return Importance(raw=raw, normalised=l2_normalised(raw), num_images=by_gradient.num_images)
+def _lower_assistants(descent: Descent, selected: Selected) -> list[int]:
+    """Rungs of the second assistant and further ones: the rule again, below the one before."""
+    rungs = [selected.index]
+    for number in range(2, descent.s.config.num_assistants + 1):
+        if rungs[-1] < 2:
+            say(f"select: no candidate is left for assistant {number}")
+            break
+        rungs.append(descent.choose(selected.candidates, below=rungs[-1]).index)
+    return rungs[1:]
 
 
-def _costs(s: Setting, shared: SharedWeights) -> Costs:
-    scales = [count_macs(skeleton, s.teacher.spec) / s.teacher_macs for skeleton in shared.skeletons]
-    return Costs(
-        scales,
-        count_macs(s.foreign.model, s.teacher.spec) / s.teacher_macs if s.foreign else scales[0],
-        scales_per_step(scales, s.config),
-        num_train=len(s.data.train),
-        num_scored=min(s.config.score_images, len(s.data.train)),
-        num_selection=len(s.data.selection),
-    )
+def _by_way_of_all(descent: Descent, shared: SharedWeights, selected: Selected, epochs: Epochs) -> Finished:
+    """AMD with manual choice: a student from every candidate, and the best on the selection images stays."""
+    tried = []
+    for index in range(1, len(shared.candidates)):
+        assistant = descent.rung(index, shared.extract(index))
+        student = descent.rung(0, descent.s.fresh_student() or shared.extract(0))
+        stage = f"distill by way of {descent.candidates[index].keep_ratio:g}"
+        tried.append((assistant, descent.teach(stage, [assistant], student, epochs.distill)))
+    return descent.finish_with_best(tried, epochs, selected)
 
 
-def _plan(s: Setting, step: JointStep, costs: Costs) -> Epochs:
+def _plan(descent: Descent, step: JointStep) -> Epochs:
     """The epochs asked for, or those that the minutes allow by timing a few steps."""
-    config = s.config
-    if config.minutes is None:
-        return Epochs(joint=config.joint_epochs or config.epochs, distill=config.epochs)
+    s, config = descent.s, descent.s.config
+    if config.minutes is None or config.path != "amd":
+        return descent.plan_epochs()
     shared = step.shared
     # The middle candidate stands for the assistant, which is not chosen yet.
     assistant, student = shared.extract(len(shared.candidates) // 2), s.fresh_student() or shared.extract(0)
-    teach = distill_step(assistant, student, s.blocks, s.foreign_blocks, s.train, config, s.autocast)
-    joint_seconds = seconds_per_step(step, s.train, shared.parameters) * s.train.steps_per_epoch
+    teach = distill_step([assistant], student, s.blocks, s.foreign_blocks, s.train, config, s.autocast)
+    joint_seconds = seconds_per_step(step, s.train, step.parameters()) * s.train.steps_per_epoch
     distill_seconds = seconds_per_step(teach, s.train, teach.parameters()) * s.train.steps_per_epoch
     # A control of equal compute doubles the bill.
     minutes = config.minutes if config.control == "none" else config.minutes / 2
@@ -136,42 +105,3 @@ def _plan(s: Setting, step: JointStep, costs: Costs) -> Epochs:
         f"plan: {epochs:.1f} epochs of joint training and of distillation fit into {config.minutes:g} minutes"
     )
     return Epochs(joint=epochs, distill=epochs)
-
-
-def _select(s: Setting, shared: SharedWeights) -> Selected:
-    candidates = judge(shared, s.selection, s.teacher.spec, s.teacher_macs)
-    metric = resolve_metric(s.config.metric, len(s.data.selection))
-    points = [Point(c.scale, performance(c.top1, c.log_likelihood, metric)) for c in candidates]
-    teacher = evaluate(s.model, s.selection, "select: teacher")
-    top = Point(1.0, performance(teacher.top1, teacher.log_likelihood, metric))
-    values = all_rules(points, top)
-    picks = {rule: candidates[pick(v)].keep_ratio for rule, v in values.items()}
-    index = pick(values[s.config.rule])
-    rule = str(s.config.rule)
-    if s.config.assistant is not None:
-        index, rule = nearest(candidates, s.config.assistant), "by hand"
-    say(f"select: the assistant keeps {candidates[index].keep_ratio:g} (rule: {rule})")
-    selection = SelectionResult(
-        rule=rule,
-        metric=metric,
-        pick=candidates[index].keep_ratio,
-        picks=dict(picks),
-        values={**values},
-        num_images=len(s.data.selection),
-    )
-    return Selected(index=index, candidates=candidates, selection=selection)
-
-
-def _teach(s: Setting, stage: str, teacher: nn.Module, student: nn.Module, epochs: float) -> Trained:
-    return distill(
-        stage,
-        teacher,
-        student,
-        s.blocks,
-        s.foreign_blocks,
-        s.train,
-        s.config,
-        epochs,
-        s.autocast,
-        no_decay_of(student),
-    )

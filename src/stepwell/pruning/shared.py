@@ -86,6 +86,16 @@ class SharedWeights:
                 else:
                     parameter.grad += part
 
+    def put(self, index: int, model: nn.Module) -> None:
+        """Take over the parameters of `model`, which was candidate `index` and was trained by itself.
+
+        Smaller candidates are then slices of it; what only larger ones hold stays as it is.
+        """
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                for key, part in self._increments(name, parameter, index):
+                    self.parameters[key].copy_(part)
+
     def extract(self, index: int) -> nn.Module:
         """Candidate `index` as a physical model of its own."""
         return fill(self.skeletons[index], self.weights(index))
@@ -100,9 +110,9 @@ class SharedWeights:
         return {**{key: p.detach() for key, p in self.parameters.items()}, **statistics}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take over the `state()` of a store of the same grid."""
+        """Take over the `state()` of a store of the same grid, without what a loss has kept beside it."""
         own = self.state()
-        assert state.keys() == own.keys(), "the store was saved for another grid"
+        assert {k for k in state if not k.startswith("losses.")} == own.keys(), "saved for another grid"
         with torch.no_grad():
             for key, tensor in own.items():
                 tensor.copy_(state[key])

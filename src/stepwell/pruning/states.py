@@ -12,10 +12,11 @@ from stepwell.pruning.units import Group
 
 
 class WithStates(nn.Module):
-    """Wraps a model so that it returns (logits (B, classes), [output of each of `blocks`]).
+    """Wraps a model: returns (logits (B, classes), [output of each of `blocks`], features (B, dim)).
 
     A state has whatever shape its block returns, tokens (B, N, C) or a map (B, C, H, W); it is the same for
-    every candidate, since only what lies inside of blocks is cut.
+    every candidate, since only what lies inside of blocks is cut. The features are what its last linear layer
+    reads; of a model without one, the mean of its last state.
 
     Args:
         model: Kept as attribute `model`, so its parameters are named `model.NAME` here.
@@ -26,22 +27,43 @@ class WithStates(nn.Module):
         super().__init__()
         self.model = model
         self.blocks = tuple(blocks)
+        self.classifier = last_linear(model)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
         """Run the model; the hooks live for this call only."""
         states: list[Tensor] = []
+        read: list[Tensor] = []
 
         def keep(_module: nn.Module, _inputs: object, output: Any) -> None:  # noqa: ANN401  (whatever it is)
             # Some blocks return (states, attention maps, ...).
             states.append(output if isinstance(output, Tensor) else output[0])
 
+        def read_by_classifier(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            read.append(inputs[0])
+
         handles = [self.model.get_submodule(name).register_forward_hook(keep) for name in self.blocks]
+        if self.classifier is not None:
+            classifier = self.model.get_submodule(self.classifier)
+            handles.append(classifier.register_forward_pre_hook(read_by_classifier))
         try:
             logits = self.model(images)
         finally:
             for handle in handles:
                 handle.remove()
-        return logits, states
+        return logits, states, pooled(read[-1] if read else states[-1] if states else logits)
+
+
+def last_linear(model: nn.Module) -> str | None:
+    """Name of the layer that turns features into logits, None if there is no linear layer."""
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return names[-1] if names else None
+
+
+def pooled(features: Tensor) -> Tensor:
+    """(B, dim), averaged over positions: of a map (B, dim, H, W), of tokens (B, N, dim)."""
+    if features.ndim == 4:
+        return features.mean((2, 3))
+    return features.flatten(1, -2).mean(1) if features.ndim > 2 else features
 
 
 def compared_blocks(groups: Iterable[Group], layers: Sequence[int] | None = None) -> tuple[str, ...]:

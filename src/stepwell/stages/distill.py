@@ -1,19 +1,20 @@
-"""Stage 5, distill: one model teaches a smaller one: a slice of the same model, or another architecture.
+"""Stage 5, distill: one model, or several, teach a smaller one: a slice of theirs, or another architecture.
 
-Used for the last step (assistant to student) and for the control (teacher to student, no assistant).
+Used for every step down: teacher to assistant, assistant to student, and the control without an assistant.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from stepwell.config import CompressConfig, LossOptions
-from stepwell.losses.amd import Output, amd_loss
-from stepwell.losses.projection import Projections
+from stepwell.config import CompressConfig
+from stepwell.losses.distillation import Distillation, make_distillation
+from stepwell.losses.output import Output, Target, TrainingImages
 from stepwell.pruning.states import WithStates
 from stepwell.training.batches import Batch, TrainBatches
 from stepwell.training.loop import Trained, fit
@@ -24,61 +25,93 @@ class DistillStep:
     """One step of distillation: call it with a batch, and it leaves gradients in the student.
 
     Attributes:
-        teacher: Returns (logits, states); frozen, in eval mode. The assistant in the last step.
-        student: Returns (logits, states); a physical model.
-        projections: Make the states of two architectures comparable; None where they are already.
+        teachers: Return (logits, states, features); frozen, in eval mode. The assistant in the last step.
+        student: The same; a physical model.
+        losses: One for each teacher.
+        drop: Teachers left out in each step, drawn from (seed, step) (DGKD's stochastic teaching); one stays.
+        first: Whether this is the training that comes before with some losses.
     """
 
-    teacher: nn.Module
+    teachers: Sequence[nn.Module]
     student: nn.Module
-    loss: LossOptions
+    losses: Sequence[Distillation]
     autocast: torch.autocast
-    projections: Projections | None = None
+    seed: int = 0
+    drop: int = 0
+    first: bool = False
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """What is trained: the student, by its own names, and the projections."""
-        projections = self.projections.named_parameters() if self.projections is not None else ()
-        return {
-            **{name.removeprefix("model."): p for name, p in self.student.named_parameters()},
-            **{f"projections.{name}": p for name, p in projections},
+        """What is trained: the student, by its own names, and the losses' own parameters."""
+        student = {name.removeprefix("model."): p for name, p in self.student.named_parameters()}
+        own = {
+            f"losses.{i}.{name}": p
+            for i, loss in enumerate(self.losses)
+            for name, p in loss.named_parameters()
         }
+        return own if self.first and self.losses[0].first == "own" else {**student, **own}
 
-    def __call__(self, batch: Batch, step: int) -> Mapping[str, Tensor]:
-        """Forward and backward; returns the losses, detached."""
+    def __call__(self, batch: Batch, step: int, progress: float = 0.0) -> Mapping[str, Tensor]:
+        """Forward and backward; returns the losses, detached, summed over the teachers."""
+        images = self.losses[0].views(batch.images)
+        target = Target(batch.labels, batch.indices, progress)
+        taught_by = teachers_of_step(len(self.teachers), self.drop, self.seed, step)
         with torch.no_grad(), self.autocast:
-            teacher = Output(*self.teacher(batch.images))
+            answers = {i: Output(*self.teachers[i](images)) for i in taught_by}
         with self.autocast:
-            student = Output(*self.student(batch.images))
-            if self.projections is not None:
-                ours, theirs = self.projections(student.states, teacher.states)
-                student, teacher = student._replace(states=ours), teacher._replace(states=theirs)
-        losses = amd_loss(student, teacher, batch.labels, self.loss)
-        losses["loss"].backward()
-        return {name: value.detach() for name, value in losses.items()}
+            student = Output(*self.student(images)).in_full_precision()
+        parts: dict[str, list[Tensor]] = {}
+        for i, answer in answers.items():
+            loss, teacher = self.losses[i], answer.in_full_precision()
+            losses = (
+                loss.first_loss(student, teacher, target)
+                if self.first
+                else loss(student, teacher, target, task=i == taught_by[0])
+            )
+            for name, value in losses.items():
+                parts.setdefault(name, []).append(value)
+        sums = {name: torch.stack(values).sum() for name, values in parts.items()}
+        sums["loss"].backward()
+        return {name: value.detach() for name, value in sums.items()}
+
+
+def teachers_of_step(num_teachers: int, drop: int, seed: int, step: int) -> list[int]:
+    """Which teachers a step learns from."""
+    everyone = range(num_teachers)
+    if not drop:
+        return list(everyone)
+    return sorted(random.Random(f"{seed}:{step}").sample(everyone, max(1, num_teachers - drop)))
 
 
 def distill_step(
-    teacher: nn.Module,
+    teachers: Sequence[nn.Module],
     student: nn.Module,
     blocks: tuple[str, ...],
     foreign_blocks: tuple[str, ...] | None,
     batches: TrainBatches,
     config: CompressConfig,
     autocast: torch.autocast,
+    drop: int = 0,
 ) -> DistillStep:
     """What happens in each step; see `distill` for the arguments."""
-    own_blocks = blocks if foreign_blocks is None else foreign_blocks
-    teacher_states, student_states = WithStates(teacher.eval(), blocks), WithStates(student, own_blocks)
-    projections = None
-    if blocks and foreign_blocks:
-        projections = _projections(teacher_states, student_states, batches, config.seed)
+    learner = WithStates(student, blocks if foreign_blocks is None else foreign_blocks)
+    wrapped = [WithStates(teacher.eval(), blocks) for teacher in teachers]
+    images = batches.blank(teachers[0])
+    known = TrainingImages(batches.labels, len(batches.labels))
+    with torch.no_grad():
+        example = Output(*learner.eval()(images))
+        losses = [
+            make_distillation(
+                config, example, Output(*teacher(images)), known, foreign_blocks is not None, config.seed
+            )
+            for teacher in wrapped
+        ]
     student.train()
-    return DistillStep(teacher_states, student_states, config, autocast, projections)
+    return DistillStep(wrapped, learner, losses, autocast, config.seed, drop)
 
 
 def distill(
     stage: str,
-    teacher: nn.Module,
+    teachers: Sequence[nn.Module],
     student: nn.Module,
     blocks: tuple[str, ...],
     foreign_blocks: tuple[str, ...] | None,
@@ -87,43 +120,43 @@ def distill(
     epochs: float,
     autocast: torch.autocast,
     no_decay: frozenset[str],
+    drop: int = 0,
 ) -> Trained:
-    """Train `student` in place to do what `teacher` does; the result's `tensors` are its state.
+    """Train `student` in place to do what `teachers` do; the result's `tensors` are its state.
 
     Args:
-        stage: `distill` or `control`, for progress and errors.
-        teacher: Stays as it is.
-        student: A slice of the same model as the teacher, or another architecture.
-        blocks: Names of the teacher's blocks whose hidden states are compared.
+        stage: Its name, for progress and errors.
+        teachers: Stay as they are. One, but in DGKD.
+        student: A slice of the same model as the teachers, or another architecture.
+        blocks: Names of the teachers' blocks whose hidden states are compared.
         foreign_blocks: The blocks of a student of another architecture, whose states pass through learned
-            projections, which are thrown away at the end. None for a slice: it has the teacher's.
+            projections, which are thrown away at the end. None for a slice: it has the teachers'.
         batches: The training images.
         config: Optimizer, schedule and loss.
         epochs: Passes over the images.
         autocast: Number format of the forward passes.
         no_decay: Parameters that the student's own recipe does not decay.
+        drop: Teachers left out in each step, drawn anew.
     """
-    step = distill_step(teacher, student, blocks, foreign_blocks, batches, config, autocast)
-    trained = fit(
-        stage,
-        step,
-        step.parameters(),
-        batches,
-        config,
-        epochs=epochs,
-        lr=config.distill_lr or config.lr,
-        no_decay=no_decay,
-    )
+    step = distill_step(teachers, student, blocks, foreign_blocks, batches, config, autocast, drop)
+    lr = config.distill_lr or config.lr
+    if step.losses[0].first:
+        first = replace(step, first=True)
+        first_epochs = config.first_epochs_of(epochs)
+        fit(
+            f"{stage}: first",
+            first,
+            first.parameters(),
+            batches,
+            config,
+            epochs=first_epochs,
+            lr=lr,
+            no_decay=no_decay,
+        )
+        for loss in step.losses:
+            loss.after_first()
+    trained = fit(stage, step, step.parameters(), batches, config, epochs=epochs, lr=lr, no_decay=no_decay)
     student.eval()
     return trained.model_copy(
         update={"tensors": {name: t.detach() for name, t in student.state_dict().items()}}
     )
-
-
-def _projections(teacher: nn.Module, student: nn.Module, batches: TrainBatches, seed: int) -> Projections:
-    """Projections for the states that the two models have on real images."""
-    images = next(iter(batches.epoch(0))).images[:2]
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        (_, ours), (_, theirs) = student.eval()(images), teacher(images)
-        return Projections(ours, theirs).to(images.device)

@@ -11,8 +11,9 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
-from stepwell.config import GridOptions
+from stepwell.config import CompressConfig
 from stepwell.errors import ConfigError
+from stepwell.options import GridOptions
 from stepwell.pruning.units import Candidate, Group
 
 Scores = Mapping[str, Sequence[float]]
@@ -29,6 +30,28 @@ def keep_ratios(student: float, options: GridOptions) -> list[float]:
     steps = m if options.grid == "with-student" else m + 1
     # Rounded, so that 0.30000000000000004 does not reach a file name.
     return [round(student + (1 - student) * i / steps, 6) for i in range(steps)]
+
+
+def rungs_of_path(student: float, config: CompressConfig) -> list[float]:
+    """The keep ratios of the rungs that a path stands on, rising, the student's first.
+
+    Raises:
+        ConfigError: An assistant that was given is not larger than the student.
+    """
+    match config.path:
+        case "single-step":
+            return [student]
+        case "takd" | "dgkd":
+            given = sorted(set(config.assistants))
+            if not given or given[0] <= student:
+                words = " ".join(f"{ratio:g}" for ratio in given)
+                raise ConfigError(
+                    f"--assistants {words}: --path {config.path} needs assistants that keep more than the "
+                    f"student, which keeps {student:g}"
+                )
+            return [student, *given]
+        case _:
+            return keep_ratios(student, config)
 
 
 def make_grid(

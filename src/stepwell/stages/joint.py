@@ -7,14 +7,16 @@ forward, loss, backward; the gradients add up in the shared weights; one optimiz
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from stepwell.config import CompressConfig, JointOptions, LossOptions
-from stepwell.losses.amd import Output, amd_loss
+from stepwell.config import CompressConfig
+from stepwell.losses.distillation import Distillation, make_distillation
+from stepwell.losses.output import Output, Target, TrainingImages
+from stepwell.options import JointOptions
 from stepwell.pruning.shared import SharedWeights
 from stepwell.pruning.states import WithStates
 from stepwell.training.batches import Batch, EvalBatches, TrainBatches
@@ -30,45 +32,99 @@ class JointStep:
         teacher: Frozen, in eval mode.
         shared: The store and its skeletons.
         blocks: Names of the blocks whose hidden states are compared.
+        losses: One for each candidate, each with parameters and state of its own, if it has any.
         seed: Which candidates run in step n depends on (seed, n) alone.
+        first: Whether this is the training that comes before with some losses.
     """
 
     teacher: nn.Module
     shared: SharedWeights
     blocks: tuple[str, ...]
-    loss: LossOptions
+    losses: Sequence[Distillation]
     joint: JointOptions
     seed: int
     autocast: torch.autocast
+    first: bool = False
 
-    def __call__(self, batch: Batch, step: int) -> Mapping[str, Tensor]:
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """What is trained: the store, and the losses' own parameters."""
+        own = {
+            f"losses.{i}.{name}": p
+            for i, loss in enumerate(self.losses)
+            for name, p in loss.named_parameters()
+        }
+        return own if self.first and self.losses[0].first == "own" else {**self.shared.parameters, **own}
+
+    def __call__(self, batch: Batch, step: int, progress: float = 0.0) -> Mapping[str, Tensor]:
         """Forward and backward for the candidates of this step; returns their mean losses, detached."""
+        images = self.losses[0].views(batch.images)
+        target = Target(batch.labels, batch.indices, progress)
         with torch.no_grad(), self.autocast:
-            teacher = Output(*WithStates(self.teacher, self.blocks)(batch.images))
+            teacher = Output(*WithStates(self.teacher, self.blocks)(images)).in_full_precision()
         # From large to small: the step's peak of memory comes first.
         chosen = candidates_of_step(len(self.shared.candidates), self.joint, self.seed, step)
         total: dict[str, Tensor] = {}
         for index in chosen:
             weights = self.shared.weights(index)
-            losses = self._losses(index, weights, batch, teacher)
+            with self.autocast:
+                student = self._output(index, weights, images).in_full_precision()
+            loss = self.losses[index]
+            losses = (
+                loss.first_loss(student, teacher, target) if self.first else loss(student, teacher, target)
+            )
+            own = list(loss.parameters())
             # Divided: the gradient is the mean over the candidates of the step.
             gradients = torch.autograd.grad(
-                losses["loss"] / len(chosen), list(weights.values()), allow_unused=True
+                losses["loss"] / len(chosen), [*weights.values(), *own], allow_unused=True
             )
-            self.shared.add_gradients(index, dict(zip(weights, gradients, strict=True)))
+            self.shared.add_gradients(index, dict(zip(weights, gradients[: len(weights)], strict=True)))
+            for parameter, gradient in zip(own, gradients[len(weights) :], strict=True):
+                parameter.grad = gradient
             for name, value in losses.items():
                 total[name] = total.get(name, torch.zeros_like(value)) + value.detach() / len(chosen)
         return total
 
-    def _losses(
-        self, index: int, weights: Mapping[str, Tensor], batch: Batch, teacher: Output
-    ) -> dict[str, Tensor]:
-        skeleton = WithStates(self.shared.skeletons[index], self.blocks)
-        with self.autocast:
-            output = torch.func.functional_call(
-                skeleton, {f"model.{name}": tensor for name, tensor in weights.items()}, (batch.images,)
-            )
-        return amd_loss(Output(*output), teacher, batch.labels, self.loss)
+    def _output(self, index: int, weights: Mapping[str, Tensor], images: Tensor) -> Output:
+        return candidate_output(self.shared, index, weights, self.blocks, images)
+
+
+def candidate_output(
+    shared: SharedWeights, index: int, weights: Mapping[str, Tensor], blocks: Sequence[str], images: Tensor
+) -> Output:
+    """What candidate `index` computes with its slices of the store."""
+    skeleton = WithStates(shared.skeletons[index], blocks)
+    named = {f"model.{name}": tensor for name, tensor in weights.items()}
+    return Output(*torch.func.functional_call(skeleton, named, (images,)))
+
+
+def joint_step(
+    teacher: nn.Module,
+    shared: SharedWeights,
+    blocks: tuple[str, ...],
+    batches: TrainBatches,
+    config: CompressConfig,
+    autocast: torch.autocast,
+) -> JointStep:
+    """The step of a run: every candidate gets a loss of its own.
+
+    Args:
+        teacher: Frozen, in eval mode.
+        shared: The store and its skeletons.
+        blocks: Names of the blocks whose hidden states are compared.
+        batches: The training images.
+        config: The loss, the sampling of candidates, the seed.
+        autocast: Number format of the forward passes.
+    """
+    images = batches.blank(teacher)
+    known = TrainingImages(batches.labels, len(batches.labels))
+    losses = []
+    with torch.no_grad():
+        answer = Output(*WithStates(teacher, blocks)(images))
+        for index, skeleton in enumerate(shared.skeletons):
+            skeleton.eval()
+            example = candidate_output(shared, index, shared.weights(index), blocks, images)
+            losses.append(make_distillation(config, example, answer, known, False, config.seed + index))
+    return JointStep(teacher, shared, blocks, losses, config, config.seed, autocast)
 
 
 def candidates_of_step(num_candidates: int, options: JointOptions, seed: int, step: int) -> list[int]:
@@ -106,7 +162,21 @@ def train_jointly(
     shared, lr = step.shared, config.joint_lr or config.lr
     for skeleton in shared.skeletons:
         skeleton.train()
-    trained = fit("joint", step, shared.parameters, batches, config, epochs=epochs, lr=lr, no_decay=no_decay)
+    if step.losses[0].first:
+        first = replace(step, first=True)
+        fit(
+            "joint: first",
+            first,
+            first.parameters(),
+            batches,
+            config,
+            epochs=config.first_epochs_of(epochs),
+            lr=lr,
+            no_decay=no_decay,
+        )
+        for loss in step.losses:
+            loss.after_first()
+    trained = fit("joint", step, step.parameters(), batches, config, epochs=epochs, lr=lr, no_decay=no_decay)
     for index, skeleton in enumerate(shared.skeletons):
         weights = shared.weights(index)
         recalibrate(
@@ -114,7 +184,8 @@ def train_jointly(
             lambda images, s=skeleton, w=weights: torch.func.functional_call(s, w, (images,)),
             calibration,
         )
-    return trained.model_copy(update={"tensors": shared.state()})
+    own = {f"losses.{i}.{k}": t for i, loss in enumerate(step.losses) for k, t in loss.state_dict().items()}
+    return trained.model_copy(update={"tensors": {**shared.state(), **own}})
 
 
 def scales_per_step(scales: list[float], options: JointOptions) -> float:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from stepwell.config import Rule
+from stepwell.options import Rule
 
 LAMBDA = 0.2  # MiniDisc's published setting
 

@@ -26,8 +26,8 @@ from jaxtyping import Float32, Int64
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from stepwell.config import Augment, DataOptions
 from stepwell.errors import DataError
+from stepwell.options import Augment, DataOptions
 from stepwell.training.images import ImageSet, in_threads, num_cpus
 from stepwell.training.transforms import (
     NUM_RANDOM,
@@ -79,20 +79,25 @@ class TrainBatches:
         self.augment: Augment = resolve_augment(options.augment, spec)
         self.batch_size = min(options.batch_size, len(images))
         self.steps_per_epoch = len(images) // self.batch_size
-        self._labels = _label_tensor(images, labels)
+        self.labels = _label_tensor(images, labels)
         transform = TrainTransform(spec) if self.augment == "resized-crop" else None
         self._feed = _Feed(images, spec, options, device, transform)
 
+    def blank(self, like: torch.nn.Module) -> Tensor:
+        """Two images of nothing, in the number format of `like`: enough to see the shapes of its outputs."""
+        parameter = next(like.parameters())
+        return parameter.new_zeros(2, self.spec.channels, *self.spec.size)
+
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """The batches of one epoch, from `first_step` on; equal arguments give equal batches."""
-        num_images = len(self._labels)
+        num_images = len(self.labels)
         # Row i belongs to image i, so no batch, order or machine changes what happens to an image.
         table = torch.rand(num_images, NUM_RANDOM, generator=_generator("augment", self.seed, epoch))
         order = torch.randperm(num_images, generator=_generator("shuffle", self.seed, epoch))
         chunks = order.split(self.batch_size)[first_step : self.steps_per_epoch]
         for pixels, indices in self._feed.batches(chunks, self.seed, epoch):
             augmented = augment_batch(pixels, table[indices].to(self.device), self.augment)
-            yield _batch(augmented, self._labels, indices, self.spec)
+            yield _batch(augmented, self.labels, indices, self.spec)
 
 
 class EvalBatches:

@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
-from stepwell.config import DataOptions
 from stepwell.errors import DataError
+from stepwell.options import DataOptions
 from stepwell.training.images import ImageSet, in_threads, num_cpus
 from stepwell.training.sources import check_same_classes, existing_folder, find, join, read_folder
 

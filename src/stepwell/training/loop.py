@@ -17,15 +17,15 @@ from timm.scheduler.poly_lr import PolyLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 
-from stepwell.config import TrainingOptions
 from stepwell.errors import DivergedError
+from stepwell.options import TrainingOptions
 from stepwell.training.batches import Batch, TrainBatches
 from stepwell.training.progress import progress
 from stepwell.training.run_dir import StageResult
 
-Step = Callable[[Batch, int], Mapping[str, Tensor]]
-"""Given a batch and the number of the step: leaves gradients in the parameters, returns detached losses,
-`loss` among them."""
+Step = Callable[[Batch, int, float], Mapping[str, Tensor]]
+"""Given a batch, the number of the step and the share of the training behind it: leaves gradients in the
+parameters, returns detached losses, `loss` among them."""
 
 _CHECK_EVERY = 10  # steps; reading a loss waits for the device, so not every step is looked at
 
@@ -74,7 +74,7 @@ def fit(
         DivergedError: A loss is NaN or infinite.
     """
     num_steps = max(1, round(epochs * batches.steps_per_epoch))
-    optimizer = make_optimizer(parameters, lr, options.weight_decay, no_decay)
+    optimizer = make_optimizer(parameters, lr, options, no_decay)
     scheduler = make_scheduler(optimizer, num_steps, options)
     log = _Log(stage, num_steps, lr)
     start = time.monotonic()
@@ -82,7 +82,7 @@ def fit(
         for number, batch in enumerate(itertools.islice(_endless(batches), num_steps)):
             scheduler.step_update(number)
             optimizer.zero_grad(set_to_none=True)
-            log.add(step(batch, number))
+            log.add(step(batch, number, number / num_steps))
             if options.clip_norm:
                 nn.utils.clip_grad_norm_(parameters.values(), options.clip_norm)
             if (number + 1) % _CHECK_EVERY == 0 or number + 1 == num_steps:
@@ -108,9 +108,9 @@ def _endless(batches: TrainBatches) -> Iterator[Batch]:
 
 
 def make_optimizer(
-    parameters: Mapping[str, nn.Parameter], lr: float, weight_decay: float, no_decay: frozenset[str]
-) -> torch.optim.AdamW:
-    """AdamW that decays weight matrices only: no norms, biases, or names in `no_decay`.
+    parameters: Mapping[str, nn.Parameter], lr: float, options: TrainingOptions, no_decay: frozenset[str]
+) -> torch.optim.Optimizer:
+    """An optimizer that decays weight matrices only: no norms, biases, or names in `no_decay`.
 
     An increment of the shared store (`blocks.0.mlp.fc1.weight+3`) is treated as the parameter it belongs to.
     """
@@ -119,8 +119,13 @@ def make_optimizer(
         base = name.split("+")[0]
         is_vector = parameter.ndim <= 1 or base.endswith(".bias") or base in no_decay
         (plain if is_vector else decayed).append(parameter)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, fused=True)
+    both = [{"params": decayed, "weight_decay": options.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    groups = [group for group in both if group["params"]]
+    match options.optimizer:
+        case "adamw":
+            return torch.optim.AdamW(groups, lr=lr, fused=True)
+        case "sgd":
+            return torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True)
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, num_steps: int, options: TrainingOptions) -> Scheduler:
@@ -150,7 +155,7 @@ def seconds_per_step(step: Step, batches: TrainBatches, parameters: Mapping[str,
     seconds = []
     for number, batch in enumerate(itertools.islice(_endless(batches), 6)):
         start = time.monotonic()
-        float(step(batch, number)["loss"])  # waits for the device
+        float(step(batch, number, 0.0)["loss"])  # waits for the device
         seconds.append(time.monotonic() - start)
     for parameter in parameters.values():
         parameter.grad = None

@@ -22,8 +22,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from stepwell.config import Options, read_yaml, to_yaml
+from stepwell.config import read_yaml, to_yaml
 from stepwell.errors import RunDirError
+from stepwell.options import Options
 from stepwell.training.progress import say
 
 # These change where and how fast a run computes, not what; a folder may be moved, or named from elsewhere.

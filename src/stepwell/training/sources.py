@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stepwell.config import DataOptions
 from stepwell.errors import DataError, did_you_mean
+from stepwell.options import DataOptions
 from stepwell.training.images import FolderReader, ImageSet, TimmReader, one_line
 from stepwell.training.progress import progress
 

@@ -19,8 +19,8 @@ from jaxtyping import Float, Float32, Shaped, UInt8
 from PIL import Image
 from torch import Tensor
 
-from stepwell.config import Augment
 from stepwell.errors import DataError
+from stepwell.options import Augment
 
 SMALL = 64
 """Pixels; up to here an image of the right size is taken as it is, and `auto` augmentation is `crop`."""
