@@ -108,6 +108,17 @@ def run(
     """
     require(config, "compress", "teacher", "data", "out_dir")
     assert config.out_dir is not None
+    setting = open_run(config, module, student)
+    result = hand_over(setting, descend(setting))
+    if config.student is not None:
+        return Compressed(result, config.out_dir, _factory(config.student, student))
+    return Compressed(result, config.out_dir, _factory(config.teacher, module))
+
+
+def open_run(
+    config: CompressConfig, module: nn.Module | None = None, student: nn.Module | None = None
+) -> Setting:
+    """Load the images and the teacher, check everything, and begin the run directory or come back to it."""
     data = resolve_data(config)
     if module is not None:
         teacher = teacher_from_module(module, data.classes or None)
@@ -115,11 +126,7 @@ def run(
         teacher = load_teacher(config.teacher, config.teacher_weights, config.model_args, len(data.classes))
     spec = with_image_size(teacher.spec, teacher.model, config.image_size)
     teacher = replace(teacher, spec=spec)
-    setting = _setting(config, teacher, data, student)
-    result = hand_over(setting, descend(setting))
-    if config.student is not None:
-        return Compressed(result, config.out_dir, _factory(config.student, student))
-    return Compressed(result, config.out_dir, _factory(config.teacher, module))
+    return _setting(config, teacher, data, student)
 
 
 def _factory(source: str, module: nn.Module | None) -> Factory | None:

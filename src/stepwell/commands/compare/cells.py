@@ -1,0 +1,207 @@
+"""One cell of a comparison: one run of one arm with one seed, and what is kept of it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from stepwell.commands import compress
+from stepwell.config import CompressConfig
+from stepwell.delivery.hardware import hardware
+from stepwell.delivery.measure import count_macs, evaluate, num_params, wilson_interval
+from stepwell.delivery.result import CandidateResult, SelectionResult, TriedResult
+from stepwell.errors import RunDirError, StepwellError
+from stepwell.handover import try_out
+from stepwell.paths import descend
+from stepwell.stages.judge import resolve_metric
+from stepwell.stages.select import performance
+from stepwell.training import progress
+from stepwell.training.run_dir import write_atomically
+from stepwell.version import __version__
+
+
+class CellResult(BaseModel):
+    """What is kept of a run: the file of a cell."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    arm: str
+    seed: int
+    options: dict[str, Any]
+    """All options of the run."""
+    top1: float
+    """The student, percent of the test images."""
+    top1_interval: tuple[float, float]
+    selection_top1: float
+    selection_performance: float
+    """Accuracy or likelihood on the selection images: what learning rates are chosen by."""
+    teacher_top1: float
+    num_params: int
+    macs: int
+    teacher_macs: int
+    assistants: list[float]
+    """Keep ratios, from the largest down."""
+    candidates: list[CandidateResult]
+    selection: SelectionResult | None
+    tried: list[TriedResult]
+    teacher_passes: dict[str, float]
+    """Cost by stage, in forward passes of the teacher on one image."""
+    single_step_passes: float
+    """Of a single step with as many epochs."""
+    seconds: dict[str, float]
+    epochs: dict[str, float]
+    num_test: int
+    hardware: dict[str, str]
+    stepwell_version: str
+
+    @property
+    def cost(self) -> float:
+        """In single steps of as many epochs."""
+        return sum(self.teacher_passes.values()) / self.single_step_passes
+
+    @property
+    def path_seconds(self) -> float:
+        """Seconds of the stages that are on the bill."""
+        return sum(self.seconds.get(stage, 0.0) for stage in self.teacher_passes)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A run that is to be made.
+
+    Attributes:
+        arm: Its row of the table.
+        config: All options; its `out_dir` is a scratch folder, removed when the cell is finished.
+        file: Where its result goes.
+    """
+
+    arm: str
+    config: CompressConfig
+    file: Path
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def finished(self) -> CellResult | None:
+        """The result, if it is there and was made with the same options.
+
+        Raises:
+            RunDirError: It was made with others, or is damaged.
+        """
+        if not self.file.exists():
+            return None
+        try:
+            result = CellResult.model_validate_json(self.file.read_bytes())
+        except ValidationError:
+            raise RunDirError(
+                f"{self.file} is damaged, or of another version of stepwell; remove it"
+            ) from None
+        now = options_of(self.config)
+        for name in sorted(now.keys() | result.options.keys()):
+            if now.get(name) != result.options.get(name):
+                raise RunDirError(
+                    f"{self.file} was made with {name}: {result.options.get(name)}, now it is "
+                    f"{now.get(name)}; give the old value to go on, or choose another --out"
+                )
+        return result
+
+
+def options_of(config: CompressConfig) -> dict[str, Any]:
+    """What says what a cell computes; where it lies and on which device is not part of it."""
+    options = config.model_dump(mode="json")
+    for name in ("out_dir", "device", "workers", "threads", "data", "teacher"):
+        del options[name]
+    return options
+
+
+def run_cell(cell: Cell) -> CellResult:
+    """Go down, and look at the student; no ONNX files, no clock, no report."""
+    s = compress.open_run(cell.config)
+    descent = descend(s)
+    student = descent.student.model
+    selection, test = evaluate(student, s.selection, "selection images"), evaluate(student, s.test, "test")
+    metric = resolve_metric(s.config.metric, len(s.data.selection))
+    selected = descent.selected
+    result = CellResult(
+        arm=cell.arm,
+        seed=cell.config.seed,
+        options=options_of(cell.config),
+        top1=test.top1,
+        top1_interval=wilson_interval(test.top1, len(test.labels)),
+        selection_top1=selection.top1,
+        selection_performance=performance(selection.top1, selection.log_likelihood, metric),
+        teacher_top1=evaluate(s.model, s.test, "teacher").top1,
+        num_params=num_params(student),
+        macs=count_macs(student, s.teacher.spec),
+        teacher_macs=s.teacher_macs,
+        assistants=[a.candidate.keep_ratio for a in descent.assistants if a.candidate is not None],
+        candidates=selected.candidates if selected else [],
+        selection=selected.selection if selected else None,
+        tried=[try_out(s, assistant, tried) for assistant, tried in descent.tried],
+        teacher_passes=dict(descent.bill),
+        single_step_passes=descent.single_step,
+        seconds=dict(s.run.seconds),
+        epochs={name: trained.epochs for name, trained in descent.trainings.items()},
+        num_test=len(test.labels),
+        hardware=hardware(s.device),
+        stepwell_version=__version__,
+    )
+    cell.file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(cell.file, json.dumps(result.model_dump(mode="json"), indent=1) + "\n")
+    assert cell.config.out_dir is not None
+    shutil.rmtree(cell.config.out_dir)
+    return result
+
+
+def run_all(cells: Sequence[Cell], jobs: int, what: str) -> list[CellResult]:
+    """The results of all cells, in their order; what is finished is not run again.
+
+    Args:
+        cells: Each is a run of its own.
+        jobs: Processes that run side by side; the work of each is written to a log beside its result.
+        what: For progress.
+
+    Raises:
+        StepwellError: Of the first cell that fails; those that are finished stay.
+    """
+    results = [cell.finished() for cell in cells]
+    todo = [i for i, result in enumerate(results) if result is None]
+    if not todo:
+        return [result for result in results if result is not None]
+    with (
+        progress.progress(what, len(cells)) as advance,
+        ProcessPoolExecutor(min(jobs, len(todo)), mp_context=get_context("spawn")) as pool,
+    ):
+        for _ in range(len(cells) - len(todo)):
+            advance("")
+        waiting = {pool.submit(_in_silence, cells[i]): i for i in todo}
+        try:
+            for future in as_completed(waiting):
+                i = waiting[future]
+                results[i] = future.result()
+                advance(f"{cells[i].arm}, seed {cells[i].config.seed}")
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return [result for result in results if result is not None]
+
+
+def _in_silence(cell: Cell) -> CellResult:
+    """Run a cell in a process of its own: what it says goes into a file."""
+    log = cell.file.with_suffix(".log")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w", encoding="utf-8") as file, contextlib.redirect_stderr(file):
+        progress.console.file = file
+        try:
+            result = run_cell(cell)
+        except StepwellError as error:
+            raise type(error)(f"{cell.arm}, seed {cell.config.seed}: {error}") from None
+    log.unlink()
+    return result
