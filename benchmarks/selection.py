@@ -27,7 +27,7 @@ CIFAR = {"augment": "crop", "threads": 1, "device": "cpu", "batch_size": 128}
 TEACHER = {"model": demo.MODEL, "model_args": demo.MODEL_ARGS, "batch_size": 32}
 WIDER = {**demo.MODEL_ARGS, "embed_dim": "96", "depth": "4"}
 SETTINGS: dict[str, dict[str, Any]] = {
-    # The demo's teacher; a wider, shallower one; one that has barely learned.
+    # The demo's teacher; a wider, shallower one; one that stopped early.
     "digits": {
         "train": {
             "model": demo.MODEL,
@@ -36,12 +36,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
             "lr": 2e-3,
             "batch_size": 32,
         },
-        "compress": {"joint_epochs": 40, "epochs": 40, "lr": 4e-3, "batch_size": 64},
+        "compress": {"joint_epochs": 30, "epochs": 30, "lr": 4e-3, "batch_size": 64},
         "common": DIGITS,
     },
     "digits-wide": {
         "train": {**TEACHER, "model_args": WIDER, "epochs": 40, "lr": 2e-3},
-        "compress": {"joint_epochs": 40, "epochs": 40, "lr": 4e-3, "batch_size": 64},
+        "compress": {"joint_epochs": 30, "epochs": 30, "lr": 4e-3, "batch_size": 64},
         "common": DIGITS,
     },
     "digits-weak": {
@@ -60,10 +60,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "train": {
             "model": RECIPES["vit"]["model"],
             "model_args": RECIPES["vit"]["model_args"],
-            "epochs": 25,
+            "epochs": 20,
             "lr": 2e-3,
         },
-        "compress": {"joint_epochs": 12, "epochs": 12, "lr": 2e-3},
+        "compress": {"joint_epochs": 8, "epochs": 8, "lr": 2e-3},
         "common": CIFAR,
     },
 }

@@ -190,7 +190,9 @@ def from_transformers(kind: str) -> nn.Module:
     common = {"image_size": 64, "num_labels": 10}
     match kind:
         case "Swin":
-            config = transformers.SwinConfig(embed_dim=48, depths=[2, 2, 4, 2], **common)
+            # The smallest stage is as large as a window: it does not run where it is smaller.
+            sizes = {**common, "image_size": 128, "window_size": 4}
+            config = transformers.SwinConfig(embed_dim=48, depths=[2, 2, 4, 2], **sizes)
             return transformers.SwinForImageClassification(config)
         case "DeiT":
             config = transformers.DeiTConfig(

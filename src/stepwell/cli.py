@@ -20,7 +20,15 @@ from typing import Annotated, Any
 import tyro
 from pydantic import TypeAdapter, ValidationError
 
-from stepwell.config import POSITIONAL, CompressConfig, TrainConfig, implied, make_config, read_yaml
+from stepwell.config import (
+    POSITIONAL,
+    CompareConfig,
+    CompressConfig,
+    TrainConfig,
+    implied,
+    make_config,
+    read_yaml,
+)
 from stepwell.config_tools import DemoConfig, ExportConfig, InspectConfig, PredictConfig
 from stepwell.errors import ConfigError, StepwellError, did_you_mean
 from stepwell.options import FLAGS, Options
@@ -33,6 +41,7 @@ PAIRS = ("--model-args", "--student-args", "--logit-args", "--feature-args")
 COMMANDS: dict[str, tuple[type[Options], str]] = {
     "train": (TrainConfig, "get a teacher: fine-tune a timm model on a folder of images"),
     "compress": (CompressConfig, "the main job: a teacher and images in, a small proven model out"),
+    "compare": (CompareConfig, "paths and losses side by side, with fair controls, in one table"),
     "doctor": (CompressConfig, "what can be cut, size of every candidate, time and memory; trains nothing"),
     "inspect": (InspectConfig, "a finished run: the candidate curve, why this assistant, the final table"),
     "export": (ExportConfig, "any rung of the ladder as ONNX, safetensors or torch.export"),
@@ -108,7 +117,8 @@ def parse(command: str, kind: type[Options], argv: Sequence[str], summary: str =
         ConfigError: An unknown option, a missing or an impossible value.
     """
     words = _split_pairs(argv)
-    form = _form(command, kind, _defaults(kind, words))
+    from_file = _from_file(kind, words)
+    form = _form(command, kind, _defaults(from_file, words))
     _check_flags(words, form)
     errors = io.StringIO()
     try:
@@ -118,8 +128,17 @@ def parse(command: str, kind: type[Options], argv: Sequence[str], summary: str =
         if exit_.code == 0:  # --help
             return None
         raise ConfigError(f"{_first_paragraph(errors.getvalue())}; see stepwell {command} --help") from None
-    values = {name: value for name, value in vars(parsed).items() if name != "config"}
-    return make_config(kind, values)
+    # What nobody asked for is left out: a config knows what was given, and what is its default.
+    asked = {name: value for name, value in vars(parsed).items() if _is_given(name, command, words)}
+    return make_config(kind, {**from_file, **asked})
+
+
+def _is_given(name: str, command: str, words: Sequence[str]) -> bool:
+    if name in POSITIONAL or (command == "predict" and name == "model"):
+        return True
+    flag = FLAGS.get(name, name).replace("_", "-")
+    given = {word.partition("=")[0].replace("_", "-") for word in words}
+    return name != "config" and not given.isdisjoint({f"--{flag}", f"--no-{flag}"})
 
 
 def _split_pairs(argv: Sequence[str]) -> list[str]:
@@ -140,8 +159,8 @@ def _split_pairs(argv: Sequence[str]) -> list[str]:
     return words
 
 
-def _defaults(kind: type[Options], words: Sequence[str]) -> dict[str, Any]:
-    """What holds where the command line is silent: the config file's values over the preset's."""
+def _from_file(kind: type[Options], words: Sequence[str]) -> dict[str, Any]:
+    """The values of the config file, if one is named."""
     values: dict[str, Any] = {}
     if (file := _value_of("--config", words)) is not None:
         for name, value in read_yaml(Path(file)).items():
@@ -155,10 +174,16 @@ def _defaults(kind: type[Options], words: Sequence[str]) -> dict[str, Any]:
                     f"if you trust that file, pass {flag} {value} on the command line"
                 )
             values[name] = _value(name, value, kind, file)
+    return values
+
+
+def _defaults(from_file: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any]:
+    """What holds where the command line is silent: the config file's values over what others imply."""
+    values = dict(from_file)
     for name in ("preset", "logit_loss", "feature_loss"):
         if (word := _value_of(f"--{name.replace('_', '-')}", words)) is not None:
             values[name] = word
-    return {**implied(values), **values}
+    return {**implied(values), **from_file}
 
 
 def _value(name: str, value: object, kind: type[Options], file: str) -> object:

@@ -25,11 +25,14 @@ from stepwell.options import (
     PathOptions,
     Positive,
     ScoreOptions,
+    Seed,
     SelectOptions,
     StartOptions,
     StudentOptions,
+    Suite,
     TaskOptions,
     TrainingOptions,
+    Way,
 )
 
 
@@ -57,6 +60,31 @@ class CompressConfig(
     """Threads of onnxruntime when latency is measured."""
     preset: Literal["default", "paper"] = "default"
     """`paper`: Algorithm 1 as printed (all candidates in every step, raw feature distances)."""
+
+
+class CompareConfig(CompressConfig):
+    """All options of a comparison: those of `compress`, which all its runs share, and what differs."""
+
+    paths: tuple[Way, ...] = ("single-step", "amd")
+    """Ways down that are compared."""
+    logit_losses: tuple[str, ...] = ()
+    """Losses on the logits that are compared, each with every path; `--logit-loss` if not given."""
+    feature_losses: tuple[str, ...] = ()
+    """Losses on states or features, likewise."""
+    seeds: tuple[Seed, ...] = (0, 1, 2)
+    """Every arm runs once with each."""
+    lrs: tuple[Positive, ...] = ()
+    """Learning rates that every arm tries with the first seed; the best on the selection images is used for
+    the others. `--lr` if not given."""
+    controls: bool = True
+    """Beside every path of more than one step, a single step with the same compute."""
+    jobs: Count = 1
+    """Runs side by side, each in a process of its own."""
+    suite: Suite | None = None
+    """A named comparison that mirrors a published table, with teacher and data; `--paths` and losses are
+    then its own."""
+    scale: Literal["cpu", "gpu", "paper"] = "cpu"
+    """Size of a suite: hours on two cores, on one GPU, or the published recipe."""
 
 
 class TrainConfig(TrainingOptions, DataOptions, StartOptions):

@@ -20,6 +20,10 @@ Rule = Literal["npsd", "npsd-chord-teacher", "npsd-chord-student", "lambda"]
 Metric = Literal["auto", "top1", "likelihood"]
 Way = Literal["amd", "amd-manual", "single-step", "takd", "dgkd", "mmd", "mmd-os"]
 
+Suite = Literal[
+    "losses", "candidates", "optimizer", "weights", "depth", "steps", "cnn-pairs"
+]  # fmt: skip
+
 FLAGS = {"keep_ratio": "keep", "out_dir": "out", "json_": "json"}
 """Names on the command line that differ from the field's."""
 

@@ -50,7 +50,7 @@ def test_the_student_is_small_and_computes_what_its_files_say(run):
 def test_the_report_speaks_of_what_was_cut(run):
     result, page = Result.load(run / "result.json"), (run / "report.html").read_text()
     words = "filters" if set(result.group_kinds.values()) == {"filter"} else "heads and neurons"
-    assert f"of its {words} and taught in steps" in page
+    assert f"of its {words}. The teacher taught" in page
 
 
 def test_every_rung_is_there(run, tmp_path):

@@ -17,7 +17,7 @@ from stepwell.config import CompressConfig
 from stepwell.delivery.measure import num_params
 from stepwell.errors import ConfigError
 from stepwell.models.cifar_nets import CifarResNet, CifarVgg
-from stepwell.paths import amd
+from stepwell import descent
 from stepwell.pruning.families import find_groups
 from stepwell.pruning.units import Group, Slice, tensors_of
 from stepwell.setting import Setting, prepare
@@ -161,7 +161,7 @@ def setting(model: nn.Module, **options: object) -> Setting:
 )
 def test_the_stage_uses_the_students_keep_ratio(options, kept):
     model = vgg()
-    importance = amd._score(setting(model, **options))
+    importance = descent._score(setting(model, **options))
     assert_equal(importance.raw, greedy(model, kept))
     assert importance.num_images == 0
     for values in importance.normalised.values():
@@ -174,7 +174,7 @@ def test_a_budget_stands_for_the_equal_shares_that_meet_it():
     params = {k: (27 * k + 3 * k) + 3 * (9 * k * k + 3 * k) + 10 * k + 10 for k in range(1, 41)}
     assert params[40] == num_params(model)
     nearest = min(params, key=lambda k: abs(params[k] - 0.4 * params[40]))
-    found = amd._score(setting(model, params="40%", round_to=1)).raw
+    found = descent._score(setting(model, params="40%", round_to=1)).raw
     assert_equal(found, greedy(model, dict.fromkeys(CONVS, nearest)))
     assert found != filter_norms(tensors_of(model), find_groups(model), 0.1)
 
@@ -194,7 +194,7 @@ class Mixed(nn.Module):
 def test_heads_and_neurons_are_still_scored_by_gradient():
     model = shaken(Mixed)
     s = setting(model, keep_ratio=0.5)
-    found = amd._score(s)
+    found = descent._score(s)
     expected: Importance = score(model, s.groups, s.scored)
     others = [g.name for g in s.groups if g.kind != "filter"]
     assert others
@@ -205,7 +205,7 @@ def test_heads_and_neurons_are_still_scored_by_gradient():
     by_gradient = cast(
         Setting, SimpleNamespace(**{**vars(s), "config": CompressConfig(out_dir=Path("unused"))})
     )
-    assert amd._score(by_gradient) == expected
+    assert descent._score(by_gradient) == expected
 
 
 def test_a_model_without_filters_is_an_error():

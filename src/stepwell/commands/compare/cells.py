@@ -64,9 +64,14 @@ class CellResult(BaseModel):
     stepwell_version: str
 
     @property
-    def cost(self) -> float:
-        """In single steps of as many epochs."""
-        return sum(self.teacher_passes.values()) / self.single_step_passes
+    def passes(self) -> float:
+        """Cost of all stages."""
+        return sum(self.teacher_passes.values())
+
+    @property
+    def epochs_of_equal_compute(self) -> float:
+        """Epochs of a single step that cost as much as this run; either scores the units first."""
+        return (self.passes - self.teacher_passes["score"]) / self.single_step_passes * self.options["epochs"]
 
     @property
     def path_seconds(self) -> float:
