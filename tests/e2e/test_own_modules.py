@@ -59,7 +59,7 @@ def test_a_module_of_the_users_own_is_compressed(data, source, tmp_path, quick, 
     stepwell("doctor", *words, *QUICK[:4])
     shown = capsys.readouterr()
     assert "supported (coupled channels, by torch-pruning's dependency graph)" in shown.out
-    assert "can be cut: 96 filters in 4 layers" in shown.out
+    assert "can be cut: 64 filters and 32 neurons in 4 layers" in shown.out
     assert "stays whole: left.0 (last.0 takes its channels together with others)" in shown.err
     run = tmp_path / "run"
     stepwell("compress", *words, "--out", run, *QUICK)

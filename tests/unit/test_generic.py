@@ -225,6 +225,11 @@ def test_the_store_of_a_ladder_holds_generic_groups():
         torch.testing.assert_close(own, model(IMAGES.double()))
 
 
+def test_units_of_a_linear_layer_are_neurons():
+    kinds = {group.name: group.kind for group in propose(Excited().eval(), IMAGES).generic}
+    assert kinds == {"stem.0": "filter", "squeeze": "neuron", "last.0": "filter"}
+
+
 def test_the_same_groups_are_found_whatever_the_weights_and_images():
     torch.manual_seed(1)
     first, second = Added().eval(), Added().eval()

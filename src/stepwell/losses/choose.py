@@ -1,8 +1,9 @@
 """From a loss's name to a function of two outputs: which tensors each loss of this folder takes.
 
 A loss itself knows tensors only; here is the one place that knows what comes from where. A loss of the
-user's own, FILE.py:FUNCTION, is called as FUNCTION(student, teacher) with an example `Output` of each, and
-returns what is then called as loss(student, teacher, target); it may be an `nn.Module`.
+user's own, FILE.py:FUNCTION, is called as FUNCTION(student, teacher) with an example `Output` of each, and the
+arguments of --logit-args or --feature-args; it returns what is then called as loss(student, teacher, target),
+which may be an `nn.Module`.
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ def logit_loss(options: LossOptions, student: Output, teacher: Output) -> Loss:
             taid = made(TAID)()
             return Loss(lambda s, t, target: taid(s.logits, t.logits, target.progress), taid)
         case _:
-            return _own(name, "--logit-loss", student, teacher)
+            return _own(made(load_function(name, "--logit-loss"))(student, teacher))
 
 
 def feature_loss(
@@ -134,7 +135,7 @@ def feature_loss(
     if name == "states":
         return _states(options, student, teacher, projected)
     if is_own_code(name):
-        return _own(name, "--feature-loss", student, teacher)
+        return _own(made(load_function(name, "--feature-loss"))(student, teacher))
     s_maps, t_maps = maps(student, teacher), maps(teacher, student)
     s_channels, t_channels = [m.shape[1] for m in s_maps], [m.shape[1] for m in t_maps]
     s_dim, t_dim = student.features.shape[1], teacher.features.shape[1]
@@ -240,7 +241,5 @@ def _made(name: str, option: str, given: dict[str, float], loss: Callable[..., A
     return partial(loss, **fixed, **values)
 
 
-def _own(name: str, option: str, student: Output, teacher: Output) -> Loss:
-    assert is_own_code(name), "config.py checks the names"
-    loss = load_function(name, option)(student, teacher)
+def _own(loss: Call) -> Loss:
     return Loss(loss, loss if isinstance(loss, nn.Module) else None)

@@ -187,7 +187,7 @@ def _group(
     layers = tuple(dict.fromkeys(layer for layer, _ in coupled.ends))
     return Group(
         name,
-        "filter",
+        "neuron" if isinstance(modules[name], nn.Linear) else "filter",
         units,
         tuple(slices),
         gate=gate,

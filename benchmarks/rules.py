@@ -1,0 +1,190 @@
+"""What each rule would have picked, and what that would have cost: docs/selection.md and its plot.
+
+    python benchmarks/rules.py
+
+From the cells of `benchmarks/selection.py`: for every run the student's accuracy by way of every assistant.
+Regret of a rule: the best student's accuracy minus that of the student by way of the rule's pick. Rank
+correlation: Spearman's, of the rule's values with the students' accuracies. As the test images are few, the
+same is done with the mean log-likelihood, which says more of each image.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import get_args
+
+import numpy as np
+from matplotlib.figure import Figure
+from scipy.stats import spearmanr
+
+from record import RESULTS, commit
+from stepwell.commands.compare.cells import CellResult
+from stepwell.options import Rule
+from stepwell.stages.select import Point, pick, rule_values
+from stepwell.training.run_dir import write_atomically
+
+DOCS = Path(__file__).parent.parent / "docs"
+Values = Sequence[float | None]
+
+
+def main() -> None:
+    """Read all cells, write the page and the plot."""
+    runs: dict[str, list[CellResult]] = defaultdict(list)
+    for file in sorted((RESULTS / "selection").glob("*.json")):
+        result = CellResult.model_validate_json(file.read_bytes())
+        runs[result.arm].append(result)
+    (DOCS / "images").mkdir(exist_ok=True)
+    write_atomically(DOCS / "images" / "selection.svg", plot(runs))
+    write_atomically(DOCS / "selection.md", page(runs))
+
+
+def rules() -> dict[str, Callable[[CellResult], Values]]:
+    """Every rule with both measures of performance, and the choices that look at nothing."""
+    found: dict[str, Callable[[CellResult], Values]] = {}
+    for rule in get_args(Rule):
+        # The teacher's top1 on the selection images is not kept.
+        for metric in ("likelihood",) if rule == "npsd-chord-teacher" else ("likelihood", "top1"):
+            found[f"{rule}, {metric}"] = lambda run, rule=rule, metric=metric: values_of(run, rule, metric)
+    for keep in (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9):
+        found[f"always {keep:g}"] = lambda run, keep=keep: [
+            -abs(c.keep_ratio - keep) if i else None for i, c in enumerate(run.candidates)
+        ]
+    return found
+
+
+def values_of(run: CellResult, rule: Rule, metric: str) -> Values:
+    """The rule's value for each candidate, from the figures of the selection images."""
+
+    def performance(top1: float, log_likelihood: float) -> float:
+        return top1 / 100 if metric == "top1" else math.exp(log_likelihood)
+
+    points = [Point(c.scale, performance(c.top1, c.log_likelihood)) for c in run.candidates]
+    return rule_values(points, teacher_point(run, metric), rule)
+
+
+def teacher_point(run: CellResult, metric: str) -> Point:
+    """The teacher as the rules see it, recovered from the slope to it that the run has kept."""
+    assert run.selection is not None
+    assert run.selection.metric == metric or metric == "top1", "the runs were judged by likelihood"
+    chords = run.selection.values["npsd-chord-teacher"]
+    for candidate, chord in zip(run.candidates, chords, strict=True):
+        if chord is not None:
+            own = math.exp(candidate.log_likelihood)
+            return Point(1.0, own - chord * (1 - candidate.scale))
+    raise ValueError("no candidate lies below the teacher")
+
+
+def students(run: CellResult, measure: str) -> list[float]:
+    """Test figures of the students by way of candidates 1, 2, ...: percent, or mean log-likelihood."""
+    return [t.top1 if measure == "top1" else t.log_likelihood for t in run.tried]
+
+
+def regret(run: CellResult, values: Values, measure: str) -> float:
+    """What the rule's pick loses against the best assistant."""
+    found = students(run, measure)
+    return max(found) - found[pick(values) - 1]
+
+
+def correlation(run: CellResult, values: Values, measure: str) -> float:
+    """Spearman's rank correlation of the rule's values with the students' figures."""
+    pairs = [(v, s) for v, s in zip(values[1:], students(run, measure), strict=True) if v is not None]
+    rank = spearmanr([v for v, _ in pairs], [s for _, s in pairs]).statistic if len(pairs) > 2 else math.nan
+    return float(rank)
+
+
+def random_regret(run: CellResult, measure: str) -> float:
+    """Expected regret of a pick at random."""
+    found = students(run, measure)
+    return max(found) - mean(found)
+
+
+def plot(runs: dict[str, list[CellResult]]) -> str:
+    """Student's accuracy over the assistant's scale: thin lines are seeds, the thick one their mean."""
+    import io
+
+    figure = Figure(figsize=(4.2 * len(runs), 3.6), layout="constrained")
+    for number, (name, found) in enumerate(runs.items()):
+        axes = figure.add_subplot(1, len(runs), number + 1)
+        scales = [100 * t.scale for t in found[0].tried]
+        lines = np.array([students(run, "top1") for run in found])
+        for line in lines:
+            axes.plot(scales, line, color="0.75", linewidth=1)
+        axes.plot(
+            scales, lines.mean(axis=0), "o-", color="C0", markersize=4, label="student, mean over seeds"
+        )
+        axes.axhline(mean(run.teacher_top1 for run in found), color="0.4", linestyle=":", label="teacher")
+        axes.set_title(f"{name} ({len(found)} seeds)", fontsize=10)
+        axes.set_xlabel("assistant's share of the teacher's MACs, %")
+        axes.grid(alpha=0.25)
+        if number == 0:
+            axes.set_ylabel("student's top-1 on the test images, %")
+            axes.legend(fontsize=8, frameon=False)
+    text = io.StringIO()
+    figure.savefig(text, format="svg", metadata={"Date": None})
+    return text.getvalue()
+
+
+def table(runs: dict[str, list[CellResult]], measure: str) -> list[str]:
+    """Mean regret and rank correlation of every rule, over seeds and over settings."""
+    names = list(runs)
+    digits = 2 if measure == "top1" else 4
+    lines = [
+        "| rule | " + " | ".join(f"{n}: regret | corr." for n in names) + " | mean regret |",
+        "|---|" + "---:|" * (2 * len(names) + 1),
+    ]
+    rows = []
+    for rule, values in rules().items():
+        cells, regrets = [], []
+        for name in names:
+            found = runs[name]
+            regrets.append(mean(regret(run, values(run), measure) for run in found))
+            rank = [correlation(run, values(run), measure) for run in found]
+            cells += [f"{regrets[-1]:.{digits}f}", f"{np.nanmean(rank):.2f}"]
+        rows.append((mean(regrets), f"| {rule} | {' | '.join(cells)} | {mean(regrets):.{digits}f} |"))
+    cells, regrets = [], []
+    for name in names:
+        regrets.append(mean(random_regret(run, measure) for run in runs[name]))
+        cells += [f"{regrets[-1]:.{digits}f}", ""]
+    rows.append((mean(regrets), f"| at random | {' | '.join(cells)} | {mean(regrets):.{digits}f} |"))
+    return lines + [line for _, line in sorted(rows)]
+
+
+def noise(found: list[CellResult], measure: str) -> float:
+    """Standard deviation over seeds of a student's figure, mean over assistants."""
+    lines = np.array([students(run, measure) for run in found])
+    return float(mean(stdev(column) for column in lines.T)) if len(found) > 1 else math.nan
+
+
+def page(runs: dict[str, list[CellResult]]) -> str:
+    """docs/selection.md."""
+    return "\n".join(
+        [
+            "# Which assistant: the evidence",
+            "",
+            "Written by `python benchmarks/rules.py` from `benchmarks/results/selection/` "
+            f"(`benchmarks/selection.py`); commit {commit()}.",
+            "",
+            "For every run one ladder of nine candidates was trained together, and then a student by way of",
+            "*every* candidate. A rule sees the candidates on the selection images only. Its regret is what",
+            "the student by way of its pick loses against the best one, on the test images.",
+            "",
+            "![student over assistant](images/selection.svg)",
+            "",
+            "## Top-1 on the test images, points",
+            "",
+            *table(runs, "top1"),
+            "",
+            "## Mean log-likelihood on the test images",
+            "",
+            *table(runs, "log_likelihood"),
+            "",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    main()
