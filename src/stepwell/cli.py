@@ -168,13 +168,14 @@ def _from_file(kind: type[Options], words: Sequence[str]) -> dict[str, Any]:
                 field = next((f for f, flag in FLAGS.items() if flag == name), str(name))
                 raise ConfigError(f"{file}: unknown key {name!r}{did_you_mean(field, kind.model_fields)}")
             flag = f"--{FLAGS.get(name, name)}".replace("_", "-")
-            code = [v for v in (value if isinstance(value, list) else [value]) if is_own_code(v)]
+            checked = _value(name, value, kind, file)
+            code = [v for v in (checked if isinstance(checked, tuple) else (checked,)) if is_own_code(v)]
             if code and _value_of(flag, words) is None:
                 raise ConfigError(
                     f"{file}: {name}: {code[0]} would run code, which a config file cannot ask for; "
                     f"if you trust that file, pass {flag} {code[0]} on the command line"
                 )
-            values[name] = _value(name, value, kind, file)
+            values[name] = checked
     return values
 
 

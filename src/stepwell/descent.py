@@ -51,11 +51,13 @@ class Rung:
         model: Physical, on the device of the run.
         scale: Its share of the teacher's MACs.
         candidate: Its keep ratio and widths; None for the teacher.
+        is_foreign: Whether it is of another architecture, and `candidate` only the rung in its place.
     """
 
     model: nn.Module
     scale: float
     candidate: Candidate | None = None
+    is_foreign: bool = False
 
 
 @dataclass(frozen=True)
@@ -110,45 +112,41 @@ class Descent:
         self.trainings: dict[str, Trained] = {}
         self.bill = {"score": self.costs.scoring}
 
-    def store(self) -> SharedWeights:
-        """All candidates in one store, with the teacher's own weights."""
-        return SharedWeights(self.s.model, self.s.groups, self.weights, self.candidates)
+    def store(self, model: nn.Module | None = None, index: int = 0) -> SharedWeights:
+        """All candidates in one store: slices of the teacher, or of a trained `model` on rung `index`.
 
-    def rung(self, index: int, model: nn.Module) -> Rung:
-        """`model` as what stands on rung `index`; on the first it may be of another architecture."""
-        scale = self.costs.student if index == 0 else self.costs.scales[index]
-        return Rung(model, scale, self.candidates[index])
+        Smaller models inherit from the trained one above them (METHODS A.7); of larger ones the store then
+        says nothing.
+        """
+        store = SharedWeights(self.s.model, self.s.groups, self.weights, self.candidates)
+        if model is not None:
+            store.put(index, model)
+        return store
+
+    def rung(self, index: int, store: SharedWeights) -> Rung:
+        """Candidate `index` of a store, as a model of its own."""
+        return Rung(store.extract(index), self.costs.scales[index], self.candidates[index])
 
     def slice(self, index: int) -> Rung:
-        """Rung `index` with the teacher's own weights."""
+        """Candidate `index` with the teacher's own weights."""
         s, widths = self.s, self.candidates[index].widths
         skeleton = build_skeleton(s.model, s.groups, widths)
-        return self.rung(index, fill(skeleton, leading_units(self.weights, skeleton, s.groups, widths)))
+        model = fill(skeleton, leading_units(self.weights, skeleton, s.groups, widths))
+        return Rung(model, self.costs.scales[index], self.candidates[index])
 
-    def student(self, above: nn.Module | None = None, index: int = 0) -> Rung:
-        """The student, untrained: a slice of the teacher, or of the model that stands on rung `index`.
-
-        Args:
-            above: A trained model that the student inherits from (METHODS A.7); None is the teacher.
-            index: Its rung.
-        """
+    def student(self, store: SharedWeights | None = None) -> Rung:
+        """The student, not trained yet: the smallest slice of a store or of the teacher, or another model."""
         foreign = self.s.fresh_student()
         if foreign is not None:
-            return self.rung(0, foreign)
-        return self.slice(0) if above is None else self.below(above, index, 0)
-
-    def below(self, model: nn.Module, index: int, lower: int) -> Rung:
-        """Rung `lower` as a slice of the trained `model` that stands on rung `index`."""
-        store = self.store()
-        store.put(index, model)
-        return self.rung(lower, store.extract(lower))
+            return Rung(foreign, self.costs.student, self.candidates[0], is_foreign=True)
+        return self.slice(0) if store is None else self.rung(0, store)
 
     def teach(
         self, stage: str, teachers: Sequence[Rung], student: Rung, epochs: float, drop: int = 0
     ) -> Rung:
         """Train `student` in place as one stage of the run, and return it."""
         s, config = self.s, self.s.config
-        foreign = s.foreign_blocks if student.candidate is self.candidates[0] else None
+        foreign = s.foreign_blocks if student.is_foreign else None
         trained = s.run.stage(
             stage,
             Trained,

@@ -81,3 +81,13 @@ def test_a_student_is_a_teacher_again(run, data, tmp_path, quick):
     words = ("--teacher", run, "--data", data, "--out", tmp_path / "run", *QUICK, "--round-to", 1)
     stepwell("compress", *words, "--keep", "0.5")
     assert num_params(package.load(tmp_path / "run")) < num_params(package.load(run))
+
+
+@pytest.mark.parametrize("path", ["takd", "mmd"])
+def test_chains_carry_the_statistics_of_their_models(run, data, tmp_path, path):
+    words = ("--teacher", run.parent / "teacher", "--data", data, "--out", tmp_path, "--path", path)
+    stepwell("compress", *words, *QUICK, "--keep", "0.3", "--round-to", 2, "--feature-loss", "at")
+    result = Result.load(tmp_path / "result.json")
+    images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    assert package.load(tmp_path)(images).isfinite().all()
+    assert result.student.num_params < result.assistant.num_params < result.teacher.num_params

@@ -93,6 +93,20 @@ def test_a_student_starts_as_a_slice_of_the_trained_assistant(data, teacher, tmp
     assert compared
 
 
+OTHER = ("--student", "vit_tiny_patch16_224", "--student-args")
+OTHER_ARGS = ("patch_size=4", "embed_dim=12", "depth=1", "num_heads=2")
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_every_path_ends_in_a_student_of_another_architecture(data, teacher, tmp_path, quick, path):
+    words = ("--path", path, *CHAIN, *OTHER, *OTHER_ARGS)
+    result = compress(teacher, data, tmp_path / "run", *words)
+    student = student_weights(tmp_path / "run")
+    assert student["patch_embed.proj.weight"].shape == (12, 3, 4, 4)
+    assert result.student_name == "vit_tiny_patch16_224"
+    assert result.student.num_params == sum(tensor.numel() for tensor in student.values())
+
+
 def test_several_assistants_in_a_row(data, teacher, tmp_path, quick):
     words = ("--num-candidates", 5, "--num-assistants", 2, "--rule", "npsd-chord-teacher")
     result = compress(teacher, data, tmp_path / "run", *words)

@@ -47,12 +47,16 @@ COMPRESS = TRAINING | {
 FLAGS = {
     "train": TRAINING | {"--label-smoothing", "--model", "--pretrained", "--weights"},
     "compress": COMPRESS,
+    "compare": COMPRESS | {
+        "--paths", "--logit-losses", "--feature-losses", "--seeds", "--lrs", "--controls", "--jobs",
+        "--suite", "--scale",
+    },
     "doctor": COMPRESS,
     "inspect": {"--all", "--json", "--teacher"},
     "export": {"--all", "--format", "--keep", "--out", "--teacher"},
     "predict": {"--teacher", "--top"},
     "demo": {"--device", "--effort", "--out", "--seed"},
-}
+}  # fmt: skip
 
 
 def test_public_names() -> None:

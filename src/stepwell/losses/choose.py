@@ -1,9 +1,9 @@
 """From a loss's name to a function of two outputs: which tensors each loss of this folder takes.
 
 A loss itself knows tensors only; here is the one place that knows what comes from where. A loss of the
-user's own, FILE.py:FUNCTION, is called as FUNCTION(student, teacher) with an example `Output` of each, and the
-arguments of --logit-args or --feature-args; it returns what is then called as loss(student, teacher, target),
-which may be an `nn.Module`.
+user's own, FILE.py:FUNCTION, is called as FUNCTION(student, teacher) with an example `Output` of each and the
+arguments that were given; it returns what is then called as loss(student, teacher, target), which may be an
+`nn.Module`.
 """
 
 from __future__ import annotations

@@ -51,15 +51,12 @@ def descend(s: Setting) -> Finished:
     # the student is of another architecture.
     if config.path == "amd-manual":
         return _by_way_of_all(descent, shared, selected, epochs)
-    assistants = [descent.rung(selected.index, shared.extract(selected.index))]
-    student = s.fresh_student() or shared.extract(0)
+    assistants, student = [descent.rung(selected.index, shared)], descent.student(shared)
     for lower in _lower_assistants(descent, selected):
-        number = len(assistants) + 1
-        assistant = descent.rung(lower, shared.extract(lower))
-        descent.teach(f"assistant {number}", [assistants[-1]], assistant, epochs.distill)
-        assistants.append(assistant)
-        student = descent.student(above=assistant.model, index=lower).model
-    student = descent.teach("distill", [assistants[-1]], descent.rung(0, student), epochs.distill)
+        stage, assistant = f"assistant {len(assistants) + 1}", descent.rung(lower, shared)
+        assistants.append(descent.teach(stage, [assistants[-1]], assistant, epochs.distill))
+        student = descent.student(descent.store(assistant.model, lower))
+    student = descent.teach("distill", [assistants[-1]], student, epochs.distill)
 
     # The control, if asked for. 6. Deliver: measure everything, write the files of the run (handover.py).
     return descent.finish(student, assistants, epochs, selected)
@@ -80,8 +77,7 @@ def _by_way_of_all(descent: Descent, shared: SharedWeights, selected: Selected, 
     """AMD with manual choice: a student from every candidate, and the best on the selection images stays."""
     tried = []
     for index in range(1, len(shared.candidates)):
-        assistant = descent.rung(index, shared.extract(index))
-        student = descent.rung(0, descent.s.fresh_student() or shared.extract(0))
+        assistant, student = descent.rung(index, shared), descent.student(shared)
         stage = f"distill by way of {descent.candidates[index].keep_ratio:g}"
         tried.append((assistant, descent.teach(stage, [assistant], student, epochs.distill)))
     return descent.finish_with_best(tried, epochs, selected)

@@ -16,10 +16,10 @@ def descend(s: Setting) -> Finished:
     epochs = descent.plan()
     taught = [descent.teacher]
     for index in reversed(range(1, len(descent.candidates))):
-        above = taught[-1].model
-        lower = descent.slice(index) if len(taught) == 1 else descent.below(above, index + 1, index)
+        above = descent.store(taught[-1].model, index + 1) if len(taught) > 1 else None
+        lower = descent.slice(index) if above is None else descent.rung(index, above)
         stage = f"assistant {descent.candidates[index].keep_ratio:g}"
         taught.append(descent.teach(stage, taught, lower, epochs.distill, drop))
-    student = descent.student(taught[-1].model, index=1)
+    student = descent.student(descent.store(taught[-1].model, 1))
     student = descent.teach("distill", taught, student, epochs.distill, drop)
     return descent.finish(student, taught[1:], epochs)

@@ -16,9 +16,10 @@ def descend(s: Setting) -> Finished:
     epochs = descent.plan()
     above, rungs = descent.teacher, []
     for index in reversed(range(1, len(descent.candidates))):
-        lower = descent.slice(index) if not rungs else descent.below(above.model, index + 1, index)
+        lower = descent.rung(index, descent.store(above.model, index + 1)) if rungs else descent.slice(index)
         stage = f"assistant {descent.candidates[index].keep_ratio:g}"
         above = descent.teach(stage, [above], lower, epochs.distill)
         rungs.append(above)
-    student = descent.teach("distill", [above], descent.student(above.model, index=1), epochs.distill)
+    student = descent.student(descent.store(above.model, 1))
+    student = descent.teach("distill", [above], student, epochs.distill)
     return descent.finish(student, rungs, epochs)

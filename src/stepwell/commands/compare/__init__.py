@@ -6,12 +6,12 @@ import os
 import shutil
 
 from stepwell.commands.compare import suites
-from stepwell.commands.compare.arms import arms_of, run_arms
+from stepwell.commands.compare.arms import arms_of, given, run_arms
 from stepwell.commands.compare.table import as_json, as_markdown, as_plot, as_table
 from stepwell.commands.compress import require
-from stepwell.config import CompareConfig, make_config
+from stepwell.config import CompareConfig
 from stepwell.delivery.teacher import load_teacher
-from stepwell.errors import ConfigError
+from stepwell.errors import ConfigError, RunDirError
 from stepwell.training.data import resolve_data
 from stepwell.training.run_dir import RunDir, write_atomically, writing
 from stepwell.version import __version__
@@ -22,6 +22,7 @@ def run(config: CompareConfig) -> str:
     if config.suite is not None and config.scale == "paper":
         return suites.paper(config.suite)
     require(config, "compare", "out_dir")
+    check(config)
     assert config.out_dir is not None
     out = config.out_dir
     if config.suite is not None:
@@ -29,7 +30,6 @@ def run(config: CompareConfig) -> str:
     else:
         require(config, "compare", "teacher", "data")
         arms = arms_of(config)
-    check(config)
     config = _with_threads(config)
     with writing(out):
         (out / "stages").mkdir(parents=True, exist_ok=True)
@@ -57,15 +57,39 @@ def check(config: CompareConfig) -> None:
     """Refuse what cannot be compared, before anything runs.
 
     Raises:
-        ConfigError: An option that a comparison sets itself, or a list without entries.
+        ConfigError: An option that a comparison or a suite sets itself, or a list that makes no comparison.
+        RunDirError: The folder holds a run of another command.
     """
+    asked = given(config)
     if config.minutes is not None:
         raise ConfigError("compare needs --epochs: what fits into --minutes depends on what else is running")
+    for single, instead in (("path", "paths"), ("seed", "seeds"), ("control", "controls or --no-controls")):
+        if single in asked:
+            raise ConfigError(f"compare takes --{instead}, not --{single}")
+    for single, several in (
+        ("lr", "lrs"),
+        ("logit_loss", "logit_losses"),
+        ("feature_loss", "feature_losses"),
+    ):
+        if single in asked and getattr(config, several):
+            raise ConfigError(f"{_flag(several)} and {_flag(single)}: give one of them")
+    for name in ("paths", "logit_losses", "feature_losses"):
+        if config.suite is not None and name in asked:
+            raise ConfigError(f"--suite {config.suite} has arms of its own: leave out {_flag(name)}")
+    if config.suite is None and "scale" in asked:
+        raise ConfigError("--scale is the size of a --suite")
     if not config.seeds or not config.paths:
         raise ConfigError("compare needs at least one of --seeds and one of --paths")
-    for lists, single in (("paths", "path"), ("lrs", "lr"), ("seeds", "seed")):
-        if single in config.model_fields_set and single != "lr":
-            raise ConfigError(f"compare takes --{lists}, not --{single}")
+    for name in ("paths", "logit_losses", "feature_losses", "seeds", "lrs"):
+        values = getattr(config, name)
+        if twice := [value for value in values if values.count(value) > 1]:
+            raise ConfigError(f"{_flag(name)} has {twice[0]} twice")
+    if config.out_dir is not None and (config.out_dir / "config.yaml").exists():
+        raise RunDirError(f"{config.out_dir} is a run of another command; choose another --out")
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _with_threads(config: CompareConfig) -> CompareConfig:
@@ -73,9 +97,4 @@ def _with_threads(config: CompareConfig) -> CompareConfig:
     if config.threads is not None or config.jobs == 1:
         return config
     threads = max(1, (os.cpu_count() or 1) // config.jobs)
-    return make_config(CompareConfig, {**given(config), "threads": threads})
-
-
-def given(config: CompareConfig) -> dict[str, object]:
-    """What was set of a config, not what is its default."""
-    return {name: getattr(config, name) for name in config.model_fields_set}
+    return config.model_copy(update={"threads": threads})

@@ -16,7 +16,9 @@ from statistics import mean
 from typing import Any
 
 from stepwell.commands.compare.cells import Cell, CellResult, run_all
-from stepwell.config import CompareConfig, CompressConfig, make_config
+from stepwell.config import CompareConfig, CompressConfig, implied, make_config
+from stepwell.errors import ConfigError
+from stepwell.own_code import is_own_code
 from stepwell.training.progress import say
 
 _NOT_OF_A_RUN = frozenset(CompareConfig.model_fields) - frozenset(CompressConfig.model_fields)
@@ -58,6 +60,11 @@ class Row:
     cells: Sequence[CellResult]
     control_of: str | None = None
 
+    @property
+    def finished(self) -> list[CellResult]:
+        """The cells that did not diverge."""
+        return [cell for cell in self.cells if not cell.diverged]
+
 
 def arms_of(config: CompareConfig) -> list[Arm]:
     """Every path with every loss on the logits and every one on the features."""
@@ -66,8 +73,8 @@ def arms_of(config: CompareConfig) -> list[Arm]:
         for logit in config.logit_losses or (config.logit_loss,):
             for feature in config.feature_losses or (config.feature_loss,):
                 losses = [path]
-                losses += [logit] if len(config.logit_losses) > 1 else []
-                losses += [feature] if len(config.feature_losses) > 1 else []
+                losses += [_short(logit)] if len(config.logit_losses) > 1 else []
+                losses += [_short(feature)] if len(config.feature_losses) > 1 else []
                 options = {"path": path, "logit_loss": logit, "feature_loss": feature}
                 arms.append(Arm(", ".join(losses), options))
     return arms
@@ -80,7 +87,13 @@ def run_arms(arms: Sequence[Arm], config: CompareConfig, out: Path) -> list[Row]
         arms: What is compared.
         config: What they share; also seeds, learning rates, processes.
         out: Cells go into `out/cells`.
+
+    Raises:
+        ConfigError: Two arms would have the same file.
+        StepwellError: Of the first cell that fails.
     """
+    if len({slug(arm.name) for arm in arms}) < len(arms):
+        raise ConfigError("two arms have the same name; the losses of FILE.py:FUNCTION need different ones")
     first, *others = config.seeds
     searched = _search(arms, config, out, first, "search" if len(config.lrs) > 1 else "first seed")
     controls: dict[str, Arm] = {}
@@ -94,7 +107,7 @@ def run_arms(arms: Sequence[Arm], config: CompareConfig, out: Path) -> list[Row]
     rows = []
     everyone = [pair for arm in arms for pair in ((arm, None), (controls.get(arm.name), arm.name)) if pair[0]]
     waiting = [
-        _cell(arm, config, out, seed, searched[arm.name].options["lr"])
+        cell_of(arm, config, out, seed, searched[arm.name].options["lr"])
         for arm, _ in everyone
         if arm is not None
         for seed in others
@@ -111,35 +124,49 @@ def run_arms(arms: Sequence[Arm], config: CompareConfig, out: Path) -> list[Row]
 def costs(rows: Sequence[Row]) -> list[float]:
     """Mean cost of each row, in units of the cheapest single step among the arms, with all its epochs."""
     unit = min(cell.single_step_passes for row in rows if row.control_of is None for cell in row.cells)
-    return [mean(cell.passes for cell in row.cells) / unit for row in rows]
+    return [mean(cell.passes for cell in row.finished or row.cells) / unit for row in rows]
+
+
+def given(config: CompareConfig) -> dict[str, Any]:
+    """What was asked for: not what is a default, nor what the preset or the losses imply."""
+    values = {name: getattr(config, name) for name in config.model_fields_set}
+    own = implied(values)
+    return {name: value for name, value in values.items() if name not in own or own[name] != value}
 
 
 def _search(
     arms: Sequence[Arm], config: CompareConfig, out: Path, seed: int, what: str
 ) -> dict[str, CellResult]:
-    """Each arm with its best learning rate, as the selection images say."""
+    """Each arm with its best learning rate, as the selection images say; one that diverges is the worst."""
     rates = config.lrs or (None,)
-    cells = [_cell(arm, config, out, seed, lr) for arm in arms for lr in rates]
+    cells = [cell_of(arm, config, out, seed, lr) for arm in arms for lr in rates]
     results = run_all(cells, config.jobs, what) if cells else []
     best = {}
     for number, arm in enumerate(arms):
         mine = results[number * len(rates) : (number + 1) * len(rates)]
-        best[arm.name] = max(mine, key=lambda result: result.selection_performance)
+        best[arm.name] = max(mine, key=lambda result: (not result.diverged, result.selection_performance))
+        diverged = sum(bool(result.diverged) for result in mine)
         if len(rates) > 1:
-            say(f"{arm.name}: --lr {best[arm.name].options['lr']:g} of {len(rates)}")
+            note = f", {diverged} diverged" if diverged else ""
+            say(f"{arm.name}: --lr {best[arm.name].options['lr']:g} of {len(rates)}{note}")
     return best
 
 
-def _cell(arm: Arm, config: CompareConfig, out: Path, seed: int, lr: float | None) -> Cell:
+def cell_of(arm: Arm, config: CompareConfig, out: Path, seed: int, lr: float | None) -> Cell:
     """One run: what all share, what the arm sets, its seed and learning rate."""
-    shared = {name: getattr(config, name) for name in config.model_fields_set - _NOT_OF_A_RUN}
-    # What the comparison's own losses imply is not what the arm's imply.
+    # What the comparison's own losses imply is not what the arm's imply: make_config adds that.
+    shared = {name: value for name, value in given(config).items() if name not in _NOT_OF_A_RUN}
     values = {**shared, **arm.options, "seed": seed, "control": "none"}
     if lr is not None and "lr" not in arm.options:
         values["lr"] = lr
     name = slug(arm.name) + (f"-lr-{lr:g}" if lr is not None and len(config.lrs) > 1 else "")
     values["out_dir"] = out / "unfinished" / f"{name}-{seed}"
     return Cell(arm.name, make_config(CompressConfig, values), out / "cells" / f"{name}-{seed}.json")
+
+
+def _short(loss: str) -> str:
+    """A loss of one's own without its folder."""
+    return Path(loss).name if is_own_code(loss) else loss
 
 
 def slug(name: str) -> str:

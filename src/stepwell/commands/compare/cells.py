@@ -5,24 +5,30 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import traceback
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import nn
 
 from stepwell.commands import compress
 from stepwell.config import CompressConfig
 from stepwell.delivery.hardware import hardware
 from stepwell.delivery.measure import count_macs, evaluate, num_params, wilson_interval
 from stepwell.delivery.result import CandidateResult, SelectionResult, TriedResult
-from stepwell.errors import RunDirError, StepwellError
+from stepwell.descent import Descent, Finished
+from stepwell.errors import DivergedError, RunDirError, StepwellError
 from stepwell.handover import try_out
 from stepwell.paths import descend
+from stepwell.setting import Setting
 from stepwell.stages.judge import resolve_metric
+from stepwell.stages.plan import expected_bill
 from stepwell.stages.select import performance
 from stepwell.training import progress
 from stepwell.training.run_dir import write_atomically
@@ -30,7 +36,11 @@ from stepwell.version import __version__
 
 
 class CellResult(BaseModel):
-    """What is kept of a run: the file of a cell."""
+    """What is kept of a run: the file of a cell.
+
+    A run that diverged is a result too. The student's figures are then 0, and its cost is what the whole run
+    would have cost, with the middle candidate as the assistant.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -38,6 +48,8 @@ class CellResult(BaseModel):
     seed: int
     options: dict[str, Any]
     """All options of the run."""
+    diverged: str = ""
+    """What became infinite, and where; empty for a run that came to its end."""
     top1: float
     """The student, percent of the test images."""
     top1_interval: tuple[float, float]
@@ -92,7 +104,6 @@ class Cell:
     arm: str
     config: CompressConfig
     file: Path
-    extra: Mapping[str, Any] = field(default_factory=dict)
 
     def finished(self) -> CellResult | None:
         """The result, if it is there and was made with the same options.
@@ -128,41 +139,92 @@ def options_of(config: CompressConfig) -> dict[str, Any]:
 
 def run_cell(cell: Cell) -> CellResult:
     """Go down, and look at the student; no ONNX files, no clock, no report."""
-    s = compress.open_run(cell.config)
-    descent = descend(s)
-    student = descent.student.model
+    s = _begin(cell)
+    try:
+        result = _look(cell, s, descend(s))
+    except DivergedError as error:
+        result = _look_at_wreck(cell, s, error)
+    cell.file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(cell.file, json.dumps(result.model_dump(mode="json"), indent=1) + "\n")
+    shutil.rmtree(s.run.path)
+    return result
+
+
+def _begin(cell: Cell) -> Setting:
+    """Come back to what an interrupted call has left of the run, or begin it."""
+    try:
+        return compress.open_run(cell.config)
+    except RunDirError:
+        # Left with other options, such as the threads of another --jobs: one unfinished run is no great loss.
+        assert cell.config.out_dir is not None
+        shutil.rmtree(cell.config.out_dir, ignore_errors=True)
+        return compress.open_run(cell.config)
+
+
+def _look(cell: Cell, s: Setting, descent: Finished) -> CellResult:
+    student, selected = descent.student.model, descent.selected
     selection, test = evaluate(student, s.selection, "selection images"), evaluate(student, s.test, "test")
     metric = resolve_metric(s.config.metric, len(s.data.selection))
-    selected = descent.selected
-    result = CellResult(
+    return _result(
+        cell,
+        s,
+        student,
+        {
+            "top1": test.top1,
+            "top1_interval": wilson_interval(test.top1, len(test.labels)),
+            "selection_top1": selection.top1,
+            "selection_performance": performance(selection.top1, selection.log_likelihood, metric),
+            "assistants": [a.candidate.keep_ratio for a in descent.assistants if a.candidate is not None],
+            "candidates": selected.candidates if selected else [],
+            "selection": selected.selection if selected else None,
+            "tried": [try_out(s, assistant, tried) for assistant, tried in descent.tried],
+            "teacher_passes": dict(descent.bill),
+            "single_step_passes": descent.single_step,
+            "epochs": {name: trained.epochs for name, trained in descent.trainings.items()},
+        },
+    )
+
+
+def _look_at_wreck(cell: Cell, s: Setting, error: DivergedError) -> CellResult:
+    descent = Descent(s)  # what comes before the first training is finished, and is only read
+    epochs = descent.plan_epochs()
+    return _result(
+        cell,
+        s,
+        descent.student().model,
+        {
+            "diverged": str(error).partition("; ")[0],  # what follows is advice on a run of its own
+            "top1": 0.0,
+            "top1_interval": (0.0, 0.0),
+            "selection_top1": 0.0,
+            "selection_performance": 0.0,
+            "assistants": [],
+            "candidates": [],
+            "selection": None,
+            "tried": [],
+            "teacher_passes": expected_bill(s.config, descent.costs, epochs),
+            "single_step_passes": descent.costs.single_step(s.config.all_epochs(epochs.distill)),
+            "epochs": {},
+        },
+    )
+
+
+def _result(cell: Cell, s: Setting, student: nn.Module, figures: Mapping[str, Any]) -> CellResult:
+    """`figures`, and what is known of every run."""
+    return CellResult(
         arm=cell.arm,
         seed=cell.config.seed,
         options=options_of(cell.config),
-        top1=test.top1,
-        top1_interval=wilson_interval(test.top1, len(test.labels)),
-        selection_top1=selection.top1,
-        selection_performance=performance(selection.top1, selection.log_likelihood, metric),
         teacher_top1=evaluate(s.model, s.test, "teacher").top1,
         num_params=num_params(student),
         macs=count_macs(student, s.teacher.spec),
         teacher_macs=s.teacher_macs,
-        assistants=[a.candidate.keep_ratio for a in descent.assistants if a.candidate is not None],
-        candidates=selected.candidates if selected else [],
-        selection=selected.selection if selected else None,
-        tried=[try_out(s, assistant, tried) for assistant, tried in descent.tried],
-        teacher_passes=dict(descent.bill),
-        single_step_passes=descent.single_step,
         seconds=dict(s.run.seconds),
-        epochs={name: trained.epochs for name, trained in descent.trainings.items()},
-        num_test=len(test.labels),
+        num_test=len(s.data.test),
         hardware=hardware(s.device),
         stepwell_version=__version__,
+        **figures,
     )
-    cell.file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(cell.file, json.dumps(result.model_dump(mode="json"), indent=1) + "\n")
-    assert cell.config.out_dir is not None
-    shutil.rmtree(cell.config.out_dir)
-    return result
 
 
 def run_all(cells: Sequence[Cell], jobs: int, what: str) -> list[CellResult]:
@@ -192,6 +254,11 @@ def run_all(cells: Sequence[Cell], jobs: int, what: str) -> list[CellResult]:
                 i = waiting[future]
                 results[i] = future.result()
                 advance(f"{cells[i].arm}, seed {cells[i].config.seed}")
+        except BrokenProcessPool:
+            raise StepwellError(
+                f"{what}: a process ended without a word, as it does when memory runs out: fewer --jobs; "
+                f"what it did last is in a log in {cells[0].file.parent}"
+            ) from None
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -199,14 +266,18 @@ def run_all(cells: Sequence[Cell], jobs: int, what: str) -> list[CellResult]:
 
 
 def _in_silence(cell: Cell) -> CellResult:
-    """Run a cell in a process of its own: what it says goes into a file."""
+    """Run a cell in a process of its own: what it says goes into a file, which stays if it fails."""
     log = cell.file.with_suffix(".log")
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w", encoding="utf-8") as file, contextlib.redirect_stderr(file):
-        progress.console.file = file
         try:
             result = run_cell(cell)
-        except StepwellError as error:
-            raise type(error)(f"{cell.arm}, seed {cell.config.seed}: {error}") from None
+        except Exception as error:
+            traceback.print_exc()
+            # An exception of another package may not survive the way back to the first process.
+            known = isinstance(error, StepwellError)
+            kind = type(error) if known else StepwellError
+            reason = str(error) if known else f"{type(error).__name__}: {error}"
+            raise kind(f"{cell.arm}, seed {cell.config.seed}: {reason} (log: {log})") from None
     log.unlink()
     return result

@@ -191,7 +191,7 @@ def prepared(suite: Suite, config: CompareConfig, out: Path) -> tuple[list[Arm],
             f"--suite {suite} --scale {config.scale} needs --data, a folder of CIFAR-10's images"
         )
     values = {**size.compress, **given}
-    # Each suite names its own arms; only `steps` and `depth` compare ways down, and so have controls.
+    # The arms of the others differ in something else than their compute, or are controls of each other.
     values["controls"] = suite == "steps" and config.controls
     if not config.teacher:
         teacher = out / "teacher"

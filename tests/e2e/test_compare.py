@@ -1,0 +1,414 @@
+"""`stepwell compare`: fair arms, numbers that can be worked out again, cells that are not run twice."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from concurrent.futures import Future
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+from small_world import QUICK, stepwell, write_images
+
+from stepwell.cli import main, parse
+from stepwell.commands import train
+from stepwell.commands.compare import cells, suites
+from stepwell.commands.compare.arms import Arm, Row, arms_of, cell_of, run_arms
+from stepwell.commands.compare.cells import CellResult
+from stepwell.commands.compare.table import as_json, as_markdown, as_plot, as_table
+from stepwell.config import CompareConfig, make_config
+from stepwell.errors import ConfigError
+
+PATHS = ("--paths", "single-step", "amd", "--feature-losses", "states", "sp", "--seeds", "0", "1")
+ROWS = [
+    "single-step, states",
+    "single-step, sp",
+    "amd, states",
+    "single-step, compute of amd, states",
+    "amd, sp",
+    "single-step, compute of amd, sp",
+]
+
+
+class InThisProcess:
+    """A pool of processes without processes: each start of one takes seconds."""
+
+    def __init__(self, *_words, **_options) -> None: ...
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_error) -> None: ...
+
+    def submit(self, function, *words) -> Future:
+        future: Future = Future()
+        try:
+            future.set_result(function(*words))
+        except BaseException as error:
+            future.set_exception(error)
+        return future
+
+    def shutdown(self, **_options) -> None: ...
+
+
+@pytest.fixture
+def here(monkeypatch):
+    monkeypatch.setattr(cells, "ProcessPoolExecutor", InThisProcess)
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory, data, teacher):
+    """Two paths with two losses, with two seeds."""
+    out = tmp_path_factory.mktemp("compared") / "out"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(cells, "ProcessPoolExecutor", InThisProcess)
+        stepwell(*command(teacher, data, out), *PATHS)
+    return out
+
+
+def command(teacher, data, out) -> list[str]:
+    words = ["compare", "--teacher", teacher, "--data", data, "--out", out, *QUICK]
+    return [str(word) for word in words]
+
+
+def config_of(*words: str) -> CompareConfig:
+    config = parse("compare", CompareConfig, words)
+    assert isinstance(config, CompareConfig)
+    return config
+
+
+def results(out: Path) -> dict[str, CellResult]:
+    return {f.stem: CellResult.model_validate_json(f.read_bytes()) for f in (out / "cells").glob("*.json")}
+
+
+def times(out: Path) -> dict[str, int]:
+    """When each cell was written."""
+    return {file.name: file.stat().st_mtime_ns for file in (out / "cells").iterdir()}
+
+
+def refusal(words, capsys) -> str:
+    """The one line of a command that must fail."""
+    capsys.readouterr()
+    assert main([str(word) for word in words]) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    line = output.err.splitlines()[-1]
+    assert line.startswith("stepwell: ")
+    assert "Traceback" not in output.err
+    return line
+
+
+def test_a_comparison_writes_a_table_in_three_forms(compared):
+    assert sorted(file.name for file in compared.iterdir()) == [
+        "accuracy-over-cost.svg",
+        "cells",
+        "compare.json",
+        "compare.md",
+        "stages",
+    ]
+    record = json.loads((compared / "compare.json").read_text())
+    assert [row["arm"] for row in record["rows"]] == ROWS
+    assert [row["control_of"] for row in record["rows"]] == [None, None, None, ROWS[2], None, ROWS[4]]
+    lines = (compared / "compare.md").read_text().splitlines()
+    assert [line.split(" | ")[0].removeprefix("| ") for line in lines[2:]] == ROWS
+    assert len({line.count("|") for line in lines}) == 1
+    picture = (compared / "accuracy-over-cost.svg").read_text()
+    assert picture.startswith("<?xml")
+    assert "<svg" in picture
+
+
+def test_the_figures_are_those_of_the_cells(compared, teacher, data, here, capsys):
+    stepwell(*command(teacher, data, compared), *PATHS)  # everything is there: it prints the table again
+    printed = capsys.readouterr().out
+    found = results(compared)
+    unit = found["single-step-states-0"].single_step_passes
+    for row in json.loads((compared / "compare.json").read_text())["rows"]:
+        mine = [cell for cell in found.values() if cell.arm == row["arm"]]
+        first, second = (cell.top1 for cell in sorted(mine, key=lambda cell: cell.seed))
+        assert row["top1"]["seeds"] == [first, second]
+        assert row["top1"]["mean"] == pytest.approx((first + second) / 2)
+        # Of two values: their distance over the root of two.
+        assert row["top1"]["stdev"] == pytest.approx(abs(first - second) / math.sqrt(2))
+        cost = sum(sum(cell.teacher_passes.values()) for cell in mine) / 2 / unit
+        assert row["cost"] == pytest.approx(cost)
+        figures = f"{(first + second) / 2:.2f} ± {abs(first - second) / math.sqrt(2):.2f}"
+        name = "  single step, same compute" if row["control_of"] else row["arm"]
+        (line,) = [x for x in printed.splitlines() if x.startswith(f"{name} ") and figures in x][:1]
+        assert f" {cost:.1f}x " in line
+    assert all(len(line) <= 118 for line in printed.splitlines()[:10])
+
+
+def test_a_control_computes_as_much_as_its_arm(compared):
+    found = results(compared)
+    for loss in ("states", "sp"):
+        arm, control = found[f"amd-{loss}-0"], found[f"single-step-compute-of-amd-{loss}-0"]
+        assert control.options["path"] == "single-step"
+        one_epoch = control.single_step_passes / control.options["epochs"]
+        assert control.passes == pytest.approx(arm.passes, abs=0.005 * one_epoch + 1e-6)
+        assert control.options["epochs"] > arm.options["epochs"]
+        # Training is in whole steps, three to an epoch.
+        assert control.epochs["distill"] == pytest.approx(control.options["epochs"], abs=1 / 6)
+        for name in ("feature_loss", "feature_weight", "lr", "keep_ratio", "batch_size"):
+            assert control.options[name] == arm.options[name]
+
+
+def test_a_loss_brings_its_own_weight_unless_one_is_given(tmp_path):
+    words = ("--feature-losses", "states", "sp", "--logit-losses", "kd", "dkd", "--paths", "single-step")
+
+    def options(config: CompareConfig) -> list[tuple[float, float]]:
+        made = [cell_of(arm, config, tmp_path, 0, None).config for arm in arms_of(config)]
+        return [(c.feature_weight, c.temperature) for c in made]
+
+    assert options(config_of(*words)) == [(1, 1), (3000, 1), (1, 4), (3000, 4)]
+    assert options(config_of(*words, "--feature-weight", "2")) == [(2, 1), (2, 1), (2, 4), (2, 4)]
+    # What the common loss implies is not meant for an arm with a loss of its own.
+    common = config_of("--feature-loss", "sp", "--suite", "depth")
+    made = cell_of(Arm("crd", {"feature_loss": "crd"}), common, tmp_path, 0, None).config
+    assert made.feature_weight == 0.8
+
+
+def test_finished_cells_stay_untouched_when_a_seed_is_added(compared, teacher, data, tmp_path, here):
+    out = shutil.copytree(compared, tmp_path / "out")
+    before = times(out)
+    words = [word if word != "sp" else "states" for word in PATHS[:5]]
+    stepwell(*command(teacher, data, out), *words[:3], "--seeds", 2, "--no-controls")
+    alone = {f"{name}-2.json" for name in ("single-step", "amd")}
+    assert times(out).keys() - before.keys() == alone
+    stepwell(*command(teacher, data, out), *words[:3], "--seeds", 2, 0, "--no-controls")
+    assert times(out).keys() - before.keys() == alone | {"single-step-0.json", "amd-0.json"}
+    assert before.items() <= times(out).items()
+
+
+def test_an_interrupted_comparison_goes_on(compared, teacher, data, tmp_path, here, monkeypatch):
+    out, words = tmp_path / "out", [*PATHS[:5], "--seeds", "0", "--no-controls"]
+    evaluate = cells.evaluate
+
+    def interrupt(model, batches, what):
+        if len(list((out / "cells").glob("*.json"))) == 1:
+            raise KeyboardInterrupt
+        return evaluate(model, batches, what)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cells, "evaluate", interrupt)
+        assert main([*command(teacher, data, out), *words]) == 130
+    (left,) = (out / "unfinished").iterdir()
+    assert (left / "stages" / "distill" / "result.json").exists()
+    done = {name: time for name, time in times(out).items() if name.endswith(".json")}
+    assert list(done) == ["single-step-states-0.json"]
+    # Other threads are no other comparison, though they are another run.
+    stepwell(*command(teacher, data, out), *words, "--threads", 1)
+    assert done.items() <= times(out).items()
+    assert not (out / "unfinished").exists()
+    assert not list((out / "cells").glob("*.log"))
+    found, undisturbed = results(out), results(compared)
+    assert sorted(found) == ["amd-states-0", "single-step-states-0"]
+    assert {n: c.top1 for n, c in found.items()} == {n: undisturbed[n].top1 for n in found}
+
+
+def test_cells_of_other_options_teachers_or_images_are_refused(compared, teacher, data, tmp_path, capsys):
+    out = shutil.copytree(compared, tmp_path / "out")
+    before = times(out)
+    line = refusal([*command(teacher, data, out), *PATHS, "--temperature", "2"], capsys)
+    assert "single-step-states-0.json was made with temperature: 1.0, now it is 2.0" in line
+
+    shutil.copytree(data, tmp_path / "images")
+    write_images(tmp_path / "images" / "train", 60, seed=7)
+    line = refusal([*command(teacher, tmp_path / "images", out), *PATHS], capsys)
+    assert "was begun with another data" in line
+
+    other = shutil.copytree(teacher, tmp_path / "teacher")
+    weights = other / "teacher" / "model.safetensors"
+    save_file({name: tensor + 0.01 for name, tensor in load_file(weights).items()}, weights)
+    line = refusal([*command(other, data, out), *PATHS], capsys)
+    assert "was begun with another teacher" in line
+    assert times(out) == before
+
+    damaged = out / "cells" / "amd-sp-0.json"
+    damaged.write_text(damaged.read_text()[:100])
+    assert "amd-sp-0.json is damaged" in refusal([*command(teacher, data, out), *PATHS], capsys)
+
+
+def test_every_arm_and_its_control_search_a_learning_rate(teacher, data, tmp_path, here):
+    out = tmp_path / "out"
+    rates = ("0.0001", "0.003")
+    stepwell(*command(teacher, data, out), "--lrs", *rates, "--seeds", 0, 1)
+    found = results(out)
+    for row in json.loads((out / "compare.json").read_text())["rows"]:
+        mine = [cell for cell in found.values() if cell.arm == row["arm"]]
+        assert sorted(cell.options["lr"] for cell in mine if cell.seed == 0) == [0.0001, 0.003]
+        best = max((cell for cell in mine if cell.seed == 0), key=lambda cell: cell.selection_performance)
+        assert row["lr"] == best.options["lr"]
+        assert [cell.options["lr"] for cell in mine if cell.seed == 1] == [row["lr"]]
+        assert [cell["options"]["lr"] for cell in row["cells"]] == [row["lr"]] * 2
+
+
+def test_a_rate_that_diverges_is_not_chosen(teacher, data, tmp_path, here, capsys):
+    out = tmp_path / "out"
+    stepwell(*command(teacher, data, out), "--paths", "single-step", "--lrs", "1e30", "1e-3", "--seeds", 0)
+    assert "single-step: --lr 0.001 of 2, 1 diverged" in capsys.readouterr().err
+    (row,) = json.loads((out / "compare.json").read_text())["rows"]
+    assert (row["lr"], row["diverged"]) == (1e-3, 0)
+    wreck, whole = results(out)["single-step-lr-1e+30-0"], results(out)["single-step-lr-0.001-0"]
+    assert wreck.diverged.startswith("distill: ")
+    assert "--out" not in wreck.diverged
+    assert (wreck.top1, wreck.selection_performance, wreck.epochs) == (0, 0, {})
+    # What it would have cost, and what size it has, is known all the same.
+    for name in ("num_params", "macs", "passes", "single_step_passes", "teacher_top1", "num_test"):
+        assert getattr(wreck, name) == getattr(whole, name)
+
+
+def test_an_arm_may_diverge_whatever_the_rate(teacher, data, tmp_path, here, capsys):
+    out = tmp_path / "out"
+    words = [*command(teacher, data, out), "--paths", "amd", "single-step", "--lr", "1e30", "--seeds", "0"]
+    stepwell(*words)
+    printed = capsys.readouterr().out
+    assert [line.split()[1] for line in printed.splitlines()[1:4:2]] == ["diverged", "diverged"]
+    rows = json.loads((out / "compare.json").read_text())["rows"]
+    assert [row["arm"] for row in rows] == ["amd", "single-step, compute of amd", "single-step"]
+    assert {row["diverged"] for row in rows} == {1}
+    assert {row["top1"]["mean"] for row in rows} == {None}
+    assert rows[0]["cells"][0]["diverged"].startswith("joint: ")
+    assert rows[0]["cost"] == pytest.approx(rows[1]["cost"], rel=0.01)
+    before = times(out)
+    stepwell(*words)
+    assert times(out) == before
+
+
+def row_of(name: str, *made: CellResult, control_of: str | None = None) -> Row:
+    return Row(Arm(name, {}, 80.19), 3e-4, made, control_of)
+
+
+def test_the_mean_is_over_the_seeds_that_came_to_an_end(compared):
+    cell = results(compared)["amd-states-0"]
+    ran = [cell.model_copy(update={"top1": top1}) for top1 in (60.0, 62.0)]
+    wreck = cell.model_copy(update={"top1": 0.0, "diverged": "distill: loss became nan"})
+    rows = [row_of("some", ran[0], wreck, ran[1]), row_of("none", wreck, wreck), row_of("all", *ran)]
+    some, none, whole = as_markdown(rows).splitlines()[2:]
+    assert some.startswith("| some | 61.00 ± 1.41 | diverged 1 of 3 | ")
+    assert none.startswith("| none | diverged | 2 | ")
+    assert whole.startswith("| all | 61.00 ± 1.41 | 2 | ")
+    record = json.loads(as_json(rows, {}))["rows"]
+    assert record[0]["top1"] == {"mean": 61, "stdev": pytest.approx(math.sqrt(2)), "seeds": [60, None, 62]}
+    assert record[1]["seconds"] is None
+    picture = as_plot(rows)
+    assert "<!-- some -->" in picture
+    assert "<!-- none -->" not in picture
+
+
+def test_long_names_fit_a_terminal(compared):
+    cell = results(compared)["amd-states-0"]
+    names = ["sgd, 0.0003, cosine-restarts", "amd-manual, my_losses.py:AttentionOfEveryLayer[x]", "amd"]
+    rows = [row_of(name, cell, cell) for name in names]
+    rows.append(row_of("control", cell, cell, control_of=names[1]))
+    text = as_table(rows)
+    assert max(len(line) for line in text.splitlines()) <= 118
+    assert text.splitlines()[1].startswith(names[0])
+    assert text.count("80.19") == 4
+    assert "hollow: single step, same compute" in as_plot(rows)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--minutes", "3"), "compare needs --epochs"),
+        (("--path", "amd"), "compare takes --paths, not --path"),
+        (("--seed", "1"), "compare takes --seeds, not --seed"),
+        (("--control", "equal_compute"), "compare takes --controls or --no-controls, not --control"),
+        (("--lr", "1e-3", "--lrs", "1e-3", "3e-3"), "--lrs and --lr: give one of them"),
+        (("--feature-loss", "at", "--feature-losses", "sp"), "--feature-losses and --feature-loss: give one"),
+        (("--seeds", "0", "1", "0"), "--seeds has 0 twice"),
+        (("--paths", "amd", "amd"), "--paths has amd twice"),
+        (("--scale", "gpu"), "--scale is the size of a --suite"),
+        (("--suite", "steps", "--paths", "amd"), "--suite steps has arms of its own: leave out --paths"),
+        (("--feature-losses", "sp", "crdd"), "no feature_loss 'crdd' (did you mean crd?)"),
+    ],
+)
+def test_what_makes_no_comparison_is_refused(words, said, data, teacher, tmp_path, capsys):
+    assert said in refusal([*command(teacher, data, tmp_path / "out"), *words], capsys)
+    assert not (tmp_path / "out" / "cells").exists()
+
+
+def test_a_preset_is_no_contradiction():
+    from stepwell.commands.compare import check
+
+    check(config_of("--preset", "paper", "--lrs", "1e-3", "3e-3"))
+    with pytest.raises(ConfigError, match="give one of them"):
+        check(config_of("--preset", "paper", "--lrs", "1e-3", "3e-3", "--lr", "1e-3"))
+
+
+def test_the_folder_of_another_command_is_refused(teacher, data, capsys):
+    assert "is a run of another command" in refusal(command(teacher, data, teacher), capsys)
+
+
+def test_losses_of_ones_own_are_called_without_their_folder(tmp_path):
+    config = config_of("--logit-losses", "kd", f"{tmp_path}/own.py:loss", "--paths", "amd")
+    assert [arm.name for arm in arms_of(config)] == ["amd, kd", "amd, own.py:loss"]
+    config = config_of("--logit-losses", "a/own.py:loss", "b/own.py:loss", "--paths", "amd")
+    with pytest.raises(ConfigError, match="two arms have the same name"):
+        run_arms(arms_of(config), config, tmp_path)
+
+
+def test_an_error_in_a_process_is_one_line_and_leaves_its_log(teacher, data, tmp_path, capsys):
+    """With a real process: what it raises must survive the way back."""
+    own, out = tmp_path / "own.py", tmp_path / "out"
+    own.write_text("def broken(student, teacher):\n    raise ZeroDivisionError('of mine')\n")
+    losses = ("--logit-losses", "kd", f"{own}:broken")
+    line = refusal([*command(teacher, data, out), "--paths", "single-step", *losses, "--seeds", "4"], capsys)
+    log = out / "cells" / "single-step-own.py-broken-4.log"
+    assert line.startswith("stepwell: single-step, own.py:broken, seed 4: ")
+    assert "of mine" in line
+    assert line.endswith(f"(log: {log})")
+    assert f"{own}" in log.read_text()
+    assert [file.name for file in (out / "cells").glob("*.json")] == ["single-step-kd-4.json"]
+
+
+@pytest.mark.parametrize("scale", ["cpu", "gpu"])
+@pytest.mark.parametrize("suite", suites.ARMS)
+def test_every_arm_of_a_suite_can_be_built(suite, scale, tmp_path):
+    options = {"suite": suite, "scale": scale, "data": "images", "teacher": "teacher"}
+    arms, config = suites.prepared(suite, make_config(CompareConfig, options), tmp_path)
+    made = [cell_of(arm, config, tmp_path, 0, None) for arm in arms]
+    assert len({cell.file for cell in made}) == len(arms) == len(suites.ARMS[suite])
+    for arm, cell in zip(arms, made, strict=True):
+        for name, value in arm.options.items():
+            assert getattr(cell.config, name) == value
+    assert not list(tmp_path.iterdir())  # nothing was written or trained
+
+
+@pytest.mark.parametrize("suite", suites.ARMS)
+def test_the_published_recipe_is_only_printed(suite, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    stepwell("compare", "--suite", suite, "--scale", "paper")
+    printed = capsys.readouterr().out
+    for arm in suites.ARMS[suite]:
+        (line,) = [line for line in printed.splitlines() if line.startswith(f"  {arm.name}  ")]
+        assert "GPU-hours" in line
+        assert (arm.published is None) or line.endswith(f"published {arm.published:.2f} %")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_pairs_of_cnns_run_on_digits(tmp_path, here, monkeypatch, capsys):
+    size = suites.SIZES["cnn", "cpu"]
+    short = {"epochs": 0.1}
+    quick = replace(size, train={**size.train, **short}, compress={**size.compress, **short})
+    monkeypatch.setitem(suites.SIZES, ("cnn", "cpu"), quick)
+    arms = [arm for arm in suites.ARMS["cnn-pairs"] if arm.name == "fitnet"]
+    monkeypatch.setitem(suites.ARMS, "cnn-pairs", tuple(arms))
+    words = ("compare", "--suite", "cnn-pairs", "--out", tmp_path / "out", "--seeds", 0)
+    stepwell(*words, "--score-images", 64)
+    output = capsys.readouterr()
+    assert "852,730 parameters" in output.err
+    (cell,) = results(tmp_path / "out").values()
+    # ResNet-20 for gray images.
+    assert cell.num_params == 269_434
+    assert cell.options["student"] == "cifar_resnet20"
+    assert cell.options["feature_weight"] == 100
+    assert cell.options["epochs"] == 0.1
+    line = output.out.splitlines()[1]
+    assert line.startswith("fitnet ")
+    assert line.endswith(" 71.60")
+    monkeypatch.setattr(train, "_fit", None)  # the teacher is not trained again
+    stepwell(*words, "--score-images", 64)
