@@ -31,7 +31,8 @@ PUBLIC = {"Compressed", "StepwellError", "__version__", "compress", "load"}
 TRAINING = {
     "--augment", "--batch-size", "--clip-norm", "--data", "--data-root", "--device", "--epochs",
     "--image-size", "--lr",
-    "--minutes", "--model-args", "--optimizer", "--out", "--precision", "--schedule", "--seed", "--selection-data",
+    "--minutes", "--model-args", "--optimizer", "--out", "--precision", "--schedule", "--seed",
+    "--selection-data",
     "--skip-bad-images", "--threads", "--warmup", "--weight-decay", "--workers", "--config",
 }  # fmt: skip
 COMPRESS = TRAINING | {
