@@ -33,8 +33,8 @@ support-table: install  ## docs/supported.md; goes on where it stopped
 	.venv/bin/python benchmarks/support.py --jobs 2
 
 lint: install  ## linter, formatter, type checker, floors
-	.venv/bin/ruff check src tests benchmarks
-	.venv/bin/ruff format --check src tests benchmarks
+	.venv/bin/ruff check src tests benchmarks examples
+	.venv/bin/ruff format --check src tests benchmarks examples
 	.venv/bin/pyright
 	.venv/bin/lint-imports
 

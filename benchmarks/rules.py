@@ -174,6 +174,10 @@ def page(runs: dict[str, list[CellResult]]) -> str:
             "",
             "![student over assistant](images/selection.svg)",
             "",
+            "How far one student's accuracy is from the next seed's, in points (standard deviation): "
+            + ", ".join(f"{name} {noise(found, 'top1'):.2f}" for name, found in runs.items())
+            + ". Regrets that differ by less say nothing.",
+            "",
             "## Top-1 on the test images, points",
             "",
             *table(runs, "top1"),

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from stepwell.errors import ConfigError, did_you_mean
 from stepwell.options import (
@@ -52,7 +52,7 @@ class CompressConfig(
     """All options of one compression run."""
 
     distill_lr: Positive | None = None
-    """Peak learning rate of the last step, assistant to student; `lr` if not given."""
+    """Peak learning rate of every distillation from one model to a smaller one; `lr` if not given."""
     control: Literal["equal_compute", "equal_epochs", "none"] = "none"
     """Also distil the same student straight from the teacher, with the compute (or the epochs) of the whole
     run, and hand out the better of the two as judged on the selection images."""
@@ -60,6 +60,12 @@ class CompressConfig(
     """Threads of onnxruntime when latency is measured."""
     preset: Literal["default", "paper"] = "default"
     """`paper`: Algorithm 1 as printed (all candidates in every step, raw feature distances)."""
+
+    @model_validator(mode="after")
+    def _assistants_of_this_path(self) -> Self:
+        if self.assistant is not None and self.path in ("takd", "dgkd"):
+            raise ValueError(f"--path {self.path} takes --assistants, not --assistant")
+        return self
 
 
 class CompareConfig(CompressConfig):

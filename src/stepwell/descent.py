@@ -33,6 +33,7 @@ from stepwell.stages.select import Point, all_rules, performance, pick
 from stepwell.training.loop import Trained, seconds_per_step
 from stepwell.training.progress import say
 from stepwell.training.run_dir import StageResult
+from stepwell.training.statistics import recalibrate
 
 
 class Selected(StageResult):
@@ -112,16 +113,19 @@ class Descent:
         self.trainings: dict[str, Trained] = {}
         self.bill = {"score": self.costs.scoring}
 
-    def store(self, model: nn.Module | None = None, index: int = 0) -> SharedWeights:
-        """All candidates in one store: slices of the teacher, or of a trained `model` on rung `index`.
+    def store(self) -> SharedWeights:
+        """All candidates in one store, as slices of the teacher."""
+        return SharedWeights(self.s.model, self.s.groups, self.weights, self.candidates)
 
-        Smaller models inherit from the trained one above them (METHODS A.7); of larger ones the store then
-        says nothing.
-        """
-        store = SharedWeights(self.s.model, self.s.groups, self.weights, self.candidates)
-        if model is not None:
-            store.put(index, model)
-        return store
+    def inherit(self, index: int, above: Rung) -> Rung:
+        """Candidate `index` as a slice of the trained model above it (docs/method.md)."""
+        assert above.candidate is not None
+        store = self.store()
+        store.put(self.candidates.index(above.candidate), above.model)
+        rung = self.rung(index, store)
+        # Weights come from the model above; statistics of batches must be those of these weights.
+        recalibrate(rung.model.eval(), rung.model, self.s.scored)
+        return rung
 
     def rung(self, index: int, store: SharedWeights) -> Rung:
         """Candidate `index` of a store, as a model of its own."""
@@ -134,12 +138,18 @@ class Descent:
         model = fill(skeleton, leading_units(self.weights, skeleton, s.groups, widths))
         return Rung(model, self.costs.scales[index], self.candidates[index])
 
-    def student(self, store: SharedWeights | None = None) -> Rung:
-        """The student, not trained yet: the smallest slice of a store or of the teacher, or another model."""
+    def student(self, above: Rung | SharedWeights | None = None) -> Rung:
+        """The student, not trained yet: a slice of the model above it, or a model of another architecture.
+
+        Args:
+            above: A trained assistant, or the store of jointly trained ones; None is the teacher.
+        """
         foreign = self.s.fresh_student()
         if foreign is not None:
             return Rung(foreign, self.costs.student, self.candidates[0], is_foreign=True)
-        return self.slice(0) if store is None else self.rung(0, store)
+        if above is None:
+            return self.slice(0)
+        return self.rung(0, above) if isinstance(above, SharedWeights) else self.inherit(0, above)
 
     def teach(
         self, stage: str, teachers: Sequence[Rung], student: Rung, epochs: float, drop: int = 0
@@ -271,7 +281,7 @@ class Descent:
         config, costs, bill = self.s.config, self.costs, dict(self.bill)
         control = None
         if config.control != "none":
-            equal = costs.equal_compute_epochs(bill) / config.all_epochs(1)
+            equal = config.epochs_within(costs.equal_compute_epochs(bill))
             total = sum(t.epochs for t in self.trainings.values())
             length = equal if config.control == "equal_compute" else total
             control = self.teach("control", [self.teacher], self.student(), length).model

@@ -186,6 +186,14 @@ class LossOptions(Options):
         first = self.feature_loss in ("ab", "fsp", "ft", "sskd") and self.feature_weight
         return epochs + (self.first_epochs_of(epochs) if first else 0)
 
+    def epochs_within(self, total: float) -> float:
+        """Epochs of a training that, with the one that comes first, makes `total`."""
+        if self.all_epochs(1) == 1:
+            return total
+        if self.first_epochs is not None:
+            return max(total - self.first_epochs, 0.05 * total)  # something is left for the main training
+        return total / self.all_epochs(1)
+
     def first_epochs_of(self, epochs: float) -> float:
         """Epochs of the training that comes first, before one of `epochs`."""
         return self.first_epochs or epochs / (4 if self.feature_loss == "sskd" else 8)
@@ -205,6 +213,11 @@ class LossOptions(Options):
     def _learns_something(self) -> Self:
         if self.task_weight == self.logit_weight == self.feature_weight == 0:
             raise ValueError("task_weight, logit_weight and feature_weight are all 0: nothing to learn")
+        if self.feature_loss in ("ab", "fsp") and self.task_weight == self.logit_weight == 0:
+            raise ValueError(
+                f"{self.feature_loss} trains the features first and is then silent: leave task_weight or "
+                f"logit_weight above 0"
+            )
         return self
 
 

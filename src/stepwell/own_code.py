@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Callable
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,12 @@ from stepwell.errors import ModelError, did_you_mean
 def is_own_code(text: object) -> bool:
     """Whether an option's value names a function in a file."""
     return isinstance(text, str) and ".py:" in text
+
+
+def file_digest(source: str) -> str:
+    """A fingerprint of the file that `source` names: another version of it computes something else."""
+    file = Path(source.rpartition(":")[0])
+    return blake2b(file.read_bytes(), digest_size=8).hexdigest() if file.is_file() else "missing"
 
 
 def load_function(source: str, option: str) -> Callable[..., Any]:

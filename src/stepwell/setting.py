@@ -18,11 +18,13 @@ from stepwell.delivery.measure import count_macs, evaluate
 from stepwell.delivery.student import Foreign, build_student
 from stepwell.delivery.teacher import Teacher, placeholders
 from stepwell.errors import ConfigError, DataError, UnsupportedModelError
+from stepwell.losses.distillation import make_distillation
+from stepwell.losses.output import Output, TrainingImages
 from stepwell.options import NEED_LABELS, NEED_STATES, TrainingOptions
 from stepwell.pruning.families import find_groups
 from stepwell.pruning.generic import propose
 from stepwell.pruning.prove import proven
-from stepwell.pruning.states import compared_blocks
+from stepwell.pruning.states import WithStates, compared_blocks
 from stepwell.pruning.units import Group
 from stepwell.training.batches import EvalBatches, InputSpec, TrainBatches
 from stepwell.training.data import Data, ImageSet
@@ -212,7 +214,23 @@ def prepare(
             f"{nothing} has no hidden states that can be compared, so --feature-weight alone teaches "
             f"nothing: leave --task-weight or --logit-weight above 0"
         )
+    _try_losses(setting)
     return setting
+
+
+def _try_losses(s: Setting) -> None:
+    """Make the losses once: an argument that one does not take, or states it cannot compare, show now."""
+    images = torch.zeros(2, s.teacher.spec.channels, *s.teacher.spec.size)
+    student = s.foreign.model if s.foreign is not None else s.teacher.model
+    with torch.no_grad():
+        teacher = Output(*WithStates(s.teacher.model.eval(), s.blocks)(images))
+        own_blocks = s.blocks if s.foreign_blocks is None else s.foreign_blocks
+        example = Output(*WithStates(student.eval(), own_blocks)(images))
+    known = TrainingImages(None, len(s.data.train))
+    loss = make_distillation(s.config, example, teacher, known, s.foreign is not None, s.config.seed)
+    loss.views(images)
+    if s.config.feature_weight and loss.feature is None:
+        say(f"--feature-loss {s.config.feature_loss} is left out: there are no hidden states to compare")
 
 
 def few_images(data: Data, spec: InputSpec, config: CompressConfig) -> Tensor:

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from small_world import QUICK, stepwell, write_images
 
 from stepwell.cli import main, parse
 from stepwell.commands import train
-from stepwell.commands.compare import cells, suites
+from stepwell.commands.compare import cells, check, suites
 from stepwell.commands.compare.arms import Arm, Row, arms_of, cell_of, run_arms
 from stepwell.commands.compare.cells import CellResult
 from stepwell.commands.compare.table import as_json, as_markdown, as_plot, as_table
@@ -170,20 +171,23 @@ def test_a_loss_brings_its_own_weight_unless_one_is_given(tmp_path):
     assert made.feature_weight == 0.8
 
 
-def test_finished_cells_stay_untouched_when_a_seed_is_added(compared, teacher, data, tmp_path, here):
+def test_finished_cells_stay_untouched_when_something_is_added(compared, teacher, data, tmp_path, here):
     out = shutil.copytree(compared, tmp_path / "out")
     before = times(out)
-    words = [word if word != "sp" else "states" for word in PATHS[:5]]
-    stepwell(*command(teacher, data, out), *words[:3], "--seeds", 2, "--no-controls")
-    alone = {f"{name}-2.json" for name in ("single-step", "amd")}
-    assert times(out).keys() - before.keys() == alone
-    stepwell(*command(teacher, data, out), *words[:3], "--seeds", 2, 0, "--no-controls")
-    assert times(out).keys() - before.keys() == alone | {"single-step-0.json", "amd-0.json"}
+    words = [*command(teacher, data, out), "--paths", "single-step", "--seeds", 0, 2]
+    stepwell(*words, "--feature-losses", "states")
+    assert times(out).keys() - before.keys() == {"single-step-states-2.json"}
+    stepwell(*words, "--feature-losses", "states", "cc")
+    assert times(out).keys() - before.keys() == {
+        "single-step-states-2.json",
+        "single-step-cc-0.json",
+        "single-step-cc-2.json",
+    }
     assert before.items() <= times(out).items()
 
 
 def test_an_interrupted_comparison_goes_on(compared, teacher, data, tmp_path, here, monkeypatch):
-    out, words = tmp_path / "out", [*PATHS[:5], "--seeds", "0", "--no-controls"]
+    out, words = tmp_path / "out", ["--feature-losses", "states", "--seeds", "0", "--no-controls"]
     evaluate = cells.evaluate
 
     def interrupt(model, batches, what):
@@ -215,7 +219,7 @@ def test_cells_of_other_options_teachers_or_images_are_refused(compared, teacher
     assert "single-step-states-0.json was made with temperature: 1.0, now it is 2.0" in line
 
     shutil.copytree(data, tmp_path / "images")
-    write_images(tmp_path / "images" / "train", 60, seed=7)
+    write_images(tmp_path / "images" / "train", 63, seed=0)
     line = refusal([*command(teacher, tmp_path / "images", out), *PATHS], capsys)
     assert "was begun with another data" in line
 
@@ -323,6 +327,7 @@ def test_long_names_fit_a_terminal(compared):
         (("--paths", "amd", "amd"), "--paths has amd twice"),
         (("--scale", "gpu"), "--scale is the size of a --suite"),
         (("--suite", "steps", "--paths", "amd"), "--suite steps has arms of its own: leave out --paths"),
+        (("--suite", "optimizer", "--lrs", "1e-3", "3e-3"), "leave out --lrs"),
         (("--feature-losses", "sp", "crdd"), "no feature_loss 'crdd' (did you mean crd?)"),
     ],
 )
@@ -332,8 +337,6 @@ def test_what_makes_no_comparison_is_refused(words, said, data, teacher, tmp_pat
 
 
 def test_a_preset_is_no_contradiction():
-    from stepwell.commands.compare import check
-
     check(config_of("--preset", "paper", "--lrs", "1e-3", "3e-3"))
     with pytest.raises(ConfigError, match="give one of them"):
         check(config_of("--preset", "paper", "--lrs", "1e-3", "3e-3", "--lr", "1e-3"))
@@ -363,6 +366,16 @@ def test_an_error_in_a_process_is_one_line_and_leaves_its_log(teacher, data, tmp
     assert line.endswith(f"(log: {log})")
     assert f"{own}" in log.read_text()
     assert [file.name for file in (out / "cells").glob("*.json")] == ["single-step-kd-4.json"]
+
+
+def test_a_process_that_is_killed_is_one_line(teacher, data, tmp_path, capsys, here, monkeypatch):
+    def killed(cell):
+        raise BrokenProcessPool("A process in the process pool was terminated abruptly")
+
+    monkeypatch.setattr(cells, "_in_silence", killed)
+    line = refusal([*command(teacher, data, tmp_path / "out"), "--seeds", "0"], capsys)
+    assert "first seed: a process ended without a word" in line
+    assert "fewer --jobs" in line
 
 
 @pytest.mark.parametrize("scale", ["cpu", "gpu"])

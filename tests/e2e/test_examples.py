@@ -1,8 +1,9 @@
-"""The loss of docs/guide/new-loss.md: against a loop over its formula, and in a run."""
+"""The loss of docs/guide/new-loss.md, against a loop and in a run; and what the guides say of the code."""
 
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,19 @@ import torch
 from small_world import QUICK, stepwell, student_weights
 
 from stepwell.cli import main
+from stepwell.config import CompressConfig, make_config
 from stepwell.delivery.result import Result
 from stepwell.losses.output import Output, Target
+from stepwell.options import FEATURE_LOSSES, LOGIT_LOSSES, NEED_LABELS
 from stepwell.own_code import load_function
 
-COSINE = f"{Path(__file__).parents[2] / 'examples' / 'cosine_loss.py'}:CosineLoss"
+ROOT = Path(__file__).parents[2]
+COSINE = f"{ROOT / 'examples' / 'cosine_loss.py'}:CosineLoss"
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    *(str(p.relative_to(ROOT)) for p in sorted(ROOT.glob("docs/**/*.md"))),
+]
 NUM_IMAGES = 6
 TARGET = Target(torch.zeros(NUM_IMAGES, dtype=torch.int64), torch.arange(NUM_IMAGES), progress=0.0)
 
@@ -87,3 +96,33 @@ def test_a_config_file_cannot_name_code_in_a_list_either(data, teacher, tmp_path
     words = compress(teacher, data, tmp_path / "run", "--config", tmp_path / "config.yaml")
     assert main(["compare", *words[1:]]) == 2
     assert "would run code, which a config file cannot ask for" in capsys.readouterr().err
+
+
+def test_the_guide_shows_the_lines_of_the_example():
+    example = (ROOT / "examples" / "cosine_loss.py").read_text().splitlines()
+    guide = (ROOT / "docs" / "guide" / "new-loss.md").read_text()
+    shown = re.search(r"```python\n(import.*?)```", guide, flags=re.DOTALL)
+    assert set(shown[1].splitlines()) <= set(example)
+
+
+def test_the_guide_lists_every_loss_with_its_weight():
+    guide = (ROOT / "docs" / "guide" / "compare.md").read_text()
+    rows = re.findall(r"^\| `(\w+)`.* \| ([\d.]+) \| (.*)\|$", guide, flags=re.MULTILINE)
+    listed = {
+        name: (float(weight), needs.startswith("labels"), "a first training" in needs)
+        for name, weight, needs in rows
+    }
+    expected = {}
+    for kind, names in (("logit", LOGIT_LOSSES), ("feature", FEATURE_LOSSES)):
+        for name in names:
+            config = make_config(CompressConfig, {f"{kind}_loss": name})
+            weight, first = getattr(config, f"{kind}_weight"), config.all_epochs(1) > 1
+            expected[name] = (weight, name in NEED_LABELS, first)
+    assert listed == expected
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    text = (ROOT / page).read_text()
+    for link in re.findall(r"\]\((?!https?:)([^)#]+)", text):
+        assert ((ROOT / page).parent / link).exists(), link

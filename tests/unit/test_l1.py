@@ -13,11 +13,11 @@ import torch
 from tests.blocks import shaken
 from torch import nn
 
+from stepwell import descent
 from stepwell.config import CompressConfig
 from stepwell.delivery.measure import num_params
 from stepwell.errors import ConfigError
 from stepwell.models.cifar_nets import CifarResNet, CifarVgg
-from stepwell import descent
 from stepwell.pruning.families import find_groups
 from stepwell.pruning.units import Group, Slice, tensors_of
 from stepwell.setting import Setting, prepare

@@ -26,7 +26,7 @@ def relative(epochs: Epochs = ONCE, scales=SCALES, **options) -> float:
     return sum(expected_bill(config, found, epochs).values()) / found.single_step(epochs.distill)
 
 
-# The table of METHODS E.
+# With all candidates as the table of docs/method.md; with sandwich sampling worked out in the same way.
 @pytest.mark.parametrize(
     ("ratio", "options"),
     [

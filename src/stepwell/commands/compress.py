@@ -18,6 +18,7 @@ from stepwell.delivery.teacher import Teacher, load_factory, load_teacher, teach
 from stepwell.errors import ConfigError
 from stepwell.handover import hand_over
 from stepwell.options import FLAGS
+from stepwell.own_code import file_digest, is_own_code
 from stepwell.paths import descend
 from stepwell.setting import Setting, prepare
 from stepwell.training.data import Data, resolve_data
@@ -146,6 +147,9 @@ def _setting(config: CompressConfig, teacher: Teacher, data: Data, student: nn.M
     identity = {"teacher": teacher.digest, "data": data.fingerprint}
     if setting.foreign is not None:
         identity["student"] = digest(setting.foreign.model)
+    for option, loss in (("--logit-loss", config.logit_loss), ("--feature-loss", config.feature_loss)):
+        if is_own_code(loss):
+            identity[option] = file_digest(loss)
     setting.run.check_identity(identity)
     return setting
 

@@ -46,6 +46,10 @@ def load_rung(run: Path, keep_ratio: float, factory: Factory | None = None) -> t
     stages = RunDir(run)
     ladder = stages.finished("ladder", Ladder)
     joint = stages.finished("joint", StageResult)
+    if ladder is not None and joint is None and (run / "result.json").exists():
+        raise ModelError(
+            f"{run} went down without a shared ladder (--path): {run / 'student'} is all there is to hand out"
+        )
     if ladder is None or joint is None:
         raise ModelError(
             f"{run} has no trained ladder (yet): run stepwell compress on it until it is finished"

@@ -39,7 +39,7 @@ from stepwell.losses.sp import sp_loss
 from stepwell.losses.sskd import SSKD, rotations
 from stepwell.losses.taid import TAID
 from stepwell.losses.vid import VID
-from stepwell.options import LossOptions
+from stepwell.options import NEED_STATES, LossOptions
 from stepwell.own_code import is_own_code, load_function
 
 Call = Callable[[Output, Output, Target], Tensor]
@@ -136,10 +136,45 @@ def feature_loss(
         return _states(options, student, teacher, projected)
     if is_own_code(name):
         return _own(made(load_function(name, "--feature-loss"))(student, teacher))
-    s_maps, t_maps = maps(student, teacher), maps(teacher, student)
-    s_channels, t_channels = [m.shape[1] for m in s_maps], [m.shape[1] for m in t_maps]
+    if name in NEED_STATES and name != "ofa":
+        return _map_loss(made, name, maps(student, teacher), maps(teacher, student))
     s_dim, t_dim = student.features.shape[1], teacher.features.shape[1]
-    num_classes = teacher.logits.shape[1]
+    match name:
+        case "cc":
+            cc = made(CC)(s_dim, t_dim)
+            return Loss(lambda s, t, _: cc(s.features, t.features), cc)
+        case "rkd":
+            rkd = made(rkd_loss)
+            return Loss(lambda s, t, _: rkd(s.features, t.features))
+        case "pkt":
+            pkt = made(pkt_loss)
+            return Loss(lambda s, t, _: pkt(s.features, t.features))
+        case "crd":
+            # Images without labels are all of one class: then every other image is a negative.
+            labels = images.labels if images.labels is not None and len(images.labels.unique()) > 1 else None
+            crd = made(CRD)(s_dim, t_dim, labels, images.num_images)
+            return Loss(lambda s, t, target: crd(s.features, t.features, target.indices), crd)
+        case "sskd":
+            sskd = made(SSKD)(s_dim, t_dim)
+            return Loss(
+                lambda s, t, target: sskd(s.features, t.features, s.logits, t.logits, target.labels),
+                sskd,
+                first="own",
+                first_call=lambda _, t, target: sskd.pretraining_loss(t.features),
+                views=rotations,
+            )
+        case "ofa":
+            ofa = made(OFA)([state.shape[1:] for state in student.states], teacher.logits.shape[1])
+            return Loss(lambda s, t, target: ofa(s.states, s.logits, t.logits, target.labels), ofa)
+        case _:
+            raise AssertionError(f"options.py checks the names, and {name} is none of them")
+
+
+def _map_loss(
+    made: Callable[..., Any], name: str, s_maps: Sequence[Tensor], t_maps: Sequence[Tensor]
+) -> Loss:
+    """A loss on hidden states as maps; the examples say how many channels each has."""
+    s_channels, t_channels = [m.shape[1] for m in s_maps], [m.shape[1] for m in t_maps]
     match name:
         case "fitnet":
             # RepDistiller's hint is the middle one of its stages.
@@ -149,6 +184,8 @@ def feature_loss(
         case "at":
             return _of_maps(made(at_loss))
         case "fsp":
+            if len(s_channels) < 2:
+                raise ConfigError("--feature-loss fsp goes from one state to the next, and there is only one")
             if s_channels != t_channels:
                 raise ConfigError(
                     f"--feature-loss fsp compares states of equal channels, and the student's have "
@@ -174,34 +211,8 @@ def feature_loss(
         case "sp":
             sp = made(sp_loss)
             return Loss(lambda s, t, _: sp(maps(s, t)[-1], maps(t, s)[-1]))
-        case "cc":
-            cc = made(CC)(s_dim, t_dim)
-            return Loss(lambda s, t, _: cc(s.features, t.features), cc)
-        case "rkd":
-            rkd = made(rkd_loss)
-            return Loss(lambda s, t, _: rkd(s.features, t.features))
-        case "pkt":
-            pkt = made(pkt_loss)
-            return Loss(lambda s, t, _: pkt(s.features, t.features))
-        case "crd":
-            # Images without labels are all of one class: then every other image is a negative.
-            labels = images.labels if images.labels is not None and len(images.labels.unique()) > 1 else None
-            crd = made(CRD)(s_dim, t_dim, labels, images.num_images)
-            return Loss(lambda s, t, target: crd(s.features, t.features, target.indices), crd)
-        case "sskd":
-            sskd = made(SSKD)(s_dim, t_dim)
-            return Loss(
-                lambda s, t, target: sskd(s.features, t.features, s.logits, t.logits, target.labels),
-                sskd,
-                first="own",
-                first_call=lambda _, t, target: sskd.pretraining_loss(t.features),
-                views=rotations,
-            )
-        case "ofa":
-            ofa = made(OFA)([state.shape[1:] for state in student.states], num_classes)
-            return Loss(lambda s, t, target: ofa(s.states, s.logits, t.logits, target.labels), ofa)
         case _:
-            raise AssertionError(f"config.py checks the names, and {name} is none of them")
+            raise AssertionError(f"options.py checks the names, and {name} is none of them")
 
 
 def maps(one: Output, other: Output) -> list[Tensor]:
@@ -237,7 +248,10 @@ def _made(name: str, option: str, given: dict[str, float], loss: Callable[..., A
     for argument in given:
         if argument not in known:
             raise ConfigError(f"{option} {argument}: the loss {name} takes {', '.join(known) or 'none'}")
-    values = {argument: type(known[argument])(value) for argument, value in given.items()}
+    values = {
+        argument: value if known[argument] is None else type(known[argument])(value)
+        for argument, value in given.items()
+    }
     return partial(loss, **fixed, **values)
 
 

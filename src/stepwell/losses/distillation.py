@@ -112,7 +112,8 @@ def make_distillation(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         logit = logit_loss(options, student, teacher) if options.logit_weight else None
-        has_states = bool(student.states and teacher.states) or options.feature_loss not in NEED_STATES
+        has_states = bool(student.states) and (bool(teacher.states) or options.feature_loss == "ofa")
+        has_states = has_states or options.feature_loss not in NEED_STATES
         feature = (
             feature_loss(options, student, teacher, images, projected)
             if options.feature_weight and has_states

@@ -11,7 +11,7 @@ from stepwell.descent import Descent, Finished, Selected
 from stepwell.pruning.shared import SharedWeights
 from stepwell.setting import Setting
 from stepwell.stages.distill import distill_step
-from stepwell.stages.joint import JointStep, joint_step, train_jointly
+from stepwell.stages.joint import joint_step, train_jointly
 from stepwell.stages.judge import judge_all
 from stepwell.stages.plan import Epochs, epochs_in
 from stepwell.training.loop import Trained, seconds_per_step
@@ -28,8 +28,8 @@ def descend(s: Setting) -> Finished:
 
     # 3. Joint: train all candidates in one shared set of weights, against the frozen teacher.
     shared = descent.store()
+    epochs = run.stage("plan", Epochs, lambda: _plan(descent, shared))
     step = joint_step(s.model, shared, s.blocks, s.train, config, s.autocast)
-    epochs = run.stage("plan", Epochs, lambda: _plan(descent, step))
     joint = run.stage(
         "joint",
         Trained,
@@ -55,7 +55,7 @@ def descend(s: Setting) -> Finished:
     for lower in _lower_assistants(descent, selected):
         stage, assistant = f"assistant {len(assistants) + 1}", descent.rung(lower, shared)
         assistants.append(descent.teach(stage, [assistants[-1]], assistant, epochs.distill))
-        student = descent.student(descent.store(assistant.model, lower))
+        student = descent.student(assistant)
     student = descent.teach("distill", [assistants[-1]], student, epochs.distill)
 
     # The control, if asked for. 6. Deliver: measure everything, write the files of the run (handover.py).
@@ -66,7 +66,9 @@ def _lower_assistants(descent: Descent, selected: Selected) -> list[int]:
     """Rungs of the second assistant and further ones: the rule again, below the one before."""
     rungs = [selected.index]
     for number in range(2, descent.s.config.num_assistants + 1):
-        if rungs[-1] < 2:
+        scales = descent.costs.scales[: rungs[-1] + 1]
+        # Rounding can give candidates the student's own widths, or each other's.
+        if not any(scales[0] < scale < scales[-1] for scale in scales):
             say(f"select: no candidate is left for assistant {number}")
             break
         rungs.append(descent.choose(selected.candidates, below=rungs[-1]).index)
@@ -83,12 +85,13 @@ def _by_way_of_all(descent: Descent, shared: SharedWeights, selected: Selected, 
     return descent.finish_with_best(tried, epochs, selected)
 
 
-def _plan(descent: Descent, step: JointStep) -> Epochs:
+def _plan(descent: Descent, shared: SharedWeights) -> Epochs:
     """The epochs asked for, or those that the minutes allow by timing a few steps."""
     s, config = descent.s, descent.s.config
     if config.minutes is None or config.path != "amd":
         return descent.plan_epochs()
-    shared = step.shared
+    # Steps of their own: losses with a memory must not remember that they were timed.
+    step = joint_step(s.model, shared, s.blocks, s.train, config, s.autocast)
     # The middle candidate stands for the assistant, which is not chosen yet.
     assistant, student = shared.extract(len(shared.candidates) // 2), s.fresh_student() or shared.extract(0)
     teach = distill_step([assistant], student, s.blocks, s.foreign_blocks, s.train, config, s.autocast)
@@ -96,7 +99,9 @@ def _plan(descent: Descent, step: JointStep) -> Epochs:
     distill_seconds = seconds_per_step(teach, s.train, teach.parameters()) * s.train.steps_per_epoch
     # A control of equal compute doubles the bill.
     minutes = config.minutes if config.control == "none" else config.minutes / 2
-    epochs = epochs_in(minutes, joint_seconds, distill_seconds)
+    # What comes first with some losses, and assistants in between, take their share.
+    share = config.all_epochs(1)
+    epochs = epochs_in(minutes, share * joint_seconds, share * distill_seconds * config.num_assistants)
     say(
         f"plan: {epochs:.1f} epochs of joint training and of distillation fit into {config.minutes:g} minutes"
     )

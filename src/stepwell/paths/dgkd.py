@@ -16,10 +16,8 @@ def descend(s: Setting) -> Finished:
     epochs = descent.plan()
     taught = [descent.teacher]
     for index in reversed(range(1, len(descent.candidates))):
-        above = descent.store(taught[-1].model, index + 1) if len(taught) > 1 else None
-        lower = descent.slice(index) if above is None else descent.rung(index, above)
+        lower = descent.inherit(index, taught[-1]) if len(taught) > 1 else descent.slice(index)
         stage = f"assistant {descent.candidates[index].keep_ratio:g}"
         taught.append(descent.teach(stage, taught, lower, epochs.distill, drop))
-    student = descent.student(descent.store(taught[-1].model, 1))
-    student = descent.teach("distill", taught, student, epochs.distill, drop)
+    student = descent.teach("distill", taught, descent.student(taught[-1]), epochs.distill, drop)
     return descent.finish(student, taught[1:], epochs)

@@ -23,13 +23,12 @@ def descend(s: Setting) -> Finished:
         tried = []
         for index, assistant in enumerate(assistants, 1):
             stage = f"distill by way of {descent.candidates[index].keep_ratio:g}"
-            student = descent.student(descent.store(assistant.model, index))
+            student = descent.student(assistant)
             tried.append((assistant, descent.teach(stage, [assistant], student, epochs.distill)))
         return descent.finish_with_best(tried, epochs)
     # The student's own rung is one of the points that the rule looks at.
     selected = s.run.stage("select", Selected, lambda: descent.choose(descent.judge(assistants)))
     descent.bill["select"] = descent.costs.judging(descent.costs.scales)
     assistant = assistants[selected.index]
-    student = descent.student(descent.store(assistant.model, selected.index))
-    student = descent.teach("distill", [assistant], student, epochs.distill)
+    student = descent.teach("distill", [assistant], descent.student(assistant), epochs.distill)
     return descent.finish(student, [assistant], epochs, selected)

@@ -16,10 +16,9 @@ def descend(s: Setting) -> Finished:
     epochs = descent.plan()
     above, rungs = descent.teacher, []
     for index in reversed(range(1, len(descent.candidates))):
-        lower = descent.rung(index, descent.store(above.model, index + 1)) if rungs else descent.slice(index)
+        lower = descent.inherit(index, above) if rungs else descent.slice(index)
         stage = f"assistant {descent.candidates[index].keep_ratio:g}"
         above = descent.teach(stage, [above], lower, epochs.distill)
         rungs.append(above)
-    student = descent.student(descent.store(above.model, 1))
-    student = descent.teach("distill", [above], student, epochs.distill)
+    student = descent.teach("distill", [above], descent.student(above), epochs.distill)
     return descent.finish(student, rungs, epochs)

@@ -110,9 +110,9 @@ class SharedWeights:
         return {**{key: p.detach() for key, p in self.parameters.items()}, **statistics}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take over the `state()` of a store of the same grid, without what a loss has kept beside it."""
+        """Take over the `state()` of a store of the same grid."""
         own = self.state()
-        assert {k for k in state if not k.startswith("losses.")} == own.keys(), "saved for another grid"
+        assert state.keys() == own.keys(), "saved for another grid"
         with torch.no_grad():
             for key, tensor in own.items():
                 tensor.copy_(state[key])

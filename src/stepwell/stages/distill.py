@@ -47,6 +47,7 @@ class DistillStep:
             f"losses.{i}.{name}": p
             for i, loss in enumerate(self.losses)
             for name, p in loss.named_parameters()
+            if p.requires_grad
         }
         return own if self.first and self.losses[0].first == "own" else {**student, **own}
 
@@ -57,8 +58,11 @@ class DistillStep:
         taught_by = teachers_of_step(len(self.teachers), self.drop, self.seed, step)
         with torch.no_grad(), self.autocast:
             answers = {i: Output(*self.teachers[i](images)) for i in taught_by}
-        with self.autocast:
-            student = Output(*self.student(images)).in_full_precision()
+        student = answers[taught_by[0]]  # what only trains parts of the loss looks at the teacher alone
+        if not (self.first and self.losses[0].first == "own"):
+            with self.autocast:
+                student = Output(*self.student(images))
+        student = student.in_full_precision()
         parts: dict[str, list[Tensor]] = {}
         for i, answer in answers.items():
             loss, teacher = self.losses[i], answer.in_full_precision()

@@ -52,6 +52,7 @@ class JointStep:
             f"losses.{i}.{name}": p
             for i, loss in enumerate(self.losses)
             for name, p in loss.named_parameters()
+            if p.requires_grad
         }
         return own if self.first and self.losses[0].first == "own" else {**self.shared.parameters, **own}
 
@@ -66,13 +67,16 @@ class JointStep:
         total: dict[str, Tensor] = {}
         for index in chosen:
             weights = self.shared.weights(index)
-            with self.autocast:
-                student = self._output(index, weights, images).in_full_precision()
+            student = teacher  # what only trains parts of the loss looks at the teacher alone
+            if not (self.first and self.losses[index].first == "own"):
+                with self.autocast:
+                    student = candidate_output(self.shared, index, weights, self.blocks, images)
+                student = student.in_full_precision()
             loss = self.losses[index]
             losses = (
                 loss.first_loss(student, teacher, target) if self.first else loss(student, teacher, target)
             )
-            own = list(loss.parameters())
+            own = [parameter for parameter in loss.parameters() if parameter.requires_grad]
             # Divided: the gradient is the mean over the candidates of the step.
             gradients = torch.autograd.grad(
                 losses["loss"] / len(chosen), [*weights.values(), *own], allow_unused=True
@@ -83,9 +87,6 @@ class JointStep:
             for name, value in losses.items():
                 total[name] = total.get(name, torch.zeros_like(value)) + value.detach() / len(chosen)
         return total
-
-    def _output(self, index: int, weights: Mapping[str, Tensor], images: Tensor) -> Output:
-        return candidate_output(self.shared, index, weights, self.blocks, images)
 
 
 def candidate_output(
@@ -184,8 +185,7 @@ def train_jointly(
             lambda images, s=skeleton, w=weights: torch.func.functional_call(s, w, (images,)),
             calibration,
         )
-    own = {f"losses.{i}.{k}": t for i, loss in enumerate(step.losses) for k, t in loss.state_dict().items()}
-    return trained.model_copy(update={"tensors": {**shared.state(), **own}})
+    return trained.model_copy(update={"tensors": shared.state()})
 
 
 def scales_per_step(scales: list[float], options: JointOptions) -> float:

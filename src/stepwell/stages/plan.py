@@ -73,7 +73,7 @@ class Costs:
 def expected_bill(config: CompressConfig, costs: Costs, epochs: Epochs) -> dict[str, float]:
     """What a path will cost, by stage, before anything is chosen: the middle candidate is the assistant.
 
-    Sums of METHODS A.8 and E: the multi-step paths train every candidate (MMD also a student for each), AMD
+    As docs/method.md counts: the multi-step paths train every candidate (MMD also a student for each), AMD
     trains them together.
     """
     e, joint_epochs = config.all_epochs(epochs.distill), config.all_epochs(epochs.joint)

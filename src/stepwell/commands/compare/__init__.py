@@ -76,6 +76,8 @@ def check(config: CompareConfig) -> None:
     for name in ("paths", "logit_losses", "feature_losses"):
         if config.suite is not None and name in asked:
             raise ConfigError(f"--suite {config.suite} has arms of its own: leave out {_flag(name)}")
+    if config.suite == "optimizer" and config.lrs:
+        raise ConfigError("--suite optimizer compares learning rates: leave out --lrs")
     if config.suite is None and "scale" in asked:
         raise ConfigError("--scale is the size of a --suite")
     if not config.seeds or not config.paths:

@@ -72,9 +72,10 @@ def arms_of(config: CompareConfig) -> list[Arm]:
     for path in config.paths:
         for logit in config.logit_losses or (config.logit_loss,):
             for feature in config.feature_losses or (config.feature_loss,):
+                # Named even if there is one of them: a second that is added later leaves the cells valid.
                 losses = [path]
-                losses += [_short(logit)] if len(config.logit_losses) > 1 else []
-                losses += [_short(feature)] if len(config.feature_losses) > 1 else []
+                losses += [_short(logit)] if config.logit_losses else []
+                losses += [_short(feature)] if config.feature_losses else []
                 options = {"path": path, "logit_loss": logit, "feature_loss": feature}
                 arms.append(Arm(", ".join(losses), options))
     return arms
@@ -159,7 +160,7 @@ def cell_of(arm: Arm, config: CompareConfig, out: Path, seed: int, lr: float | N
     values = {**shared, **arm.options, "seed": seed, "control": "none"}
     if lr is not None and "lr" not in arm.options:
         values["lr"] = lr
-    name = slug(arm.name) + (f"-lr-{lr:g}" if lr is not None and len(config.lrs) > 1 else "")
+    name = slug(arm.name) + (f"-lr-{lr:g}" if lr is not None and config.lrs else "")
     values["out_dir"] = out / "unfinished" / f"{name}-{seed}"
     return Cell(arm.name, make_config(CompressConfig, values), out / "cells" / f"{name}-{seed}.json")
 

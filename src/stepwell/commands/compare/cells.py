@@ -25,6 +25,7 @@ from stepwell.delivery.result import CandidateResult, SelectionResult, TriedResu
 from stepwell.descent import Descent, Finished
 from stepwell.errors import DivergedError, RunDirError, StepwellError
 from stepwell.handover import try_out
+from stepwell.own_code import file_digest, is_own_code
 from stepwell.paths import descend
 from stepwell.setting import Setting
 from stepwell.stages.judge import resolve_metric
@@ -134,6 +135,9 @@ def options_of(config: CompressConfig) -> dict[str, Any]:
     options = config.model_dump(mode="json")
     for name in ("out_dir", "device", "workers", "threads", "data", "teacher"):
         del options[name]
+    for name in ("logit_loss", "feature_loss"):
+        if is_own_code(options[name]):
+            options[f"{name}_file"] = file_digest(options[name])
     return options
 
 
