@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from small_world import QUICK, assert_same_weights, figures, stepwell, student_weights
 
 from stepwell.cli import main
+from stepwell.config import CompressConfig, make_config
 from stepwell.delivery.result import Result
 from stepwell.options import FEATURE_LOSSES, LOGIT_LOSSES
 from stepwell.stages import distill as distill_stage
@@ -199,3 +200,49 @@ def test_a_loss_brings_its_authors_weights_unless_others_are_given(data, teacher
     compress(teacher, data, tmp_path / "own", "--feature-loss", "sp", "--feature-weight", 2)
     assert "feature_weight: 2.0" in (tmp_path / "own" / "config.yaml").read_text()
     assert json.loads((tmp_path / "own" / "result.json").read_text())["losses"]["features"] == "sp"
+
+
+def test_an_own_loss_that_was_changed_is_another_loss(data, teacher, tmp_path, capsys):
+    file = tmp_path / "own.py"
+    file.write_text(OWN)
+    words = ["compress", "--teacher", teacher, "--data", data, "--out", tmp_path / "run", *QUICK]
+    words = [str(word) for word in [*words, "--feature-loss", f"{file}:Own"]]
+    assert main([*words, "--logit-args", "nothing=1"]) == 2  # before anything is begun
+    assert not (tmp_path / "run").exists()
+    assert main(words) == 0
+    file.write_text(OWN.replace(".square()", ".abs()"))
+    (tmp_path / "run" / "result.json").unlink()
+    assert main(words) == 2
+    assert "begun with another --feature-loss (its content has changed)" in capsys.readouterr().err
+
+
+def test_losses_that_do_not_suit_the_student_are_refused_before_anything_is_begun(
+    data, teacher, tmp_path, capsys
+):
+    words = ["compress", "--teacher", teacher, "--data", data, "--out", tmp_path / "run", *QUICK]
+    words = [str(w) for w in [*words, "--feature-loss", "fsp", *OTHER, *OTHER_ARGS]]
+    assert main(words) == 2
+    assert "fsp" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "run").exists()
+
+
+def test_fewer_assistants_where_rounding_leaves_no_rung(data, teacher, tmp_path, quick, capsys):
+    """The candidates below the first assistant all have the student's own widths."""
+    words = ("--num-candidates", 20, "--round-to", 32, "--num-assistants", 3, "--assistant", "0.3")
+    result = compress(teacher, data, tmp_path / "run", *words)
+    assert "no candidate is left for assistant" in capsys.readouterr().err
+    assert len(result.higher_assistants) < 2
+
+
+@pytest.mark.parametrize(
+    ("options", "total", "epochs"),
+    [
+        ({}, 60, 60),
+        ({"feature_loss": "ft"}, 60, 60 / 1.125),
+        ({"feature_loss": "ft", "first_epochs": 5}, 60, 55),
+    ],
+)
+def test_epochs_and_those_that_come_first_make_the_total(options, total, epochs):
+    config = make_config(CompressConfig, options)
+    assert config.epochs_within(total) == pytest.approx(epochs)
+    assert config.all_epochs(epochs) == pytest.approx(total)

@@ -25,6 +25,7 @@ from stepwell.delivery.result import CandidateResult, SelectionResult, TriedResu
 from stepwell.descent import Descent, Finished
 from stepwell.errors import DivergedError, RunDirError, StepwellError
 from stepwell.handover import try_out
+from stepwell.options import LossOptions
 from stepwell.own_code import file_digest, is_own_code
 from stepwell.paths import descend
 from stepwell.setting import Setting
@@ -84,7 +85,9 @@ class CellResult(BaseModel):
     @property
     def epochs_of_equal_compute(self) -> float:
         """Epochs of a single step that cost as much as this run; either scores the units first."""
-        return (self.passes - self.teacher_passes["score"]) / self.single_step_passes * self.options["epochs"]
+        losses = LossOptions.model_validate({name: self.options[name] for name in LossOptions.model_fields})
+        share = (self.passes - self.teacher_passes["score"]) / self.single_step_passes
+        return losses.epochs_within(share * losses.all_epochs(self.options["epochs"]))
 
     @property
     def path_seconds(self) -> float:
