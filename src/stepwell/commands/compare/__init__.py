@@ -19,7 +19,7 @@ from stepwell.version import __version__
 
 def run(config: CompareConfig) -> str:
     """Run the cells that are missing; write compare.json, compare.md and accuracy-over-cost.svg."""
-    if config.suite is not None and config.scale == "paper":
+    if config.suite is not None and config.scale == "paper" and not (config.teacher and config.data):
         return suites.paper(config.suite)
     require(config, "compare", "out_dir")
     check(config)
