@@ -58,6 +58,26 @@ def results_table(record: dict[str, Any]) -> str:
     )
 
 
+def suite_table(record: dict[str, Any]) -> str:
+    """One row per arm of `stepwell compare --suite`; the published figure beside ours."""
+    rows = ["| | top1 % | cost | seconds | published |", "|---|---:|---:|---:|---:|"]
+    for row in record["rows"]:
+        published = "" if row["published"] is None else f"{row['published']:.2f}"
+        seeds = [top1 for top1 in row["top1"]["seeds"] if top1 is not None]
+        top1 = spread(seeds) if seeds else "diverged"
+        rows.append(f"| {row['arm']} | {top1} | {row['cost']:.1f}x | {row['seconds']:.0f} | {published} |")
+    cell, machine = record["rows"][0]["cells"][0], record["hardware"]
+    return "\n".join(
+        [
+            *rows,
+            "",
+            f"Scale {record['scale']}; teacher {cell['teacher_top1']:.1f} % on {cell['num_test']} test images; "
+            f"{len(record['rows'][0]['cells'])} seeds; seconds on {machine['processor']}, "
+            f"{machine['threads']} thread, beside other work.",
+        ]
+    )
+
+
 def claims(records: dict[str, dict[str, Any]]) -> str:
     """A line of measured figures per benchmark, for the README's first screen."""
     lines = []
@@ -86,6 +106,8 @@ def main() -> None:
     parts = {name: results_table(record) for name, record in runs.items()}
     parts["claims"] = claims(runs)
     parts["demo-output"] = f"```\n{records['digits']['runs'][0]['table']}\n```"
+    suites = {file.stem: json.loads(file.read_text("utf-8")) for file in (RESULTS / "suites").glob("*.json")}
+    parts |= {f"suite-{name}": suite_table(record) for name, record in suites.items()}
     parts["speed"] = speed_table(records["speed"]["runs"])
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
