@@ -71,7 +71,8 @@ def suite_table(record: dict[str, Any]) -> str:
         [
             *rows,
             "",
-            f"Scale {record['scale']}; teacher {cell['teacher_top1']:.1f} % on {cell['num_test']} test images; "
+            f"Scale {record['scale']}; teacher {cell['teacher_top1']:.1f} % on "
+            f"{cell['num_test']} test images; "
             f"{len(record['rows'][0]['cells'])} seeds; seconds on {machine['processor']}, "
             f"{machine['threads']} thread, beside other work.",
         ]
