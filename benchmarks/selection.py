@@ -29,13 +29,7 @@ WIDER = {**demo.MODEL_ARGS, "embed_dim": "96", "depth": "4"}
 SETTINGS: dict[str, dict[str, Any]] = {
     # The demo's teacher; a wider, shallower one; one that stopped early.
     "digits": {
-        "train": {
-            "model": demo.MODEL,
-            "model_args": demo.MODEL_ARGS,
-            "epochs": 60,
-            "lr": 2e-3,
-            "batch_size": 32,
-        },
+        "train": {**TEACHER, "epochs": 60, "lr": 2e-3},
         "compress": {"joint_epochs": 30, "epochs": 30, "lr": 4e-3, "batch_size": 64},
         "common": DIGITS,
     },
@@ -45,13 +39,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "common": DIGITS,
     },
     "digits-weak": {
-        "train": {
-            "model": demo.MODEL,
-            "model_args": demo.MODEL_ARGS,
-            "epochs": 8,
-            "lr": 1e-3,
-            "batch_size": 32,
-        },
+        "train": {**TEACHER, "epochs": 20, "lr": 2e-3},
         "compress": {"joint_epochs": 15, "epochs": 15, "lr": 2e-3, "batch_size": 64},
         "common": DIGITS,
     },
