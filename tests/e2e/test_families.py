@@ -84,7 +84,7 @@ def test_a_student_is_a_teacher_again(run, data, tmp_path, quick):
 
 
 @pytest.mark.parametrize("path", ["takd", "mmd"])
-def test_chains_carry_the_statistics_of_their_models(run, data, tmp_path, path):
+def test_chains_carry_the_statistics_of_their_models(run, data, tmp_path, quick, path):
     words = ("--teacher", run.parent / "teacher", "--data", data, "--out", tmp_path, "--path", path)
     stepwell("compress", *words, *QUICK, "--keep", "0.3", "--round-to", 2, "--feature-loss", "at")
     result = Result.load(tmp_path / "result.json")

@@ -202,7 +202,7 @@ def test_a_loss_brings_its_authors_weights_unless_others_are_given(data, teacher
     assert json.loads((tmp_path / "own" / "result.json").read_text())["losses"]["features"] == "sp"
 
 
-def test_an_own_loss_that_was_changed_is_another_loss(data, teacher, tmp_path, capsys):
+def test_an_own_loss_that_was_changed_is_another_loss(data, teacher, tmp_path, quick, capsys):
     file = tmp_path / "own.py"
     file.write_text(OWN)
     words = ["compress", "--teacher", teacher, "--data", data, "--out", tmp_path / "run", *QUICK]
