@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from pathlib import Path
 
 from stepwell.commands.compare import suites
 from stepwell.commands.compare.arms import arms_of, given, run_arms
@@ -42,8 +43,9 @@ def run(config: CompareConfig) -> str:
         "stepwell_version": __version__,
         "suite": config.suite,
         "scale": config.scale,
-        "teacher": teacher.name,
-        "data": data.source,
+        # Names, not places: the file is for others too.
+        "teacher": Path(teacher.name).name,
+        "data": Path(data.source).name,
         "hardware": rows[0].cells[0].hardware,
     }
     write_atomically(out / "compare.json", as_json(rows, about))
