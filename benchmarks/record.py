@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 from stepwell.delivery.result import Result
@@ -66,10 +65,3 @@ def save(name: str, runs: list[dict[str, Any]], hardware: dict[str, str], **abou
     record = {"benchmark": name, "commit": commit(), "hardware": hardware, **about, "runs": runs}
     write_atomically(file, json.dumps(record, indent=1) + "\n")
     return file
-
-
-def spread(values: list[float]) -> str:
-    """`97.5 ± 0.3`: mean and standard deviation over seeds."""
-    if len(values) == 1:
-        return f"{values[0]:.1f}"
-    return f"{mean(values):.1f} ± {stdev(values):.1f}"

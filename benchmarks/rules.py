@@ -23,6 +23,7 @@ from scipy.stats import spearmanr
 
 from record import RESULTS, commit
 from stepwell.commands.compare.cells import CellResult
+from stepwell.commands.compare.table import as_svg
 from stepwell.options import Rule
 from stepwell.stages.select import Point, pick, rule_values
 from stepwell.training.run_dir import write_atomically
@@ -104,8 +105,6 @@ def random_regret(run: CellResult, measure: str) -> float:
 
 def plot(runs: dict[str, list[CellResult]]) -> str:
     """Student's accuracy over the assistant's scale: thin lines are seeds, the thick one their mean."""
-    import io
-
     figure = Figure(figsize=(4.2 * len(runs), 3.6), layout="constrained")
     for number, (name, found) in enumerate(runs.items()):
         axes = figure.add_subplot(1, len(runs), number + 1)
@@ -123,9 +122,7 @@ def plot(runs: dict[str, list[CellResult]]) -> str:
         if number == 0:
             axes.set_ylabel("student's top-1 on the test images, %")
             axes.legend(fontsize=8, frameon=False)
-    text = io.StringIO()
-    figure.savefig(text, format="svg", metadata={"Date": None})
-    return text.getvalue()
+    return as_svg(figure)
 
 
 def table(runs: dict[str, list[CellResult]], measure: str) -> list[str]:

@@ -12,8 +12,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from record import RESULTS, spread
+from record import RESULTS
 from speed import table as speed_table
+from stepwell.commands.compare.table import spread
 from stepwell.delivery.table import short_number
 
 ROOT = Path(__file__).parent.parent
@@ -33,7 +34,7 @@ def results_table(record: dict[str, Any]) -> str:
     teacher = first["teacher"]
     for role in ("teacher", "assistant", "student", "control"):
         model = first[role]
-        top1 = spread([run["models"][role]["top1"] for run in runs])
+        top1 = spread([run["models"][role]["top1"] for run in runs], 1)
         rows.append(
             f"| {role} | {top1} | {short_number(model['num_params'])} | {short_number(model['macs'])} "
             f"| {model['latency_ms']:.2f} ms | {teacher['latency_ms'] / model['latency_ms']:.1f}x |"
@@ -64,7 +65,7 @@ def suite_table(record: dict[str, Any]) -> str:
     for row in record["rows"]:
         published = "" if row["published"] is None else f"{row['published']:.2f}"
         seeds = [top1 for top1 in row["top1"]["seeds"] if top1 is not None]
-        top1 = spread(seeds) if seeds else "diverged"
+        top1 = spread(seeds, 1) if seeds else "diverged"
         rows.append(f"| {row['arm']} | {top1} | {row['cost']:.1f}x | {row['seconds']:.0f} | {published} |")
     cell, machine = record["rows"][0]["cells"][0], record["hardware"]
     return "\n".join(
@@ -74,7 +75,7 @@ def suite_table(record: dict[str, Any]) -> str:
             f"Scale {record['scale']}; teacher {cell['teacher_top1']:.1f} % on "
             f"{cell['num_test']} test images; "
             f"{len(record['rows'][0]['cells'])} seeds; seconds on {machine['processor']}, "
-            f"{machine['threads']} thread, beside other work.",
+            f"{machine['threads']} thread.",
         ]
     )
 
@@ -88,7 +89,7 @@ def claims(records: dict[str, dict[str, Any]]) -> str:
         record = records[name]
         runs = record["runs"]
         teacher, student = (runs[0]["models"][role] for role in ("teacher", "student"))
-        top1 = {role: spread([run["models"][role]["top1"] for run in runs]) for role in runs[0]["models"]}
+        top1 = {role: spread([run["models"][role]["top1"] for run in runs], 1) for role in runs[0]["models"]}
         lines.append(
             f"- **{teacher['num_params'] / student['num_params']:.1f}x fewer parameters, "
             f"{teacher['macs'] / student['macs']:.1f}x fewer operations, "

@@ -31,7 +31,7 @@ from stepwell.config import (
 )
 from stepwell.config_tools import DemoConfig, ExportConfig, InspectConfig, PredictConfig
 from stepwell.errors import ConfigError, StepwellError, did_you_mean
-from stepwell.options import FLAGS, Options
+from stepwell.options import FLAGS, Options, flag_of
 from stepwell.own_code import is_own_code
 from stepwell.version import __version__
 
@@ -136,9 +136,9 @@ def parse(command: str, kind: type[Options], argv: Sequence[str], summary: str =
 def _is_given(name: str, command: str, words: Sequence[str]) -> bool:
     if name in POSITIONAL or (command == "predict" and name == "model"):
         return True
-    flag = FLAGS.get(name, name).replace("_", "-")
+    flag = flag_of(name)
     given = {word.partition("=")[0].replace("_", "-") for word in words}
-    return name != "config" and not given.isdisjoint({f"--{flag}", f"--no-{flag}"})
+    return name != "config" and not given.isdisjoint({flag, f"--no-{flag[2:]}"})
 
 
 def _split_pairs(argv: Sequence[str]) -> list[str]:
@@ -167,7 +167,7 @@ def _from_file(kind: type[Options], words: Sequence[str]) -> dict[str, Any]:
             if name not in kind.model_fields:
                 field = next((f for f, flag in FLAGS.items() if flag == name), str(name))
                 raise ConfigError(f"{file}: unknown key {name!r}{did_you_mean(field, kind.model_fields)}")
-            flag = f"--{FLAGS.get(name, name)}".replace("_", "-")
+            flag = flag_of(name)
             checked = _value(name, value, kind, file)
             code = [v for v in (checked if isinstance(checked, tuple) else (checked,)) if is_own_code(v)]
             if code and _value_of(flag, words) is None:
@@ -229,8 +229,8 @@ def _form(command: str, kind: type[Options], defaults: Mapping[str, Any]) -> typ
 def _check_flags(words: Sequence[str], form: type) -> None:
     known = ["--help"]
     for field in dataclasses.fields(form):
-        flag = FLAGS.get(field.name, field.name).replace("_", "-")
-        known += [f"--{flag}", f"--no-{flag}"]
+        flag = flag_of(field.name)
+        known += [flag, f"--no-{flag[2:]}"]
     for word in words:
         name = word.partition("=")[0].replace("_", "-")
         if re.match(r"--[a-z]", name) and name not in known:

@@ -61,6 +61,11 @@ class CompressConfig(
     preset: Literal["default", "paper"] = "default"
     """`paper`: Algorithm 1 as printed (all candidates in every step, raw feature distances)."""
 
+    @property
+    def minutes_of_path(self) -> float | None:
+        """The share of `minutes` that the path has: a control of equal compute takes the other half."""
+        return self.minutes if self.minutes is None or self.control == "none" else self.minutes / 2
+
     @model_validator(mode="after")
     def _assistants_of_this_path(self) -> Self:
         if self.assistant is not None and self.path in ("takd", "dgkd"):

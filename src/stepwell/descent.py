@@ -189,7 +189,7 @@ class Descent:
     def plan_epochs(self) -> Epochs:
         """The epochs asked for, or those that the minutes allow, by timing a few steps of the student."""
         s, config = self.s, self.s.config
-        if config.minutes is None:
+        if (minutes := config.minutes_of_path) is None:
             return Epochs(joint=config.joint_epochs or config.epochs, distill=config.epochs)
         step = distill_step(
             [s.model], self.student().model, s.blocks, s.foreign_blocks, s.train, config, s.autocast
@@ -197,8 +197,6 @@ class Descent:
         seconds = seconds_per_step(step, s.train, step.parameters()) * s.train.steps_per_epoch
         bill = expected_bill(config, self.costs, Epochs(joint=1, distill=1))
         passes = sum(bill.values()) - bill["score"]
-        # A control of equal compute doubles the bill.
-        minutes = config.minutes if config.control == "none" else config.minutes / 2
         epochs = 60 * minutes / (seconds * passes / self.costs.single_step(1))
         say(f"plan: {epochs:.1f} epochs of each training fit into {config.minutes:g} minutes")
         return Epochs(joint=epochs, distill=epochs)

@@ -27,6 +27,12 @@ Suite = Literal[
 FLAGS = {"keep_ratio": "keep", "out_dir": "out", "json_": "json"}
 """Names on the command line that differ from the field's."""
 
+
+def flag_of(name: str) -> str:
+    """How a field is written on the command line."""
+    return f"--{FLAGS.get(name, name).replace('_', '-')}"
+
+
 LOGIT_LOSSES = ("kd", "dkd", "dist", "pld", "taid")
 FEATURE_LOSSES = (
     "states", "fitnet", "at", "fsp", "nst", "ab", "ft", "vid", "review",
@@ -303,7 +309,7 @@ class TaskOptions(Options):
     def _one_budget(self) -> Self:
         given = [n for n in ("keep_ratio", "macs", "params", "latency_ms") if getattr(self, n) is not None]
         if len(given) > 1:
-            flags = " and ".join(f"--{FLAGS.get(name, name)}".replace("_", "-") for name in given)
+            flags = " and ".join(flag_of(name) for name in given)
             raise ValueError(f"{flags} are each a budget: give one of them")
         return self
 

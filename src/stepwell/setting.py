@@ -221,12 +221,11 @@ def prepare(
 def _try_losses(s: Setting) -> None:
     """Make the losses once: an argument that one does not take, or states it cannot compare, show now."""
     images = torch.zeros(2, s.teacher.spec.channels, *s.teacher.spec.size)
-    student = s.foreign.model if s.foreign is not None else s.teacher.model
     with torch.no_grad():
-        teacher = Output(*WithStates(s.teacher.model.eval(), s.blocks)(images))
-        own_blocks = s.blocks if s.foreign_blocks is None else s.foreign_blocks
-        example = Output(*WithStates(student.eval(), own_blocks)(images))
-    known = TrainingImages(None, len(s.data.train))
+        teacher = example = Output(*WithStates(s.teacher.model.eval(), s.blocks)(images))
+        if s.foreign is not None:
+            example = Output(*WithStates(s.foreign.model.eval(), s.foreign.blocks)(images))
+    known = TrainingImages(None, len(images))  # a memory of all images would be large, and is not needed here
     loss = make_distillation(s.config, example, teacher, known, s.foreign is not None, s.config.seed)
     loss.views(images)
     if s.config.feature_weight and loss.feature is None:

@@ -17,7 +17,7 @@ from stepwell.delivery.table import result_table
 from stepwell.delivery.teacher import Teacher, load_factory, load_teacher, teacher_from_module
 from stepwell.errors import ConfigError
 from stepwell.handover import hand_over
-from stepwell.options import FLAGS
+from stepwell.options import flag_of
 from stepwell.own_code import file_digest, is_own_code
 from stepwell.paths import descend
 from stepwell.setting import Setting, prepare
@@ -158,4 +158,4 @@ def require(config: CompressConfig, command: str, *names: str) -> None:
     """Check that the options without a default were given."""
     for name in names:
         if not getattr(config, name):
-            raise ConfigError(f"{command} needs --{FLAGS.get(name, name).replace('_', '-')}")
+            raise ConfigError(f"{command} needs {flag_of(name)}")

@@ -32,13 +32,11 @@ def way(result: Result) -> str:
     rungs = len(result.candidates)
     match result.path:
         case "amd":
-            words = f"The teacher taught a ladder of {rungs} nested candidates together, and "
-            words += (
-                "one of them was chosen as the assistant."
-                if not result.higher_assistants
-                else (f"{len(result.higher_assistants) + 1} of them were chosen as assistants in a row.")
+            several = len(result.higher_assistants) + 1
+            chosen = (
+                "one was chosen as the assistant" if several == 1 else f"{several} as assistants in a row"
             )
-            return words
+            return f"The teacher taught a ladder of {rungs} nested candidates together, of which {chosen}."
         case "amd-manual":
             return (
                 f"The teacher taught a ladder of {rungs} nested candidates together, and every candidate "

@@ -6,6 +6,7 @@ distance of hidden states.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
@@ -120,3 +121,13 @@ def make_distillation(
             else None
         )
     return Distillation(options, logit, feature).to(student.logits.device)
+
+
+def own_parameters(losses: Iterable[Distillation]) -> dict[str, nn.Parameter]:
+    """What the losses of a step train besides the models, by names of its own."""
+    return {
+        f"losses.{i}.{name}": parameter
+        for i, loss in enumerate(losses)
+        for name, parameter in loss.named_parameters()
+        if parameter.requires_grad
+    }

@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from stepwell.losses.maps import at_smaller_size
 
 
 class Projections(nn.Module):
@@ -40,10 +41,9 @@ class Projections(nn.Module):
         for conv, s, t in zip(
             self.convs, student[-self.num_pairs :], teacher[-self.num_pairs :], strict=True
         ):
-            ours, theirs = as_map(s), as_map(t)
-            size = (min(ours.shape[2], theirs.shape[2]), min(ours.shape[3], theirs.shape[3]))
-            projected.append(conv(F.adaptive_avg_pool2d(ours, size)))
-            targets.append(F.adaptive_avg_pool2d(theirs, size))
+            ours, theirs = at_smaller_size(as_map(s), as_map(t))
+            projected.append(conv(ours))
+            targets.append(theirs)
         return projected, targets
 
 

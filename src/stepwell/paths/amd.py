@@ -88,7 +88,7 @@ def _by_way_of_all(descent: Descent, shared: SharedWeights, selected: Selected, 
 def _plan(descent: Descent, shared: SharedWeights) -> Epochs:
     """The epochs asked for, or those that the minutes allow by timing a few steps."""
     s, config = descent.s, descent.s.config
-    if config.minutes is None or config.path != "amd":
+    if (minutes := config.minutes_of_path) is None or config.path != "amd":
         return descent.plan_epochs()
     # Steps of their own: losses with a memory must not remember that they were timed.
     step = joint_step(s.model, shared, s.blocks, s.train, config, s.autocast)
@@ -97,8 +97,6 @@ def _plan(descent: Descent, shared: SharedWeights) -> Epochs:
     teach = distill_step([assistant], student, s.blocks, s.foreign_blocks, s.train, config, s.autocast)
     joint_seconds = seconds_per_step(step, s.train, step.parameters()) * s.train.steps_per_epoch
     distill_seconds = seconds_per_step(teach, s.train, teach.parameters()) * s.train.steps_per_epoch
-    # A control of equal compute doubles the bill.
-    minutes = config.minutes if config.control == "none" else config.minutes / 2
     # What comes first with some losses, and assistants in between, take their share.
     share = config.all_epochs(1)
     epochs = epochs_in(minutes, share * joint_seconds, share * distill_seconds * config.num_assistants)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from stepwell.config import CompressConfig
-from stepwell.losses.distillation import Distillation, make_distillation
+from stepwell.losses.distillation import Distillation, make_distillation, own_parameters
 from stepwell.losses.output import Output, Target, TrainingImages
 from stepwell.pruning.states import WithStates
 from stepwell.training.batches import Batch, TrainBatches
@@ -43,12 +43,7 @@ class DistillStep:
     def parameters(self) -> dict[str, nn.Parameter]:
         """What is trained: the student, by its own names, and the losses' own parameters."""
         student = {name.removeprefix("model."): p for name, p in self.student.named_parameters()}
-        own = {
-            f"losses.{i}.{name}": p
-            for i, loss in enumerate(self.losses)
-            for name, p in loss.named_parameters()
-            if p.requires_grad
-        }
+        own = own_parameters(self.losses)
         return own if self.first and self.losses[0].first == "own" else {**student, **own}
 
     def __call__(self, batch: Batch, step: int, progress: float = 0.0) -> Mapping[str, Tensor]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from stepwell.config import CompressConfig
-from stepwell.losses.distillation import Distillation, make_distillation
+from stepwell.losses.distillation import Distillation, make_distillation, own_parameters
 from stepwell.losses.output import Output, Target, TrainingImages
 from stepwell.options import JointOptions
 from stepwell.pruning.shared import SharedWeights
@@ -48,12 +48,7 @@ class JointStep:
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """What is trained: the store, and the losses' own parameters."""
-        own = {
-            f"losses.{i}.{name}": p
-            for i, loss in enumerate(self.losses)
-            for name, p in loss.named_parameters()
-            if p.requires_grad
-        }
+        own = own_parameters(self.losses)
         return own if self.first and self.losses[0].first == "own" else {**self.shared.parameters, **own}
 
     def __call__(self, batch: Batch, step: int, progress: float = 0.0) -> Mapping[str, Tensor]:

@@ -13,6 +13,7 @@ from stepwell.commands.compress import require
 from stepwell.config import CompareConfig
 from stepwell.delivery.teacher import load_teacher
 from stepwell.errors import ConfigError, RunDirError
+from stepwell.options import flag_of
 from stepwell.training.data import resolve_data
 from stepwell.training.run_dir import RunDir, write_atomically, writing
 from stepwell.version import __version__
@@ -74,10 +75,10 @@ def check(config: CompareConfig) -> None:
         ("feature_loss", "feature_losses"),
     ):
         if single in asked and getattr(config, several):
-            raise ConfigError(f"{_flag(several)} and {_flag(single)}: give one of them")
+            raise ConfigError(f"{flag_of(several)} and {flag_of(single)}: give one of them")
     for name in ("paths", "logit_losses", "feature_losses"):
         if config.suite is not None and name in asked:
-            raise ConfigError(f"--suite {config.suite} has arms of its own: leave out {_flag(name)}")
+            raise ConfigError(f"--suite {config.suite} has arms of its own: leave out {flag_of(name)}")
     if config.suite == "optimizer" and config.lrs:
         raise ConfigError("--suite optimizer compares learning rates: leave out --lrs")
     if config.suite is None and "scale" in asked:
@@ -87,13 +88,9 @@ def check(config: CompareConfig) -> None:
     for name in ("paths", "logit_losses", "feature_losses", "seeds", "lrs"):
         values = getattr(config, name)
         if twice := [value for value in values if values.count(value) > 1]:
-            raise ConfigError(f"{_flag(name)} has {twice[0]} twice")
+            raise ConfigError(f"{flag_of(name)} has {twice[0]} twice")
     if config.out_dir is not None and (config.out_dir / "config.yaml").exists():
         raise RunDirError(f"{config.out_dir} is a run of another command; choose another --out")
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
 
 
 def _with_threads(config: CompareConfig) -> CompareConfig:

@@ -105,17 +105,19 @@ def run_arms(arms: Sequence[Arm], config: CompareConfig, out: Path) -> list[Row]
                 options = {**arm.options, "path": "single-step", "epochs": round(epochs, 2)}
                 controls[arm.name] = Arm(f"single-step, compute of {arm.name}", options)
         searched |= _search(list(controls.values()), config, out, first, "controls")
-    rows = []
-    everyone = [pair for arm in arms for pair in ((arm, None), (controls.get(arm.name), arm.name)) if pair[0]]
+    everyone: list[tuple[Arm, str | None]] = []
+    for arm in arms:
+        everyone.append((arm, None))
+        if arm.name in controls:
+            everyone.append((controls[arm.name], arm.name))
     waiting = [
         cell_of(arm, config, out, seed, searched[arm.name].options["lr"])
         for arm, _ in everyone
-        if arm is not None
         for seed in others
     ]
     finished = run_all(waiting, config.jobs, "other seeds") if waiting else []
+    rows = []
     for number, (arm, control_of) in enumerate(everyone):
-        assert arm is not None
         cells = finished[number * len(others) : (number + 1) * len(others)]
         best = searched[arm.name]
         rows.append(Row(arm, best.options["lr"], [best, *cells], control_of))

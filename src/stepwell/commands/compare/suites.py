@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from stepwell.commands import train
-from stepwell.commands.compare.arms import Arm
+from stepwell.commands.compare.arms import Arm, given
 from stepwell.commands.demo import MODEL, MODEL_ARGS, write_digits
 from stepwell.config import CompareConfig, CompressConfig, TrainConfig, make_config
 from stepwell.errors import ConfigError
-from stepwell.options import FLAGS, Suite
+from stepwell.options import Suite, flag_of
 from stepwell.stages.grid import rungs_of_path
 from stepwell.stages.joint import scales_per_step
 from stepwell.stages.plan import Costs, Epochs, expected_bill
@@ -211,15 +211,15 @@ def prepared(suite: Suite, config: CompareConfig, out: Path) -> tuple[list[Arm],
     """
     kind = "cnn" if suite == "cnn-pairs" else "vit"
     size = SIZES[kind, config.scale]
-    given = {name: getattr(config, name) for name in config.model_fields_set}
+    asked = given(config)
     if config.scale == "cpu" and not config.data:
         write_digits(out / "digits")
-        given["data"] = str(out / "digits")
-    if not given.get("data"):
+        asked["data"] = str(out / "digits")
+    if not asked.get("data"):
         raise ConfigError(
             f"--suite {suite} --scale {config.scale} needs --data, a folder of CIFAR-10's images"
         )
-    values = {**size.compress, **given}
+    values = {**size.compress, **asked}
     # The arms of the others differ in something else than their compute, or are controls of each other.
     values["controls"] = suite == "steps" and config.controls
     if not config.teacher:
@@ -228,9 +228,9 @@ def prepared(suite: Suite, config: CompareConfig, out: Path) -> tuple[list[Arm],
             "model": size.model,
             "model_args": size.model_args,
             "pretrained": False,
-            "data": given["data"],
+            "data": asked["data"],
             "out_dir": teacher,
-            **{name: given[name] for name in ("device", "threads", "workers") if name in given},
+            **{name: asked[name] for name in ("device", "threads", "workers") if name in asked},
             **size.train,
         }
         say(train.run(make_config(TrainConfig, recipe)))
@@ -279,4 +279,4 @@ def paper(suite: Suite) -> str:
 
 
 def _words(options: dict[str, Any]) -> str:
-    return " ".join(f"--{FLAGS.get(name, name).replace('_', '-')} {value}" for name, value in options.items())
+    return " ".join(f"{flag_of(name)} {value}" for name, value in options.items())

@@ -9,6 +9,7 @@ from statistics import mean, stdev
 from textwrap import fill
 from typing import Any
 
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, StrMethodFormatter
 from rich.markup import escape
@@ -118,8 +119,14 @@ def as_plot(rows: Sequence[Row]) -> str:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside right upper", fontsize=8, frameon=False)
+    return as_svg(figure)
+
+
+def as_svg(figure: Figure) -> str:
+    """The text of an SVG file; equal figures give equal texts."""
     text = io.StringIO()
-    figure.savefig(text, format="svg", metadata={"Date": None})
+    with rc_context({"svg.hashsalt": "stepwell"}):
+        figure.savefig(text, format="svg", metadata={"Date": None})
     return text.getvalue()
 
 
