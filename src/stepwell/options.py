@@ -21,7 +21,8 @@ Metric = Literal["auto", "top1", "likelihood"]
 Way = Literal["amd", "amd-manual", "single-step", "takd", "dgkd", "mmd", "mmd-os"]
 
 Suite = Literal[
-    "losses", "candidates", "optimizer", "weights", "depth", "steps", "cnn-pairs"
+    "losses", "candidates", "optimizer", "weights", "depth", "steps",
+    "resnet-pair", "wrn-pair", "vgg-pair", "imagenet-pair",
 ]  # fmt: skip
 
 FLAGS = {"keep_ratio": "keep", "out_dir": "out", "json_": "json"}

@@ -6,7 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
-from stepwell.commands.compare import suites
+from stepwell.commands.compare import scales
 from stepwell.commands.compare.arms import arms_of, given, run_arms
 from stepwell.commands.compare.table import as_json, as_markdown, as_plot, as_table
 from stepwell.commands.compress import require
@@ -22,13 +22,13 @@ from stepwell.version import __version__
 def run(config: CompareConfig) -> str:
     """Run the cells that are missing; write compare.json, compare.md and accuracy-over-cost.svg."""
     if config.suite is not None and config.scale == "paper" and not (config.teacher and config.data):
-        return suites.paper(config.suite)
+        return scales.paper(config.suite)
     require(config, "compare", "out_dir")
     check(config)
     assert config.out_dir is not None
     out = config.out_dir
     if config.suite is not None:
-        arms, config = suites.prepared(config.suite, config, out)
+        arms, config = scales.prepared(config.suite, config, out)
     else:
         require(config, "compare", "teacher", "data")
         arms = arms_of(config)

@@ -1,42 +1,115 @@
-"""Comparisons that mirror published tables, at three sizes.
+"""What the suites compare: the rows of published tables.
 
-    cpu     scikit-learn's digits: hours on two cores for all suites together
-    gpu     CIFAR-10 (`--data`), a ViT of 10.7 M parameters, one GPU
-    paper   the published recipe: what it takes and what was published; runs with --teacher and --data
-
-Published figures are those of AMD's supplementary (ViT-B or CNNs on CIFAR-100); at `cpu` and `gpu` the data,
-the models and the epochs are others, so only the order of the rows can be compared with them.
+Published figures are those of AMD's supplementary (ViT-B or pairs of CNNs on CIFAR-100), for ImageNet those
+of the losses' papers. At the scales `cpu` and `gpu` the data, the models and the epochs are others
+(`scales.py`), so only the order of the rows can be compared with them.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from stepwell.commands import train
-from stepwell.commands.compare.arms import Arm, given
-from stepwell.commands.demo import MODEL, MODEL_ARGS, write_digits
-from stepwell.config import CompareConfig, CompressConfig, TrainConfig, make_config
-from stepwell.errors import ConfigError
-from stepwell.options import Suite, flag_of
-from stepwell.stages.grid import rungs_of_path
-from stepwell.stages.joint import scales_per_step
-from stepwell.stages.plan import Costs, Epochs, expected_bill
-from stepwell.training.progress import say
+from stepwell.commands.compare.arms import Arm
+from stepwell.options import Suite
 
-CNN_LOSSES = {
-    "fitnet": 71.60,
-    "at": 71.78,
-    "sp": 71.48,
-    "vid": 71.71,
-    "rkd": 71.48,
-    "pkt": 71.44,
-    "ab": 71.49,
-    "ft": 71.52,
-    "crd": 71.68,
+
+@dataclass(frozen=True)
+class Pair:
+    """Two CNNs of different depth that losses are compared on.
+
+    Attributes:
+        teacher: A model of timm.
+        student: Another one; its shape is given, so it starts from random numbers.
+        keep_ratio: Share of the teacher's filters at which it has about the student's parameters: where the
+            candidates for an assistant end.
+        dkd_beta: DKD's published weight of the other classes for this pair.
+    """
+
+    teacher: str
+    student: str
+    keep_ratio: float
+    dkd_beta: float
+
+
+PAIRS: dict[Suite, Pair] = {
+    "wrn-pair": Pair("cifar_wrn_40_2", "cifar_wrn_16_2", 0.3, 6.0),
+    "resnet-pair": Pair("cifar_resnet56", "cifar_resnet20", 0.3, 2.0),
+    # Without shortcuts both sides of a weight shrink, so the parameters fall with the square.
+    "vgg-pair": Pair("cifar_vgg13", "cifar_vgg8", 0.65, 6.0),
+    "imagenet-pair": Pair("resnet34", "resnet18", 0.5, 0.5),
 }
-"""Table 7, ResNet-56 to ResNet-20: feature losses beside cross-entropy alone."""
+
+_TABLE_7 = {
+    "student alone": (73.64, 69.63, 70.68),
+    "kd": (74.92, 70.66, 72.98),
+    "dkd": (76.23, 71.97, 74.68),
+    "fitnet": (75.75, 71.60, 73.54),
+    "at": (75.28, 71.78, 73.62),
+    "sp": (75.34, 71.48, 73.44),
+    "vid": (74.79, 71.71, 73.96),
+    "rkd": (75.40, 71.48, 73.72),
+    "pkt": (76.01, 71.44, 73.37),
+    "ab": (68.89, 71.49, 74.27),
+    "ft": (75.15, 71.52, 73.42),
+    "crd": (76.04, 71.68, 74.06),
+    "sskd": (76.04, 71.49, 75.33),
+    "takd": (75.04, 70.77, 73.67),
+    "dgkd": (76.24, 71.92, 74.40),
+    "amd": (76.06, 71.95, 74.47),
+}
+"""Table 7, in the order of PAIRS; DKD's row is from its own paper, with other teachers (CVPR 2022)."""
+
+_IMAGENET = {
+    "student alone": 69.75,
+    "kd": 71.03,
+    "dkd": 71.70,
+    "dist": 72.07,
+    "at": 70.69,
+    "crd": 71.17,
+    "review": 71.61,
+    "amd": None,
+}
+"""ResNet-34 (73.31) to ResNet-18, from the papers of DKD and DIST; AMD's figure is not known to us."""
+
+_LOGITS_AT_4 = {"task_weight": 0.1, "logit_weight": 0.9, "temperature": 4.0}
+_LOGITS_AT_1 = {"task_weight": 0.5, "logit_weight": 0.5, "temperature": 1.0}
+_SINGLE_STEP = {"path": "single-step"}
+
+
+def _arms_of_pair(suite: Suite, pair: Pair) -> tuple[Arm, ...]:
+    """The rows of Table 7, or of ImageNet's."""
+    rows = _IMAGENET
+    if suite != "imagenet-pair":
+        column = list(PAIRS).index(suite)
+        rows = {name: published[column] for name, published in _TABLE_7.items()}
+    return tuple(Arm(name, _row_of_pair(name, suite, pair), published) for name, published in rows.items())
+
+
+def _row_of_pair(name: str, suite: Suite, pair: Pair) -> dict[str, Any]:
+    """What such a row runs: a path, or a loss in a single step."""
+    soft = _LOGITS_AT_1 if suite == "imagenet-pair" else _LOGITS_AT_4
+    match name:
+        case "student alone":
+            return {**_SINGLE_STEP, "logit_weight": 0.0, "feature_weight": 0.0}
+        case "kd":
+            return {**_SINGLE_STEP, **soft, "feature_weight": 0.0}
+        case "dkd":
+            beta = {"beta": pair.dkd_beta}
+            options = {**_SINGLE_STEP, "logit_loss": "dkd", "logit_args": beta, "feature_weight": 0.0}
+            return {**options, "temperature": soft["temperature"]}
+        case "dist":
+            return {**_SINGLE_STEP, "logit_loss": "dist", "feature_weight": 0.0}
+        case "sskd":
+            return {**_SINGLE_STEP, **soft, "feature_loss": "sskd"}
+        case "takd" | "dgkd":
+            half_way = round((1 + pair.keep_ratio) / 2, 2)
+            return {"path": name, "assistants": (half_way,), "feature_weight": 0.0}
+        case "amd":
+            return {"path": name}
+        case _:  # a loss on the features beside cross-entropy alone
+            return {**_SINGLE_STEP, "feature_loss": name, "logit_weight": 0.0}
+
 
 ARMS: dict[Suite, tuple[Arm, ...]] = {
     # Table 4.
@@ -93,190 +166,5 @@ ARMS: dict[Suite, tuple[Arm, ...]] = {
         Arm("mmd", {"path": "mmd"}, 80.11),
         Arm("mmd-os", {"path": "mmd-os"}, 80.10),
     ),
-    # Table 7, ResNet-56 to ResNet-20.
-    "cnn-pairs": (
-        Arm("student alone", {"path": "single-step", "logit_weight": 0.0, "feature_weight": 0.0}, 69.63),
-        Arm(
-            "kd",
-            {
-                "path": "single-step",
-                "feature_weight": 0.0,
-                "task_weight": 0.1,
-                "logit_weight": 0.9,
-                "temperature": 4.0,
-            },
-            70.66,
-        ),
-        *(
-            Arm(loss, {"path": "single-step", "feature_loss": loss, "logit_weight": 0.0}, published)
-            for loss, published in CNN_LOSSES.items()
-        ),
-        Arm(
-            "sskd",
-            {
-                "path": "single-step",
-                "feature_loss": "sskd",
-                "task_weight": 0.1,
-                "logit_weight": 0.9,
-                "temperature": 4.0,
-            },
-            71.49,
-        ),
-        Arm("takd", {"path": "takd", "feature_weight": 0.0}, 70.77),
-        Arm("dgkd", {"path": "dgkd", "feature_weight": 0.0}, 71.92),
-        Arm("amd", {"path": "amd"}, 71.95),
-    ),
+    **{suite: _arms_of_pair(suite, pair) for suite, pair in PAIRS.items()},
 }
-
-
-@dataclass(frozen=True)
-class Size:
-    """What a suite runs at one scale.
-
-    Attributes:
-        model: The teacher, a model of timm.
-        train: How the teacher is trained.
-        compress: What all arms share.
-        shallow: Arguments of the student with fewer layers.
-    """
-
-    model: str
-    model_args: dict[str, str]
-    train: dict[str, Any]
-    compress: dict[str, Any]
-    shallow: dict[str, str]
-
-
-_VIT_GPU = {"img_size": "32", "patch_size": "4", "embed_dim": "384", "depth": "12", "num_heads": "6"}
-SIZES: dict[tuple[str, str], Size] = {
-    ("vit", "cpu"): Size(
-        MODEL,
-        MODEL_ARGS,
-        {"epochs": 60, "batch_size": 32, "lr": 2e-3, "augment": "affine"},
-        {"keep_ratio": 0.1, "epochs": 20, "batch_size": 64, "lr": 4e-3, "augment": "affine"},
-        {**MODEL_ARGS, "depth": "1"},
-    ),
-    ("vit", "gpu"): Size(
-        MODEL,
-        _VIT_GPU,
-        {"epochs": 100, "batch_size": 256, "lr": 1e-3, "augment": "crop", "precision": "bf16"},
-        {
-            "keep_ratio": 0.1,
-            "epochs": 40,
-            "batch_size": 256,
-            "lr": 1e-3,
-            "augment": "crop",
-            "precision": "bf16",
-        },
-        {**_VIT_GPU, "depth": "2"},
-    ),
-    ("cnn", "cpu"): Size(
-        "cifar_resnet56",
-        {"in_chans": "1"},
-        {"epochs": 15, "batch_size": 64, "lr": 2e-3, "augment": "affine", "image_size": 8},
-        {"epochs": 10, "batch_size": 64, "lr": 2e-3, "augment": "affine", "image_size": 8},
-        {},
-    ),
-    # Epochs and batch of the ViT are ours: the supplementary does not say. The CNNs' are RepDistiller's, with
-    # a cosine instead of three steps.
-    ("vit", "paper"): Size(
-        "vit_base_patch16_224",
-        {},
-        {},
-        {"preset": "paper", "keep_ratio": 0.1, "epochs": 100, "batch_size": 256, "precision": "bf16"},
-        {"depth": "2"},
-    ),
-    ("cnn", "paper"): Size(
-        "cifar_resnet56",
-        {},
-        {},
-        {"optimizer": "sgd", "lr": 0.05, "weight_decay": 5e-4, "epochs": 240, "batch_size": 64},
-        {},
-    ),
-    ("cnn", "gpu"): Size(
-        "cifar_resnet56",
-        {},
-        {"epochs": 100, "batch_size": 128, "lr": 2e-3, "augment": "crop"},
-        {"epochs": 60, "batch_size": 128, "lr": 2e-3, "augment": "crop"},
-        {},
-    ),
-}
-
-
-def prepared(suite: Suite, config: CompareConfig, out: Path) -> tuple[list[Arm], CompareConfig]:
-    """The arms of a suite, and the options with its data and its teacher, which is trained if it is missing.
-
-    Raises:
-        ConfigError: The scale needs images that were not given.
-    """
-    kind = "cnn" if suite == "cnn-pairs" else "vit"
-    size = SIZES[kind, config.scale]
-    asked = given(config)
-    if config.scale == "cpu" and not config.data:
-        write_digits(out / "digits")
-        asked["data"] = str(out / "digits")
-    if not asked.get("data"):
-        raise ConfigError(
-            f"--suite {suite} --scale {config.scale} needs --data, a folder of CIFAR-10's images"
-        )
-    values = {**size.compress, **asked}
-    # The arms of the others differ in something else than their compute, or are controls of each other.
-    values["controls"] = suite == "steps" and config.controls
-    if not config.teacher:
-        teacher = out / "teacher"
-        recipe = {
-            "model": size.model,
-            "model_args": size.model_args,
-            "pretrained": False,
-            "data": asked["data"],
-            "out_dir": teacher,
-            **{name: asked[name] for name in ("device", "threads", "workers") if name in asked},
-            **size.train,
-        }
-        say(train.run(make_config(TrainConfig, recipe)))
-        values["teacher"] = str(teacher)
-    return [_filled(arm, kind, size) for arm in ARMS[suite]], make_config(CompareConfig, values)
-
-
-def _filled(arm: Arm, kind: str, size: Size) -> Arm:
-    """An arm with the student that it stands for."""
-    options = dict(arm.options)
-    if kind == "cnn":
-        options |= {"student": "cifar_resnet20", "student_args": size.model_args, "keep_ratio": 0.3}
-    elif options.get("student") == "depth":
-        options |= {"student": size.model, "student_args": size.shallow, "student_init": "teacher"}
-    return Arm(arm.name, options, arm.published)
-
-
-GPU_MACS_PER_SECOND = {"vit": 1e14, "cnn": 2e12}
-"""Roughly what one H100 reaches: a quarter of its peak in bf16; little on convolutions of few channels."""
-
-
-def paper(suite: Suite) -> str:
-    """The published recipe of a suite, its numbers, and how many GPU-hours one seed would take."""
-    kind = "cnn" if suite == "cnn-pairs" else "vit"
-    size, macs, num_train = SIZES[kind, "paper"], {"vit": 17.6e9, "cnn": 0.125e9}[kind], 50_000
-    lines = [f"suite {suite}, as published, on CIFAR-100: {size.model}, {_words(size.compress)}", ""]
-    total = 0.0
-    for arm in ARMS[suite]:
-        options = {**size.compress, **_filled(arm, kind, size).options}
-        config = make_config(CompressConfig, options)
-        scales = rungs_of_path(0.1, config)  # of a transformer about the shares of its operations
-        per_step = scales_per_step(scales, config)
-        costs = Costs(scales, scales[0], per_step, num_train, 2048, num_train // 10, config.views)
-        epochs = Epochs(joint=config.epochs, distill=config.epochs)
-        passes = sum(expected_bill(config, costs, epochs).values())
-        hours = passes * macs / GPU_MACS_PER_SECOND[kind] / 3600
-        total += hours
-        published = "" if arm.published is None else f"published {arm.published:.2f} %"
-        lines.append(f"  {arm.name:<34}{hours:>8.2f} GPU-hours  {published}".rstrip())
-    lines += [
-        "",
-        f"{total:.1f} GPU-hours for one seed, at {GPU_MACS_PER_SECOND[kind]:.0e} MACs per second.",
-        "It runs with --teacher and --data: a trained teacher and the images.",
-    ]
-    return "\n".join(lines)
-
-
-def _words(options: dict[str, Any]) -> str:
-    return " ".join(f"{flag_of(name)} {value}" for name, value in options.items())

@@ -1,0 +1,236 @@
+"""The three sizes of a suite, and what is made ready for it.
+
+cpu     scikit-learn's digits: hours on two cores for all suites together
+gpu     CIFAR-10 (`--data`), a ViT of 10.7 M parameters or the pairs of CNNs, one GPU
+paper   the published recipe: what it takes and what was published; runs with --teacher and --data
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stepwell.commands import train
+from stepwell.commands.compare.arms import Arm, given
+from stepwell.commands.compare.suites import ARMS, PAIRS
+from stepwell.commands.demo import MODEL, MODEL_ARGS, write_digits
+from stepwell.config import CompareConfig, CompressConfig, TrainConfig, make_config
+from stepwell.delivery.input import input_spec
+from stepwell.delivery.measure import count_macs
+from stepwell.delivery.teacher import create_timm, parse_model_args
+from stepwell.errors import ConfigError
+from stepwell.options import Suite, flag_of
+from stepwell.stages.grid import rungs_of_path
+from stepwell.stages.joint import scales_per_step
+from stepwell.stages.plan import Costs, Epochs, expected_bill
+from stepwell.training.progress import say
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a suite runs at one scale.
+
+    Attributes:
+        model: The teacher, a model of timm.
+        model_args: Its arguments.
+        student: What stands for a student of another shape: the ViT of fewer layers, the smaller CNN.
+        student_args: Its arguments.
+        train: How the teacher is trained.
+        compress: What all arms share.
+        macs_per_second: Roughly what one H100 reaches.
+    """
+
+    model: str
+    model_args: dict[str, str]
+    student: str
+    student_args: dict[str, str]
+    train: dict[str, Any]
+    compress: dict[str, Any]
+    macs_per_second: float = 1e14  # a quarter of its peak in bf16
+
+
+_VIT_GPU = {"img_size": "32", "patch_size": "4", "embed_dim": "384", "depth": "12", "num_heads": "6"}
+_GPU = {"epochs": 40, "batch_size": 256, "lr": 1e-3, "augment": "crop", "precision": "bf16"}
+_DIGITS = {"batch_size": 64, "augment": "affine"}
+VIT = {
+    "cpu": Size(
+        MODEL,
+        MODEL_ARGS,
+        MODEL,
+        {**MODEL_ARGS, "depth": "1"},
+        {"epochs": 60, "batch_size": 32, "lr": 2e-3, "augment": "affine"},
+        {**_DIGITS, "keep_ratio": 0.1, "epochs": 20, "lr": 4e-3},
+    ),
+    "gpu": Size(
+        MODEL,
+        _VIT_GPU,
+        MODEL,
+        {**_VIT_GPU, "depth": "2"},
+        {**_GPU, "epochs": 100},
+        {**_GPU, "keep_ratio": 0.1},
+    ),
+    # Epochs and batch are ours: the supplementary does not say.
+    "paper": Size(
+        "vit_base_patch16_224",
+        {},
+        "vit_base_patch16_224",
+        {"depth": "2"},
+        {},
+        {"preset": "paper", "keep_ratio": 0.1, "epochs": 100, "batch_size": 256, "precision": "bf16"},
+    ),
+}
+_CNN_TRAIN = {
+    "cpu": {**_DIGITS, "epochs": 15, "lr": 2e-3, "image_size": 8},
+    "gpu": {"epochs": 100, "batch_size": 128, "lr": 2e-3, "augment": "crop"},
+    "paper": {},
+}
+_CNN_COMPRESS = {
+    "cpu": {**_DIGITS, "epochs": 10, "lr": 2e-3, "image_size": 8},
+    "gpu": {"epochs": 60, "batch_size": 128, "lr": 2e-3, "augment": "crop"},
+    # RepDistiller's, with a cosine instead of three steps.
+    "paper": {"optimizer": "sgd", "lr": 0.05, "weight_decay": 5e-4, "epochs": 240, "batch_size": 64},
+}
+_IMAGENET = Size(
+    "resnet34",
+    {},
+    "resnet18",
+    {},
+    {},
+    {
+        "optimizer": "sgd",
+        "lr": 0.1,
+        "weight_decay": 1e-4,
+        "epochs": 100,
+        "batch_size": 256,
+        "keep_ratio": 0.5,
+    },
+    macs_per_second=2e13,
+)
+NUM_TRAIN = {"CIFAR-100": 50_000, "ImageNet": 1_281_167}
+
+
+def size_of(suite: Suite, scale: str) -> Size:
+    """The models and the recipe of `suite` at `scale`.
+
+    Raises:
+        ConfigError: ImageNet has no small size.
+    """
+    if suite not in PAIRS:
+        return VIT[scale]
+    if suite == "imagenet-pair":
+        if scale != "paper":
+            raise ConfigError("--suite imagenet-pair needs --scale paper: it is about ImageNet")
+        return _IMAGENET
+    pair = PAIRS[suite]
+    args = {"in_chans": "1"} if scale == "cpu" else {}  # digits are gray
+    if scale == "paper" and suite == "resnet-pair":
+        args = {"shortcut": "B"}  # those of the comparisons on CIFAR-100
+    compress = {**_CNN_COMPRESS[scale], "keep_ratio": pair.keep_ratio}
+    # Convolutions of few channels keep a GPU waiting.
+    return Size(pair.teacher, args, pair.student, args, _CNN_TRAIN[scale], compress, macs_per_second=2e12)
+
+
+def prepared(suite: Suite, config: CompareConfig, out: Path) -> tuple[list[Arm], CompareConfig]:
+    """The arms of a suite, and the options with its data and its teacher, which is trained if it is missing.
+
+    Raises:
+        ConfigError: The scale needs images that were not given.
+    """
+    size = size_of(suite, config.scale)
+    asked = given(config)
+    if config.scale == "cpu" and not config.data:
+        write_digits(out / "digits")
+        asked["data"] = str(out / "digits")
+    if not asked.get("data"):
+        raise ConfigError(
+            f"--suite {suite} --scale {config.scale} needs --data, a folder of CIFAR-10's images"
+        )
+    values = {**size.compress, **asked}
+    # The arms of the others differ in something else than their compute, or are controls of each other.
+    values["controls"] = suite == "steps" and config.controls
+    if not config.teacher:
+        teacher = out / "teacher"
+        recipe = {
+            "model": size.model,
+            "model_args": size.model_args,
+            "pretrained": False,
+            "data": asked["data"],
+            "out_dir": teacher,
+            **{name: asked[name] for name in ("device", "threads", "workers") if name in asked},
+            **size.train,
+        }
+        say(train.run(make_config(TrainConfig, recipe)))
+        values["teacher"] = str(teacher)
+    return filled(suite, size), make_config(CompareConfig, values)
+
+
+def filled(suite: Suite, size: Size) -> list[Arm]:
+    """The arms of a suite, with the students that they stand for."""
+    arms = []
+    for arm in ARMS[suite]:
+        options = dict(arm.options)
+        if suite in PAIRS:
+            options |= {"student": size.student, "student_args": size.student_args}
+        elif options.get("student") == "depth":
+            options |= {
+                "student": size.student,
+                "student_args": size.student_args,
+                "student_init": "teacher",
+            }
+        arms.append(Arm(arm.name, options, arm.published))
+    return arms
+
+
+def paper(suite: Suite) -> str:
+    """The published recipe of a suite, its numbers, and how many GPU-hours one seed would take."""
+    size = size_of(suite, "paper")
+    sets = list(NUM_TRAIN)
+    if suite in PAIRS:
+        sets = ["ImageNet"] if suite == "imagenet-pair" else ["CIFAR-100"]
+    passes_per_second = size.macs_per_second / _macs(size.model, size.model_args)
+    lines = [
+        f"suite {suite}, the published recipe: {size.model}, {_words(size.compress)}",
+        "",
+        f"  {'GPU-hours for one seed':<30}" + "".join(f"{name:>11}" for name in [*sets, "published"]),
+    ]
+    total = dict.fromkeys(sets, 0.0)
+    for arm in filled(suite, size):
+        line = f"  {arm.name:<30}"
+        for name in sets:
+            hours = _passes(arm, size, NUM_TRAIN[name]) / passes_per_second / 3600
+            total[name] += hours
+            line += f"{hours:>11.2f}"
+        lines.append(line + ("" if arm.published is None else f"{arm.published:>9.2f} %"))
+    lines.append(f"  {'all':<30}" + "".join(f"{total[name]:>11.1f}" for name in sets))
+    lines += [
+        "",
+        f"Published on {sets[0]}. Counted operations, at {size.macs_per_second:.0e} MACs per second.",
+        "It runs with --teacher and --data: a trained teacher and the images.",
+    ]
+    return "\n".join(lines)
+
+
+def _passes(arm: Arm, size: Size, num_train: int) -> float:
+    """Cost of one run of `arm`, in forward passes of the teacher."""
+    config = make_config(CompressConfig, {**size.compress, **arm.options})
+    scales = rungs_of_path(size.compress["keep_ratio"], config)  # about the shares of the operations
+    student = scales[0]
+    if config.student:
+        student = _macs(size.student, size.student_args) / _macs(size.model, size.model_args)
+    per_step = scales_per_step(scales, config)
+    costs = Costs(scales, student, per_step, num_train, 2048, num_train // 10, config.views)
+    return sum(expected_bill(config, costs, Epochs(joint=config.epochs, distill=config.epochs)).values())
+
+
+def _macs(name: str, args: dict[str, str]) -> int:
+    """Operations of a model with 100 classes."""
+    with torch.device("meta"):  # shapes will do
+        model = create_timm(name, {**parse_model_args(args), "num_classes": 100}, pretrained=False)
+    return count_macs(model, input_spec(model))
+
+
+def _words(options: dict[str, Any]) -> str:
+    return " ".join(f"{flag_of(name)} {value}" for name, value in options.items())
