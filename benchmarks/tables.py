@@ -23,7 +23,6 @@ TITLES = {
     "cifar10-vit-gpu": "CIFAR-10",
     "digits": "scikit-learn's digits",
 }
-RULES = ("npsd", "npsd-chord-teacher", "npsd-chord-student", "lambda")
 
 
 def results_table(record: dict[str, Any]) -> str:
@@ -41,7 +40,7 @@ def results_table(record: dict[str, Any]) -> str:
         )
     seconds = sum(sum(run["seconds"].values()) for run in runs) / len(runs)
     picks = []
-    for rule in RULES:
+    for rule in runs[0]["selection"]["picks"]:
         kept = [f"{run['selection']['picks'][rule]:g}" for run in runs]
         picks.append(f"{rule} {', '.join(kept)}")
     machine = record["hardware"]

@@ -16,7 +16,7 @@ from stepwell.own_code import is_own_code
 
 Augment = Literal["auto", "none", "affine", "crop", "resized-crop"]
 Schedule = Literal["cosine", "linear", "cosine-restarts"]
-Rule = Literal["npsd", "npsd-chord-teacher", "npsd-chord-student", "lambda"]
+Rule = Literal["performance", "npsd", "npsd-chord-teacher", "npsd-chord-student", "lambda"]
 Metric = Literal["auto", "top1", "likelihood"]
 Way = Literal["amd", "amd-manual", "single-step", "takd", "dgkd", "mmd", "mmd-os"]
 
@@ -244,9 +244,10 @@ class JointOptions(Options):
 class SelectOptions(Options):
     """How the assistant is chosen."""
 
-    rule: Rule = "npsd"
-    """npsd: just before the steepest fall (our reading of NPSD); npsd-chord-*: minus the slope to teacher or
-    student; lambda: MiniDisc's P + 0.2 (1 - S). Every run computes all."""
+    rule: Rule = "performance"
+    """performance: the candidate that performs best; npsd: just before the steepest fall (our reading of AMD's
+    NPSD); npsd-chord-*: minus the slope to teacher or student; lambda: MiniDisc's P + 0.2 (1 - S). Every run
+    computes all."""
     metric: Metric = "auto"
     """Performance P of a candidate on the selection images: `top1` / 100, or `likelihood` (geometric mean of
     the probability given to the true class); `auto` is likelihood below 2,000 images, where top1 is noise."""

@@ -65,6 +65,7 @@ def make_selection(candidates: list[dict[str, Any]]) -> dict[str, Any]:
     points = [(c["scale"], c["top1"] / 100) for c in candidates]
     student = points[-1]
     values: dict[str, list[float | None]] = {
+        "performance": [p[1] for p in points[:-1]] + [None],
         "npsd": [(p[1] - q[1]) / (p[0] - q[0]) for p, q in itertools.pairwise(points)] + [None],
         "npsd-chord-teacher": [-(0.9317 - p[1]) / (1 - p[0]) for p in points[:-1]] + [None],
         "npsd-chord-student": [-(p[1] - student[1]) / (p[0] - student[0]) for p in points[:-1]] + [None],

@@ -160,6 +160,12 @@ def test_evaluate_runs_every_image_once_in_order():
 # --- intervals and tests
 
 
+def test_wilson_interval_holds_the_accuracy_itself_at_both_ends():
+    for n in range(1, 200):
+        assert wilson_interval(100.0, n)[1] == 100.0
+        assert wilson_interval(0.0, n)[0] == 0.0
+
+
 @pytest.mark.parametrize(
     ("right", "num_images", "low", "high"),
     # Newcombe (1998), table I, method 3, and the textbook case of 8 in 10.

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from stepwell.stages.select import Point, all_rules, performance, pick, rule_values
 
-RULES = ["npsd", "npsd-chord-teacher", "npsd-chord-student", "lambda"]
+SLOPES = ["npsd", "npsd-chord-teacher", "npsd-chord-student"]
+RULES = ["performance", "lambda", *SLOPES]
 TENTHS = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
 TEACHER = Point(1.0, 0.95)
 
@@ -27,6 +28,9 @@ def by_loop(candidates, teacher, rule) -> list[float | None]:
     for i in range(1, len(candidates)):
         if rule == "lambda":
             values.append(p[i] + 0.2 * (1 - s[i]))
+            continue
+        if rule == "performance":
+            values.append(p[i])
             continue
         if rule == "npsd":
             rise, run = p[i] - p[i - 1], s[i] - s[i - 1]
@@ -100,6 +104,12 @@ def test_npsd_picks_the_rung_above_the_steepest_fall():
     assert rule_values(KNEE, TEACHER, "npsd")[3] == pytest.approx((0.92 - 0.66) / 0.1)
 
 
+def test_performance_takes_the_most_accurate_wherever_it_lies():
+    assert choice(CONCAVE, TEACHER, "performance") == 8
+    ps = [0.5, 0.6, 0.7, 0.9, 0.8, 0.85, 0.7, 0.7, 0.6]
+    assert choice([Point(s, p) for s, p in zip(TENTHS, ps, strict=True)], TEACHER, "performance") == 3
+
+
 def test_lambda_trades_performance_for_scale():
     assert choice(KNEE, TEACHER, "lambda") == 3  # 0.92 + 0.2 * 0.6 = 1.04
     # Where performance hardly falls, the smallest wins; where it falls by more than 0.2, the largest.
@@ -109,7 +119,7 @@ def test_lambda_trades_performance_for_scale():
 
 def test_the_students_own_scale_is_never_the_assistant():
     falling = [Point(s, 1 - s) for s in TENTHS]
-    assert [choice(falling, Point(1.0, 0.05), rule) > 0 for rule in RULES] == [True] * 4
+    assert [choice(falling, Point(1.0, 0.05), rule) > 0 for rule in RULES] == [True] * 5
 
 
 # --- equal scales, ties, nothing to choose from
@@ -158,7 +168,9 @@ def test_a_constant_added_to_every_performance_changes_no_choice(curve, constant
     moved = [Point(c.scale, c.performance + constant / 1024) for c in curve]
     before = rule_values(curve, teacher, rule)
     after = rule_values(moved, Point(1.0, 0.5 + constant / 1024), rule)
-    if rule == "lambda":
+    if rule == "performance":
+        assert after[1:] == [None if b is None else b + constant / 1024 for b in before[1:]]
+    elif rule == "lambda":
         # Its terms are no dyadic numbers: without two that are equal but for rounding.
         assume(gap(before) > 1e-9)
         assert [b - a for a, b in zip(before[1:], after[1:], strict=True)] == pytest.approx(
@@ -169,7 +181,7 @@ def test_a_constant_added_to_every_performance_changes_no_choice(curve, constant
     assert pick(after) == pick(before)
 
 
-@given(curves(), st.floats(0.01, 100), st.sampled_from(RULES[:3]))
+@given(curves(), st.floats(0.01, 100), st.sampled_from(SLOPES))
 def test_the_unit_of_scale_changes_no_choice_by_slope(curve, unit, rule):
     teacher = Point(1.0, 0.5)
     before = rule_values(curve, teacher, rule)
@@ -180,7 +192,7 @@ def test_the_unit_of_scale_changes_no_choice_by_slope(curve, unit, rule):
     assert pick(after) == pick(before)
 
 
-@given(curves(), st.sampled_from([0.125, 0.5, 2.0, 16.0]), st.sampled_from(RULES[:3]))
+@given(curves(), st.sampled_from([0.125, 0.5, 2.0, 16.0]), st.sampled_from(SLOPES))
 def test_not_even_with_ties(curve, unit, rule):
     rescaled = [Point(c.scale * unit, c.performance) for c in curve]
     assert choice(rescaled, Point(unit, 0.5), rule) == choice(curve, Point(1.0, 0.5), rule)

@@ -101,7 +101,8 @@ def wilson_interval(top1: float, num_images: int) -> tuple[float, float]:
     p, n = top1 / 100, num_images
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return 100 * max(0.0, centre - half), 100 * min(1.0, centre + half)
+    # At 0 and at 100 % the formula's end is that very number; rounding must not leave top1 outside.
+    return min(top1, 100 * max(0.0, centre - half)), max(top1, 100 * min(1.0, centre + half))
 
 
 def mcnemar(teacher: Scores, student: Scores) -> PairedTest:

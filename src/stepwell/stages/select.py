@@ -1,8 +1,9 @@
 """Stage 4, select: which candidate becomes the teacher-assistant. Pure arithmetic.
 
 Each rule gives every allowed candidate a value and takes the largest. P is a candidate's performance in
-[0, 1] on the selection images, S its scale (share of the teacher's MACs). The exact NPSD formula of the AMD
-paper is not known to us; `npsd` is our reading of its name (docs/method.md).
+[0, 1] on the selection images, S its scale (share of the teacher's MACs). The default, `performance`, is the
+one that the evidence is for (docs/selection.md). The exact NPSD formula of the AMD paper is not known to us;
+`npsd` is our reading of its name (docs/method.md).
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ def rule_values(candidates: Sequence[Point], teacher: Point, rule: Rule) -> list
         candidates: From the smallest, which is the student's scale, to the largest.
         teacher: The teacher itself (S = 1).
         rule: Which one.
+            `performance`: P_i. Every candidate hands the student the same weights, its slice of the shared
+            ones, so an assistant matters as a teacher alone, and the best teacher is the most accurate one.
             `npsd`: (P_i - P_(i-1)) / (S_i - S_(i-1)), the performance lost per scale given up on the *next*
             step down; largest just before the steepest fall.
             `npsd-chord-teacher`: -(P_T - P_i) / (1 - S_i), minus the slope of the chord to the teacher.
@@ -52,6 +55,8 @@ def rule_values(candidates: Sequence[Point], teacher: Point, rule: Rule) -> list
             values.append(None)
             continue
         match rule:
+            case "performance":
+                values.append(point.performance)
             case "npsd":
                 values.append(_slope(lower, point))
             case "npsd-chord-teacher":
