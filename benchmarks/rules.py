@@ -29,6 +29,8 @@ from stepwell.stages.select import Point, pick, rule_values
 from stepwell.training.run_dir import write_atomically
 
 DOCS = Path(__file__).parent.parent / "docs"
+TEXT = (Path(__file__).parent / "selection.md").read_text(encoding="utf-8")
+MEASURES = {"top1": "top-1, %", "log_likelihood": "mean log-likelihood"}
 Values = Sequence[float | None]
 
 
@@ -104,50 +106,51 @@ def random_regret(run: CellResult, measure: str) -> float:
 
 
 def plot(runs: dict[str, list[CellResult]]) -> str:
-    """Student's accuracy over the assistant's scale: thin lines are seeds, the thick one their mean."""
-    figure = Figure(figsize=(4.2 * len(runs), 3.6), layout="constrained")
-    for number, (name, found) in enumerate(runs.items()):
-        axes = figure.add_subplot(1, len(runs), number + 1)
-        scales = [100 * t.scale for t in found[0].tried]
-        lines = np.array([students(run, "top1") for run in found])
-        for line in lines:
-            axes.plot(scales, line, color="0.75", linewidth=1)
-        axes.plot(
-            scales, lines.mean(axis=0), "o-", color="C0", markersize=4, label="student, mean over seeds"
-        )
-        axes.axhline(mean(run.teacher_top1 for run in found), color="0.4", linestyle=":", label="teacher")
-        axes.set_title(f"{name} ({len(found)} seeds)", fontsize=10)
-        axes.set_xlabel("assistant's share of the teacher's MACs, %")
-        axes.grid(alpha=0.25)
-        if number == 0:
-            axes.set_ylabel("student's top-1 on the test images, %")
-            axes.legend(fontsize=8, frameon=False)
+    """Student's figures over the assistant's scale: thin lines are seeds, the thick one their mean."""
+    figure = Figure(figsize=(3.4 * len(runs), 5.6), layout="constrained")
+    for row, (measure, label) in enumerate(MEASURES.items()):
+        for column, (name, found) in enumerate(runs.items()):
+            axes = figure.add_subplot(2, len(runs), row * len(runs) + column + 1)
+            scales = [100 * t.scale for t in found[0].tried]
+            lines = np.array([students(run, measure) for run in found])
+            for line in lines:
+                axes.plot(scales, line, color="0.75", linewidth=1)
+            axes.plot(scales, lines.mean(axis=0), "o-", color="C0", markersize=4, label="mean over seeds")
+            axes.grid(alpha=0.25)
+            if row == 0:
+                teacher = mean(run.teacher_top1 for run in found)
+                axes.set_title(f"{name}, {len(found)} seeds\nteacher {teacher:.1f} %", fontsize=10)
+            else:
+                axes.set_xlabel("assistant's MACs, % of the teacher's")
+            if column == 0:
+                axes.set_ylabel(f"student: {label}")
+                axes.legend(fontsize=8, frameon=False)
     return as_svg(figure)
 
 
 def table(runs: dict[str, list[CellResult]], measure: str) -> list[str]:
-    """Mean regret and rank correlation of every rule, over seeds and over settings."""
-    names = list(runs)
+    """Regret of every rule in every setting; over all runs also its correlation and what it picks."""
+    everything = [run for found in runs.values() for run in found]
     digits = 2 if measure == "top1" else 4
-    lines = [
-        "| rule | " + " | ".join(f"{n}: regret | corr." for n in names) + " | mean regret |",
-        "|---|" + "---:|" * (2 * len(names) + 1),
-    ]
-    rows = []
+    columns = [*runs, "all runs", "rank corr.", "mean pick"]
+    rows = [(mean(random_regret(run, measure) for run in everything), _random_row(runs, measure, digits))]
     for rule, values in rules().items():
-        cells, regrets = [], []
-        for name in names:
-            found = runs[name]
-            regrets.append(mean(regret(run, values(run), measure) for run in found))
-            rank = [correlation(run, values(run), measure) for run in found]
-            cells += [f"{regrets[-1]:.{digits}f}", f"{np.nanmean(rank):.2f}"]
-        rows.append((mean(regrets), f"| {rule} | {' | '.join(cells)} | {mean(regrets):.{digits}f} |"))
-    cells, regrets = [], []
-    for name in names:
-        regrets.append(mean(random_regret(run, measure) for run in runs[name]))
-        cells += [f"{regrets[-1]:.{digits}f}", ""]
-    rows.append((mean(regrets), f"| at random | {' | '.join(cells)} | {mean(regrets):.{digits}f} |"))
-    return lines + [line for _, line in sorted(rows)]
+        regrets = {name: [regret(run, values(run), measure) for run in found] for name, found in runs.items()}
+        pooled = [value for some in regrets.values() for value in some]
+        error = stdev(pooled) / math.sqrt(len(pooled))
+        rank = np.nanmean([correlation(run, values(run), measure) for run in everything])
+        kept = mean(run.candidates[pick(values(run))].keep_ratio for run in everything)
+        cells = [f"{mean(some):.{digits}f}" for some in regrets.values()]
+        cells += [f"{mean(pooled):.{digits}f} ± {error:.{digits}f}", f"{rank:+.2f}", f"{kept:.2f}"]
+        rows.append((mean(pooled), [f"`{rule}`" if rule.split(",")[0] in get_args(Rule) else rule, *cells]))
+    head = ["| rule | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
+    return head + [f"| {' | '.join(cells)} |" for _, cells in sorted(rows)]
+
+
+def _random_row(runs: dict[str, list[CellResult]], measure: str, digits: int) -> list[str]:
+    regrets = [[random_regret(run, measure) for run in found] for found in runs.values()]
+    pooled = [value for some in regrets for value in some]
+    return ["a pick at random", *(f"{mean(some):.{digits}f}" for some in [*regrets, pooled]), "", ""]
 
 
 def noise(found: list[CellResult], measure: str) -> float:
@@ -157,33 +160,12 @@ def noise(found: list[CellResult], measure: str) -> float:
 
 
 def page(runs: dict[str, list[CellResult]]) -> str:
-    """docs/selection.md."""
-    return "\n".join(
-        [
-            "# Which assistant: the evidence",
-            "",
-            "Written by `python benchmarks/rules.py` from `benchmarks/results/selection/` "
-            f"(`benchmarks/selection.py`); commit {commit()}.",
-            "",
-            "For every run one ladder of nine candidates was trained together, and then a student by way of",
-            "*every* candidate. A rule sees the candidates on the selection images only. Its regret is what",
-            "the student by way of its pick loses against the best one, on the test images.",
-            "",
-            "![student over assistant](images/selection.svg)",
-            "",
-            "How far one student's accuracy is from the next seed's, in points (standard deviation): "
-            + ", ".join(f"{name} {noise(found, 'top1'):.2f}" for name, found in runs.items())
-            + ". Regrets that differ by less say nothing.",
-            "",
-            "## Top-1 on the test images, points",
-            "",
-            *table(runs, "top1"),
-            "",
-            "## Mean log-likelihood on the test images",
-            "",
-            *table(runs, "log_likelihood"),
-            "",
-        ]
+    """docs/selection.md: the text of `TEXT`, filled in."""
+    return TEXT.format(
+        commit=commit(),
+        noise=", ".join(f"{name} {noise(found, 'top1'):.2f}" for name, found in runs.items()),
+        top1="\n".join(table(runs, "top1")),
+        likelihood="\n".join(table(runs, "log_likelihood")),
     )
 
 

@@ -245,9 +245,9 @@ class SelectOptions(Options):
     """How the assistant is chosen."""
 
     rule: Rule = "performance"
-    """performance: the candidate that performs best; npsd: just before the steepest fall (our reading of AMD's
-    NPSD); npsd-chord-*: minus the slope to teacher or student; lambda: MiniDisc's P + 0.2 (1 - S). Every run
-    computes all."""
+    """performance: the candidate that performs best; npsd: just before the steepest fall (our reading of
+    AMD's NPSD); npsd-chord-*: minus the slope to teacher or student; lambda: MiniDisc's P + 0.2 (1 - S).
+    Every run computes all."""
     metric: Metric = "auto"
     """Performance P of a candidate on the selection images: `top1` / 100, or `likelihood` (geometric mean of
     the probability given to the true class); `auto` is likelihood below 2,000 images, where top1 is noise."""
