@@ -12,6 +12,8 @@ from torch import nn
 from stepwell.commands import doctor
 from stepwell.config import CompressConfig
 from stepwell.errors import ConfigError
+from stepwell.losses.crd import CRD
+from stepwell.training.batches import InputSpec
 
 
 def devices_of(config: CompressConfig, data: object = None) -> set[str]:
@@ -48,3 +50,27 @@ def test_a_model_whose_constructor_computes_with_tensors_is_built_for_real(monke
 def test_arguments_that_do_not_suit_are_still_told():
     with pytest.raises(ConfigError, match="do not suit resnet18"):
         devices_of(CompressConfig(teacher="resnet18", model_args={"no_such": "1"}))
+
+
+def test_memory_knows_the_banks_of_crd():
+    crd = CRD(8, 8, None, num_images=500)
+    banks = crd.student_bank.nbytes + crd.teacher_bank.nbytes
+    config = CompressConfig(feature_loss="crd", batch_size=32)
+    read = 2 * 32 * 500 * crd.student_bank[0].nbytes
+    assert doctor.bank_bytes(config, 500, num_rungs=9) == 9 * banks + read
+    alone = config.model_copy(update={"path": "single-step"})
+    assert doctor.bank_bytes(alone, 500, num_rungs=9) == banks + read
+    assert doctor.bank_bytes(CompressConfig(), 500, num_rungs=9) == 0
+
+
+def test_memory_knows_the_rotations_of_sskd(tmp_path):
+    spec = InputSpec((32, 32), 3, (0.5,) * 3, (0.5,) * 3, "bilinear", 1.0, "center")
+    model = timm.create_model("resnet18", num_classes=10)
+
+    def said(**options: object) -> float:
+        config = CompressConfig(teacher="resnet18", batch_size=512, device="cpu", **options)
+        (line,) = doctor._estimate(config, None, model, [model, model], None, spec)
+        return float(line.split(" GiB of memory")[0].split()[-1])
+
+    weights = 20 * sum(p.numel() for p in model.parameters()) / 2**30  # teacher, store, gradients, AdamW
+    assert said(feature_loss="sskd") - weights == pytest.approx(4 * (said() - weights), rel=0.1)

@@ -6,11 +6,9 @@ the candidates assume that all layers matter alike, which scoring will correct.
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.table import Table
@@ -23,7 +21,12 @@ from stepwell.delivery.input import check_runs, input_spec, with_image_size
 from stepwell.delivery.measure import count_macs, num_params
 from stepwell.delivery.student import build_student
 from stepwell.delivery.table import render, short_number
-from stepwell.delivery.teacher import create_timm, load_teacher, parse_model_args
+from stepwell.delivery.teacher import (
+    create_timm,
+    create_without_memory,
+    load_teacher,
+    parse_model_args,
+)
 from stepwell.errors import ConfigError
 from stepwell.pruning import generic
 from stepwell.pruning.families import find_groups, names_by_family
@@ -124,17 +127,9 @@ def _model(config: CompressConfig, data: Data | None) -> tuple[nn.Module, InputS
     ):  # without weights of the user's, timm's own count of classes holds
         args = {"num_classes": num_classes, **args}
     # Shapes are enough to count, but not to time.
-    create = _without_memory if config.latency_ms is None else create_timm
+    create = create_without_memory if config.latency_ms is None else create_timm
     model = create(config.teacher, args, pretrained=False)
     return model.eval(), input_spec(model), False
-
-
-def _without_memory(name: str, args: Mapping[str, Any], *, pretrained: bool) -> nn.Module:
-    """As `create_timm`, on the meta device if the model can be built there."""
-    # A constructor may want the values of tensors, which have none there (RegNet in older versions of timm).
-    with contextlib.suppress(ConfigError, RuntimeError), torch.device("meta"):
-        return create_timm(name, args, pretrained=pretrained)
-    return create_timm(name, args, pretrained=pretrained)
 
 
 def _student(config: CompressConfig, teacher: nn.Module, spec: InputSpec) -> nn.Module | None:
@@ -250,7 +245,8 @@ def _estimate(
         passes *= 2
     seconds = passes * total / (EFFICIENCY * macs_per_second(device))
     store = num_params(skeletons[-1])
-    memory = 4 * num_params(model) + 16 * store + activation_bytes(skeletons[-1], spec, config.batch_size)
+    activations = activation_bytes(skeletons[-1], spec, config.batch_size * config.views)
+    memory = 4 * num_params(model) + 16 * store + activations + bank_bytes(config, num_train, len(scales))
     disk = 4 * (store + 4 * num_params(skeletons[0]))
     images = f"{num_train} training images" if data else "1,000 training images (give --data for yours)"
     return [
@@ -258,6 +254,16 @@ def _estimate(
         f"of {images}, {memory / 2**30:.2g} GiB of memory at batch {config.batch_size}, "
         f"{disk / 2**20:.3g} MiB on disk",
     ]
+
+
+def bank_bytes(config: CompressConfig, num_train: int, num_rungs: int) -> int:
+    """What CRD remembers of the images, for each candidate that is trained at once, and reads in a step."""
+    if config.feature_loss != "crd" or not config.feature_weight:
+        return 0
+    dim = int(config.feature_args.get("embed_dim", 128))
+    negatives = min(int(config.feature_args.get("num_negatives", 16384)), num_train)
+    together = num_rungs if config.path in ("amd", "amd-manual") else 1
+    return 2 * 4 * dim * (together * num_train + config.batch_size * negatives)
 
 
 def macs_per_second(device: torch.device) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -129,6 +130,14 @@ def create_timm(
         raise ModelError(
             f"no pretrained weights can be reached for {name} ({one_line(error)[:120]}); {way_out}"
         ) from None
+
+
+def create_without_memory(name: str, args: Mapping[str, Any], *, pretrained: bool = False) -> nn.Module:
+    """As `create_timm`, on the meta device if the model can be built there: for counting, without weights."""
+    # A constructor may want the values of tensors, which have none there (RegNet in older versions of timm).
+    with contextlib.suppress(ConfigError, RuntimeError), torch.device("meta"):
+        return create_timm(name, args, pretrained=pretrained)
+    return create_timm(name, args, pretrained=pretrained)
 
 
 def parse_model_args(model_args: Mapping[str, str]) -> dict[str, Any]:

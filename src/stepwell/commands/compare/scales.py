@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from stepwell.commands import train
 from stepwell.commands.compare.arms import Arm, given
 from stepwell.commands.compare.suites import ARMS, PAIRS
@@ -20,7 +18,7 @@ from stepwell.commands.demo import MODEL, MODEL_ARGS, write_digits
 from stepwell.config import CompareConfig, CompressConfig, TrainConfig, make_config
 from stepwell.delivery.input import input_spec
 from stepwell.delivery.measure import count_macs
-from stepwell.delivery.teacher import create_timm, parse_model_args
+from stepwell.delivery.teacher import create_without_memory, parse_model_args
 from stepwell.errors import ConfigError
 from stepwell.options import Suite, flag_of
 from stepwell.stages.grid import rungs_of_path
@@ -227,8 +225,7 @@ def _passes(arm: Arm, size: Size, num_train: int) -> float:
 
 def _macs(name: str, args: dict[str, str]) -> int:
     """Operations of a model with 100 classes."""
-    with torch.device("meta"):  # shapes will do
-        model = create_timm(name, {**parse_model_args(args), "num_classes": 100}, pretrained=False)
+    model = create_without_memory(name, {**parse_model_args(args), "num_classes": 100})
     return count_macs(model, input_spec(model))
 
 
