@@ -52,6 +52,8 @@ def rules() -> dict[str, Callable[[CellResult], Values]]:
         # The teacher's top1 on the selection images is not kept.
         for metric in ("likelihood",) if rule == "npsd-chord-teacher" else ("likelihood", "top1"):
             found[f"{rule}, {metric}"] = lambda run, rule=rule, metric=metric: values_of(run, rule, metric)
+    # The paper's opponent: no rule at all, but the student that does best on the selection images.
+    found["all students tried"] = lambda run: [None, *(t.selection_log_likelihood for t in run.tried)]
     for keep in (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9):
         found[f"always {keep:g}"] = lambda run, keep=keep: [
             -abs(c.keep_ratio - keep) if i else None for i, c in enumerate(run.candidates)

@@ -73,4 +73,4 @@ def test_memory_knows_the_rotations_of_sskd(tmp_path):
         return float(line.split(" GiB of memory")[0].split()[-1])
 
     weights = 20 * sum(p.numel() for p in model.parameters()) / 2**30  # teacher, store, gradients, AdamW
-    assert said(feature_loss="sskd") - weights == pytest.approx(4 * (said() - weights), rel=0.1)
+    assert said(feature_loss="sskd") - weights == pytest.approx(4 * (said() - weights), rel=0.15)
