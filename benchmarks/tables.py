@@ -39,6 +39,7 @@ def results_table(record: dict[str, Any]) -> str:
             f"| {model['latency_ms']:.2f} ms | {teacher['latency_ms'] / model['latency_ms']:.1f}x |"
         )
     seconds = sum(sum(run["seconds"].values()) for run in runs) / len(runs)
+    used = runs[0]["selection"]["rule"]
     picks = []
     for rule in runs[0]["selection"]["picks"]:
         kept = [f"{run['selection']['picks'][rule]:g}" for run in runs]
@@ -53,28 +54,43 @@ def results_table(record: dict[str, Any]) -> str:
             f"compression took {seconds / 60:.1f} minutes, with its control, on "
             f"{machine['processor']}, {machine['threads']} threads, {machine['training device']}; "
             f"latency: onnxruntime, CPU, fp32, batch 1, {teacher['latency']['threads']} thread; "
-            f"commit {record['commit']}. Assistants picked (keep ratio, by seed): {'; '.join(picks)}.",
+            f"commit {record['commit']}. The assistant is `{used}`'s; "
+            f"all rules (keep ratio, by seed): {'; '.join(picks)}.",
         ]
     )
 
 
 def suite_table(record: dict[str, Any]) -> str:
     """One row per arm of `stepwell compare --suite`; the published figure beside ours."""
-    rows = ["| | top1 % | cost | seconds | published |", "|---|---:|---:|---:|---:|"]
+    rows = [
+        "| | top1 % | MACs | assistants | cost | seconds | published |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
     for row in record["rows"]:
-        published = "" if row["published"] is None else f"{row['published']:.2f}"
+        cell, name = row["cells"][0], row["arm"]
+        if row["control_of"]:
+            name = f"&nbsp; the same compute in a single step, {cell['options']['epochs']:.0f} epochs"
         seeds = [top1 for top1 in row["top1"]["seeds"] if top1 is not None]
         top1 = spread(seeds, 1) if seeds else "diverged"
-        rows.append(f"| {row['arm']} | {top1} | {row['cost']:.1f}x | {row['seconds']:.0f} | {published} |")
+        if seeds and row["diverged"]:
+            top1 += f" ({row['diverged']} diverged)"
+        kept = sorted({" ".join(f"{a:.2g}" for a in c["assistants"]) for c in row["cells"]} - {""})
+        seconds = "" if row["seconds"] is None else f"{row['seconds']:.0f}"
+        published = "" if row["published"] is None else f"{row['published']:.2f}"
+        rows.append(
+            f"| {name} | {top1} | {100 * cell['macs'] / cell['teacher_macs']:.1f} % | {', '.join(kept)} "
+            f"| {row['cost']:.1f}x | {seconds} | {published} |"
+        )
     cell, machine = record["rows"][0]["cells"][0], record["hardware"]
+    seeds = len(record["rows"][0]["cells"])
     return "\n".join(
         [
             *rows,
             "",
-            f"Scale {record['scale']}; teacher {cell['teacher_top1']:.1f} % on "
-            f"{cell['num_test']} test images; "
-            f"{len(record['rows'][0]['cells'])} seeds; seconds on {machine['processor']}, "
-            f"{machine['threads']} thread.",
+            f"Scale {record['scale']}; teacher {cell['teacher_top1']:.1f} % on {cell['num_test']} test "
+            f"images; {seeds} seed{'s' * (seeds > 1)}; assistants: keep ratios, of all seeds; cost in single "
+            f"steps; seconds on {machine['processor']}, {machine['threads']} thread; "
+            f"commit {record['commit']}.",
         ]
     )
 
