@@ -69,9 +69,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"stepwell: out of memory ({line}): a smaller --batch-size in another --out", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(
-            "stepwell: interrupted; the same command goes on after the last finished stage", file=sys.stderr
-        )
+        print("stepwell: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
 
 

@@ -171,6 +171,7 @@ class Descent:
                 epochs,
                 s.autocast,
                 no_decay_of(student.model),
+                s.run.checkpoints(stage),
                 drop,
             ),
         )

@@ -77,4 +77,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def leftovers(folder: Path) -> list[str]:
     """Files and folders that something half-written has left."""
-    return [str(f.relative_to(folder)) for f in folder.rglob("*") if "unfinished" in f.name]
+    return [
+        str(f.relative_to(folder))
+        for f in folder.rglob("*")
+        if "unfinished" in f.name or ".training-" in f.name
+    ]

@@ -28,7 +28,7 @@ from stepwell import handover
 from stepwell.cli import main
 from stepwell.paths import amd
 from stepwell.stages import deliver
-from stepwell.training import loop, run_dir
+from stepwell.training import checkpoint, loop, run_dir
 from stepwell.training.run_dir import RunDir
 
 STAGES = ("score", "budget", "ladder", "plan", "joint", "select", "distill", "control", "deliver")
@@ -270,6 +270,73 @@ def test_training_a_teacher_goes_on_too(teacher, data, tmp_path, monkeypatch):
     before = contents(out)
     stepwell(*words)
     assert contents(out) == before
+
+
+# --- stopped within a training, after a checkpoint
+
+
+@pytest.fixture
+def checkpoints(monkeypatch):
+    """After every step, and not once a minute."""
+    monkeypatch.setattr(checkpoint, "SECONDS_BETWEEN", 0.0)
+    monkeypatch.setattr(checkpoint, "TIMES_AS_LONG", 0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--feature-loss", "crd", "--feature-args", "num_negatives=8"),  # a memory for each candidate
+        ("--feature-loss", "ft", "--first-epochs", "1"),  # parts of the loss are trained first
+        ("--feature-loss", "ab", "--logit-loss", "taid", "--first-epochs", "1"),  # the student is, too
+        ("--student", "vit_tiny_patch16_224", "--student-args", *MODEL[1:], "depth=1"),  # with projections
+    ],
+    ids=lambda options: options[1],
+)
+def test_a_training_goes_on_after_its_last_checkpoint(
+    words, tmp_path, quick, checkpoints, monkeypatch, capsys, options
+):
+    words = [*words[: -len(QUICK)], *QUICK, *options]
+    undisturbed = tmp_path / "undisturbed"
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "SECONDS_BETWEEN", 1e9)
+        stepwell(*[str(undisturbed) if word == str(tmp_path / "out") else word for word in words])
+    calls = []
+
+    def count(*arguments):
+        calls.append(1)
+        if len(calls) % 4 == 0:
+            raise Stopped
+        return clip(*arguments)
+
+    clip = loop.nn.utils.clip_grad_norm_
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.nn.utils, "clip_grad_norm_", count)
+        for _ in range(100):
+            try:
+                stepwell(*words)
+                break
+            except Stopped:
+                continue
+    said = capsys.readouterr().err
+    assert "joint: goes on after step 3 of" in said
+    assert "distill: goes on after step" in said
+    assert_same_run(tmp_path / "out", undisturbed)
+
+
+def test_what_a_checkpoint_holds_is_not_thrown_away(words, tmp_path, quick, checkpoints, monkeypatch, capsys):
+    """Not even if no stage is finished: with other options the run is refused."""
+    train = ["train", "--model", "vit_tiny_patch16_224", *MODEL, "--no-pretrained", *words[3:7]]
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.nn.utils, "clip_grad_norm_", stop_at_call(3, loop.nn.utils.clip_grad_norm_))
+        with pytest.raises(Stopped):
+            main(train)
+    capsys.readouterr()
+    assert main([*train, "--lr", "0.5"]) == 2
+    assert "was made with lr: 0.001, now it is 0.5" in capsys.readouterr().err
+    stepwell(*train)
+    assert "train: goes on after step 2 of" in capsys.readouterr().err
+    assert not leftovers(tmp_path / "out")
 
 
 # --- finished

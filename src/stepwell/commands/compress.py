@@ -64,7 +64,7 @@ def compress(
 ) -> Compressed:
     """Compress `teacher` to a budget, in automatic distillation steps.
 
-    Started again with the same arguments, it goes on after the last stage that was finished.
+    Started again with the same arguments, it goes on after the last checkpoint.
 
     Args:
         teacher: A supported module with trained weights, or what `--teacher` takes: a timm name, a finished

@@ -247,7 +247,8 @@ def _estimate(
     store = num_params(skeletons[-1])
     activations = activation_bytes(skeletons[-1], spec, config.batch_size * config.views)
     memory = 4 * num_params(model) + 16 * store + activations + bank_bytes(config, num_train, len(scales))
-    disk = 4 * (store + 4 * num_params(skeletons[0]))
+    # The students, and while a training runs its checkpoint: weights and two moments.
+    disk = 4 * (3 * store + 4 * num_params(skeletons[0]))
     images = f"{num_train} training images" if data else "1,000 training images (give --data for yours)"
     return [
         f"roughly, on this {device.type}: {_hours(seconds)} for {epochs.joint:g} + {epochs.distill:g} epochs "

@@ -65,7 +65,7 @@ def run(config: TrainConfig) -> str:
     test = EvalBatches(data.test, spec, config, device)
     run_dir = RunDir.open(config.out_dir, config)
     run_dir.check_identity({"data": data.fingerprint})
-    trained = run_dir.stage("train", Trained, lambda: _fit(config, model, batches, device))
+    trained = run_dir.stage("train", Trained, lambda: _fit(config, model, batches, device, run_dir))
     model.load_state_dict(trained.tensors)
     model.eval()
 
@@ -125,7 +125,9 @@ def _classifiers(model: nn.Module) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else tuple(names)
 
 
-def _fit(config: TrainConfig, model: nn.Module, batches: TrainBatches, device: torch.device) -> Trained:
+def _fit(
+    config: TrainConfig, model: nn.Module, batches: TrainBatches, device: torch.device, run_dir: RunDir
+) -> Trained:
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.precision == "bf16")
     step = ClassifyStep(model, config.label_smoothing, autocast)
     parameters = dict(model.named_parameters())
@@ -145,6 +147,8 @@ def _fit(config: TrainConfig, model: nn.Module, batches: TrainBatches, device: t
         epochs=epochs,
         lr=config.lr,
         no_decay=frozenset(no_decay()),
+        modules=[model],
+        checkpoint=run_dir.checkpoints("train") / "main.safetensors",
     )
     # All of it: a model with BatchNorm is not whole without its statistics.
     return trained.model_copy(update={"tensors": model.state_dict()})

@@ -55,11 +55,6 @@ class Distillation(nn.Module):
         assert self.feature is not None
         return {"loss": self.feature.first_call(student, teacher, target)}
 
-    def after_first(self) -> None:
-        """A loss that trained the student first is not part of the main training."""
-        if self.first == "student":
-            self.feature = None
-
     def forward(
         self, student: Output, teacher: Output, target: Target, task: bool = True
     ) -> dict[str, Float[Tensor, ""]]:
@@ -121,6 +116,13 @@ def make_distillation(
             else None
         )
     return Distillation(options, logit, feature).to(student.logits.device)
+
+
+def end_first(losses: Iterable[Distillation]) -> None:
+    """A loss that trained the student first is not part of the main training."""
+    for loss in losses:
+        if loss.first == "student":
+            loss.feature = None
 
 
 def own_parameters(losses: Iterable[Distillation]) -> dict[str, nn.Parameter]:

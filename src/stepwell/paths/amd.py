@@ -33,7 +33,9 @@ def descend(s: Setting) -> Finished:
     joint = run.stage(
         "joint",
         Trained,
-        lambda: train_jointly(step, s.train, s.scored, config, epochs.joint, s.no_decay),
+        lambda: train_jointly(
+            step, s.train, s.scored, config, epochs.joint, s.no_decay, s.run.checkpoints("joint")
+        ),
     )
     shared.load(joint.tensors)
     descent.trainings["joint"] = joint

@@ -8,16 +8,17 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from stepwell.config import CompressConfig
-from stepwell.losses.distillation import Distillation, make_distillation, own_parameters
+from stepwell.losses.distillation import Distillation, end_first, make_distillation, own_parameters
 from stepwell.losses.output import Output, Target, TrainingImages
 from stepwell.pruning.states import WithStates
 from stepwell.training.batches import Batch, TrainBatches
-from stepwell.training.loop import Trained, fit
+from stepwell.training.loop import Trained, fit_in_turns
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,7 @@ def distill(
     epochs: float,
     autocast: torch.autocast,
     no_decay: frozenset[str],
+    checkpoints: Path,
     drop: int = 0,
 ) -> Trained:
     """Train `student` in place to do what `teachers` do; the result's `tensors` are its state.
@@ -135,26 +137,24 @@ def distill(
         epochs: Passes over the images.
         autocast: Number format of the forward passes.
         no_decay: Parameters that the student's own recipe does not decay.
+        checkpoints: Folder of the state of a training that is not finished.
         drop: Teachers left out in each step, drawn anew.
     """
     step = distill_step(teachers, student, blocks, foreign_blocks, batches, config, autocast, drop)
-    lr = config.distill_lr or config.lr
-    if step.losses[0].first:
-        first = replace(step, first=True)
-        first_epochs = config.first_epochs_of(epochs)
-        fit(
-            f"{stage}: first",
-            first,
-            first.parameters(),
-            batches,
-            config,
-            epochs=first_epochs,
-            lr=lr,
-            no_decay=no_decay,
-        )
-        for loss in step.losses:
-            loss.after_first()
-    trained = fit(stage, step, step.parameters(), batches, config, epochs=epochs, lr=lr, no_decay=no_decay)
+    trained = fit_in_turns(
+        stage,
+        replace(step, first=True) if step.losses[0].first else None,
+        step,
+        batches,
+        config,
+        first_epochs=config.first_epochs_of(epochs),
+        after_first=lambda: end_first(step.losses),
+        epochs=epochs,
+        lr=config.distill_lr or config.lr,
+        no_decay=no_decay,
+        modules=[student, *step.losses],
+        checkpoints=checkpoints,
+    )
     student.eval()
     return trained.model_copy(
         update={"tensors": {name: t.detach() for name, t in student.state_dict().items()}}

@@ -9,18 +9,19 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from stepwell.config import CompressConfig
-from stepwell.losses.distillation import Distillation, make_distillation, own_parameters
+from stepwell.losses.distillation import Distillation, end_first, make_distillation, own_parameters
 from stepwell.losses.output import Output, Target, TrainingImages
 from stepwell.options import JointOptions
 from stepwell.pruning.shared import SharedWeights
 from stepwell.pruning.states import WithStates
 from stepwell.training.batches import Batch, EvalBatches, TrainBatches
-from stepwell.training.loop import Trained, fit
+from stepwell.training.loop import Trained, fit_in_turns
 from stepwell.training.statistics import recalibrate
 
 
@@ -143,6 +144,7 @@ def train_jointly(
     config: CompressConfig,
     epochs: float,
     no_decay: frozenset[str],
+    checkpoints: Path,
 ) -> Trained:
     """Train the shared weights; the result's `tensors` are the store's state.
 
@@ -154,25 +156,25 @@ def train_jointly(
         config: Optimizer and schedule.
         epochs: Passes over the images.
         no_decay: Parameters that the teacher's own recipe does not decay.
+        checkpoints: Folder of the state of a training that is not finished.
     """
-    shared, lr = step.shared, config.joint_lr or config.lr
+    shared = step.shared
     for skeleton in shared.skeletons:
         skeleton.train()
-    if step.losses[0].first:
-        first = replace(step, first=True)
-        fit(
-            "joint: first",
-            first,
-            first.parameters(),
-            batches,
-            config,
-            epochs=config.first_epochs_of(epochs),
-            lr=lr,
-            no_decay=no_decay,
-        )
-        for loss in step.losses:
-            loss.after_first()
-    trained = fit("joint", step, step.parameters(), batches, config, epochs=epochs, lr=lr, no_decay=no_decay)
+    trained = fit_in_turns(
+        "joint",
+        replace(step, first=True) if step.losses[0].first else None,
+        step,
+        batches,
+        config,
+        first_epochs=config.first_epochs_of(epochs),
+        after_first=lambda: end_first(step.losses),
+        epochs=epochs,
+        lr=config.joint_lr or config.lr,
+        no_decay=no_decay,
+        modules=[*shared.skeletons, *step.losses],
+        checkpoints=checkpoints,
+    )
     for index, skeleton in enumerate(shared.skeletons):
         weights = shared.weights(index)
         recalibrate(

@@ -9,7 +9,9 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from timm.scheduler.cosine_lr import CosineLRScheduler
@@ -20,12 +22,26 @@ from torch import Tensor, nn
 from stepwell.errors import DivergedError
 from stepwell.options import TrainingOptions
 from stepwell.training.batches import Batch, TrainBatches
-from stepwell.training.progress import progress
+from stepwell.training.checkpoint import Checkpoint, changing
+from stepwell.training.progress import progress, say
 from stepwell.training.run_dir import StageResult
 
 Step = Callable[[Batch, int, float], Mapping[str, Tensor]]
 """Given a batch, the number of the step and the share of the training behind it: leaves gradients in the
 parameters, returns detached losses, `loss` among them."""
+
+
+class TrainableStep(Protocol):
+    """A step that knows what it trains."""
+
+    def __call__(self, batch: Batch, step: int, progress: float) -> Mapping[str, Tensor]:
+        """See `Step`."""
+        ...
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """What it leaves gradients in, by name."""
+        ...
+
 
 _CHECK_EVERY = 10  # steps; reading a loss waits for the device, so not every step is looked at
 
@@ -52,6 +68,8 @@ def fit(
     epochs: float,
     lr: float,
     no_decay: frozenset[str] = frozenset(),
+    modules: Iterable[nn.Module] = (),
+    checkpoint: Path | None = None,
 ) -> Trained:
     """Train `parameters` for `epochs` passes over `batches`.
 
@@ -66,20 +84,30 @@ def fit(
         epochs: Passes over the images; a fraction ends within an epoch.
         lr: Peak learning rate.
         no_decay: Names of parameters without weight decay, besides those of one dimension.
+        modules: All that changes while training besides the parameters: statistics, memories of losses.
+        checkpoint: The file that keeps the state of this training. If it is there, the training goes on from
+            it, for as many steps as it was begun with.
 
     Returns:
         The course of the training, with the trained parameters (not copies) as `tensors`.
 
     Raises:
         DivergedError: A loss is NaN or infinite.
+        RunDirError: The checkpoint is damaged.
     """
     num_steps = max(1, round(epochs * batches.steps_per_epoch))
     optimizer = make_optimizer(parameters, lr, options, no_decay)
-    scheduler = make_scheduler(optimizer, num_steps, options)
     log = _Log(stage, num_steps, lr)
+    keep = Checkpoint(checkpoint, changing(parameters, modules)) if checkpoint else None
+    first = 0
+    if keep and (saved := keep.restore(optimizer)):
+        first, num_steps = log.restore(*saved)
+        say(f"{stage}: goes on after step {first} of {num_steps}")
+    scheduler = make_scheduler(optimizer, num_steps, options)
     start = time.monotonic()
-    with progress(stage, num_steps) as advance:
-        for number, batch in enumerate(itertools.islice(_endless(batches), num_steps)):
+    with progress(stage, num_steps - first) as advance:
+        coming = itertools.islice(_endless(batches, first), num_steps - first)
+        for number, batch in enumerate(coming, start=first):
             scheduler.step_update(number)
             optimizer.zero_grad(set_to_none=True)
             log.add(step(batch, number, number / num_steps))
@@ -89,6 +117,8 @@ def fit(
                 log.close_stretch(number + 1, optimizer.param_groups[0]["lr"])
             optimizer.step()
             advance(log.note)
+            if keep:
+                keep.save_if_due(optimizer, *log.state(number + 1))
     seconds = time.monotonic() - start
     log.check_weights(parameters)
     return Trained(
@@ -97,14 +127,78 @@ def fit(
         lr=log.lr,
         num_steps=num_steps,
         epochs=num_steps / batches.steps_per_epoch,
-        images_per_second=num_steps * batches.batch_size / max(seconds, 1e-9),
+        images_per_second=(num_steps - first) * batches.batch_size / max(seconds, 1e-9),
         tensors={name: parameter.detach() for name, parameter in parameters.items()},
     )
 
 
-def _endless(batches: TrainBatches) -> Iterator[Batch]:
-    for epoch in itertools.count():
-        yield from batches.epoch(epoch)
+def fit_in_turns(
+    stage: str,
+    first: TrainableStep | None,
+    main: TrainableStep,
+    batches: TrainBatches,
+    options: TrainingOptions,
+    *,
+    first_epochs: float,
+    after_first: Callable[[], None],
+    epochs: float,
+    lr: float,
+    no_decay: frozenset[str],
+    modules: Sequence[nn.Module],
+    checkpoints: Path,
+) -> Trained:
+    """`fit`, after the training that comes first with some losses; an interrupted one goes on in its turn.
+
+    Args:
+        stage: Name for progress and errors.
+        first: The step of the training that comes first, if there is one.
+        main: The step of the training itself, whose course is returned.
+        batches: The training images.
+        options: Optimizer, schedule and clipping.
+        first_epochs: Passes over the images in the first training.
+        after_first: Called between the two.
+        epochs: Passes over the images in the main one.
+        lr: Peak learning rate of both.
+        no_decay: As in `fit`.
+        modules: As in `fit`.
+        checkpoints: Folder of the state of a training that is not finished.
+    """
+    file = checkpoints / "main.safetensors"
+    if first is not None:
+        # Not again where the main training was interrupted: what it had done is in that one's checkpoint.
+        if not file.exists():
+            fit(
+                f"{stage}: first",
+                first,
+                first.parameters(),
+                batches,
+                options,
+                epochs=first_epochs,
+                lr=lr,
+                no_decay=no_decay,
+                modules=modules,
+                checkpoint=checkpoints / "first.safetensors",
+            )
+        after_first()
+    return fit(
+        stage,
+        main,
+        main.parameters(),
+        batches,
+        options,
+        epochs=epochs,
+        lr=lr,
+        no_decay=no_decay,
+        modules=modules,
+        checkpoint=file,
+    )
+
+
+def _endless(batches: TrainBatches, first_step: int = 0) -> Iterator[Batch]:
+    epoch, step = divmod(first_step, batches.steps_per_epoch)
+    yield from batches.epoch(epoch, step)
+    for later in itertools.count(epoch + 1):
+        yield from batches.epoch(later)
 
 
 def make_optimizer(
@@ -178,6 +272,18 @@ class _Log:
         for name, value in losses.items():
             self._sums[name] = self._sums[name] + value if name in self._sums else value
         self._count += 1
+
+    def state(self, step: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What a training that goes on after `step` has to know of the one before."""
+        known = {"step": step, "num_steps": self.num_steps, "count": self._count}
+        return {**known, "steps": self.steps, "losses": self.losses, "lr": self.lr}, self._sums
+
+    def restore(self, known: Mapping[str, Any], sums: dict[str, Tensor]) -> tuple[int, int]:
+        """Take over what `state` gave; return the last step, and the number of all."""
+        self.num_steps, self._count = known["num_steps"], known["count"]
+        self.steps, self.losses, self.lr = known["steps"], known["losses"], known["lr"]
+        self._sums = sums
+        return known["step"], self.num_steps
 
     def check_weights(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """A gradient can overflow in the last step of all, where no loss comes after it."""

@@ -3,10 +3,12 @@
 config.yaml             all options
 stages/identity.json    fingerprints of teacher and data
 stages/NAME/            result.json and tensors.safetensors of a finished stage
+stages/.training-NAME/  checkpoints of a stage that is not finished (checkpoint.py)
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -18,7 +20,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -54,14 +56,15 @@ class RunDir:
     def open(cls, path: Path, config: Options) -> RunDir:
         """Make the folder, or come back to it with the same options.
 
-        A run of which no stage is finished has nothing to lose: it begins anew with the options of now.
+        A run without a finished stage and a checkpoint has nothing to lose: it begins anew with the options
+        of now.
 
         Raises:
             RunDirError: The folder holds something else, belongs to a run with other options (the first
                 one that differs is named), or cannot be written.
         """
         saved, stages = path / "config.yaml", path / "stages"
-        begun = any(stages.glob("[!.]*/result.json"))
+        begun = any(stages.glob("[!.]*/result.json")) or any(stages.glob(".training-*/*.safetensors"))
         if saved.exists() and stages.is_dir():
             if begun:
                 _check_same(read_yaml(saved), config, path)
@@ -97,6 +100,10 @@ class RunDir:
                     "choose another --out"
                 )
 
+    def checkpoints(self, name: str) -> Path:
+        """Where the trainings of stage `name` keep their state until it is finished."""
+        return self.path / "stages" / f".training-{name}"
+
     def finished(self, name: str, kind: type[StageT]) -> StageT | None:
         """The result of stage `name` if it was finished before."""
         folder = self.path / "stages" / name
@@ -110,9 +117,11 @@ class RunDir:
             say(f"{name}: done before ({self.seconds[name]:.1f} s)")
             return result
         start = time.monotonic()
+        before = _seconds_in(self.checkpoints(name))
         result = compute()
-        self.seconds[name] = time.monotonic() - start
+        self.seconds[name] = before + time.monotonic() - start
         _save(folder, result, self.seconds[name])
+        shutil.rmtree(self.checkpoints(name), ignore_errors=True)
         say(f"{name}: {self.seconds[name]:.1f} s")
         return result
 
@@ -170,6 +179,17 @@ def _load(folder: Path, kind: type[StageT]) -> tuple[StageT, float]:
             f"remove it, and the same command computes this stage again"
         ) from None
     return result, seconds
+
+
+def _seconds_in(checkpoints: Path) -> float:
+    """How long interrupted trainings have run."""
+    total = 0.0
+    for file in checkpoints.glob("*.safetensors"):
+        # One that is damaged is reported when it is to be used.
+        damaged = contextlib.suppress(OSError, ValueError, KeyError, TypeError, SafetensorError)
+        with damaged, safe_open(file, "pt") as saved:
+            total += json.loads(saved.metadata()["record"])["seconds"]
+    return total
 
 
 def plain_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
