@@ -301,6 +301,7 @@ def _costs(s: Setting, candidates: Sequence[Candidate]) -> Costs:
         num_scored=min(s.config.score_images, len(s.data.train)),
         num_selection=len(s.data.selection),
         views=s.config.views,
+        taught=s.config.taught,
     )
 
 

@@ -184,6 +184,11 @@ class LossOptions(Options):
     """Divide each layer's squared error by the mean square of the teacher's states, or leave it raw."""
 
     @property
+    def taught(self) -> bool:
+        """Whether any term looks at the teacher."""
+        return bool(self.logit_weight or self.feature_weight)
+
+    @property
     def views(self) -> int:
         """Images that the loss makes of each: four rotations in SSKD."""
         return 4 if self.feature_loss == "sskd" and self.feature_weight else 1

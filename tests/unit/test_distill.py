@@ -1,6 +1,7 @@
 """One model teaches a smaller one: what the step leaves behind, and what the stage changes and what not."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -37,6 +38,7 @@ def run(teacher, student, **values):
         config.epochs,
         no_autocast(),
         frozenset(),
+        Path("no-checkpoints"),
     )
 
 

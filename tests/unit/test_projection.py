@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import timm
 import torch
@@ -53,6 +55,7 @@ def run_distill(student, teacher, blocks, student_blocks):
         1,
         no_autocast(),
         frozenset(),
+        Path("no-checkpoints"),
     )
 
 

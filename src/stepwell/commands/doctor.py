@@ -28,6 +28,7 @@ from stepwell.delivery.teacher import (
     parse_model_args,
 )
 from stepwell.errors import ConfigError
+from stepwell.losses.crd import gathers
 from stepwell.pruning import generic
 from stepwell.pruning.families import find_groups, names_by_family
 from stepwell.pruning.skeleton import build_skeleton
@@ -238,6 +239,7 @@ def _estimate(
         min(config.score_images, num_train),
         len(data.selection) if data else 100,
         config.views,
+        config.taught,
     )
     epochs = Epochs(joint=config.joint_epochs or config.epochs, distill=config.epochs)
     passes = sum(expected_bill(config, costs, epochs).values())
@@ -263,8 +265,11 @@ def bank_bytes(config: CompressConfig, num_train: int, num_rungs: int) -> int:
         return 0
     dim = int(config.feature_args.get("embed_dim", 128))
     negatives = min(int(config.feature_args.get("num_negatives", 16384)), num_train)
-    together = num_rungs if config.path in ("amd", "amd-manual") else 1
-    return 2 * 4 * dim * (together * num_train + config.batch_size * negatives)
+    together = {"amd": num_rungs, "amd-manual": num_rungs, "dgkd": len(config.assistants) + 1}
+    banks = 2 * 4 * dim * num_train
+    products = banks + 2 * 4 * config.batch_size * num_train  # a copy of both, and of each row's score
+    read = 2 * 4 * config.batch_size * negatives * dim if gathers(num_train, negatives, dim) else products
+    return together.get(config.path, 1) * banks + read
 
 
 def macs_per_second(device: torch.device) -> float:

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from stepwell.delivery.result import ModelResult, Result
 
 RULES = {
-    "performance": "How well the candidate itself performs on the selection images. Whichever is chosen, the "
-    "student starts from the same weights; what differs is the teacher.",
+    "performance": "How well the candidate itself performs on the selection images. Where candidates share "
+    "their weights, the student starts from the same ones whichever is chosen: what differs is the teacher.",
     "npsd": "Just before the steepest fall: the performance lost per share of operations on the way to the "
     "next smaller candidate. Our reading of the paper's Negative Performance-Scale Derivative, whose exact "
     "formula is not public.",

@@ -123,13 +123,18 @@ class CRD(nn.Module):
         bank[indices] = unit(self.momentum * bank[indices] + (1 - self.momentum) * embeddings)
 
 
+def gathers(num_images: int, num_slots: int, dim: int) -> bool:
+    """Whether the rows are copied out of a bank, instead of a product with all of it."""
+    return num_images > num_slots * dim
+
+
 def _scores(
     anchors: Float[Tensor, "batch embed"],
     bank: Float[Tensor, "images embed"],
     rows: Int[Tensor, "batch slots"],
 ) -> Float[Tensor, "batch slots"]:
     """Dot product of each anchor with each of its rows of the bank."""
-    if len(bank) > rows.shape[1] * bank.shape[1]:
+    if gathers(len(bank), rows.shape[1], bank.shape[1]):
         return torch.einsum("bd,bnd->bn", anchors, bank[rows])
     # A product with the whole bank takes less than a copy of `embed` numbers for every slot. The bank is
     # copied because it changes before the gradient is computed, which needs it as it was.

@@ -46,6 +46,11 @@ class Distillation(nn.Module):
             raise ConfigError(f"--feature-loss {self.options.feature_loss}: {error}") from None
 
     @property
+    def looks_at_teacher(self) -> bool:
+        """Whether any term needs the teacher's outputs."""
+        return self.logit is not None or self.feature is not None
+
+    @property
     def first(self) -> Literal["student", "own"] | None:
         """Whether a training comes before this one, and of what; see `Loss`."""
         return self.feature.first if self.feature is not None else None

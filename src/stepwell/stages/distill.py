@@ -52,16 +52,18 @@ class DistillStep:
         images = self.losses[0].views(batch.images)
         target = Target(batch.labels, batch.indices, progress)
         taught_by = teachers_of_step(len(self.teachers), self.drop, self.seed, step)
-        with torch.no_grad(), self.autocast:
-            answers = {i: Output(*self.teachers[i](images)) for i in taught_by}
-        student = answers[taught_by[0]]  # what only trains parts of the loss looks at the teacher alone
-        if not (self.first and self.losses[0].first == "own"):
+        answers: dict[int, Output] = {}
+        if self.losses[0].looks_at_teacher:
+            with torch.no_grad(), self.autocast:
+                answers = {i: Output(*self.teachers[i](images)).in_full_precision() for i in taught_by}
+        if self.first and self.losses[0].first == "own":
+            student = answers[taught_by[0]]  # what only trains parts of the loss looks at the teacher alone
+        else:
             with self.autocast:
-                student = Output(*self.student(images))
-        student = student.in_full_precision()
+                student = Output(*self.student(images)).in_full_precision()
         parts: dict[str, list[Tensor]] = {}
-        for i, answer in answers.items():
-            loss, teacher = self.losses[i], answer.in_full_precision()
+        for i in taught_by:
+            loss, teacher = self.losses[i], answers.get(i, student)  # unused where nobody looks at it
             losses = (
                 loss.first_loss(student, teacher, target)
                 if self.first

@@ -56,22 +56,24 @@ class JointStep:
         """Forward and backward for the candidates of this step; returns their mean losses, detached."""
         images = self.losses[0].views(batch.images)
         target = Target(batch.labels, batch.indices, progress)
-        with torch.no_grad(), self.autocast:
-            teacher = Output(*WithStates(self.teacher, self.blocks)(images)).in_full_precision()
+        teacher = None
+        if self.losses[0].looks_at_teacher:
+            with torch.no_grad(), self.autocast:
+                teacher = Output(*WithStates(self.teacher, self.blocks)(images)).in_full_precision()
         # From large to small: the step's peak of memory comes first.
         chosen = candidates_of_step(len(self.shared.candidates), self.joint, self.seed, step)
         total: dict[str, Tensor] = {}
         for index in chosen:
             weights = self.shared.weights(index)
-            student = teacher  # what only trains parts of the loss looks at the teacher alone
-            if not (self.first and self.losses[index].first == "own"):
+            loss = self.losses[index]
+            if self.first and loss.first == "own" and teacher is not None:
+                student = teacher  # what only trains parts of the loss looks at the teacher alone
+            else:
                 with self.autocast:
                     student = candidate_output(self.shared, index, weights, self.blocks, images)
                 student = student.in_full_precision()
-            loss = self.losses[index]
-            losses = (
-                loss.first_loss(student, teacher, target) if self.first else loss(student, teacher, target)
-            )
+            given = student if teacher is None else teacher  # unused where nobody looks at it
+            losses = loss.first_loss(student, given, target) if self.first else loss(student, given, target)
             own = [parameter for parameter in loss.parameters() if parameter.requires_grad]
             # Divided: the gradient is the mean over the candidates of the step.
             gradients = torch.autograd.grad(

@@ -34,6 +34,7 @@ class Costs:
         num_scored: Images that importance is measured on.
         num_selection: Images that every candidate is judged on.
         views: Images that a loss makes of each.
+        taught: Whether any term of the loss looks at the teacher; if not, it is not run.
     """
 
     scales: Sequence[float]
@@ -43,6 +44,7 @@ class Costs:
     num_scored: int
     num_selection: int
     views: int = 1
+    taught: bool = True
 
     @property
     def scoring(self) -> float:
@@ -55,19 +57,19 @@ class Costs:
 
     def joint(self, epochs: float) -> float:
         """Joint training."""
-        return epochs * self.num_train * self.views * (1 + 3 * self.scales_per_step)
+        return epochs * self.num_train * self.views * (self.taught + 3 * self.scales_per_step)
 
     def step_down(self, epochs: float, student: float, *teachers: float) -> float:
         """Distilling into a model of scale `student` from models of scales `teachers`."""
-        return epochs * self.num_train * self.views * (sum(teachers) + 3 * student)
+        return epochs * self.num_train * self.views * (self.taught * sum(teachers) + 3 * student)
 
     def single_step(self, epochs: float) -> float:
         """Distilling the student straight from the teacher."""
         return self.step_down(epochs, self.student, 1.0)
 
     def equal_compute_epochs(self, bill: Mapping[str, float]) -> float:
-        """Epochs of a single step that cost as much as all of `bill`."""
-        return sum(bill.values()) / self.single_step(1)
+        """Epochs of a single step that cost as much as all of `bill` but the scores, which it needs too."""
+        return (sum(bill.values()) - bill.get("score", 0.0)) / self.single_step(1)
 
 
 def expected_bill(config: CompressConfig, costs: Costs, epochs: Epochs) -> dict[str, float]:

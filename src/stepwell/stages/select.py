@@ -39,8 +39,8 @@ def rule_values(candidates: Sequence[Point], teacher: Point, rule: Rule) -> list
         candidates: From the smallest, which is the student's scale, to the largest.
         teacher: The teacher itself (S = 1).
         rule: Which one.
-            `performance`: P_i. Every candidate hands the student the same weights, its slice of the shared
-            ones, so an assistant matters as a teacher alone, and the best teacher is the most accurate one.
+            `performance`: P_i. Where candidates share their weights, each hands the student the same slice,
+            so an assistant matters as a teacher alone, and the best teacher is the most accurate one.
             `npsd`: (P_i - P_(i-1)) / (S_i - S_(i-1)), the performance lost per scale given up on the *next*
             step down; largest just before the steepest fall.
             `npsd-chord-teacher`: -(P_T - P_i) / (1 - S_i), minus the slope of the chord to the teacher.

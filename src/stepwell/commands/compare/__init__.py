@@ -21,10 +21,10 @@ from stepwell.version import __version__
 
 def run(config: CompareConfig) -> str:
     """Run the cells that are missing; write compare.json, compare.md and accuracy-over-cost.svg."""
-    if config.suite is not None and config.scale == "paper" and not (config.teacher and config.data):
-        return scales.paper(config.suite)
-    require(config, "compare", "out_dir")
     check(config)
+    if config.suite is not None and config.scale == "paper" and not (config.teacher or config.data):
+        return scales.paper(config.suite, config)
+    require(config, "compare", "out_dir")
     assert config.out_dir is not None
     out = config.out_dir
     if config.suite is not None:

@@ -100,7 +100,7 @@ def run_arms(arms: Sequence[Arm], config: CompareConfig, out: Path) -> list[Row]
     controls: dict[str, Arm] = {}
     if config.controls:
         for arm in arms:
-            if not arm.is_single_step and "student" not in arm.options:
+            if not arm.is_single_step:
                 epochs = searched[arm.name].epochs_of_equal_compute
                 options = {**arm.options, "path": "single-step", "epochs": round(epochs, 2)}
                 controls[arm.name] = Arm(f"single-step, compute of {arm.name}", options)
@@ -126,7 +126,9 @@ def run_arms(arms: Sequence[Arm], config: CompareConfig, out: Path) -> list[Row]
 
 def costs(rows: Sequence[Row]) -> list[float]:
     """Mean cost of each row, in units of the cheapest single step among the arms, with all its epochs."""
-    unit = min(cell.single_step_passes for row in rows if row.control_of is None for cell in row.cells)
+    cells = [cell for row in rows if row.control_of is None for cell in row.cells]
+    taught = [c for c in cells if c.options["logit_weight"] or c.options["feature_weight"]]
+    unit = min(cell.single_step_passes for cell in taught or cells)
     return [mean(cell.passes for cell in row.finished or row.cells) / unit for row in rows]
 
 
@@ -135,6 +137,11 @@ def given(config: CompareConfig) -> dict[str, Any]:
     values = {name: getattr(config, name) for name in config.model_fields_set}
     own = implied(values)
     return {name: value for name, value in values.items() if name not in own or own[name] != value}
+
+
+def given_to_runs(config: CompareConfig) -> dict[str, Any]:
+    """`given`, without what is of the comparison alone."""
+    return {name: value for name, value in given(config).items() if name not in _NOT_OF_A_RUN}
 
 
 def _search(
@@ -158,8 +165,7 @@ def _search(
 def cell_of(arm: Arm, config: CompareConfig, out: Path, seed: int, lr: float | None) -> Cell:
     """One run: what all share, what the arm sets, its seed and learning rate."""
     # What the comparison's own losses imply is not what the arm's imply: make_config adds that.
-    shared = {name: value for name, value in given(config).items() if name not in _NOT_OF_A_RUN}
-    values = {**shared, **arm.options, "seed": seed, "control": "none"}
+    values = {**given_to_runs(config), **arm.options, "seed": seed, "control": "none"}
     if lr is not None and "lr" not in arm.options:
         values["lr"] = lr
     name = slug(arm.name) + (f"-lr-{lr:g}" if lr is not None and config.lrs else "")

@@ -7,12 +7,14 @@ paper   the published recipe: what it takes and what was published; runs with --
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from stepwell.commands import train
-from stepwell.commands.compare.arms import Arm, given
+from stepwell.commands.compare.arms import Arm, given, given_to_runs
 from stepwell.commands.compare.suites import ARMS, PAIRS
 from stepwell.commands.demo import MODEL, MODEL_ARGS, write_digits
 from stepwell.config import CompareConfig, CompressConfig, TrainConfig, make_config
@@ -20,8 +22,10 @@ from stepwell.delivery.input import input_spec
 from stepwell.delivery.measure import count_macs
 from stepwell.delivery.teacher import create_without_memory, parse_model_args
 from stepwell.errors import ConfigError
-from stepwell.options import Suite, flag_of
-from stepwell.stages.grid import rungs_of_path
+from stepwell.options import DataOptions, Suite, flag_of
+from stepwell.pruning.families import find_groups
+from stepwell.pruning.skeleton import build_skeleton
+from stepwell.stages.grid import make_grid, rungs_of_path, uniform_scores
 from stepwell.stages.joint import scales_per_step
 from stepwell.stages.plan import Costs, Epochs, expected_bill
 from stepwell.training.progress import say
@@ -38,6 +42,8 @@ class Size:
         student_args: Its arguments.
         train: How the teacher is trained.
         compress: What all arms share.
+        depth_keep: Share of the units with the operations of the ViT of fewer layers.
+        teacher_top1: What the teacher's published figure is.
         macs_per_second: Roughly what one H100 reaches.
     """
 
@@ -47,6 +53,8 @@ class Size:
     student_args: dict[str, str]
     train: dict[str, Any]
     compress: dict[str, Any]
+    depth_keep: float = 0.0
+    teacher_top1: float | None = None
     macs_per_second: float = 1e14  # a quarter of its peak in bf16
 
 
@@ -61,6 +69,7 @@ VIT = {
         {**MODEL_ARGS, "depth": "1"},
         {"epochs": 60, "batch_size": 32, "lr": 2e-3, "augment": "affine"},
         {**_DIGITS, "keep_ratio": 0.1, "epochs": 20, "lr": 4e-3},
+        depth_keep=0.17,
     ),
     "gpu": Size(
         MODEL,
@@ -69,6 +78,7 @@ VIT = {
         {**_VIT_GPU, "depth": "2"},
         {**_GPU, "epochs": 100},
         {**_GPU, "keep_ratio": 0.1},
+        depth_keep=0.16,
     ),
     # Epochs and batch are ours: the supplementary does not say.
     "paper": Size(
@@ -78,6 +88,8 @@ VIT = {
         {"depth": "2"},
         {},
         {"preset": "paper", "keep_ratio": 0.1, "epochs": 100, "batch_size": 256, "precision": "bf16"},
+        depth_keep=0.15,
+        teacher_top1=89.33,
     ),
 }
 _CNN_TRAIN = {
@@ -105,8 +117,11 @@ _IMAGENET = Size(
         "batch_size": 256,
         "keep_ratio": 0.5,
     },
+    teacher_top1=PAIRS["imagenet-pair"].published,
     macs_per_second=2e13,
 )
+CONTROLLED: frozenset[Suite] = frozenset({"steps", "depth", *PAIRS})
+"""Suites with single steps beside paths that cost more."""
 NUM_TRAIN = {"CIFAR-100": 50_000, "ImageNet": 1_281_167}
 
 
@@ -117,7 +132,9 @@ def size_of(suite: Suite, scale: str) -> Size:
         ConfigError: ImageNet has no small size.
     """
     if suite not in PAIRS:
-        return VIT[scale]
+        size = VIT[scale]
+        keep_ratio = size.depth_keep if suite == "depth" else size.compress["keep_ratio"]
+        return replace(size, compress={**size.compress, "keep_ratio": keep_ratio})
     if suite == "imagenet-pair":
         if scale != "paper":
             raise ConfigError("--suite imagenet-pair needs --scale paper: it is about ImageNet")
@@ -127,8 +144,16 @@ def size_of(suite: Suite, scale: str) -> Size:
     if scale == "paper" and suite == "resnet-pair":
         args = {"shortcut": "B"}  # those of the comparisons on CIFAR-100
     compress = {**_CNN_COMPRESS[scale], "keep_ratio": pair.keep_ratio}
-    # Convolutions of few channels keep a GPU waiting.
-    return Size(pair.teacher, args, pair.student, args, _CNN_TRAIN[scale], compress, macs_per_second=2e12)
+    return Size(
+        pair.teacher,
+        args,
+        pair.student,
+        args,
+        _CNN_TRAIN[scale],
+        compress,
+        teacher_top1=pair.published,
+        macs_per_second=2e12,  # convolutions of few channels keep a GPU waiting
+    )
 
 
 def prepared(suite: Suite, config: CompareConfig, out: Path) -> tuple[list[Arm], CompareConfig]:
@@ -143,22 +168,23 @@ def prepared(suite: Suite, config: CompareConfig, out: Path) -> tuple[list[Arm],
         write_digits(out / "digits")
         asked["data"] = str(out / "digits")
     if not asked.get("data"):
-        raise ConfigError(
-            f"--suite {suite} --scale {config.scale} needs --data, a folder of CIFAR-10's images"
-        )
+        images = "the images" if config.scale == "paper" else "a folder of CIFAR-10's images"
+        raise ConfigError(f"--suite {suite} --scale {config.scale} needs --data, {images}")
+    if config.scale == "paper" and not config.teacher:
+        raise ConfigError(f"--suite {suite} --scale paper needs --teacher, a trained {size.model}")
     values = {**size.compress, **asked}
-    # The arms of the others differ in something else than their compute, or are controls of each other.
-    values["controls"] = suite == "steps" and config.controls
+    # Arms that are all AMD are controls of each other.
+    values["controls"] = config.controls and (suite in CONTROLLED or "controls" in asked)
     if not config.teacher:
         teacher = out / "teacher"
+        shared = {*DataOptions.model_fields, "precision", "device", "threads"}
         recipe = {
             "model": size.model,
             "model_args": size.model_args,
             "pretrained": False,
-            "data": asked["data"],
             "out_dir": teacher,
-            **{name: asked[name] for name in ("device", "threads", "workers") if name in asked},
             **size.train,
+            **{name: asked[name] for name in shared & asked.keys()},
         }
         say(train.run(make_config(TrainConfig, recipe)))
         values["teacher"] = str(teacher)
@@ -182,45 +208,72 @@ def filled(suite: Suite, size: Size) -> list[Arm]:
     return arms
 
 
-def paper(suite: Suite) -> str:
-    """The published recipe of a suite, its numbers, and how many GPU-hours one seed would take."""
+def paper(suite: Suite, config: CompareConfig) -> str:
+    """The published recipe of a suite, its numbers, and how many GPU-hours one seed would take.
+
+    Args:
+        suite: Which one.
+        config: Its options take the place of the suite's.
+    """
     size = size_of(suite, "paper")
+    values = {**size.compress, **given_to_runs(config)}
     sets = list(NUM_TRAIN)
     if suite in PAIRS:
         sets = ["ImageNet"] if suite == "imagenet-pair" else ["CIFAR-100"]
     passes_per_second = size.macs_per_second / _macs(size.model, size.model_args)
+    controlled = config.controls and suite in CONTROLLED
     lines = [
-        f"suite {suite}, the published recipe: {size.model}, {_words(size.compress)}",
+        f"suite {suite}, the published recipe: {size.model}, {_words(values)}",
         "",
         f"  {'GPU-hours for one seed':<30}" + "".join(f"{name:>11}" for name in [*sets, "published"]),
     ]
     total = dict.fromkeys(sets, 0.0)
+    controls = dict.fromkeys(sets, 0.0)
     for arm in filled(suite, size):
         line = f"  {arm.name:<30}"
         for name in sets:
-            hours = _passes(arm, size, NUM_TRAIN[name]) / passes_per_second / 3600
+            hours = _passes(suite, arm, size, values, NUM_TRAIN[name]) / passes_per_second / 3600
             total[name] += hours
+            controls[name] += 0.0 if arm.is_single_step else hours
             line += f"{hours:>11.2f}"
         lines.append(line + ("" if arm.published is None else f"{arm.published:>9.2f} %"))
-    lines.append(f"  {'all':<30}" + "".join(f"{total[name]:>11.1f}" for name in sets))
+    if controlled:
+        lines.append(f"  {'controls of equal compute':<30}" + "".join(f"{controls[n]:>11.1f}" for n in sets))
+    hours = "".join(f"{total[name] + controlled * controls[name]:>11.1f}" for name in sets)
     lines += [
+        f"  {'all':<30}{hours}",
         "",
-        f"Published on {sets[0]}. Counted operations, at {size.macs_per_second:.0e} MACs per second.",
+        f"Published on {sets[0]}, with a teacher of {size.teacher_top1} %. Counted operations, at "
+        f"{size.macs_per_second:.0e} MACs per second; every rate of --lrs comes on top.",
         "It runs with --teacher and --data: a trained teacher and the images.",
     ]
     return "\n".join(lines)
 
 
-def _passes(arm: Arm, size: Size, num_train: int) -> float:
+def _passes(suite: Suite, arm: Arm, size: Size, values: Mapping[str, Any], num_train: int) -> float:
     """Cost of one run of `arm`, in forward passes of the teacher."""
-    config = make_config(CompressConfig, {**size.compress, **arm.options})
-    scales = rungs_of_path(size.compress["keep_ratio"], config)  # about the shares of the operations
+    config = make_config(CompressConfig, {**values, **arm.options})
+    scales = [_share(suite, ratio) for ratio in rungs_of_path(values["keep_ratio"], config)]
     student = scales[0]
     if config.student:
         student = _macs(size.student, size.student_args) / _macs(size.model, size.model_args)
     per_step = scales_per_step(scales, config)
-    costs = Costs(scales, student, per_step, num_train, 2048, num_train // 10, config.views)
+    costs = Costs(scales, student, per_step, num_train, 2048, num_train // 10, config.views, config.taught)
     return sum(expected_bill(config, costs, Epochs(joint=config.epochs, distill=config.epochs)).values())
+
+
+@cache
+def _share(suite: Suite, keep_ratio: float) -> float:
+    """Share of the operations of a candidate: of a transformer its units', of a CNN counted."""
+    if suite not in PAIRS:
+        return keep_ratio
+    size = size_of(suite, "paper")
+    model = create_without_memory(size.model, size.model_args)
+    groups = find_groups(model)
+    (candidate,) = make_grid(groups, uniform_scores(groups), [keep_ratio], CompressConfig())
+    return count_macs(build_skeleton(model, groups, candidate.widths), input_spec(model)) / count_macs(
+        model, input_spec(model)
+    )
 
 
 def _macs(name: str, args: dict[str, str]) -> int:
@@ -229,5 +282,5 @@ def _macs(name: str, args: dict[str, str]) -> int:
     return count_macs(model, input_spec(model))
 
 
-def _words(options: dict[str, Any]) -> str:
+def _words(options: Mapping[str, Any]) -> str:
     return " ".join(f"{flag_of(name)} {value}" for name, value in options.items())

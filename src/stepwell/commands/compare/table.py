@@ -64,7 +64,7 @@ def as_json(rows: Sequence[Row], about: dict[str, Any]) -> str:
                 "lr": row.lr,
                 "top1": {
                     "mean": mean(_top1(row)) if row.finished else None,
-                    "stdev": _stdev(_top1(row)) if row.finished else None,
+                    "stdev": stdev(_top1(row)) if len(row.finished) > 1 else None,
                     "seeds": [None if cell.diverged else cell.top1 for cell in row.cells],
                 },
                 "diverged": sum(bool(cell.diverged) for cell in row.cells),
