@@ -1,9 +1,10 @@
-"""Run the suites of `stepwell compare` and keep their figures for docs/results.md.
+"""Run the suites of `stepwell compare` and keep their cells and figures for docs/results.md.
 
     python benchmarks/suites.py                       # all, at --scale cpu: hours
     python benchmarks/suites.py --only steps --jobs 2
 
-Cells that are finished are not run again. `benchmarks/tables.py` makes the tables.
+Cells are kept in benchmarks/results/suites/NAME/ as they come, and not run again; what they say together is
+in NAME.json, of which `benchmarks/tables.py` makes the tables.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from record import RESULTS, commit
 from stepwell.commands import compare
@@ -20,6 +21,9 @@ from stepwell.options import Suite
 from stepwell.training.run_dir import write_atomically
 
 SUITES = [name for name in get_args(Suite) if name != "imagenet-pair"]  # which has no small size
+SEARCHED = {"steps": (2e-3, 4e-3)}
+"""Learning rates that every row tries, its control too."""
+IN_TABLES = ("options", "macs", "teacher_macs", "teacher_top1", "num_test", "assistants")
 
 
 def main() -> None:
@@ -33,12 +37,27 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark-suites"))
     options = parser.parse_args()
     for suite in options.only:
-        out = options.out / suite
-        given = {"suite": suite, "out_dir": out, "seeds": options.seeds, "jobs": options.jobs, "threads": 1}
+        cells, out = RESULTS / "suites" / suite, options.out / suite
+        cells.mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
+        if not (out / "cells").exists():
+            (out / "cells").symlink_to(cells.resolve())
+        given: dict[str, Any] = {"suite": suite, "out_dir": out, "jobs": options.jobs, "threads": 1}
+        given |= {"seeds": options.seeds, "lrs": SEARCHED.get(suite, ())}
         print(compare.run(make_config(CompareConfig, given)))
-        record = {"commit": commit(), **json.loads((out / "compare.json").read_text(encoding="utf-8"))}
-        (RESULTS / "suites").mkdir(exist_ok=True)
-        write_atomically(RESULTS / "suites" / f"{suite}.json", json.dumps(record, indent=1) + "\n")
+        save(suite, json.loads((out / "compare.json").read_text(encoding="utf-8")))
+
+
+def save(suite: str, comparison: dict[str, Any]) -> None:
+    """The figures of the rows; of their cells only what tables name, as the cells have files of their own."""
+    for row in comparison["rows"]:
+        row["cells"] = [{name: cell[name] for name in IN_TABLES} for cell in row["cells"]]
+        for cell in row["cells"]:
+            cell["options"] = {
+                name: cell["options"][name] for name in ("path", "epochs", "keep_ratio", "rule")
+            }
+    record = {"commit": commit(), **comparison}
+    write_atomically(RESULTS / "suites" / f"{suite}.json", json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

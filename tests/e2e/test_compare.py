@@ -20,8 +20,15 @@ from stepwell.commands.compare import cells, check, scales, suites
 from stepwell.commands.compare.arms import Arm, Row, arms_of, cell_of, run_arms
 from stepwell.commands.compare.cells import CellResult
 from stepwell.commands.compare.table import as_json, as_markdown, as_plot, as_table
-from stepwell.config import CompareConfig, make_config
+from stepwell.config import CompareConfig, CompressConfig, make_config
+from stepwell.delivery.input import input_spec
+from stepwell.delivery.measure import count_macs
+from stepwell.delivery.teacher import create_without_memory, parse_model_args
 from stepwell.errors import ConfigError
+from stepwell.options import FEATURE_LOSSES, LOGIT_LOSSES
+from stepwell.pruning.families import find_groups
+from stepwell.pruning.skeleton import build_skeleton
+from stepwell.stages.grid import make_grid, uniform_scores
 
 PATHS = ("--paths", "single-step", "amd", "--feature-losses", "states", "sp", "--seeds", "0", "1")
 ROWS = [
@@ -393,6 +400,79 @@ def test_every_arm_of_a_suite_can_be_built(suite, scale, tmp_path):
         for name, value in arm.options.items():
             assert getattr(cell.config, name) == value
     assert not list(tmp_path.iterdir())  # nothing was written or trained
+
+
+@pytest.mark.parametrize("scale", ["cpu", "gpu", "paper"])
+def test_pruned_and_shallow_students_have_about_the_same_operations(scale):
+    size = scales.size_of("depth", scale)
+    shallow = scales._macs(size.student, size.student_args) / scales._macs(size.model, size.model_args)
+    model = create_without_memory(size.model, parse_model_args(size.model_args))
+    groups, spec = find_groups(model), input_spec(model)
+    keep = [size.compress["keep_ratio"]]
+    (candidate,) = make_grid(groups, uniform_scores(groups), keep, CompressConfig())
+    pruned = count_macs(build_skeleton(model, groups, candidate.widths), spec) / count_macs(model, spec)
+    assert pruned == pytest.approx(shallow, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("suite", "words", "controls"),
+    [
+        ("steps", (), True),
+        ("depth", (), True),
+        ("vgg-pair", (), True),
+        ("vgg-pair", ("--no-controls",), False),
+        ("losses", (), False),
+        ("losses", ("--controls",), True),
+    ],
+)
+def test_suites_with_paths_of_different_cost_have_controls(suite, words, controls, tmp_path):
+    config = config_of("--suite", suite, "--data", "images", "--teacher", "teacher", *words)
+    assert scales.prepared(suite, config, tmp_path)[1].controls == controls
+
+
+def test_paths_of_a_pair_have_the_loss_of_its_first_row():
+    for suite, pair in suites.PAIRS.items():
+        arms = {arm.name: arm.options for arm in suites.ARMS[suite]}
+        for path in {"takd", "dgkd", "amd"} & arms.keys():
+            for name in ("task_weight", "logit_weight", "temperature"):
+                assert arms[path][name] == arms["kd"][name], (suite, path)
+        assert arms["dkd"]["logit_args"] == {"beta": pair.dkd_beta}
+
+
+def test_every_loss_is_in_the_pairs_of_cifar():
+    losses = {
+        arm.options.get(name) for arm in suites.ARMS["vgg-pair"] for name in ("logit_loss", "feature_loss")
+    }
+    assert losses - {None} == {*LOGIT_LOSSES, *FEATURE_LOSSES} - {"kd", "states"}  # those are defaults
+
+
+def test_a_suites_teacher_sees_the_data_as_the_comparison_does(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(train, "run", lambda config: seen.append(config) or "trained")
+    words = ("--suite", "steps", "--data", "images", "--selection-data", "more", "--skip-bad-images")
+    scales.prepared("steps", config_of(*words, "--augment", "none", "--batch-size", "7"), tmp_path)
+    (config,) = seen
+    assert str(config.selection_data) == "more"
+    assert config.skip_bad_images
+    for name, value in scales.size_of("steps", "cpu").train.items():  # its own recipe
+        assert getattr(config, name) == value
+
+
+def test_a_plan_takes_options_and_refuses_what_a_comparison_refuses(capsys):
+    stepwell("compare", "--suite", "losses", "--scale", "paper")
+    usual = capsys.readouterr().out
+    stepwell("compare", "--suite", "losses", "--scale", "paper", "--epochs", "50")
+    half = capsys.readouterr().out
+    assert "--epochs 50" in half
+
+    def hours(text: str) -> float:
+        return float(text.rsplit("\n  all ", 1)[1].split()[0])
+
+    assert hours(half) == pytest.approx(hours(usual) / 2, abs=0.1)
+    plan = ["compare", "--suite", "losses", "--scale", "paper"]
+    assert "leave out --paths" in refusal([*plan, "--paths", "mmd"], capsys)
+    assert "needs --data" in refusal([*plan, "--teacher", "t", "--out", "o"], capsys)
+    assert "needs --teacher" in refusal([*plan, "--data", "d", "--out", "o"], capsys)
 
 
 @pytest.mark.parametrize("suite", suites.ARMS)

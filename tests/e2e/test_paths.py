@@ -13,8 +13,10 @@ from small_world import QUICK, assert_same_weights, figures, stepwell, student_w
 from stepwell.cli import main
 from stepwell.config import CompressConfig, make_config
 from stepwell.delivery.result import Result
+from stepwell.descent import Descent
 from stepwell.options import FEATURE_LOSSES, LOGIT_LOSSES
-from stepwell.stages import distill as distill_stage
+from stepwell.stages.plan import expected_bill
+from stepwell.training import loop
 
 # With 3 candidates, keep 0.1, 0.4 and 0.7: the last two can be assistants.
 PATHS = {
@@ -62,6 +64,22 @@ def test_a_path_trains_what_it_says_and_goes_on_where_it_stopped(data, teacher, 
     assert_same_weights(student_weights(again), student_weights(tmp_path / "run"))
 
 
+@pytest.mark.parametrize("path", ["single-step", "takd", "dgkd", "mmd", "amd-manual"])
+def test_a_path_costs_what_was_expected_of_it(data, teacher, tmp_path, quick, monkeypatch, path):
+    """Where the costs do not depend on the rule's choice."""
+    seen = []
+    finish = Descent.finish
+
+    def look(self, student, assistants, epochs, *others):
+        seen.append((self.bill, expected_bill(self.s.config, self.costs, epochs)))
+        return finish(self, student, assistants, epochs, *others)
+
+    monkeypatch.setattr(Descent, "finish", look)
+    compress(teacher, data, tmp_path / "run", "--path", path, *CHAIN)
+    ((bill, expected),) = seen
+    assert sum(bill.values()) == pytest.approx(sum(expected.values()))
+
+
 def test_the_best_student_on_the_selection_images_is_kept(data, teacher, tmp_path, quick):
     result = compress(teacher, data, tmp_path / "run", "--path", "mmd")
     best = max(result.tried, key=lambda tried: tried.selection_log_likelihood)
@@ -74,12 +92,12 @@ def test_the_best_student_on_the_selection_images_is_kept(data, teacher, tmp_pat
 
 def test_a_student_starts_as_a_slice_of_the_trained_assistant(data, teacher, tmp_path, quick, monkeypatch):
     """With a learning rate of nothing the student stays what it starts as."""
-    fit = distill_stage.fit
+    fit = loop.fit
 
     def still(stage, *words, **options):
         return fit(stage, *words, **{**options, "lr": 1e-30 if stage == "distill" else options["lr"]})
 
-    monkeypatch.setattr(distill_stage, "fit", still)
+    monkeypatch.setattr(loop, "fit", still)
     compress(teacher, data, tmp_path / "run", "--path", "takd", "--assistants", "0.4", "--weight-decay", 0)
     assistant = load_file(tmp_path / "run/stages/assistant 0.4/tensors.safetensors")
     student = student_weights(tmp_path / "run")

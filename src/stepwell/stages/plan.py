@@ -96,13 +96,16 @@ def expected_bill(config: CompressConfig, costs: Costs, epochs: Epochs) -> dict[
         case "mmd":
             bill["assistants"] = sum(costs.step_down(e, scale, 1.0) for scale in above)
             bill["students"] = sum(costs.step_down(e, costs.student, scale) for scale in above)
+            bill["choose"] = costs.num_selection * len(above) * costs.student
         case "mmd-os":
             bill["assistants"] = sum(costs.step_down(e, scale, 1.0) for scale in costs.scales)
             bill["select"] = costs.judging(costs.scales)
             bill["distill"] = costs.step_down(e, costs.student, middle)
         case "amd-manual":
             bill["joint"] = costs.joint(joint_epochs)
+            bill["select"] = costs.judging(costs.scales)
             bill["students"] = sum(costs.step_down(e, costs.student, scale) for scale in above)
+            bill["choose"] = costs.num_selection * len(above) * costs.student
         case "amd":
             bill["joint"] = costs.joint(joint_epochs)
             bill["select"] = costs.judging(costs.scales)

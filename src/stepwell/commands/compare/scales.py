@@ -22,7 +22,7 @@ from stepwell.delivery.input import input_spec
 from stepwell.delivery.measure import count_macs
 from stepwell.delivery.teacher import create_without_memory, parse_model_args
 from stepwell.errors import ConfigError
-from stepwell.options import DataOptions, Suite, flag_of
+from stepwell.options import Suite, flag_of
 from stepwell.pruning.families import find_groups
 from stepwell.pruning.skeleton import build_skeleton
 from stepwell.stages.grid import make_grid, rungs_of_path, uniform_scores
@@ -120,6 +120,11 @@ _IMAGENET = Size(
     teacher_top1=PAIRS["imagenet-pair"].published,
     macs_per_second=2e13,
 )
+OF_THE_TEACHER = (
+    "data", "data_root", "selection_data", "skip_bad_images", "image_size",
+    "precision", "device", "threads", "workers",
+)  # fmt: skip
+"""Options of the comparison that the training of its teacher takes over: which images, and on what."""
 CONTROLLED: frozenset[Suite] = frozenset({"steps", "depth", *PAIRS})
 """Suites with single steps beside paths that cost more."""
 NUM_TRAIN = {"CIFAR-100": 50_000, "ImageNet": 1_281_167}
@@ -177,14 +182,13 @@ def prepared(suite: Suite, config: CompareConfig, out: Path) -> tuple[list[Arm],
     values["controls"] = config.controls and (suite in CONTROLLED or "controls" in asked)
     if not config.teacher:
         teacher = out / "teacher"
-        shared = {*DataOptions.model_fields, "precision", "device", "threads"}
         recipe = {
             "model": size.model,
             "model_args": size.model_args,
             "pretrained": False,
             "out_dir": teacher,
             **size.train,
-            **{name: asked[name] for name in shared & asked.keys()},
+            **{name: asked[name] for name in OF_THE_TEACHER if name in asked},
         }
         say(train.run(make_config(TrainConfig, recipe)))
         values["teacher"] = str(teacher)
