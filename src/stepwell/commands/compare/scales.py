@@ -13,6 +13,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from stepwell.commands import train
 from stepwell.commands.compare.arms import Arm, given, given_to_runs
 from stepwell.commands.compare.suites import ARMS, PAIRS
@@ -25,6 +27,7 @@ from stepwell.errors import ConfigError
 from stepwell.options import Suite, flag_of
 from stepwell.pruning.families import find_groups
 from stepwell.pruning.skeleton import build_skeleton
+from stepwell.pruning.units import Group
 from stepwell.stages.grid import make_grid, rungs_of_path, uniform_scores
 from stepwell.stages.joint import scales_per_step
 from stepwell.stages.plan import Costs, Epochs, expected_bill
@@ -224,7 +227,9 @@ def paper(suite: Suite, config: CompareConfig) -> str:
     sets = list(NUM_TRAIN)
     if suite in PAIRS:
         sets = ["ImageNet"] if suite == "imagenet-pair" else ["CIFAR-100"]
-    passes_per_second = size.macs_per_second / _macs(size.model, size.model_args)
+    macs = _macs(size.model, size.model_args)
+    other_student = _macs(size.student, size.student_args) / macs
+    passes_per_second = size.macs_per_second / macs
     controlled = config.controls and suite in CONTROLLED
     lines = [
         f"suite {suite}, the published recipe: {size.model}, {_words(values)}",
@@ -236,7 +241,7 @@ def paper(suite: Suite, config: CompareConfig) -> str:
     for arm in filled(suite, size):
         line = f"  {arm.name:<30}"
         for name in sets:
-            hours = _passes(suite, arm, size, values, NUM_TRAIN[name]) / passes_per_second / 3600
+            hours = _passes(suite, arm, other_student, values, NUM_TRAIN[name]) / passes_per_second / 3600
             total[name] += hours
             controls[name] += 0.0 if arm.is_single_step else hours
             line += f"{hours:>11.2f}"
@@ -254,13 +259,11 @@ def paper(suite: Suite, config: CompareConfig) -> str:
     return "\n".join(lines)
 
 
-def _passes(suite: Suite, arm: Arm, size: Size, values: Mapping[str, Any], num_train: int) -> float:
-    """Cost of one run of `arm`, in forward passes of the teacher."""
+def _passes(suite: Suite, arm: Arm, other_student: float, values: Mapping[str, Any], num_train: int) -> float:
+    """Cost of one run of `arm`, in forward passes of the teacher; a student of another shape has a share."""
     config = make_config(CompressConfig, {**values, **arm.options})
     scales = [_share(suite, ratio) for ratio in rungs_of_path(values["keep_ratio"], config)]
-    student = scales[0]
-    if config.student:
-        student = _macs(size.student, size.student_args) / _macs(size.model, size.model_args)
+    student = other_student if config.student else scales[0]
     per_step = scales_per_step(scales, config)
     costs = Costs(scales, student, per_step, num_train, 2048, num_train // 10, config.views, config.taught)
     return sum(expected_bill(config, costs, Epochs(joint=config.epochs, distill=config.epochs)).values())
@@ -271,13 +274,17 @@ def _share(suite: Suite, keep_ratio: float) -> float:
     """Share of the operations of a candidate: of a transformer its units', of a CNN counted."""
     if suite not in PAIRS:
         return keep_ratio
+    model, groups, macs = _teacher(suite)
+    (candidate,) = make_grid(groups, uniform_scores(groups), [keep_ratio], CompressConfig())
+    return count_macs(build_skeleton(model, groups, candidate.widths), input_spec(model)) / macs
+
+
+@cache
+def _teacher(suite: Suite) -> tuple[nn.Module, list[Group], int]:
+    """The published teacher of a suite without memory for its weights, what can be cut, its operations."""
     size = size_of(suite, "paper")
     model = create_without_memory(size.model, size.model_args)
-    groups = find_groups(model)
-    (candidate,) = make_grid(groups, uniform_scores(groups), [keep_ratio], CompressConfig())
-    return count_macs(build_skeleton(model, groups, candidate.widths), input_spec(model)) / count_macs(
-        model, input_spec(model)
-    )
+    return model, find_groups(model), count_macs(model, input_spec(model))
 
 
 def _macs(name: str, args: dict[str, str]) -> int:
