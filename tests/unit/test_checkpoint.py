@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import nn
 
+from stepwell.config import CompressConfig, to_yaml
 from stepwell.errors import RunDirError
 from stepwell.options import TrainingOptions
-from stepwell.training import checkpoint
+from stepwell.training import checkpoint, loop
 from stepwell.training.loop import Trained, fit, fit_in_turns
 from stepwell.training.run_dir import RunDir
 from tiny import NUM_CLASSES, FixedTrain, random_batches
@@ -111,6 +112,24 @@ def test_stopped_again_and_again(tmp_path):
     train(last, tmp_path / "stage" / "main.safetensors")
     assert [step for step, *_ in last.seen] == list(range(17, 25))
     same(last.model, undisturbed.model)
+
+
+def test_stopped_after_the_last_step(tmp_path, monkeypatch):
+    undisturbed = Classify(Model())
+    expected = train(undisturbed, None)
+
+    def stop(*_):
+        raise Stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Log, "check_weights", stop)
+        with pytest.raises(Stopped):
+            train(Classify(Model()), tmp_path / "stage" / "main.safetensors")
+    step = Classify(Model())
+    found = train(step, tmp_path / "stage" / "main.safetensors")
+    assert not step.seen
+    same(step.model, undisturbed.model)
+    assert found.losses == expected.losses
 
 
 def test_without_the_optimizers_state_it_would_not(tmp_path, monkeypatch):
@@ -236,4 +255,9 @@ def test_a_stage_counts_the_time_of_all_its_calls_and_leaves_nothing(tmp_path):
     checkpoint.save_file(tensors, file, {"record": json.dumps({**record, "seconds": 1000.0})})
     run.stage("joint", Trained, lambda: train(Classify(Model()), file))
     assert 1000 < run.seconds["joint"] < 1100
+    assert [path.name for path in (tmp_path / "stages").iterdir()] == ["joint"]
+    # Killed between finishing the stage and removing its checkpoints.
+    file.parent.mkdir()
+    (tmp_path / "config.yaml").write_text(to_yaml(CompressConfig()))
+    RunDir.open(tmp_path, CompressConfig())
     assert [path.name for path in (tmp_path / "stages").iterdir()] == ["joint"]

@@ -74,6 +74,9 @@ class RunDir:
             stages.mkdir(parents=True, exist_ok=True)
             for left_over in stages.glob(".unfinished-*"):
                 shutil.rmtree(left_over)
+            for checkpoints in stages.glob(".training-*"):
+                if (stages / checkpoints.name.removeprefix(".training-")).exists():  # it was finished
+                    shutil.rmtree(checkpoints)
             if not begun:
                 (stages / "identity.json").unlink(missing_ok=True)
                 write_atomically(saved, to_yaml(config))
