@@ -62,10 +62,9 @@ def results_table(record: dict[str, Any]) -> str:
 
 def suite_table(record: dict[str, Any]) -> str:
     """One row per arm of `stepwell compare --suite`; the published figure beside ours."""
-    rows = [
-        "| | top1 % | MACs | assistants | cost | seconds | published |",
-        "|---|---:|---:|---:|---:|---:|---:|",
-    ]
+    published = any(row["published"] is not None for row in record["rows"])
+    columns = ["", "top1 %", "MACs", "assistants", "cost", "seconds", *["published"] * published]
+    rows = [f"| {' | '.join(columns)} |", "|---|" + "---:|" * (len(columns) - 1)]
     for row in record["rows"]:
         cell, name = row["cells"][0], row["arm"]
         if row["control_of"]:
@@ -76,11 +75,11 @@ def suite_table(record: dict[str, Any]) -> str:
             top1 += f" ({row['diverged']} diverged)"
         kept = sorted({" ".join(f"{a:.2g}" for a in c["assistants"]) for c in row["cells"]} - {""})
         seconds = "" if row["seconds"] is None else f"{row['seconds']:.0f}"
-        published = "" if row["published"] is None else f"{row['published']:.2f}"
-        rows.append(
-            f"| {name} | {top1} | {100 * cell['macs'] / cell['teacher_macs']:.1f} % | {', '.join(kept)} "
-            f"| {row['cost']:.1f}x | {seconds} | {published} |"
-        )
+        values = [name, top1, f"{100 * cell['macs'] / cell['teacher_macs']:.1f} %", ", ".join(kept)]
+        values += [f"{row['cost']:.1f}x", seconds]
+        if published:
+            values.append("" if row["published"] is None else f"{row['published']:.2f}")
+        rows.append(f"| {' | '.join(values)} |")
     cell, machine = record["rows"][0]["cells"][0], record["hardware"]
     seeds = len(record["rows"][0]["cells"])
     return "\n".join(
