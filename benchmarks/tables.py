@@ -54,8 +54,8 @@ def results_table(record: dict[str, Any]) -> str:
             f"compression took {seconds / 60:.1f} minutes, with its control, on "
             f"{machine['processor']}, {machine['threads']} threads, {machine['training device']}; "
             f"latency: onnxruntime, CPU, fp32, batch 1, {teacher['latency']['threads']} thread; "
-            f"commit {record['commit']}. The assistant is `{used}`'s; "
-            f"all rules (keep ratio, by seed): {'; '.join(picks)}.",
+            f"commit {record['commit']}. Assistant by rule `{used}`; "
+            f"what every rule would pick (keep ratio, by seed): {'; '.join(picks)}.",
         ]
     )
 

@@ -120,6 +120,7 @@ class FixedTrain(TrainBatches):
         self.batch_size = len(self._fixed[0].labels)
         self.steps_per_epoch = len(self._fixed)
         self.epochs_begun: list[int] = []
+        self.seed = 0
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         self.epochs_begun.append(epoch)

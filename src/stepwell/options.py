@@ -184,9 +184,11 @@ class LossOptions(Options):
     """Divide each layer's squared error by the mean square of the teacher's states, or leave it raw."""
 
     @property
-    def taught(self) -> bool:
-        """Whether any term looks at the teacher."""
-        return bool(self.logit_weight or self.feature_weight)
+    def taught(self) -> float:
+        """Share of the epochs in which the teacher is run: not where no term looks at it."""
+        if self.logit_weight or (self.feature_weight and self.feature_loss not in ("ab", "fsp")):
+            return 1.0
+        return 1 - 1 / self.all_epochs(1)  # in the training that comes first, if there is one
 
     @property
     def views(self) -> int:

@@ -80,6 +80,14 @@ def test_a_path_costs_what_was_expected_of_it(data, teacher, tmp_path, quick, mo
     assert sum(bill.values()) == pytest.approx(sum(expected.values()))
 
 
+@pytest.mark.parametrize("feature", [("--feature-weight", 0), ("--feature-loss", "ab")])
+def test_a_chain_may_learn_from_labels_alone(data, teacher, tmp_path, quick, feature):
+    words = ("--path", "dgkd", *CHAIN, "--logit-weight", 0, *feature, "--drop", 0)
+    result = compress(teacher, data, tmp_path / "run", *words)
+    last = PATHS["dgkd"][-1]
+    assert set(result.histories[last].losses) == {"loss", "task"}
+
+
 def test_the_best_student_on_the_selection_images_is_kept(data, teacher, tmp_path, quick):
     result = compress(teacher, data, tmp_path / "run", "--path", "mmd")
     best = max(result.tried, key=lambda tried: tried.selection_log_likelihood)

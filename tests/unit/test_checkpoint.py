@@ -73,7 +73,6 @@ def feed() -> FixedTrain:
 
 
 def train(step: Classify, file: Path | None, **options) -> Trained:
-    torch.manual_seed(1)
     values = TrainingOptions(**{"weight_decay": 0.1, "clip_norm": 1.0, **options})
     arguments = {"epochs": EPOCHS, "lr": 0.05, "modules": [step.model], "checkpoint": file}
     return fit("test", step, step.parameters(), feed(), values, **arguments)
@@ -161,7 +160,6 @@ def test_it_goes_on_for_as_many_steps_as_it_was_begun_with(tmp_path):
 @pytest.mark.parametrize("stop_in", ["first", "main"])
 def test_the_training_that_comes_first_is_not_repeated(tmp_path, stop_in):
     def both(first: Classify, main: Classify, folder: Path) -> None:
-        torch.manual_seed(1)
         fit_in_turns(
             "test", first, main, feed(), TrainingOptions(weight_decay=0.1),
             first_epochs=2.0, after_first=lambda: None, epochs=3.0, lr=0.05, no_decay=frozenset(),
@@ -183,13 +181,41 @@ def test_the_training_that_comes_first_is_not_repeated(tmp_path, stop_in):
     assert [step for step, *_ in main.seen] == list(range(0 if stop_in == "first" else 7, 15))
 
 
+def test_a_module_may_put_another_tensor_in_a_buffers_place(tmp_path):
+    """`self.memory = ...`, as in many a loss of one's own."""
+
+    class Replacing(Classify):
+        def __call__(self, *words):
+            losses = super().__call__(*words)
+            self.model.memory = self.model.memory * 1.0
+            return losses
+
+    undisturbed = Replacing(Model())
+    train(undisturbed, None)
+    with pytest.raises(Stopped):
+        train(Replacing(Model(), 10), tmp_path / "stage" / "main.safetensors")
+    second = Replacing(Model())
+    train(second, tmp_path / "stage" / "main.safetensors")
+    same(second.model, undisturbed.model)
+
+
+def test_numbers_that_are_drawn_do_not_depend_on_what_was_drawn_before():
+    first, second = Classify(Model()), Classify(Model())
+    train(first, None)
+    torch.rand(7)
+    train(second, None)
+    same(second.model, first.model)
+
+
 def test_what_layers_share_and_shapes_alone_are_kept_once_or_not_at_all():
     body = nn.Linear(2, 2)
     tied = nn.ModuleList([body, body, nn.Linear(2, 2, device="meta"), nn.BatchNorm1d(2)])
-    found = checkpoint.changing({"weight": body.weight}, [tied])
-    assert list(found) == ["weight", "0.0.bias", "0.3.weight", "0.3.bias", "0.3.running_mean",
-                           "0.3.running_var", "0.3.num_batches_tracked"]  # fmt: skip
-    assert all(tensor is not other for tensor in found.values() for other in [None])
+    tied[3].register_buffer("constant", torch.ones(1).expand(4))
+    found = checkpoint.changed_by_training({"0.weight": body.weight}, [tied])
+    names = ["0.bias", *(f"3.{name}" for name in ("weight", "bias", "running_mean", "running_var"))]
+    assert list(found) == ["0.weight", *(f"module 0: {name}" for name in names),
+                           "module 0: 3.num_batches_tracked"]  # fmt: skip
+    assert not any(tensor.is_meta for tensor in found.values())
 
 
 # --- the file
@@ -201,7 +227,7 @@ def test_it_is_written_once_a_minute_and_seldom_if_that_takes_long(tmp_path, mon
     monkeypatch.setattr(checkpoint, "TIMES_AS_LONG", 20)
     monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now[0])
     weight = nn.Parameter(torch.zeros(2))
-    keep = checkpoint.Checkpoint(tmp_path / "stage" / "main.safetensors", {"weight": weight})
+    keep = checkpoint.Checkpoint(tmp_path / "stage" / "main.safetensors", {"weight": weight}, [])
     optimizer = torch.optim.SGD([weight], lr=1.0)
     written = []
 
@@ -241,6 +267,7 @@ def test_half_a_file_never_has_the_name(tmp_path, monkeypatch):
     with pytest.raises(RunDirError, match="No space left"):
         train(Classify(Model()), file)
     assert file.read_bytes() == before
+    assert [left.name for left in file.parent.iterdir()] == [file.name]
 
 
 def test_a_stage_counts_the_time_of_all_its_calls_and_leaves_nothing(tmp_path):

@@ -101,6 +101,15 @@ def test_a_teacher_that_nobody_looks_at_costs_nothing():
     assert found.joint(1) == pytest.approx(costs(alone).joint(1) - 1)
 
 
+def test_a_teacher_of_the_first_training_alone_costs_its_share():
+    """AB trains the student first; without logits nothing looks at the teacher afterwards."""
+    config = make_config(CompressConfig, {"feature_loss": "ab", "logit_weight": 0, "path": "single-step"})
+    assert config.taught == pytest.approx(1 / 9)  # an eighth of the epochs, of nine eighths
+    found = replace(costs(config), taught=config.taught)
+    bill = expected_bill(config, found, ONCE)
+    assert bill["distill"] == pytest.approx(found.num_train * (1 / 8 + 9 / 8 * 0.3))
+
+
 def test_a_control_of_equal_compute_costs_what_the_run_costs():
     found = costs(make_config(CompressConfig, {}), num_scored=64, num_selection=32)
     bill = {"score": found.scoring, "joint": found.joint(3), "distill": found.step_down(5, 0.1, 0.5)}

@@ -248,9 +248,10 @@ def _estimate(
     seconds = passes * total / (EFFICIENCY * macs_per_second(device))
     store = num_params(skeletons[-1])
     activations = activation_bytes(skeletons[-1], spec, config.batch_size * config.views)
-    memory = 4 * num_params(model) + 16 * store + activations + bank_bytes(config, num_train, len(scales))
-    # The students, and while a training runs its checkpoint: weights and two moments.
-    disk = 4 * (3 * store + 4 * num_params(skeletons[0]))
+    banks, read = bank_bytes(config, num_train, len(scales))
+    memory = 4 * num_params(model) + 16 * store + activations + banks + read
+    # The store and the students, and while it trains two checkpoints: weights, two moments, memories.
+    disk = 4 * (store + 4 * num_params(skeletons[0])) + 2 * (12 * store + banks)
     images = f"{num_train} training images" if data else "1,000 training images (give --data for yours)"
     return [
         f"roughly, on this {device.type}: {_hours(seconds)} for {epochs.joint:g} + {epochs.distill:g} epochs "
@@ -259,17 +260,19 @@ def _estimate(
     ]
 
 
-def bank_bytes(config: CompressConfig, num_train: int, num_rungs: int) -> int:
+def bank_bytes(config: CompressConfig, num_train: int, num_rungs: int) -> tuple[int, int]:
     """What CRD remembers of the images, for each candidate that is trained at once, and reads in a step."""
     if config.feature_loss != "crd" or not config.feature_weight:
-        return 0
+        return 0, 0
     dim = int(config.feature_args.get("embed_dim", 128))
     negatives = min(int(config.feature_args.get("num_negatives", 16384)), num_train)
-    together = {"amd": num_rungs, "amd-manual": num_rungs, "dgkd": len(config.assistants) + 1}
+    chain = len(config.assistants) + 1
+    together = {"amd": num_rungs, "amd-manual": num_rungs, "dgkd": chain}
+    at_once = max(1, chain - config.drop) if config.path == "dgkd" else 1  # gradients of one sum
     banks = 2 * 4 * dim * num_train
     products = banks + 2 * 4 * config.batch_size * num_train  # a copy of both, and of each row's score
     read = 2 * 4 * config.batch_size * negatives * dim if gathers(num_train, negatives, dim) else products
-    return together.get(config.path, 1) * banks + read
+    return together.get(config.path, 1) * banks, at_once * read
 
 
 def macs_per_second(device: torch.device) -> float:

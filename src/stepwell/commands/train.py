@@ -132,7 +132,8 @@ def _fit(
     step = ClassifyStep(model, config.label_smoothing, autocast)
     parameters = dict(model.named_parameters())
     epochs = config.epochs
-    if config.minutes is not None:
+    checkpoint = run_dir.checkpoints("train") / "main.safetensors"
+    if config.minutes is not None and not checkpoint.exists():  # which knows for how long it was begun
         epochs = epochs_in(
             config.minutes, seconds_per_step(step, batches, parameters) * batches.steps_per_epoch, 0
         )
@@ -148,7 +149,7 @@ def _fit(
         lr=config.lr,
         no_decay=frozenset(no_decay()),
         modules=[model],
-        checkpoint=run_dir.checkpoints("train") / "main.safetensors",
+        checkpoint=checkpoint,
     )
     # All of it: a model with BatchNorm is not whole without its statistics.
     return trained.model_copy(update={"tensors": model.state_dict()})

@@ -51,9 +51,11 @@ class DistillStep:
         """Forward and backward; returns the losses, detached, summed over the teachers."""
         images = self.losses[0].views(batch.images)
         target = Target(batch.labels, batch.indices, progress)
-        taught_by = teachers_of_step(len(self.teachers), self.drop, self.seed, step)
+        looks = self.losses[0].looks_at_teacher
+        # Where no term looks at a teacher, the labels' is all there is, and counts once.
+        taught_by = teachers_of_step(len(self.teachers), self.drop, self.seed, step) if looks else [0]
         answers: dict[int, Output] = {}
-        if self.losses[0].looks_at_teacher:
+        if looks:
             with torch.no_grad(), self.autocast:
                 answers = {i: Output(*self.teachers[i](images)).in_full_precision() for i in taught_by}
         if self.first and self.losses[0].first == "own":

@@ -34,7 +34,7 @@ class Costs:
         num_scored: Images that importance is measured on.
         num_selection: Images that every candidate is judged on.
         views: Images that a loss makes of each.
-        taught: Whether any term of the loss looks at the teacher; if not, it is not run.
+        taught: Share of the epochs in which the teacher is run.
     """
 
     scales: Sequence[float]
@@ -44,7 +44,7 @@ class Costs:
     num_scored: int
     num_selection: int
     views: int = 1
-    taught: bool = True
+    taught: float = 1.0
 
     @property
     def scoring(self) -> float:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
+from zlib import crc32
 
 import torch
 from timm.scheduler.cosine_lr import CosineLRScheduler
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from stepwell.errors import DivergedError
 from stepwell.options import TrainingOptions
 from stepwell.training.batches import Batch, TrainBatches
-from stepwell.training.checkpoint import Checkpoint, changing
+from stepwell.training.checkpoint import Checkpoint
 from stepwell.training.progress import progress, say
 from stepwell.training.run_dir import StageResult
 
@@ -96,9 +97,11 @@ def fit(
         RunDirError: The checkpoint is damaged.
     """
     num_steps = max(1, round(epochs * batches.steps_per_epoch))
+    # What draws numbers (dropout) draws the same ones whichever stages this process has been through.
+    torch.manual_seed(crc32(f"{batches.seed}:{stage}".encode()))
     optimizer = make_optimizer(parameters, lr, options, no_decay)
     log = _Log(stage, num_steps, lr)
-    keep = Checkpoint(checkpoint, changing(parameters, modules)) if checkpoint else None
+    keep = Checkpoint(checkpoint, parameters, list(modules)) if checkpoint else None
     first = 0
     if keep and (saved := keep.restore(optimizer)):
         first, num_steps = log.restore(*saved)
@@ -119,7 +122,7 @@ def fit(
             advance(log.note)
             if keep:
                 keep.save_if_due(optimizer, *log.state(number + 1))
-    seconds = time.monotonic() - start
+    seconds = keep.seconds if keep else time.monotonic() - start
     log.check_weights(parameters)
     return Trained(
         step=log.steps,
@@ -127,7 +130,7 @@ def fit(
         lr=log.lr,
         num_steps=num_steps,
         epochs=num_steps / batches.steps_per_epoch,
-        images_per_second=(num_steps - first) * batches.batch_size / max(seconds, 1e-9),
+        images_per_second=num_steps * batches.batch_size / max(seconds, 1e-9),
         tensors={name: parameter.detach() for name, parameter in parameters.items()},
     )
 

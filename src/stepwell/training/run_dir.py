@@ -56,8 +56,8 @@ class RunDir:
     def open(cls, path: Path, config: Options) -> RunDir:
         """Make the folder, or come back to it with the same options.
 
-        A run without a finished stage and a checkpoint has nothing to lose: it begins anew with the options
-        of now.
+        A run with neither a finished stage nor a checkpoint has nothing to lose: it begins anew with the
+        options of now.
 
         Raises:
             RunDirError: The folder holds something else, belongs to a run with other options (the first
@@ -75,7 +75,8 @@ class RunDir:
             for left_over in stages.glob(".unfinished-*"):
                 shutil.rmtree(left_over)
             for checkpoints in stages.glob(".training-*"):
-                if (stages / checkpoints.name.removeprefix(".training-")).exists():  # it was finished
+                finished = (stages / checkpoints.name.removeprefix(".training-")).exists()
+                if finished or not any(checkpoints.glob("*.safetensors")):
                     shutil.rmtree(checkpoints)
             if not begun:
                 (stages / "identity.json").unlink(missing_ok=True)

@@ -161,8 +161,8 @@ def _begin(cell: Cell) -> Setting:
     """Come back to what an interrupted call has left of the run, or begin it."""
     try:
         return compress.open_run(cell.config)
-    except RunDirError:
-        # Left with other options, such as the threads of another --jobs: one unfinished run is no great loss.
+    except RunDirError:  # left with other options, such as the threads of another --jobs
+        progress.say(f"{cell.arm}, seed {cell.config.seed}: begun with other options, begins anew")
         assert cell.config.out_dir is not None
         shutil.rmtree(cell.config.out_dir, ignore_errors=True)
         return compress.open_run(cell.config)
