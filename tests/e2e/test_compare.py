@@ -441,7 +441,7 @@ def test_paths_of_a_pair_have_the_loss_of_its_first_row():
 
 def test_every_loss_is_in_the_pairs_of_cifar():
     losses = {
-        arm.options.get(name) for arm in suites.ARMS["vgg-pair"] for name in ("logit_loss", "feature_loss")
+        arm.options.get(name) for arm in suites.ARMS["wrn-pair"] for name in ("logit_loss", "feature_loss")
     }
     assert losses - {None} == {*LOGIT_LOSSES, *FEATURE_LOSSES} - {"kd", "states"}  # those are defaults
 

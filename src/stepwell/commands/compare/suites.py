@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stepwell.commands.compare.arms import Arm
-from stepwell.options import Suite
+from stepwell.options import NEED_STATES, Suite
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,8 @@ def _arms_of_pair(suite: Suite, pair: Pair) -> tuple[Arm, ...]:
     if suite != "imagenet-pair":
         rows = {name: figures[suite] for name, figures in _TABLE_7.items()}
         rows |= dict.fromkeys(_UNPUBLISHED)
+    if suite == "vgg-pair":  # all its layers change their width, so no hidden states are compared
+        rows = {name: figure for name, figure in rows.items() if name not in NEED_STATES}
     return tuple(Arm(name, _row_of_pair(name, suite, pair), published) for name, published in rows.items())
 
 
