@@ -96,10 +96,20 @@ def test_python_runs(folder: Path) -> None:
         assert role in done.stdout
 
 
-def test_links_in_the_readme_lead_somewhere() -> None:
-    for target in re.findall(r"\]\(([^)]+)\)", README):
-        if not target.startswith("http"):
-            assert (ROOT / target).exists(), target
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/results.md", "docs/guide/compare.md", "docs/selection.md"]
+)
+def test_links_lead_somewhere(page: str) -> None:
+    for target in re.findall(r"\]\(([^)]+)\)", (ROOT / page).read_text(encoding="utf-8")):
+        if target.startswith("http"):
+            continue
+        path, _, heading = target.partition("#")
+        file = (ROOT / page).parent / path if path else ROOT / page
+        assert file.exists(), target
+        if heading:
+            titles = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), flags=re.MULTILINE)
+            anchors = [re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-") for title in titles]
+            assert heading in anchors, target
 
 
 def test_the_length_of_the_main_path_is_what_the_readme_says() -> None:
