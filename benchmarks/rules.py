@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean, stdev
-from typing import get_args
+from typing import Literal, get_args
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -25,7 +25,7 @@ from record import RESULTS, commit
 from stepwell.commands.compare.cells import CellResult
 from stepwell.commands.compare.table import as_svg
 from stepwell.options import Rule
-from stepwell.stages.select import Point, pick, rule_values
+from stepwell.stages.select import Point, performance, pick, rule_values
 from stepwell.training.run_dir import write_atomically
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -61,13 +61,9 @@ def rules() -> dict[str, Callable[[CellResult], Values]]:
     return found
 
 
-def values_of(run: CellResult, rule: Rule, metric: str) -> Values:
+def values_of(run: CellResult, rule: Rule, metric: Literal["top1", "likelihood"]) -> Values:
     """The rule's value for each candidate, from the figures of the selection images."""
-
-    def performance(top1: float, log_likelihood: float) -> float:
-        return top1 / 100 if metric == "top1" else math.exp(log_likelihood)
-
-    points = [Point(c.scale, performance(c.top1, c.log_likelihood)) for c in run.candidates]
+    points = [Point(c.scale, performance(c.top1, c.log_likelihood, metric)) for c in run.candidates]
     return rule_values(points, teacher_point(run, metric), rule)
 
 

@@ -21,9 +21,7 @@ from stepwell.commands.compare.arms import Arm, Row, arms_of, cell_of, run_arms
 from stepwell.commands.compare.cells import CellResult
 from stepwell.commands.compare.table import as_json, as_markdown, as_plot, as_table
 from stepwell.config import CompareConfig, CompressConfig, make_config
-from stepwell.delivery.input import input_spec
 from stepwell.delivery.measure import count_macs
-from stepwell.delivery.teacher import create_without_memory, parse_model_args
 from stepwell.errors import ConfigError
 from stepwell.options import FEATURE_LOSSES, LOGIT_LOSSES
 from stepwell.pruning.families import find_groups
@@ -405,9 +403,9 @@ def test_every_arm_of_a_suite_can_be_built(suite, scale, tmp_path):
 @pytest.mark.parametrize("scale", ["cpu", "gpu", "paper"])
 def test_pruned_and_shallow_students_have_about_the_same_operations(scale):
     size = scales.size_of("depth", scale)
-    shallow = scales._macs(size.student, size.student_args) / scales._macs(size.model, size.model_args)
-    model = create_without_memory(size.model, parse_model_args(size.model_args))
-    groups, spec = find_groups(model), input_spec(model)
+    model, spec = scales._model(size.model, size.model_args)
+    shallow = count_macs(*scales._model(size.student, size.student_args)) / count_macs(model, spec)
+    groups = find_groups(model)
     keep = [size.compress["keep_ratio"]]
     (candidate,) = make_grid(groups, uniform_scores(groups), keep, CompressConfig())
     pruned = count_macs(build_skeleton(model, groups, candidate.widths), spec) / count_macs(model, spec)

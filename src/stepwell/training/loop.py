@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 from zlib import crc32
@@ -69,7 +69,7 @@ def fit(
     epochs: float,
     lr: float,
     no_decay: frozenset[str] = frozenset(),
-    modules: Iterable[nn.Module] = (),
+    modules: Sequence[nn.Module] = (),
     checkpoint: Path | None = None,
 ) -> Trained:
     """Train `parameters` for `epochs` passes over `batches`.
@@ -101,7 +101,7 @@ def fit(
     torch.manual_seed(crc32(f"{batches.seed}:{stage}".encode()))
     optimizer = make_optimizer(parameters, lr, options, no_decay)
     log = _Log(stage, num_steps, lr)
-    keep = Checkpoint(checkpoint, parameters, list(modules)) if checkpoint else None
+    keep = Checkpoint(checkpoint, parameters, modules) if checkpoint else None
     first = 0
     if keep and (saved := keep.restore(optimizer)):
         first, num_steps = log.restore(*saved)

@@ -31,6 +31,7 @@ from stepwell.pruning.units import Group
 from stepwell.stages.grid import make_grid, rungs_of_path, uniform_scores
 from stepwell.stages.joint import scales_per_step
 from stepwell.stages.plan import Costs, Epochs, expected_bill
+from stepwell.training.batches import InputSpec
 from stepwell.training.progress import say
 
 
@@ -227,30 +228,27 @@ def paper(suite: Suite, config: CompareConfig) -> str:
     sets = list(NUM_TRAIN)
     if suite in PAIRS:
         sets = ["ImageNet"] if suite == "imagenet-pair" else ["CIFAR-100"]
-    macs = _macs(size.model, size.model_args)
-    other_student = _macs(size.student, size.student_args) / macs
-    passes_per_second = size.macs_per_second / macs
-    controlled = config.controls and suite in CONTROLLED
-    lines = [
-        f"suite {suite}, the published recipe: {size.model}, {_words(values)}",
-        "",
-        f"  {'GPU-hours for one seed':<30}" + "".join(f"{name:>11}" for name in [*sets, "published"]),
-    ]
-    total = dict.fromkeys(sets, 0.0)
-    controls = dict.fromkeys(sets, 0.0)
-    for arm in filled(suite, size):
-        line = f"  {arm.name:<30}"
-        for name in sets:
-            hours = _passes(suite, arm, other_student, values, NUM_TRAIN[name]) / passes_per_second / 3600
-            total[name] += hours
-            controls[name] += 0.0 if arm.is_single_step else hours
-            line += f"{hours:>11.2f}"
-        lines.append(line + ("" if arm.published is None else f"{arm.published:>9.2f} %"))
-    if controlled:
-        lines.append(f"  {'controls of equal compute':<30}" + "".join(f"{controls[n]:>11.1f}" for n in sets))
-    hours = "".join(f"{total[name] + controlled * controls[name]:>11.1f}" for name in sets)
+    macs = count_macs(*_model(size.model, size.model_args))
+    other_student = count_macs(*_model(size.student, size.student_args)) / macs
+    arms = filled(suite, size)
+    hours = {
+        arm.name: [
+            _passes(suite, arm, other_student, values, NUM_TRAIN[name]) * macs / size.macs_per_second / 3600
+            for name in sets
+        ]
+        for arm in arms
+    }
+    rows = [(arm.name, hours[arm.name], arm.published) for arm in arms]
+    if config.controls and suite in CONTROLLED:
+        paths = [hours[arm.name] for arm in arms if not arm.is_single_step]
+        rows.append(("controls of equal compute", [sum(column) for column in zip(*paths, strict=True)], None))
+    rows.append(("all", [sum(column) for column in zip(*(row[1] for row in rows), strict=True)], None))
+    head = f"  {'GPU-hours for one seed':<30}" + "".join(f"{name:>11}" for name in [*sets, "published"])
+    lines = [f"suite {suite}, the published recipe: {size.model}, {_words(values)}", "", head]
+    for name, figures, published in rows:
+        numbers = "".join(f"{figure:>11.2f}" for figure in figures)
+        lines.append(f"  {name:<30}{numbers}" + ("" if published is None else f"{published:>9.2f} %"))
     lines += [
-        f"  {'all':<30}{hours}",
         "",
         f"Published on {sets[0]}, with a teacher of {size.teacher_top1} %. Counted operations, at "
         f"{size.macs_per_second:.0e} MACs per second; every rate of --lrs comes on top.",
@@ -274,23 +272,23 @@ def _share(suite: Suite, keep_ratio: float) -> float:
     """Share of the operations of a candidate: of a transformer its units', of a CNN counted."""
     if suite not in PAIRS:
         return keep_ratio
-    model, groups, macs = _teacher(suite)
+    model, spec, groups, macs = _teacher(suite)
     (candidate,) = make_grid(groups, uniform_scores(groups), [keep_ratio], CompressConfig())
-    return count_macs(build_skeleton(model, groups, candidate.widths), input_spec(model)) / macs
+    return count_macs(build_skeleton(model, groups, candidate.widths), spec) / macs
 
 
 @cache
-def _teacher(suite: Suite) -> tuple[nn.Module, list[Group], int]:
-    """The published teacher of a suite without memory for its weights, what can be cut, its operations."""
+def _teacher(suite: Suite) -> tuple[nn.Module, InputSpec, list[Group], int]:
+    """The published teacher of a suite, its input, what can be cut, its operations."""
     size = size_of(suite, "paper")
-    model = create_without_memory(size.model, size.model_args)
-    return model, find_groups(model), count_macs(model, input_spec(model))
+    model, spec = _model(size.model, size.model_args)
+    return model, spec, find_groups(model), count_macs(model, spec)
 
 
-def _macs(name: str, args: dict[str, str]) -> int:
-    """Operations of a model with 100 classes."""
+def _model(name: str, args: dict[str, str]) -> tuple[nn.Module, InputSpec]:
+    """A model with 100 classes, without memory for its weights, and its input."""
     model = create_without_memory(name, {**parse_model_args(args), "num_classes": 100})
-    return count_macs(model, input_spec(model))
+    return model, input_spec(model)
 
 
 def _words(options: Mapping[str, Any]) -> str:
