@@ -20,7 +20,8 @@ from typing import Any
 
 from record import save, summary
 from stepwell.commands import compress, train
-from stepwell.config import CompressConfig, TrainConfig, make_config
+from stepwell.config.commands import CompressConfig, TrainConfig
+from stepwell.config.files import make_config
 
 CPU: dict[str, Any] = {"batch_size": 128, "precision": "fp32", "threads": 1}
 RECIPES: dict[str, dict[str, Any]] = {

@@ -7,9 +7,9 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from stepwell.delivery.result import Result
-from stepwell.delivery.table import result_table
-from stepwell.training.run_dir import write_atomically
+from stepwell.report.result import Result
+from stepwell.report.table import result_table
+from stepwell.run.run_dir import write_atomically
 
 RESULTS = Path(__file__).parent / "results"
 

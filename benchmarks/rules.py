@@ -22,11 +22,12 @@ from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 
 from record import RESULTS, commit
-from stepwell.commands.compare.cells import CellResult
-from stepwell.commands.compare.table import as_svg
-from stepwell.options import Rule
-from stepwell.stages.select import Point, performance, pick, rule_values
-from stepwell.training.run_dir import write_atomically
+from stepwell.compare.cells import CellResult
+from stepwell.compare.table import as_svg
+from stepwell.config.options import Rule
+from stepwell.stages.select import Point, pick, rule_values
+from stepwell.tasks.classification import performance
+from stepwell.run.run_dir import write_atomically
 
 DOCS = Path(__file__).parent.parent / "docs"
 TEXT = (Path(__file__).parent / "selection.md").read_text(encoding="utf-8")

@@ -18,8 +18,9 @@ from typing import Any
 from cifar10 import RECIPES, unpack
 from record import RESULTS
 from stepwell.commands import demo, train
-from stepwell.commands.compare.cells import Cell, run_all
-from stepwell.config import CompressConfig, TrainConfig, make_config
+from stepwell.compare.cells import Cell, run_all
+from stepwell.config.commands import CompressConfig, TrainConfig
+from stepwell.config.files import make_config
 
 CELLS = RESULTS / "selection"
 DIGITS = {"augment": "affine", "threads": 1, "device": "cpu"}

@@ -17,9 +17,10 @@ from typing import Any, get_args
 
 from record import RESULTS, commit
 from stepwell.commands import compare
-from stepwell.config import CompareConfig, make_config
-from stepwell.options import Suite
-from stepwell.training.run_dir import write_atomically
+from stepwell.config.commands import CompareConfig
+from stepwell.config.files import make_config
+from stepwell.config.options import Suite
+from stepwell.run.run_dir import write_atomically
 
 DOCS = Path(__file__).parent.parent / "docs"
 SUITES = [name for name in get_args(Suite) if name != "imagenet-pair"]  # which has no small size

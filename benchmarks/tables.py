@@ -14,8 +14,8 @@ from typing import Any
 
 from record import RESULTS
 from speed import table as speed_table
-from stepwell.commands.compare.table import spread
-from stepwell.delivery.table import short_number
+from stepwell.compare.table import spread
+from stepwell.measure.size import short_number
 
 ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")

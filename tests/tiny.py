@@ -17,8 +17,9 @@ from torch import Tensor
 
 from stepwell.losses.distillation import Distillation, make_distillation
 from stepwell.losses.output import Output, Target, TrainingImages
-from stepwell.options import LossOptions
-from stepwell.training.batches import Batch, EvalBatches, InputSpec, TrainBatches
+from stepwell.config.options import LossOptions
+from stepwell.data.batches import Batch, EvalBatches, TrainBatches
+from stepwell.data.spec import InputSpec
 
 CPU = torch.device("cpu")
 NUM_CLASSES = 5

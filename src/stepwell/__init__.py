@@ -18,15 +18,15 @@ from stepwell.version import __version__
 if TYPE_CHECKING:
     from stepwell.commands.compress import Compressed as Compressed
     from stepwell.commands.compress import compress as compress
-    from stepwell.delivery.archive import load as load
     from stepwell.errors import StepwellError as StepwellError
+    from stepwell.models.card import load as load
 
 __all__ = ["Compressed", "StepwellError", "__version__", "compress", "load"]
 
 _HOME = {
     "compress": "stepwell.commands.compress",
     "Compressed": "stepwell.commands.compress",
-    "load": "stepwell.delivery.archive",
+    "load": "stepwell.zoo.card",
     "StepwellError": "stepwell.errors",
 }
 

@@ -20,20 +20,24 @@ from typing import Annotated, Any
 import tyro
 from pydantic import TypeAdapter, ValidationError
 
-from stepwell.config import (
-    POSITIONAL,
+from stepwell.config.base import FLAGS, flag_of
+from stepwell.config.commands import (
     CompareConfig,
     CompressConfig,
+    DemoConfig,
+    ExportConfig,
+    InspectConfig,
+    PredictConfig,
     TrainConfig,
-    implied,
-    make_config,
-    read_yaml,
 )
-from stepwell.config_tools import DemoConfig, ExportConfig, InspectConfig, PredictConfig
+from stepwell.config.files import implied, make_config, read_yaml
+from stepwell.config.options import Options
+from stepwell.config.own_code import is_own_code
 from stepwell.errors import ConfigError, StepwellError, did_you_mean
-from stepwell.options import FLAGS, Options, flag_of
-from stepwell.own_code import is_own_code
 from stepwell.version import __version__
+
+POSITIONAL = frozenset({"run", "images"})
+"""Fields given without a flag; so is `model` of `predict`."""
 
 PAIRS = ("--model-args", "--student-args", "--logit-args", "--feature-args")
 """Options that take name=value pairs."""

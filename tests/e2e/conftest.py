@@ -12,7 +12,7 @@ import small_world
 from small_world import MODEL, QUICK, stepwell
 
 from stepwell import handover
-from stepwell.delivery.result import Latency
+from stepwell.measure.clock import Latency
 from stepwell.stages import deliver
 
 

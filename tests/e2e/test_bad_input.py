@@ -33,8 +33,8 @@ from small_world import (
 
 import stepwell as package
 from stepwell.cli import main
-from stepwell.delivery.result import Result
-from stepwell.training import run_dir
+from stepwell.report.result import Result
+from stepwell.run import run_dir
 
 TIMM = "vit_tiny_patch16_224"
 

@@ -10,9 +10,9 @@ from small_world import QUICK, stepwell
 
 import stepwell as package
 from stepwell.cli import main
-from stepwell.delivery.archive import read_card
-from stepwell.delivery.measure import num_params
-from stepwell.delivery.result import Result
+from stepwell.models.card import read_card
+from stepwell.measure.size import num_params
+from stepwell.report.result import Result
 
 SMALLER = ("--num-candidates", "3", "--epochs", "1", "--batch-size", "16", "--round-to", "1")
 OTHER = (

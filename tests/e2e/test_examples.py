@@ -12,11 +12,12 @@ import torch
 from small_world import QUICK, stepwell, student_weights
 
 from stepwell.cli import main
-from stepwell.config import CompressConfig, make_config
-from stepwell.delivery.result import Result
+from stepwell.config.commands import CompressConfig
+from stepwell.config.files import make_config
+from stepwell.report.result import Result
 from stepwell.losses.output import Output, Target
-from stepwell.options import FEATURE_LOSSES, LOGIT_LOSSES, NEED_LABELS
-from stepwell.own_code import load_function
+from stepwell.config.loss_facts import FEATURE_LOSSES, LOGIT_LOSSES, NEED_LABELS
+from stepwell.config.own_code import load_function
 
 ROOT = Path(__file__).parents[2]
 COSINE = f"{ROOT / 'examples' / 'cosine_loss.py'}:CosineLoss"

@@ -9,8 +9,8 @@ import torch
 from small_world import QUICK, stepwell, student_weights
 
 import stepwell as package
-from stepwell.delivery.measure import num_params
-from stepwell.delivery.result import Result
+from stepwell.measure.size import num_params
+from stepwell.report.result import Result
 
 SWIN = ("img_size=16", "patch_size=2", "window_size=4", "embed_dim=24", "depths=(2,2)", "num_heads=(2,4)")
 MODELS = {

@@ -11,7 +11,8 @@ from small_world import MODEL, QUICK, contents, stepwell
 
 from stepwell.cli import main
 from stepwell.commands.inspect import not_faster
-from stepwell.delivery.result import Latency, Result
+from stepwell.measure.clock import Latency
+from stepwell.report.result import Result
 
 TIMM = "vit_tiny_patch16_224"
 

@@ -11,8 +11,8 @@ from small_world import QUICK, assert_same_weights, stepwell, student_weights
 from torch import nn
 
 import stepwell as package
-from stepwell.delivery.archive import read_card
-from stepwell.delivery.teacher import load_factory
+from stepwell.models.card import read_card
+from stepwell.models.teacher import load_factory
 
 pytest.importorskip("torch_pruning")
 

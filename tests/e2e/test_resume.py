@@ -28,8 +28,9 @@ from stepwell import handover
 from stepwell.cli import main
 from stepwell.paths import amd
 from stepwell.stages import deliver
-from stepwell.training import checkpoint, loop, run_dir
-from stepwell.training.run_dir import RunDir
+from stepwell.run import checkpoint, run_dir
+from stepwell.training import loop
+from stepwell.run.run_dir import RunDir
 
 STAGES = ("score", "budget", "ladder", "plan", "joint", "select", "distill", "control", "deliver")
 

@@ -14,15 +14,15 @@ from pathlib import Path
 
 import pytest
 
-from stepwell.config import CompressConfig
+from stepwell.config.commands import CompressConfig
 from stepwell.pruning.families import find_groups
 from stepwell.pruning.shared import SharedWeights
 from stepwell.pruning.skeleton import sort_units
-from stepwell.pruning.states import WithStates
+from stepwell.losses.observe import Observed
 from stepwell.stages.distill import DistillStep
 from stepwell.stages.grid import keep_ratios, make_grid
 from stepwell.stages.joint import JointStep
-from stepwell.stages.score import score
+from stepwell.stages.score import importance_by_gradient
 from stepwell.training.loop import fit
 from tiny import FixedEval, FixedTrain, distillation, no_autocast, random_batches, tiny_vit
 

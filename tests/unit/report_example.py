@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from stepwell.delivery.report import TestPredictions, write_report
-from stepwell.delivery.result import Result
+from stepwell.report.report import TestPredictions, write_report
+from stepwell.report.result import Result
 
 CIFAR = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 CREATED = "2026-11-21T02:20:00+00:00"

@@ -11,12 +11,14 @@ from PIL import Image
 from timm.data.transforms_factory import create_transform
 
 from stepwell.errors import DataError
-from stepwell.options import DataOptions
-from stepwell.training import batches
-from stepwell.training.batches import EvalBatches, InputSpec, TrainBatches, eval_transform, normalise
-from stepwell.training.data import ImageSet
-from stepwell.training.images import FolderReader
-from stepwell.training.transforms import affine, augment_batch
+from stepwell.config.options import DataOptions
+from stepwell.data import batches
+from stepwell.data.batches import EvalBatches, TrainBatches
+from stepwell.data.spec import InputSpec
+from stepwell.data.transforms import eval_transform, normalise
+from stepwell.data.images import ImageSet
+from stepwell.data.images import FolderReader
+from stepwell.data.transforms import affine, augment_batch
 
 CPU = torch.device("cpu")
 GREY = InputSpec((8, 8), 1, (0.5,), (0.25,))

@@ -11,15 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.tiny import tiny_vit
 
-from stepwell.budgets import student_widths
+from stepwell.measure.budgets import student_widths
 from stepwell.commands.doctor import uniform_scores
-from stepwell.config import CompressConfig, make_config
-from stepwell.delivery.input import input_spec
-from stepwell.delivery.measure import Timing, count_macs, num_params
+from stepwell.config.commands import CompressConfig
+from stepwell.config.files import make_config
+from stepwell.models.input import input_spec
+from stepwell.measure.clock import Timing
+from stepwell.measure.size import count_macs, num_params
 from stepwell.errors import ConfigError
 from stepwell.pruning.families import find_groups
 from stepwell.pruning.skeleton import build_skeleton
-from stepwell.stages.budget import Budget, amount, meet
+from stepwell.measure.budget import Budget, amount, meet
 
 
 @pytest.mark.parametrize(
@@ -110,7 +112,7 @@ def test_vit_base_meets_its_budget(option, target):
 def test_milliseconds_are_a_limit(monkeypatch):
     """The clock is replaced by one that counts parameters, so that the result is exact."""
     monkeypatch.setattr(
-        "stepwell.budgets._time", lambda skeleton, spec, threads: Timing(num_params(skeleton) / 1000, 0.01)
+        "stepwell.measure.budgets._time", lambda skeleton, spec, threads: Timing(num_params(skeleton) / 1000, 0.01)
     )
     model = tiny_vit(depth=4, embed_dim=96, mlp_ratio=8.0)
     spec, groups = input_spec(model), find_groups(model)

@@ -11,12 +11,14 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import nn
 
-from stepwell.config import CompressConfig, to_yaml
+from stepwell.config.commands import CompressConfig
+from stepwell.config.files import to_yaml
 from stepwell.errors import RunDirError
-from stepwell.options import TrainingOptions
-from stepwell.training import checkpoint, loop
+from stepwell.config.options import TrainingOptions
+from stepwell.run import checkpoint
+from stepwell.training import loop
 from stepwell.training.loop import Trained, fit, fit_in_turns
-from stepwell.training.run_dir import RunDir
+from stepwell.run.run_dir import RunDir
 from tiny import NUM_CLASSES, FixedTrain, random_batches
 
 STEPS_PER_EPOCH, EPOCHS = 5, 5.0

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from stepwell.config import CompressConfig
+from stepwell.config.commands import CompressConfig
 from stepwell.losses.output import Output
-from stepwell.options import LossOptions
+from stepwell.config.options import LossOptions
 from stepwell.pruning.families import find_groups
 from stepwell.pruning.skeleton import build_skeleton, fill, leading_units
-from stepwell.pruning.states import WithStates
+from stepwell.losses.observe import Observed
 from stepwell.stages.distill import DistillStep, distill
 from tiny import FixedTrain, amd_loss, distillation, no_autocast, random_batches, tiny_vit
 

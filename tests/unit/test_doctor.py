@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from stepwell.commands import doctor
-from stepwell.config import CompressConfig
+from stepwell.config.commands import CompressConfig
 from stepwell.errors import ConfigError
 from stepwell.losses.crd import CRD
-from stepwell.training.batches import InputSpec
+from stepwell.data.spec import InputSpec
 
 
 def devices_of(config: CompressConfig, data: object = None) -> set[str]:

@@ -28,20 +28,21 @@ from torchvision.models import regnet as torchvision_regnet
 from torchvision.models import resnet as torchvision_resnet
 from torchvision.ops.misc import FrozenBatchNorm2d
 
-from stepwell.delivery.archive import Architecture, Card, narrow_and_load, save_model
-from stepwell.delivery.export import export_onnx
-from stepwell.delivery.measure import count_macs, num_params
+from stepwell.models.card import Architecture, Card, narrow_and_load, save_model
+from stepwell.models.export import export_onnx
+from stepwell.measure.size import count_macs, num_params
 from stepwell.errors import UnsupportedModelError
-from stepwell.options import GridOptions
+from stepwell.config.options import GridOptions
 from stepwell.pruning.constant import ConstantConv
 from stepwell.pruning.families import find_groups
 from stepwell.pruning.filters import filter_groups
 from stepwell.pruning.shared import SharedWeights
 from stepwell.pruning.skeleton import build_skeleton, fill, leading_units
 from stepwell.pruning.units import Candidate, Group, tensors_of
-from stepwell.stages.grid import make_grid, uniform_scores
-from stepwell.stages.score import score
-from stepwell.training.batches import InputSpec
+from stepwell.stages.grid import make_grid
+from stepwell.pruning.ranking import uniform_scores
+from stepwell.stages.score import importance_by_gradient
+from stepwell.data.spec import InputSpec
 from stepwell.training.statistics import recalibrate
 from tiny import FixedEval, random_batches, random_images
 

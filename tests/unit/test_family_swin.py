@@ -14,18 +14,20 @@ from torch import nn
 from torchvision.models import swin_t, swin_v2_t
 from torchvision.models import swin_transformer as tv
 
-from stepwell.delivery.archive import Architecture, Card, narrow_and_load, save_model
-from stepwell.delivery.export import export_onnx
-from stepwell.delivery.measure import count_macs, num_params
-from stepwell.options import GridOptions
+from stepwell.models.card import Architecture, Card, narrow_and_load, save_model
+from stepwell.models.export import export_onnx
+from stepwell.measure.size import count_macs, num_params
+from stepwell.config.options import GridOptions
 from stepwell.pruning.families import find_groups
 from stepwell.pruning.shared import SharedWeights
 from stepwell.pruning.skeleton import build_skeleton, fill
-from stepwell.pruning.states import WithStates
+from stepwell.losses.observe import Observed
 from stepwell.pruning.units import Candidate, Group, tensors_of
-from stepwell.stages.grid import kept_counts, make_grid
-from stepwell.stages.score import score
-from stepwell.training.batches import Batch, InputSpec
+from stepwell.pruning.ranking import kept_counts
+from stepwell.stages.grid import make_grid
+from stepwell.stages.score import importance_by_gradient
+from stepwell.data.batches import Batch
+from stepwell.data.spec import InputSpec
 from tiny import NUM_CLASSES, FixedEval, random_batches, random_images
 
 RATIOS = (0.1, 0.5, 0.9)

@@ -18,15 +18,16 @@ from timm.models.eva import Eva
 from torch import Tensor, nn
 from torchvision.models import VisionTransformer as TorchvisionViT
 
-from stepwell.delivery.archive import Architecture, Card, narrow_and_load, save_model
-from stepwell.delivery.export import export_onnx
-from stepwell.delivery.measure import count_macs, num_params
+from stepwell.models.card import Architecture, Card, narrow_and_load, save_model
+from stepwell.models.export import export_onnx
+from stepwell.measure.size import count_macs, num_params
 from stepwell.pruning.families import ffn, find_groups
 from stepwell.pruning.shared import SharedWeights
 from stepwell.pruning.skeleton import build_skeleton, fill, leading_units
 from stepwell.pruning.units import Candidate, Group, tensors_of
-from stepwell.stages.score import score
-from stepwell.training.batches import Batch, InputSpec
+from stepwell.stages.score import importance_by_gradient
+from stepwell.data.batches import Batch
+from stepwell.data.spec import InputSpec
 from tiny import FixedEval
 
 RATIOS = (0.1, 0.5, 0.9)

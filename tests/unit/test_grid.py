@@ -5,15 +5,16 @@ import pytest
 import timm
 import torch
 
-from stepwell.config import make_config
-from stepwell.delivery.measure import count_macs, num_params
+from stepwell.config.files import make_config
+from stepwell.measure.size import count_macs, num_params
 from stepwell.errors import ConfigError
-from stepwell.options import GridOptions
+from stepwell.config.options import GridOptions
 from stepwell.pruning.families import find_groups
 from stepwell.pruning.skeleton import build_skeleton
 from stepwell.pruning.units import Group
-from stepwell.stages.grid import keep_ratios, kept_counts, make_grid, round_widths
-from stepwell.training.batches import InputSpec
+from stepwell.stages.grid import keep_ratios, make_grid
+from stepwell.pruning.ranking import kept_counts, round_widths
+from stepwell.data.spec import InputSpec
 
 # ViT-B/16 at 224 pixels: keep ratio, heads, neurons, parameters (M, ratio), MACs (G, ratio).
 TABLE = [

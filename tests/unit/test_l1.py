@@ -14,16 +14,18 @@ from tests.blocks import shaken
 from torch import nn
 
 from stepwell import descent
-from stepwell.config import CompressConfig
-from stepwell.delivery.measure import num_params
+from stepwell.config.commands import CompressConfig
+from stepwell.measure.size import num_params
 from stepwell.errors import ConfigError
-from stepwell.models.cifar_nets import CifarResNet, CifarVgg
+from stepwell.zoo.cifar_nets import CifarResNet, CifarVgg
 from stepwell.pruning.families import find_groups
 from stepwell.pruning.units import Group, Slice, tensors_of
-from stepwell.setting import Setting, prepare
-from stepwell.stages.l1 import filter_norms
-from stepwell.stages.score import Importance, score
-from stepwell.training.batches import InputSpec
+from stepwell.setting.setting import Setting
+from stepwell.setting.prepare import prepare
+from stepwell.stages.score import filter_norms
+from stepwell.pruning.ranking import Importance
+from stepwell.stages.score import importance_by_gradient
+from stepwell.data.spec import InputSpec
 from tiny import FixedEval, random_batches, tiny_vit
 
 VGG_WIDTHS = ((8,), (6, 12), (10,))

@@ -3,16 +3,16 @@
 import pytest
 import torch
 
-from stepwell.config import CompressConfig
-from stepwell.delivery.archive import Architecture, Card, load, save_model
-from stepwell.delivery.ladder import Ladder, load_rung, rungs
-from stepwell.delivery.measure import num_params
+from stepwell.config.commands import CompressConfig
+from stepwell.models.card import Architecture, Card, load, save_model
+from stepwell.models.ladder import Ladder, load_rung, rungs
+from stepwell.measure.size import num_params
 from stepwell.errors import ModelError
 from stepwell.pruning.families import find_groups
 from stepwell.pruning.shared import SharedWeights
 from stepwell.pruning.skeleton import build_skeleton, fill, leading_units
 from stepwell.pruning.units import Candidate
-from stepwell.training.run_dir import RunDir, StageResult
+from stepwell.run.run_dir import RunDir, StageResult
 from tiny import ARGS, NUM_CLASSES, SPEC, group_sizes, random_images, tiny_vit
 
 RATIOS = [0.1, 0.4, 0.7]

@@ -13,11 +13,12 @@ import torch
 from torch import nn
 
 from stepwell.errors import DivergedError
-from stepwell.options import TrainingOptions
+from stepwell.config.options import TrainingOptions
 from stepwell.pruning.families import find_groups
 from stepwell.pruning.shared import SharedWeights
 from stepwell.pruning.units import Candidate
-from stepwell.training.loop import fit, make_optimizer, make_scheduler, seconds_per_step
+from stepwell.training.loop import fit, seconds_per_step
+from stepwell.training.optimizer import make_optimizer, make_scheduler
 from tiny import ARGS, FixedTrain, random_batches, tiny_vit
 
 

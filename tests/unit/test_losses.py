@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from stepwell.config import make_config
+from stepwell.config.files import make_config
 from stepwell.errors import ConfigError
 from stepwell.losses.feature import state_loss
 from stepwell.losses.logit import kd_loss
-from stepwell.options import LossOptions
-from stepwell.pruning.states import chosen_layers
+from stepwell.config.options import LossOptions
+from stepwell.pruning.blocks import chosen_layers
 from tiny import amd_loss, output
 
 SIZES = [(1, 2), (3, 5), (8, 100)]

@@ -7,8 +7,9 @@ import torch
 
 from stepwell.losses.distillation import make_distillation
 from stepwell.losses.output import Output, Target, TrainingImages
-from stepwell.options import FEATURE_LOSSES, LOGIT_LOSSES, LossOptions
-from stepwell.pruning.states import WithStates
+from stepwell.config.loss_facts import FEATURE_LOSSES, LOGIT_LOSSES
+from stepwell.config.options import LossOptions
+from stepwell.losses.observe import Observed
 from tiny import NUM_CLASSES, random_images, tiny_vit
 
 BLOCKS = ("blocks.0", "blocks.2")

@@ -15,28 +15,21 @@ from tests.blocks import check_sliced_equals_masked, masked, shaken, whole
 from torch import nn
 
 import stepwell
-from stepwell.delivery.archive import Architecture, Card, check_fit, narrow_and_load, save_model
-from stepwell.delivery.export import export_onnx
-from stepwell.delivery.input import input_spec
-from stepwell.delivery.measure import count_macs, num_params
-from stepwell.delivery.teacher import create_timm, teacher_from_module
+from stepwell.models.card import Architecture, Card, check_fit, narrow_and_load, save_model
+from stepwell.models.export import export_onnx
+from stepwell.models.input import input_spec
+from stepwell.measure.size import count_macs, num_params
+from stepwell.models.teacher import create_timm, teacher_from_module
 from stepwell.errors import ConfigError, ModelError
-from stepwell.models.cifar_nets import (
-    BasicBlock,
-    CifarResNet,
-    CifarVgg,
-    CifarWideResNet,
-    PreActBlock,
-    SubsampleShortcut,
-)
-from stepwell.options import GridOptions
+from stepwell.zoo.cifar_nets import BasicBlock, CifarResNet, CifarVgg, CifarWideResNet, PreActBlock, SubsampleShortcut
+from stepwell.config.options import GridOptions
 from stepwell.pruning.families import find_groups
 from stepwell.pruning.shared import SharedWeights
 from stepwell.pruning.skeleton import build_skeleton, fill
-from stepwell.pruning.states import WithStates
+from stepwell.losses.observe import Observed
 from stepwell.pruning.units import Candidate, tensors_of
 from stepwell.stages.grid import make_grid
-from stepwell.training.batches import InputSpec
+from stepwell.data.spec import InputSpec
 from tiny import random_images
 
 SPEC = InputSpec((16, 16), 3, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 from report_example import CIFAR, make_model, make_predictions, make_result, thumbnail
 
-from stepwell.delivery import plots, report, wording
-from stepwell.delivery.result import Result
+from stepwell.report import plots, report, wording
+from stepwell.report.result import Result
 from stepwell.errors import RunDirError
 
 NOTE = "the teacher may have seen the selection images"

@@ -9,8 +9,9 @@ from torch import nn
 
 from stepwell.pruning.families import find_groups
 from stepwell.pruning.units import Group, Slice
-from stepwell.stages.score import Importance, gate_gradients, l2_normalised, score
-from stepwell.training.batches import Batch
+from stepwell.pruning.ranking import Importance, l2_normalised
+from stepwell.stages.score import gate_gradients, importance_by_gradient
+from stepwell.data.batches import Batch
 from tiny import (
     NUM_CLASSES,
     VARIANTS,

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from stepwell.stages.select import Point, all_rules, performance, pick, rule_values
+from stepwell.stages.select import Point, all_rules, pick, rule_values
+from stepwell.tasks.classification import performance
 
 SLOPES = ["npsd", "npsd-chord-teacher", "npsd-chord-student"]
 RULES = ["performance", "lambda", *SLOPES]

@@ -12,16 +12,16 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from stepwell.config import CompressConfig
-from stepwell.delivery.archive import Architecture, Card, load, save_model
+from stepwell.config.commands import CompressConfig
+from stepwell.models.card import Architecture, Card, load, save_model
 from stepwell.errors import ModelError, UnsupportedModelError
 from stepwell.losses.output import Output
-from stepwell.options import JointOptions, LossOptions
+from stepwell.config.options import JointOptions, LossOptions
 from stepwell.pruning.constant import ConstantOutput
 from stepwell.pruning.families import find_groups
 from stepwell.pruning.shared import SharedWeights
 from stepwell.pruning.skeleton import build_skeleton, fill, leading_units, sort_units
-from stepwell.pruning.states import WithStates
+from stepwell.losses.observe import Observed
 from stepwell.pruning.units import Candidate
 from stepwell.stages.joint import JointStep, candidates_of_step, scales_per_step
 from stepwell.training.loop import fit

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from stepwell.training.batches import Batch
+from stepwell.data.batches import Batch
 from stepwell.training.statistics import recalibrate
 
 

@@ -12,11 +12,12 @@ import torchvision
 from torch import nn
 
 from blocks import check_sliced_equals_masked, shaken
-from stepwell.options import GridOptions
+from stepwell.config.options import GridOptions
 from stepwell.pruning.families import find_groups
 from stepwell.pruning.skeleton import build_skeleton, fill, leading_units
 from stepwell.pruning.units import tensors_of
-from stepwell.stages.grid import make_grid, uniform_scores
+from stepwell.stages.grid import make_grid
+from stepwell.pruning.ranking import uniform_scores
 
 RATIOS = [i / 10 for i in range(1, 10)]
 
@@ -31,7 +32,7 @@ def cut(model: nn.Module, ratio: float) -> nn.Module:
 
 def swin_of_transformers() -> nn.Module:
     transformers = pytest.importorskip("transformers")
-    from stepwell.delivery.huggingface import wrapped
+    from stepwell.models.huggingface import wrapped
 
     config = transformers.SwinConfig(
         image_size=32,

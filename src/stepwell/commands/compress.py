@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from torch import nn
 
-from stepwell.config import CompressConfig, make_config
-from stepwell.delivery.archive import Factory, digest, load
-from stepwell.delivery.input import with_image_size
-from stepwell.delivery.result import Result
-from stepwell.delivery.table import result_table
-from stepwell.delivery.teacher import Teacher, load_factory, load_teacher, teacher_from_module
-from stepwell.errors import ConfigError
-from stepwell.handover import hand_over
-from stepwell.options import flag_of
-from stepwell.own_code import file_digest, is_own_code
-from stepwell.paths import descend
-from stepwell.setting import Setting, prepare
-from stepwell.training.data import Data, resolve_data
-from stepwell.training.run_dir import RunDir
+from stepwell.config.commands import CompressConfig
+from stepwell.config.files import make_config
+from stepwell.config.own_code import is_own_code
+from stepwell.models.card import Factory, load
+from stepwell.models.teacher import load_factory
+from stepwell.paths import path_of
+from stepwell.paths.begin import begin
+from stepwell.report.result import Result
+from stepwell.report.table import result_table
+from stepwell.run.observer import Observer
+from stepwell.stages.deliver import deliver
 
 
 @dataclass(frozen=True)
@@ -64,7 +61,7 @@ def compress(
 ) -> Compressed:
     """Compress `teacher` to a budget, in automatic distillation steps.
 
-    Started again with the same arguments, it goes on after the last checkpoint.
+    Started again with the same arguments, it resumes after the last checkpoint.
 
     Args:
         teacher: A supported module with trained weights, or what `--teacher` takes: a timm name, a finished
@@ -75,7 +72,7 @@ def compress(
         out_dir: The run directory.
         student: A model of another architecture that the assistant teaches, instead of the smallest
             candidate: a timm name, FILE.py:FACTORY, or a module.
-        **options: Any other field of `stepwell.config.CompressConfig`, such as `epochs=60`.
+        **options: Any other field of `stepwell.config.commands.CompressConfig`, such as `epochs=60`.
 
     Raises:
         StepwellError: Anything that the caller can mend, in one line.
@@ -89,73 +86,33 @@ def compress(
         **options,
     }
     config = make_config(CompressConfig, values)
-    modules = (model if isinstance(model, nn.Module) else None for model in (teacher, student))
-    return run(config, *modules)
+    teacher_module, student_module = (m if isinstance(m, nn.Module) else None for m in (teacher, student))
+    s = begin(config, teacher_module, student_module)
+    result = path_of(config.path).descend(s, deliver)
+    return _compressed(config, result, teacher_module, student_module)
+
+
+def run(config: CompressConfig, observer: Observer | None = None) -> Compressed:
+    """The same for the command line, where models are named.
+
+    Args:
+        config: All options.
+        observer: Whoever looks on.
+    """
+    result = path_of(config.path).descend(begin(config, observer=observer), deliver)
+    return _compressed(config, result)
+
+
+def _compressed(
+    config: CompressConfig, result: Result, teacher: nn.Module | None = None, student: nn.Module | None = None
+) -> Compressed:
+    assert config.out_dir is not None
+    source, module = (config.teacher, teacher) if config.student is None else (config.student, student)
+    factory = load_factory(source) if is_own_code(source) else None
+    return Compressed(
+        result, config.out_dir, factory if module is None else lambda: copy.deepcopy(module).cpu()
+    )
 
 
 def _name(model: nn.Module | str | Path) -> str:
     return f"a {type(model).__name__}" if isinstance(model, nn.Module) else str(model)
-
-
-def run(
-    config: CompressConfig, module: nn.Module | None = None, student: nn.Module | None = None
-) -> Compressed:
-    """What `compress()` and the command line share.
-
-    Args:
-        config: All options.
-        module: The teacher, where the caller built it.
-        student: The student of another architecture, likewise.
-    """
-    require(config, "compress", "teacher", "data", "out_dir")
-    assert config.out_dir is not None
-    setting = open_run(config, module, student)
-    result = hand_over(setting, descend(setting))
-    if config.student is not None:
-        return Compressed(result, config.out_dir, _factory(config.student, student))
-    return Compressed(result, config.out_dir, _factory(config.teacher, module))
-
-
-def open_run(
-    config: CompressConfig, module: nn.Module | None = None, student: nn.Module | None = None
-) -> Setting:
-    """Load the images and the teacher, check everything, and begin the run directory or come back to it."""
-    data = resolve_data(config)
-    if module is not None:
-        teacher = teacher_from_module(module, data.classes or None)
-    else:
-        teacher = load_teacher(config.teacher, config.teacher_weights, config.model_args, len(data.classes))
-    spec = with_image_size(teacher.spec, teacher.model, config.image_size)
-    teacher = replace(teacher, spec=spec)
-    return _setting(config, teacher, data, student)
-
-
-def _factory(source: str, module: nn.Module | None) -> Factory | None:
-    """What builds a model again, where timm cannot do it by name."""
-    if module is not None:
-        return lambda: copy.deepcopy(module).cpu()
-    return load_factory(source) if ".py:" in source else None
-
-
-def _setting(config: CompressConfig, teacher: Teacher, data: Data, student: nn.Module | None) -> Setting:
-    assert config.out_dir is not None
-    # Every check comes before the folder is made.
-    setting = prepare(config, RunDir(config.out_dir), teacher, data, student)
-    if not (config.out_dir / "result.json").exists():
-        setting.read_images()
-    RunDir.open(config.out_dir, config)
-    identity = {"teacher": teacher.digest, "data": data.fingerprint}
-    if setting.foreign is not None:
-        identity["student"] = digest(setting.foreign.model)
-    for option, loss in (("--logit-loss", config.logit_loss), ("--feature-loss", config.feature_loss)):
-        if is_own_code(loss):
-            identity[option] = file_digest(loss)
-    setting.run.check_identity(identity)
-    return setting
-
-
-def require(config: CompressConfig, command: str, *names: str) -> None:
-    """Check that the options without a default were given."""
-    for name in names:
-        if not getattr(config, name):
-            raise ConfigError(f"{command} needs {flag_of(name)}")

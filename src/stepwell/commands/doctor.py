@@ -6,62 +6,54 @@ the candidates assume that all layers matter alike, which scoring will correct.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from rich.table import Table
 from torch import nn
 
-from stepwell.budgets import student_widths
-from stepwell.config import CompressConfig
-from stepwell.delivery.archive import example_images
-from stepwell.delivery.input import check_runs, input_spec, with_image_size
-from stepwell.delivery.measure import count_macs, num_params
-from stepwell.delivery.student import build_student
-from stepwell.delivery.table import render, short_number
-from stepwell.delivery.teacher import (
-    create_timm,
-    create_without_memory,
-    load_teacher,
-    parse_model_args,
-)
-from stepwell.errors import ConfigError
-from stepwell.losses.crd import gathers
+from stepwell.config.commands import CompressConfig
+from stepwell.config.own_code import is_own_code
+from stepwell.data.spec import InputSpec
+from stepwell.data.splits import Data, resolve_data
+from stepwell.measure.budget import student_widths
+from stepwell.measure.cost import Costs, Epochs
+from stepwell.measure.estimate import memory_and_disk, seconds_of
+from stepwell.measure.size import count_macs, num_params, short_number
+from stepwell.models.input import check_runs, input_spec, with_image_size
+from stepwell.models.student import build_student
+from stepwell.models.teacher import create_timm, create_without_memory, load_teacher, parse_model_args
+from stepwell.paths import path_of
+from stepwell.paths.begin import require
 from stepwell.pruning import generic
 from stepwell.pruning.families import find_groups, names_by_family
+from stepwell.pruning.ranking import uniform_scores
 from stepwell.pruning.skeleton import build_skeleton
 from stepwell.pruning.units import Candidate, Group
-from stepwell.setting import few_images, find_device, groups_of_foreign
-from stepwell.stages.grid import make_grid, rungs_of_path, uniform_scores
-from stepwell.stages.joint import scales_per_step
-from stepwell.stages.plan import Costs, Epochs, expected_bill
-from stepwell.training.batches import InputSpec
-from stepwell.training.data import Data, resolve_data
-from stepwell.training.progress import progress
-
-# Of what a large matrix product reaches, small layers reach about this share; one figure for an estimate.
-EFFICIENCY = 0.4
+from stepwell.report.table import render
+from stepwell.run.device import find_device
+from stepwell.run.progress import progress
+from stepwell.setting.prepare import proof_images, proven_groups
+from stepwell.stages.grid import make_grid
 
 
 def run(config: CompressConfig) -> str:
     """Report what `compress` with the same options would do."""
-    if not config.teacher:
-        raise ConfigError("doctor needs --teacher")
+    require(config, "doctor", "teacher")
+    path = path_of(config.path)
+    path.check(config)
     data = resolve_data(config) if config.data else None
-    model, spec, foreign = _model(config, data)
+    model, spec, is_own_module = _model(config, data)
     spec = with_image_size(spec, model, config.image_size)
-    if foreign:
+    if is_own_module:
         check_runs(model, spec, config.teacher, "--image-size")
-        images = few_images(data, spec, config) if data else example_images(spec, 4)
-        groups = groups_of_foreign(model, spec, images)
+        groups = proven_groups(model, spec, proof_images(data, spec, config))
     else:
         groups = find_groups(model)
     student = _student(config, model, spec)
     scores = uniform_scores(groups)
     met = student_widths(config, model, spec, groups, scores)
-    candidates = make_grid(groups, scores, rungs_of_path(met.keep_ratio, config), config, met.widths)
+    candidates = make_grid(groups, scores, path.rungs(met.keep_ratio, config), config, met.widths)
     skeletons = []
     with progress("sizes of the candidates", len(candidates)) as advance:
         for candidate in candidates:
@@ -119,13 +111,12 @@ def _classes_differ(model: nn.Module, data: Data | None) -> list[str]:
 def _model(config: CompressConfig, data: Data | None) -> tuple[nn.Module, InputSpec, bool]:
     """The model, its input, and whether it is a module of the user's own."""
     num_classes = len(data.classes) if data else 0
-    if ".py:" in config.teacher or Path(config.teacher).exists():
+    if is_own_code(config.teacher) or Path(config.teacher).exists():
         teacher = load_teacher(config.teacher, config.teacher_weights, config.model_args, num_classes)
-        return teacher.model, teacher.spec, teacher.architecture.source == "factory"
+        return teacher.model, teacher.spec, teacher.is_own_module
     args = parse_model_args(config.model_args)
-    if (
-        num_classes and config.teacher_weights
-    ):  # without weights of the user's, timm's own count of classes holds
+    # Without weights of the user's, timm's own count of classes holds.
+    if num_classes and config.teacher_weights:
         args = {"num_classes": num_classes, **args}
     # Shapes are enough to count, but not to time.
     create = create_without_memory if config.latency_ms is None else create_timm
@@ -227,88 +218,23 @@ def _estimate(
     student: nn.Module | None,
     spec: InputSpec,
 ) -> list[str]:
-    device = find_device(config.device)
-    total = count_macs(model, spec)
+    device, path, total = find_device(config.device), path_of(config.path), count_macs(model, spec)
     scales = [count_macs(skeleton, spec) / total for skeleton in skeletons]
-    num_train = len(data.train) if data else 1000
-    costs = Costs(
-        scales,
-        scales[0] if student is None else count_macs(student, spec) / total,
-        scales_per_step(scales, config),
-        num_train,
-        min(config.score_images, num_train),
-        len(data.selection) if data else 100,
-        config.views,
-        config.taught,
-    )
+    num_train, num_selection = (len(data.train), len(data.selection)) if data else (1000, 100)
+    # What a loss computes by itself is left out: it is counted on outputs, and nothing runs here.
+    student_scale = scales[0] if student is None else count_macs(student, spec) / total
+    costs = Costs(config, scales, student_scale, num_train, num_selection)
     epochs = Epochs(joint=config.joint_epochs or config.epochs, distill=config.epochs)
-    passes = sum(expected_bill(config, costs, epochs).values())
-    if config.control != "none":
-        passes *= 2
-    seconds = passes * total / (EFFICIENCY * macs_per_second(device))
-    store = num_params(skeletons[-1])
-    activations = activation_bytes(skeletons[-1], spec, config.batch_size * config.views)
-    banks, read = bank_bytes(config, num_train, len(scales))
-    memory = 4 * num_params(model) + 16 * store + activations + banks + read
-    # The store and the students, and while it trains two checkpoints: weights, two moments, memories.
-    disk = 4 * (store + 4 * num_params(skeletons[0])) + 2 * (12 * store + banks)
+    passes = sum(path.bill(costs, epochs, config).values()) * (1 if config.control == "none" else 2)
+    seconds = seconds_of(passes * total, device)
+    losses = path.losses(len(scales), config)
+    memory, disk = memory_and_disk(config, model, skeletons, spec, num_train, losses)
     images = f"{num_train} training images" if data else "1,000 training images (give --data for yours)"
     return [
         f"roughly, on this {device.type}: {_hours(seconds)} for {epochs.joint:g} + {epochs.distill:g} epochs "
         f"of {images}, {memory / 2**30:.2g} GiB of memory at batch {config.batch_size}, "
         f"{disk / 2**20:.3g} MiB on disk",
     ]
-
-
-def bank_bytes(config: CompressConfig, num_train: int, num_rungs: int) -> tuple[int, int]:
-    """What CRD remembers of the images, for each candidate that is trained at once, and reads in a step."""
-    if config.feature_loss != "crd" or not config.feature_weight:
-        return 0, 0
-    dim = int(config.feature_args.get("embed_dim", 128))
-    negatives = min(int(config.feature_args.get("num_negatives", 16384)), num_train)
-    chain = len(config.assistants) + 1
-    together = {"amd": num_rungs, "amd-manual": num_rungs, "dgkd": chain}
-    at_once = max(1, chain - config.drop) if config.path == "dgkd" else 1  # gradients of one sum
-    banks = 2 * 4 * dim * num_train
-    products = banks + 2 * 4 * config.batch_size * num_train  # a copy of both, and of each row's score
-    read = 2 * 4 * config.batch_size * negatives * dim if gathers(num_train, negatives, dim) else products
-    return together.get(config.path, 1) * banks, at_once * read
-
-
-def macs_per_second(device: torch.device) -> float:
-    """What a matrix product of moderate size reaches on `device`."""
-    size = 1024
-    a = torch.randn(size, size, device=device)
-    product, seconds = a, 0.0
-    for _ in range(2):  # the first warms up
-        start = time.perf_counter()
-        for _ in range(4):
-            product = a @ a
-        product[0, 0].item()  # waits for the device
-        seconds = time.perf_counter() - start
-    return 4 * size**3 / seconds
-
-
-def activation_bytes(model: nn.Module, spec: InputSpec, batch_size: int) -> int:
-    """Bytes that autograd keeps between forward and backward, counted on the meta device."""
-    kept: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage._cdata] = storage.nbytes()
-        return tensor
-
-    shadow = build_meta(model)
-    images = torch.empty(batch_size, spec.channels, *spec.size, device="meta")
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = shadow(images)
-    del output
-    return sum(kept.values())
-
-
-def build_meta(model: nn.Module) -> nn.Module:
-    """A copy with everything on the meta device."""
-    return build_skeleton(model, [], {}).to("meta").train()
 
 
 def _hours(seconds: float) -> str:

@@ -6,16 +6,15 @@ from pathlib import Path
 
 import torch
 
-from stepwell.config_tools import ExportConfig
-from stepwell.delivery.archive import Factory, save_model
-from stepwell.delivery.export import export_onnx, export_program
-from stepwell.delivery.ladder import load_rung, rungs
-from stepwell.delivery.measure import num_params
-from stepwell.delivery.table import short_number
-from stepwell.delivery.teacher import load_factory
+from stepwell.config.commands import ExportConfig
 from stepwell.errors import ConfigError, ModelError
-from stepwell.training.progress import progress
-from stepwell.training.run_dir import writing
+from stepwell.measure.size import num_params, short_number
+from stepwell.models.card import Factory, save_model
+from stepwell.models.export import export_onnx, export_program
+from stepwell.models.ladder import load_rung, rungs
+from stepwell.models.teacher import load_factory
+from stepwell.run.progress import progress
+from stepwell.run.run_dir import writing
 
 
 def run(config: ExportConfig) -> str:

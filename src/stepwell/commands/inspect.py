@@ -10,16 +10,17 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
-from stepwell.config_tools import InspectConfig
-from stepwell.delivery.archive import ONNX, Factory
-from stepwell.delivery.export import export_onnx
-from stepwell.delivery.ladder import load_rung
-from stepwell.delivery.measure import measure_latency
-from stepwell.delivery.result import Latency, Result, SelectionResult
-from stepwell.delivery.table import render, result_table, short_number
-from stepwell.delivery.teacher import load_factory
+from stepwell.config.commands import InspectConfig
 from stepwell.errors import ModelError
-from stepwell.training.progress import progress
+from stepwell.measure.clock import Latency, measure_latency
+from stepwell.measure.size import short_number
+from stepwell.models.card import ONNX, Factory
+from stepwell.models.export import export_onnx
+from stepwell.models.ladder import load_rung
+from stepwell.models.teacher import load_factory
+from stepwell.report.result import Result, SelectionResult
+from stepwell.report.table import render, result_table
+from stepwell.run.progress import progress
 
 
 def run(config: InspectConfig) -> str:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from PIL import Image
 
-from stepwell.config_tools import PredictConfig
-from stepwell.delivery.archive import find_model_dir, load, read_card
-from stepwell.delivery.teacher import load_factory
+from stepwell.config.commands import PredictConfig
+from stepwell.data.images import one_line
+from stepwell.data.transforms import eval_transform, normalise
 from stepwell.errors import ConfigError, DataError, ModelError
-from stepwell.training.batches import eval_transform, normalise
-from stepwell.training.images import one_line
+from stepwell.models.card import find_model_dir, load, read_card
+from stepwell.models.teacher import load_factory
 
 
 def run(config: PredictConfig) -> str:

@@ -25,7 +25,7 @@ from stepwell.losses.vectors import full_precision, unit
 class CRD(nn.Module):
     """Both embeddings are trained along with the student; the published weight is 0.8.
 
-    Banks, Z and the draw of negatives go on in training mode only; all are part of the state_dict.
+    Banks, Z and the draw of negatives change in training mode only; all are part of the state_dict.
 
     Args:
         student_dim: Width of the student's pooled features.
@@ -126,6 +126,17 @@ class CRD(nn.Module):
 def gathers(num_images: int, num_slots: int, dim: int) -> bool:
     """Whether the rows are copied out of a bank, instead of a product with all of it."""
     return num_images > num_slots * dim
+
+
+def bank_bytes(
+    num_images: int, batch_size: int, embed_dim: int = 128, num_negatives: int = 16384
+) -> tuple[int, int]:
+    """Bytes of both banks, and of what a step reads of them."""
+    negatives = min(num_negatives, num_images)
+    banks = 2 * 4 * embed_dim * num_images
+    if gathers(num_images, negatives, embed_dim):
+        return banks, 2 * 4 * batch_size * negatives * embed_dim
+    return banks, banks + 2 * 4 * batch_size * num_images  # a copy of both, and of each row's score
 
 
 def _scores(

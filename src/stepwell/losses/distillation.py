@@ -7,24 +7,32 @@ distance of hidden states.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
+from stepwell.config.options import LossOptions
 from stepwell.errors import ConfigError
-from stepwell.losses.choose import Loss, feature_loss, logit_loss
-from stepwell.losses.output import Output, Target, TrainingImages
-from stepwell.options import NEED_STATES, LossOptions
+from stepwell.losses.choose import Call, Pair, feature_loss, logit_loss
+from stepwell.losses.output import Output, Target, arguments
+from stepwell.losses.sskd import rotations
+from stepwell.tasks.classification import loss_per_image
+
+Phase = Literal["pretraining", "main"]
+"""With some losses a training comes first; see `LossFacts.pretraining`."""
 
 
 class Distillation(nn.Module):
-    """loss = task_weight * CE + logit_weight * LOGIT + feature_weight * FEATURE, of one student.
+    """loss = task_weight * CE + logit_weight * LOGIT + feature_weight * FEATURE, for one pair of models.
 
     That AMD's three terms are these is certain from the supplementary; that its alpha belongs to the logits
     and its beta to the states is our reading (docs/method.md). A term with weight 0 is not computed.
+
+    What is saved and trained with it are its parameters and buffers: those of its terms. What a term borrows
+    of a model (`Observed.after`) is a function, and no part of it.
 
     Args:
         options: Weights, and over which share of the training the two teachers' terms rise from 0.
@@ -32,33 +40,48 @@ class Distillation(nn.Module):
         feature: From their hidden states or features; None where the weight is 0, or one has no states.
     """
 
-    def __init__(self, options: LossOptions, logit: Loss | None, feature: Loss | None) -> None:
+    def __init__(self, options: LossOptions, logit: Call | None, feature: Call | None) -> None:
         super().__init__()
         self.options, self.logit, self.feature = options, logit, feature
-
-    def views(self, images: Tensor) -> Tensor:
-        """The images that both models see; some losses add turned copies behind them."""
-        if self.feature is None:
-            return images
-        try:
-            return self.feature.views(images)
-        except ValueError as error:  # images that a loss cannot turn
-            raise ConfigError(f"--feature-loss {self.options.feature_loss}: {error}") from None
+        self.phase: Phase = "main"
 
     @property
-    def looks_at_teacher(self) -> bool:
+    def phases(self) -> tuple[Phase, ...]:
+        """The trainings that it takes, in their order."""
+        has_first = self.feature is not None and self.options.pretraining is not None
+        return ("pretraining", "main") if has_first else ("main",)
+
+    def begin(self, phase: Phase) -> None:
+        """Go over to a phase; a loss that has trained the student alone is no part of the main one."""
+        if phase == "main" and self.options.feature_facts.is_silent_after_pretraining:
+            self.feature = None
+        self.phase = phase
+
+    @property
+    def runs_student(self) -> bool:
+        """Whether the student has to run in this phase: not while a loss only trains parts of its own."""
+        return not (self.phase == "pretraining" and self.options.pretraining == "loss")
+
+    @property
+    def runs_teacher(self) -> bool:
         """Whether any term needs the teacher's outputs."""
         return self.logit is not None or self.feature is not None
 
-    @property
-    def first(self) -> Literal["student", "own"] | None:
-        """Whether a training comes before this one, and of what; see `Loss`."""
-        return self.feature.first if self.feature is not None else None
+    def views(
+        self, images: Float[Tensor, "batch channels height width"]
+    ) -> Float[Tensor, "views channels height width"]:
+        """The images that both models see; some losses add turned copies behind them."""
+        if self.feature is None or self.options.views == 1:
+            return images
+        try:
+            return rotations(images)
+        except ValueError as error:  # images that cannot be turned
+            raise ConfigError(f"--feature-loss {self.options.feature_loss}: {error}") from None
 
-    def first_loss(self, student: Output, teacher: Output, target: Target) -> dict[str, Float[Tensor, ""]]:
-        """What that training minimises."""
-        assert self.feature is not None
-        return {"loss": self.feature.first_call(student, teacher, target)}
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that a term does not want decayed, besides norms and biases."""
+        names = getattr(cast(Any, self.feature), "no_weight_decay", set)
+        return {f"feature.{name}" for name in names()}
 
     def forward(
         self, student: Output, teacher: Output, target: Target, task: bool = True
@@ -66,45 +89,44 @@ class Distillation(nn.Module):
         """`loss`, and the parts it is made of before their weights: `task`, `logit`, `feature`.
 
         Args:
-            student: Of all views.
-            teacher: Of all views.
+            student: The student's output for all views.
+            teacher: The teacher's output for all views.
             target: Of the images themselves, which are the first of the views.
             task: Whether the labels' term is part; a student of several teachers has it once.
         """
         options, num_images = self.options, len(target.labels)
+        if self.phase == "pretraining":
+            return {"loss": self._pretraining(student, teacher, target)}
         rise = min(1.0, target.progress / options.loss_warmup) if options.loss_warmup else 1.0
-        plain = Output(student.logits[:num_images], student.states, student.features)
-        given = Output(teacher.logits[:num_images], teacher.states, teacher.features)
+        plain = student._replace(logits=student.logits[:num_images])
+        given = teacher._replace(logits=teacher.logits[:num_images])
         parts, total = {}, []
         if task and options.task_weight:
-            parts["task"] = F.cross_entropy(plain.logits.float(), target.labels)
+            parts["task"] = loss_per_image(plain.logits, target.labels).mean()
             total.append(options.task_weight * parts["task"])
         if self.logit is not None:
-            parts["logit"] = self.logit(plain, given, target)
+            parts["logit"] = self.logit(*arguments(options.logit_facts, plain, given, target))
             total.append(rise * options.logit_weight * parts["logit"])
         if self.feature is not None:
-            parts["feature"] = self.feature(student, teacher, target)
+            parts["feature"] = self.feature(*arguments(options.feature_facts, student, teacher, target))
             total.append(rise * options.feature_weight * parts["feature"])
         assert total, "LossOptions allows at most two weights of 0"
         return {"loss": sum(total[1:], start=total[0]), **parts}
 
+    def _pretraining(self, student: Output, teacher: Output, target: Target) -> Tensor:
+        assert self.feature is not None
+        given = arguments(self.options.feature_facts, student, teacher, target)
+        if self.options.pretraining == "student":
+            return self.feature(*given)
+        return cast(Any, self.feature).pretraining_loss(given[1])  # the teacher's piece of the first pair
 
-def make_distillation(
-    options: LossOptions,
-    student: Output,
-    teacher: Output,
-    images: TrainingImages,
-    projected: bool,
-    seed: int,
-) -> Distillation:
-    """The loss that `options` describe, for models like those of two example outputs.
+
+def make_distillation(options: LossOptions, pair: Pair, seed: int) -> Distillation:
+    """The loss that `options` describe, for two models.
 
     Args:
         options: Names, weights, arguments.
-        student: Shapes are read from it.
-        teacher: Likewise.
-        images: For losses with a memory.
-        projected: Whether the two are of different architectures.
+        pair: The models, by example.
         seed: Of the parameters that a loss has of its own.
 
     Raises:
@@ -112,26 +134,37 @@ def make_distillation(
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        logit = logit_loss(options, student, teacher) if options.logit_weight else None
-        has_states = bool(student.states) and (bool(teacher.states) or options.feature_loss == "ofa")
-        has_states = has_states or options.feature_loss not in NEED_STATES
-        feature = (
-            feature_loss(options, student, teacher, images, projected)
-            if options.feature_weight and has_states
-            else None
-        )
-    return Distillation(options, logit, feature).to(student.logits.device)
+        logit, feature = logit_loss(options, pair), feature_loss(options, pair)
+    return Distillation(options, logit, feature).to(pair.student.logits.device)
 
 
-def end_first(losses: Iterable[Distillation]) -> None:
-    """A loss that trained the student first is not part of the main training."""
-    for loss in losses:
-        if loss.first == "student":
-            loss.feature = None
+def loss_macs(loss: Distillation, pair: Pair) -> float:
+    """Multiply-accumulates of the loss itself, forward and backward, per image.
+
+    Those of its projectors, heads and memories; the models' own are not among them.
+
+    Args:
+        loss: One that was made for this count alone: a memory is written to.
+        pair: The models that it was made for.
+    """
+    num_images, device = len(pair.student.logits), pair.student.logits.device
+    student = _as_leaves(pair.student, loss.options.views)
+    teacher = _as_leaves(pair.teacher, loss.options.views)
+    labels, indices = (torch.zeros(num_images, dtype=torch.int64, device=device) for _ in range(2))
+    with torch.enable_grad(), FlopCounterMode(display=False) as counter:
+        loss(student, teacher, Target(labels, indices, progress=0.5))["loss"].backward()
+    return counter.get_total_flops() / 2 / num_images
 
 
-def own_parameters(losses: Iterable[Distillation]) -> dict[str, nn.Parameter]:
-    """What the losses of a step train besides the models, by names of its own."""
+def _as_leaves(output: Output, views: int) -> Output:
+    def leaf(tensor: Tensor) -> Tensor:
+        return torch.cat([tensor.detach()] * views).requires_grad_()
+
+    return Output(leaf(output.logits), [leaf(state) for state in output.states], leaf(output.features))
+
+
+def loss_parameters(losses: Iterable[Distillation]) -> dict[str, nn.Parameter]:
+    """What the losses of a step train besides the models, by names of their own."""
     return {
         f"losses.{i}.{name}": parameter
         for i, loss in enumerate(losses)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from stepwell.losses.projection import as_map
+from stepwell.losses.output import as_map
 
 SMALLEST_GRID = 7
 MOST_BLOCKS = 3

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
+
+from stepwell.config.loss_facts import Given, LossFacts, Reads
 
 
 class Output(NamedTuple):
@@ -44,3 +47,68 @@ class TrainingImages(NamedTuple):
     labels: Int[Tensor, " images"] | None
     """None where there are none."""
     num_images: int
+
+    @property
+    def labels_of_classes(self) -> Int[Tensor, " images"] | None:
+        """The labels where there are several classes: without labels all images are of one, which tells none
+        apart."""
+        return self.labels if self.labels is not None and len(self.labels.unique()) > 1 else None
+
+
+def arguments(facts: LossFacts, student: Output, teacher: Output, target: Target) -> list[object]:
+    """What a loss with these facts is called with, in its order."""
+    pieces = [piece for what in facts.reads for piece in _read(what, student, teacher)]
+    return [*pieces, *(_given(what, target) for what in facts.given)]
+
+
+def _read(what: Reads, student: Output, teacher: Output) -> tuple[object, ...]:
+    match what:
+        case "logits":
+            return student.logits, teacher.logits
+        case "features":
+            return student.features, teacher.features
+        case "states":
+            return student.states, teacher.states
+        case "student_states":
+            return (student.states,)
+        case "maps":
+            return maps(student, teacher), maps(teacher, student)
+        case "middle_map":
+            ours, theirs = maps(student, teacher), maps(teacher, student)
+            return ours[len(ours) // 2], theirs[len(theirs) // 2]
+        case "last_map":
+            return maps(student, teacher)[-1], maps(teacher, student)[-1]
+        case "outputs":
+            return student, teacher
+
+
+def _given(what: Given, target: Target) -> object:
+    match what:
+        case "labels":
+            return target.labels
+        case "indices":
+            return target.indices
+        case "progress":
+            return target.progress
+        case "target":
+            return target
+
+
+def maps(one: Output, other: Output) -> list[Float[Tensor, "batch channels height width"]]:
+    """The states of `one` as maps, as many as both have: paired from the end, where the classifiers read."""
+    count = min(len(one.states), len(other.states))
+    return [as_map(state) for state in one.states[len(one.states) - count :]]
+
+
+def as_map(state: Shaped[Tensor, "batch ..."]) -> Shaped[Tensor, "batch channels height width"]:
+    """A hidden state of any layout as a map; class tokens and registers are left out.
+
+    Tokens (B, N, C) are laid out in rows on the largest square that they fill, the last of them: prefix
+    tokens come first. Of four dimensions the two equal ones are height and width, so (B, H, H, C), as Swin
+    has it, is told from (B, C, H, H).
+    """
+    if state.ndim == 3:
+        side = math.isqrt(state.shape[1])
+        return state[:, -side * side :].transpose(1, 2).unflatten(2, (side, side))
+    channels_last = state.shape[1] == state.shape[2] and state.shape[2] != state.shape[3]
+    return state.permute(0, 3, 1, 2) if channels_last else state

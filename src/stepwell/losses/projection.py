@@ -6,13 +6,15 @@ channels to the teacher's, on maps averaged to the smaller grid of the two.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from typing import Literal
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from stepwell.losses.feature import state_loss
 from stepwell.losses.maps import at_smaller_size
+from stepwell.losses.output import as_map
 
 
 class Projections(nn.Module):
@@ -47,15 +49,23 @@ class Projections(nn.Module):
         return projected, targets
 
 
-def as_map(state: Tensor) -> Float[Tensor, "batch channels height width"]:
-    """A hidden state of any layout as a map; class tokens and registers are left out.
+class ProjectedStates(nn.Module):
+    """`state_loss` of a student of another architecture: between its projected states and the teacher's.
 
-    Tokens (B, N, C) are laid out in rows on the largest square that they fill, the last of them: prefix
-    tokens come first. Of four dimensions the two equal ones are height and width, so (B, H, H, C), as Swin
-    has it, is told from (B, C, H, H).
+    Args:
+        student: One state of each block of the student, of any batch; only shapes are read.
+        teacher: The same of the teacher.
+        scale: As in `state_loss`.
     """
-    if state.ndim == 3:
-        side = math.isqrt(state.shape[1])
-        return state[:, -side * side :].transpose(1, 2).unflatten(2, (side, side))
-    channels_last = state.shape[1] == state.shape[2] and state.shape[2] != state.shape[3]
-    return state.permute(0, 3, 1, 2) if channels_last else state
+
+    def __init__(
+        self, student: Sequence[Tensor], teacher: Sequence[Tensor], scale: Literal["teacher-power", "raw"]
+    ) -> None:
+        super().__init__()
+        self.projections = Projections(student, teacher)
+        self.scale: Literal["teacher-power", "raw"] = scale
+
+    def forward(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Float[Tensor, ""]:
+        """The mean over the pairs of states."""
+        projected, targets = self.projections(student, teacher)
+        return state_loss(projected, targets, self.scale)

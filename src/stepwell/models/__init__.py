@@ -1,3 +1,1 @@
-"""Models that timm lacks: importing this registers them, and `timm.create_model` knows their names."""
-
-from stepwell.models import cifar as cifar
+"""How models arrive and how they leave: teachers, other students, cards, weights, exported files."""

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from stepwell.descent import Finished
-from stepwell.paths import amd, dgkd, mmd, single_step, takd
-from stepwell.setting import Setting
+from stepwell.config.options import Way
+from stepwell.paths import amd, amd_manual, dgkd, mmd, mmd_os, single_step, takd
+from stepwell.paths.path import Path
+
+CONTROL: Way = "single-step"
+"""The path of a control: every comparison of paths is one with it."""
 
 
-def descend(s: Setting) -> Finished:
-    """Go the way that `--path` names."""
-    match s.config.path:
-        case "amd" | "amd-manual":
-            return amd.descend(s)
+def path_of(name: Way) -> Path:
+    """The way that `--path` names."""
+    match name:
+        case "amd":
+            return amd.PATH
+        case "amd-manual":
+            return amd_manual.PATH
         case "single-step":
-            return single_step.descend(s)
+            return single_step.PATH
         case "takd":
-            return takd.descend(s)
+            return takd.PATH
         case "dgkd":
-            return dgkd.descend(s)
-        case "mmd" | "mmd-os":
-            return mmd.descend(s)
+            return dgkd.PATH
+        case "mmd":
+            return mmd.PATH
+        case "mmd-os":
+            return mmd_os.PATH

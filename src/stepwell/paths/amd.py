@@ -7,102 +7,66 @@ resumed run ends where an uninterrupted one does.
 
 from __future__ import annotations
 
-from stepwell.descent import Descent, Finished, Selected
-from stepwell.pruning.shared import SharedWeights
-from stepwell.setting import Setting
-from stepwell.stages.distill import distill_step
-from stepwell.stages.joint import joint_step, train_jointly
-from stepwell.stages.judge import judge_all
-from stepwell.stages.plan import Epochs, epochs_in
-from stepwell.training.loop import Trained, seconds_per_step
-from stepwell.training.progress import say
+from stepwell.config.commands import CompressConfig
+from stepwell.measure.cost import Costs, Epochs
+from stepwell.measure.estimate import Losses
+from stepwell.paths.path import Deliver, Path, R, finish, middle
+from stepwell.paths.plan import plan_with_joint
+from stepwell.setting.rungs import slice_of_store, student_below
+from stepwell.setting.setting import Setting
+from stepwell.stages.distill import distill
+from stepwell.stages.grid import grid, keep_ratios
+from stepwell.stages.joint import joint
+from stepwell.stages.score import score
+from stepwell.stages.select import lower_assistants, select
 
 
-def descend(s: Setting) -> Finished:
-    """Walk down from teacher to student, by way of an assistant that is chosen on the way."""
-    config, run = s.config, s.run
-
-    # 1. Score every unit of the teacher, and sort them. 2. Grid: nested candidates, from the student's
-    # budget up. Both are the beginning of every path, and done here.
-    descent = Descent(s)
+def descend(s: Setting, deliver: Deliver[R]) -> R:
+    """Walk down from teacher to student, via an assistant that is chosen on the way."""
+    # 1. Score every unit of the teacher. 2. Grid: nested candidates of the most important ones.
+    scores = score(s)
+    ladder = grid(s, scores, keep_ratios)
+    epochs = plan_with_joint(s, ladder)
 
     # 3. Joint: train all candidates in one shared set of weights, against the frozen teacher.
-    shared = descent.store()
-    epochs = run.stage("plan", Epochs, lambda: _plan(descent, shared))
-    step = joint_step(s.model, shared, s.blocks, s.train, config, s.autocast)
-    joint = run.stage(
-        "joint",
-        Trained,
-        lambda: train_jointly(
-            step, s.train, s.scored, config, epochs.joint, s.no_decay, s.run.checkpoints("joint")
-        ),
-    )
-    shared.load(joint.tensors)
-    descent.trainings["joint"] = joint
-    descent.bill["joint"] = descent.costs.joint(config.all_epochs(epochs.joint))
+    shared = joint(s, ladder, epochs.joint)
 
     # 4. Select the assistant, on images that nothing was trained on.
-    selected = run.stage(
-        "select",
-        Selected,
-        lambda: descent.choose(judge_all(shared, s.selection, s.teacher.spec, s.teacher_macs)),
-    )
-    descent.bill["select"] = descent.costs.judging(descent.costs.scales)
+    choice = select(s, ladder, (shared.extract(index) for index in range(len(ladder.candidates))))
 
-    # 5. Distill: the assistant teaches the student; both are slices of the jointly trained weights, unless
-    # the student is of another architecture.
-    if config.path == "amd-manual":
-        return _by_way_of_all(descent, shared, selected, epochs)
-    assistants, student = [descent.rung(selected.index, shared)], descent.student(shared)
-    for lower in _lower_assistants(descent, selected):
-        stage, assistant = f"assistant {len(assistants) + 1}", descent.rung(lower, shared)
-        assistants.append(descent.teach(stage, [assistants[-1]], assistant, epochs.distill))
-        student = descent.student(assistant)
-    student = descent.teach("distill", [assistants[-1]], student, epochs.distill)
+    # 5. Distill: the assistant teaches the student; both are slices of the jointly trained weights. Of
+    # several assistants in a row each teaches the next, and the last one's slice is the student.
+    assistants = [slice_of_store(shared, ladder, choice.index)]
+    student = student_below(s, ladder, shared)
+    for index in lower_assistants(choice, s.config, s.metric, s.config.num_assistants):
+        name, assistant = f"assistant {len(assistants) + 1}", slice_of_store(shared, ladder, index)
+        assistants.append(distill(s, ladder, name, assistants[-1:], assistant, epochs.distill))
+        student = student_below(s, ladder, assistants[-1])
+    student = distill(s, ladder, "distill", assistants[-1:], student, epochs.distill)
 
-    # The control, if asked for. 6. Deliver: measure everything, write the files of the run (handover.py).
-    return descent.finish(student, assistants, epochs, selected)
+    # 6. Deliver: measure everything, hand out the student with its proof; the control before, if asked for.
+    way = words(len(ladder.candidates), len(assistants))
+    return deliver(s, finish(s, ladder, epochs.distill, student, assistants, way, choice))
 
 
-def _lower_assistants(descent: Descent, selected: Selected) -> list[int]:
-    """Rungs of the second assistant and further ones: the rule again, below the one before."""
-    rungs = [selected.index]
-    for number in range(2, descent.s.config.num_assistants + 1):
-        scales = descent.costs.scales[: rungs[-1] + 1]
-        # Rounding can give candidates the student's own widths, or each other's.
-        if not any(scales[0] < scale < scales[-1] for scale in scales):
-            say(f"select: no candidate is left for assistant {number}")
-            break
-        rungs.append(descent.choose(selected.candidates, below=rungs[-1]).index)
-    return rungs[1:]
+def bill(costs: Costs, epochs: Epochs, options: CompressConfig) -> dict[str, float]:
+    """Every candidate is trained, but together; then one student, via the middle candidate."""
+    lower = costs.step_down(epochs.distill, middle(costs) / 2, [middle(costs)])
+    return {
+        "score": costs.scoring,
+        "joint": costs.joint(epochs.joint),
+        "select": costs.evaluating(1.0, *costs.scales),
+        "distill": costs.step_down(epochs.distill, costs.student, [middle(costs)]),
+        "more assistants": (options.num_assistants - 1) * lower,
+    }
 
 
-def _by_way_of_all(descent: Descent, shared: SharedWeights, selected: Selected, epochs: Epochs) -> Finished:
-    """AMD with manual choice: a student from every candidate, and the best on the selection images stays."""
-    tried = []
-    for index in range(1, len(shared.candidates)):
-        assistant, student = descent.rung(index, shared), descent.student(shared)
-        stage = f"distill by way of {descent.candidates[index].keep_ratio:g}"
-        tried.append((assistant, descent.teach(stage, [assistant], student, epochs.distill)))
-    return descent.finish_with_best(tried, epochs, selected)
+def words(num_rungs: int, num_assistants: int) -> str:
+    """How it went, for the report."""
+    chosen = "one was chosen as the assistant"
+    if num_assistants > 1:
+        chosen = f"{num_assistants} were chosen as assistants in a row"
+    return f"The teacher taught a ladder of {num_rungs} nested candidates together, of which {chosen}."
 
 
-def _plan(descent: Descent, shared: SharedWeights) -> Epochs:
-    """The epochs asked for, or those that the minutes allow by timing a few steps."""
-    s, config = descent.s, descent.s.config
-    if (minutes := config.minutes_of_path) is None or config.path != "amd":
-        return descent.plan_epochs()
-    # Steps of their own: losses with a memory must not remember that they were timed.
-    step = joint_step(s.model, shared, s.blocks, s.train, config, s.autocast)
-    # The middle candidate stands for the assistant, which is not chosen yet.
-    assistant, student = shared.extract(len(shared.candidates) // 2), s.fresh_student() or shared.extract(0)
-    teach = distill_step([assistant], student, s.blocks, s.foreign_blocks, s.train, config, s.autocast)
-    joint_seconds = seconds_per_step(step, s.train, step.parameters()) * s.train.steps_per_epoch
-    distill_seconds = seconds_per_step(teach, s.train, teach.parameters()) * s.train.steps_per_epoch
-    # What comes first with some losses, and assistants in between, take their share.
-    share = config.all_epochs(1)
-    epochs = epochs_in(minutes, share * joint_seconds, share * distill_seconds * config.num_assistants)
-    say(
-        f"plan: {epochs:.1f} epochs of joint training and of distillation fit into {config.minutes:g} minutes"
-    )
-    return Epochs(joint=epochs, distill=epochs)
+PATH = Path(rungs=keep_ratios, bill=bill, descend=descend, losses=lambda num_rungs, _: Losses(kept=num_rungs))

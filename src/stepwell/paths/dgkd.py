@@ -6,18 +6,51 @@ of each step. Each model starts as a slice of the trained one above it, as in AM
 
 from __future__ import annotations
 
-from stepwell.descent import Descent, Finished
-from stepwell.setting import Setting
+from stepwell.config.commands import CompressConfig
+from stepwell.measure.cost import Costs, Epochs
+from stepwell.measure.estimate import Losses
+from stepwell.paths.path import Deliver, Path, R, candidates_above, check_given, finish, given_rungs
+from stepwell.paths.plan import plan
+from stepwell.report.wording import plural
+from stepwell.setting.rungs import rung_below, student_below, teacher_of
+from stepwell.setting.setting import Setting
+from stepwell.stages.distill import distill
+from stepwell.stages.grid import grid
+from stepwell.stages.score import score
 
 
-def descend(s: Setting) -> Finished:
+def descend(s: Setting, deliver: Deliver[R]) -> R:
     """Walk down `--assistants`; each is taught by the teacher and all assistants before it."""
-    descent, drop = Descent(s), s.config.drop
-    epochs = descent.plan()
-    taught = [descent.teacher]
-    for index in reversed(range(1, len(descent.candidates))):
-        lower = descent.inherit(index, taught[-1]) if len(taught) > 1 else descent.slice(index)
-        stage = f"assistant {descent.candidates[index].keep_ratio:g}"
-        taught.append(descent.teach(stage, taught, lower, epochs.distill, drop))
-    student = descent.teach("distill", taught, descent.student(taught[-1]), epochs.distill, drop)
-    return descent.finish(student, taught[1:], epochs)
+    ladder, drop = grid(s, score(s), given_rungs), s.config.drop
+    epochs, chain = plan(s, ladder, bill).distill, [teacher_of(s)]
+    for index in reversed(range(1, len(ladder.candidates))):
+        lower = rung_below(s, ladder, index, chain[-1])
+        chain.append(distill(s, ladder, f"assistant {lower.keep_ratio:g}", chain, lower, epochs, drop))
+    student = distill(s, ladder, "distill", chain, student_below(s, ladder, chain[-1]), epochs, drop)
+    return deliver(s, finish(s, ladder, epochs, student, chain[1:], words(len(chain) - 1)))
+
+
+def bill(costs: Costs, epochs: Epochs, options: CompressConfig) -> dict[str, float]:
+    """One training for each step, against all that are above it."""
+    chain = [1.0, *reversed(candidates_above(costs)), costs.student]
+    return {
+        "score": costs.scoring,
+        **{
+            f"step {i}": costs.step_down(epochs.distill, chain[i + 1], chain[: i + 1], options.drop)
+            for i in range(len(chain) - 1)
+        },
+    }
+
+
+def losses(_num_rungs: int, options: CompressConfig) -> Losses:
+    """One for each teacher of the last step; gradients are of the sum of those that are not left out."""
+    num_teachers = len(options.assistants) + 1
+    return Losses(kept=num_teachers, in_a_step=max(1, num_teachers - options.drop))
+
+
+def words(num_assistants: int) -> str:
+    """How it went, for the report."""
+    return f"It went down via {plural(num_assistants, 'given assistant')}, each taught by all larger ones."
+
+
+PATH = Path(rungs=given_rungs, bill=bill, descend=descend, losses=losses, check=check_given)

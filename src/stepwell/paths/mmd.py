@@ -1,34 +1,53 @@
-"""Manual multi-step distillation: every candidate as the assistant, each trained by itself.
+"""Manual multi-step distillation: every candidate is the assistant once, each trained by itself.
 
-mmd       a student by way of each; the best on the selection images is kept (AMD's supplementary, MMD)
-mmd-os    the rule chooses one assistant, and only its student is trained (MMD-OS)
+A student is trained from each, and the best on the selection images is kept (AMD's supplementary, MMD).
 """
 
 from __future__ import annotations
 
-from stepwell.descent import Descent, Finished, Selected
-from stepwell.setting import Setting
+from stepwell.config.commands import CompressConfig
+from stepwell.measure.cost import Costs, Epochs
+from stepwell.paths.path import Deliver, Path, R, candidates_above, finish
+from stepwell.paths.plan import plan
+from stepwell.setting.rungs import slice_of_teacher, student_below, teacher_of
+from stepwell.setting.setting import Setting
+from stepwell.stages.distill import distill
+from stepwell.stages.grid import grid, keep_ratios
+from stepwell.stages.score import score
+from stepwell.stages.select import select_student
+
+WAY = (
+    "The teacher taught every candidate by itself, and each taught a student of its own, of which the best "
+    "was kept."
+)
 
 
-def descend(s: Setting) -> Finished:
-    """Train every candidate from the teacher, one after another; then one student, or one for each."""
-    descent = Descent(s)
-    epochs = descent.plan()
-    assistants = [
-        descent.teach(f"assistant {c.keep_ratio:g}", [descent.teacher], descent.slice(i), epochs.distill)
-        for i, c in enumerate(descent.candidates)
-        if i > 0 or s.config.path == "mmd-os"
-    ]
-    if s.config.path == "mmd":
-        tried = []
-        for index, assistant in enumerate(assistants, 1):
-            stage = f"distill by way of {descent.candidates[index].keep_ratio:g}"
-            student = descent.student(assistant)
-            tried.append((assistant, descent.teach(stage, [assistant], student, epochs.distill)))
-        return descent.finish_with_best(tried, epochs)
-    # The student's own rung is one of the points that the rule looks at.
-    selected = s.run.stage("select", Selected, lambda: descent.choose(descent.judge(assistants)))
-    descent.bill["select"] = descent.costs.judging(descent.costs.scales)
-    assistant = assistants[selected.index]
-    student = descent.teach("distill", [assistant], descent.student(assistant), epochs.distill)
-    return descent.finish(student, [assistant], epochs, selected)
+def descend(s: Setting, deliver: Deliver[R]) -> R:
+    """Train every candidate from the teacher, one after another; then a student from each."""
+    ladder = grid(s, score(s), keep_ratios)
+    epochs, teacher = plan(s, ladder, bill).distill, teacher_of(s)
+    assistants = []
+    for index in range(1, len(ladder.candidates)):
+        slice_ = slice_of_teacher(s, ladder, index)
+        name = f"assistant {slice_.keep_ratio:g}"
+        assistants.append(distill(s, ladder, name, [teacher], slice_, epochs))
+    tried = []
+    for assistant in assistants:
+        name, student = f"distill via {assistant.keep_ratio:g}", student_below(s, ladder, assistant)
+        tried.append((assistant, distill(s, ladder, name, [assistant], student, epochs)))
+    assistant, student = tried[select_student(s, tried)]
+    return deliver(s, finish(s, ladder, epochs, student, [assistant], WAY, tried=tried))
+
+
+def bill(costs: Costs, epochs: Epochs, _options: CompressConfig) -> dict[str, float]:
+    """A training for each candidate, and for each of their students."""
+    above = candidates_above(costs)
+    return {
+        "score": costs.scoring,
+        "assistants": sum(costs.step_down(epochs.distill, scale, [1.0]) for scale in above),
+        "students": sum(costs.step_down(epochs.distill, costs.student, [scale]) for scale in above),
+        "choose": costs.evaluating(*[costs.student] * len(above)),
+    }
+
+
+PATH = Path(rungs=keep_ratios, bill=bill, descend=descend)

@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
-from stepwell.descent import Descent, Finished
-from stepwell.setting import Setting
+from stepwell.config.commands import CompressConfig
+from stepwell.measure.cost import Costs, Epochs
+from stepwell.paths.path import Deliver, Path, R, finish
+from stepwell.paths.plan import plan
+from stepwell.setting.rungs import student_below, teacher_of
+from stepwell.setting.setting import Setting
+from stepwell.stages.distill import distill
+from stepwell.stages.grid import grid
+from stepwell.stages.score import score
+
+WAY = "The teacher taught the small model itself, without an assistant."
 
 
-def descend(s: Setting) -> Finished:
+def descend(s: Setting, deliver: Deliver[R]) -> R:
     """Prune the teacher to the student's budget, and let the teacher itself teach it."""
-    descent = Descent(s)
-    epochs = descent.plan()
-    student = descent.teach("distill", [descent.teacher], descent.student(), epochs.distill)
-    return descent.finish(student, [], epochs)
+    ladder = grid(s, score(s), rungs)
+    epochs, teacher = plan(s, ladder, bill).distill, teacher_of(s)
+    student = distill(s, ladder, "distill", [teacher], student_below(s, ladder, teacher), epochs)
+    return deliver(s, finish(s, ladder, epochs, student, [], WAY))
+
+
+def rungs(student: float, _options: CompressConfig) -> list[float]:
+    """The student alone."""
+    return [student]
+
+
+def bill(costs: Costs, epochs: Epochs, _options: CompressConfig) -> dict[str, float]:
+    """One training, against the teacher."""
+    return {"score": costs.scoring, "distill": costs.single_step(epochs.distill)}
+
+
+PATH = Path(rungs=rungs, bill=bill, descend=descend)

@@ -6,19 +6,47 @@ in AMD, so that paths differ in their steps alone.
 
 from __future__ import annotations
 
-from stepwell.descent import Descent, Finished
-from stepwell.setting import Setting
+import itertools
+
+from stepwell.config.commands import CompressConfig
+from stepwell.measure.cost import Costs, Epochs
+from stepwell.paths.path import Deliver, Path, R, candidates_above, check_given, finish, given_rungs
+from stepwell.paths.plan import plan
+from stepwell.report.wording import plural
+from stepwell.setting.rungs import rung_below, student_below, teacher_of
+from stepwell.setting.setting import Setting
+from stepwell.stages.distill import distill
+from stepwell.stages.grid import grid
+from stepwell.stages.score import score
 
 
-def descend(s: Setting) -> Finished:
+def descend(s: Setting, deliver: Deliver[R]) -> R:
     """Walk down `--assistants`, one step after another."""
-    descent = Descent(s)
-    epochs = descent.plan()
-    above, rungs = descent.teacher, []
-    for index in reversed(range(1, len(descent.candidates))):
-        lower = descent.inherit(index, above) if rungs else descent.slice(index)
-        stage = f"assistant {descent.candidates[index].keep_ratio:g}"
-        above = descent.teach(stage, [above], lower, epochs.distill)
-        rungs.append(above)
-    student = descent.teach("distill", [above], descent.student(above), epochs.distill)
-    return descent.finish(student, rungs, epochs)
+    ladder = grid(s, score(s), given_rungs)
+    epochs, chain = plan(s, ladder, bill).distill, [teacher_of(s)]
+    for index in reversed(range(1, len(ladder.candidates))):
+        lower = rung_below(s, ladder, index, chain[-1])
+        chain.append(distill(s, ladder, f"assistant {lower.keep_ratio:g}", chain[-1:], lower, epochs))
+    student = student_below(s, ladder, chain[-1])
+    student = distill(s, ladder, "distill", chain[-1:], student, epochs)
+    return deliver(s, finish(s, ladder, epochs, student, chain[1:], words(len(chain) - 1)))
+
+
+def bill(costs: Costs, epochs: Epochs, _options: CompressConfig) -> dict[str, float]:
+    """One training for each step."""
+    chain = [1.0, *reversed(candidates_above(costs)), costs.student]
+    return {
+        "score": costs.scoring,
+        **{
+            f"step {i}": costs.step_down(epochs.distill, lower, [upper])
+            for i, (upper, lower) in enumerate(itertools.pairwise(chain))
+        },
+    }
+
+
+def words(num_assistants: int) -> str:
+    """How it went, for the report."""
+    return f"It went down via {plural(num_assistants, 'given assistant')}, each taught by the one above it."
+
+
+PATH = Path(rungs=given_rungs, bill=bill, descend=descend, check=check_given)

@@ -1,46 +1,102 @@
-"""Stage 6, deliver: hand out a physically small model, and prove that the files compute what it does."""
+"""Stage 6, deliver: measure everything, decide what is handed out, and prove that the files compute it."""
 
 from __future__ import annotations
 
-import math
-import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Literal
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 
-from stepwell.delivery.archive import ONNX, WEIGHTS, Card, save_model
-from stepwell.delivery.export import export_onnx
-from stepwell.delivery.measure import (
-    Scores,
-    count_macs,
-    evaluate,
-    measure_latency,
-    num_params,
-    wilson_interval,
-)
-from stepwell.delivery.result import ModelResult
-from stepwell.training.batches import EvalBatches
-from stepwell.training.progress import say
-from stepwell.training.run_dir import writing
+from stepwell.measure.hardware import hardware
+from stepwell.models.card import CARD, ONNX, Card, save_model
+from stepwell.models.export import export_onnx
+from stepwell.models.ladder import Ladder
+from stepwell.report.figures import figures_of
+from stepwell.report.notes import notes
+from stepwell.report.report import TestPredictions, write_report
+from stepwell.report.result import Choice, Cost, DataResult, History, ModelResult, Result, TriedResult
+from stepwell.run.progress import say
+from stepwell.run.run_dir import RunDir, StageResult, write_atomically, writing
+from stepwell.setting.rungs import Rung
+from stepwell.setting.setting import Setting
+from stepwell.tasks.classification import Answers, Metric, evaluate, mcnemar, performance
+from stepwell.training.loop import Trained
+from stepwell.version import __version__
+
+CONTROL = "control"
+"""Stage in which the same student is trained straight from the teacher; it is no part of the path's cost."""
 
 
 @dataclass(frozen=True)
-class Measured:
-    """A model's figures, and its answers on the test images."""
+class Finished:
+    """The models that a path ends with, and how it came to them.
 
-    result: ModelResult
-    test: Scores
+    Attributes:
+        ladder: The candidates that it stood on.
+        student: The last rung.
+        assistants: Those that taught on the way, from the largest down; none in a single step.
+        control: The same student straight from the teacher; None if not asked for.
+        choice: Which candidate was chosen; None where nothing was.
+        tried: Where a student was trained for each assistant: all of these pairs.
+        single_step: Cost of a single step with as many epochs as the last one, in passes of the teacher.
+        way: How the path went, in a sentence.
+    """
+
+    ladder: Ladder
+    student: Rung
+    assistants: Sequence[Rung]
+    control: nn.Module | None
+    choice: Choice | None
+    tried: Sequence[tuple[Rung, Rung]]
+    single_step: float
+    way: str
 
 
-def deliver(model: nn.Module, card: Card, images: Tensor, folder: Path) -> float:
-    """Write the model directory: weights, card, and an ONNX file that was run against the model.
+class Delivered(StageResult):
+    """Figures of all models; `tensors` hold their probabilities on the test images, by role."""
 
-    Args:
-        model: The student.
-        card: Goes into `stepwell.json`.
-        images: Real images, normalised, on which the ONNX file must agree.
-        folder: Where to.
+    teacher: ModelResult
+    assistants: list[ModelResult]
+    student: ModelResult
+    control: ModelResult | None
+    tried: list[TriedResult]
+
+
+def deliver(s: Setting, finished: Finished) -> Result:
+    """Measure all models, hand out the better of student and control, and write every file of the run."""
+    with s.run.stage("deliver", Delivered) as stage:
+        if stage.is_new:
+            stage.result = _measure_all(s, finished)
+    delivered = stage.result
+    handed_out = better_on_selection(delivered, s.metric)
+    file, folder = s.run.path / "result.json", s.run.path / "student"
+    if file.exists() and (folder / CARD).exists():  # finished before: the files stay as they are
+        return Result.load(file)
+    model = finished.control if handed_out == "control" else finished.student.model
+    assert model is not None
+    figures = delivered.control if handed_out == "control" and delivered.control else delivered.student
+    difference = _write_student(s, model, _student_card(s, finished, figures), folder)
+    say(f"student: {folder}; its ONNX file agrees with it to {difference:.0e} of the largest logit")
+    result = _result(s, finished, delivered, handed_out)
+    result = result.model_copy(update={"notes": notes(result, s.teacher, s.config)})
+    predictions = TestPredictions(
+        labels=delivered.tensors["labels"].numpy(),
+        teacher=delivered.tensors["teacher"].numpy(),
+        student=delivered.tensors[handed_out].numpy(),
+        keys=list(s.data.test.keys),
+    )
+    write_report(result, predictions, s.data.test.open, s.run.path / "report.html")
+    # Last: a run is finished when it has its result.
+    write_atomically(file, result.to_json())
+    return result
+
+
+def _write_student(s: Setting, model: nn.Module, card: Card, folder: Path) -> float:
+    """Weights, card, and an ONNX file that was run against the model on real images.
 
     Returns:
         The largest difference of the ONNX file's logits from eager, relative to the largest logit.
@@ -51,58 +107,162 @@ def deliver(model: nn.Module, card: Card, images: Tensor, folder: Path) -> float
     """
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    difference = export_onnx(model, card.input, folder / ONNX, images)
+    difference = export_onnx(model, card.input, folder / ONNX, next(iter(s.test)).images[:16])
     save_model(folder, model, card)
     return difference
 
 
-def measure(
-    name: str,
-    model: nn.Module,
-    *,
-    selection: EvalBatches,
-    test: EvalBatches,
-    card: Card,
-    teacher_macs: int,
-    keep_ratio: float,
-    threads: int,
-) -> Measured:
-    """Measure a model on the test images, the selection images, and the clock.
-
-    Args:
-        name: Its role, for progress.
-        model: On the device of the batches.
-        selection: Its figures here decide between student and control.
-        test: Looked at once, for the report.
-        card: What the model would be saved with; also says its input.
-        teacher_macs: For its scale.
-        keep_ratio: Fraction of units kept.
-        threads: Of onnxruntime and of eager torch.
-    """
-    on_selection = evaluate(model, selection, f"{name}: selection images")
-    on_test = evaluate(model, test, f"{name}: test images")
-    with tempfile.TemporaryDirectory() as temporary:
-        say(f"  {name}: exporting and timing")
-        folder = Path(temporary)
-        # To be timed, not handed out: of the teacher's file no more is asked than that it runs.
-        export_onnx(model, card.input, folder / ONNX, next(iter(test)).images[:8], tolerance=math.inf)
-        save_model(folder, model, card)
-        latency = measure_latency(model, folder / ONNX, card.input, threads)
-        file_bytes = (folder / WEIGHTS).stat().st_size
-    macs = count_macs(model, card.input)
-    result = ModelResult(
-        top1=on_test.top1,
-        top1_interval=wilson_interval(on_test.top1, len(on_test.labels)),
-        log_likelihood=on_test.log_likelihood,
-        selection_top1=on_selection.top1,
-        selection_log_likelihood=on_selection.log_likelihood,
-        calibration_error=on_test.calibration_error,
-        num_params=num_params(model),
-        macs=macs,
-        latency_ms=latency.onnx_batch1,
-        latency=latency,
-        file_bytes=file_bytes,
-        keep_ratio=keep_ratio,
-        scale=macs / teacher_macs,
+def better_on_selection(delivered: Delivered, metric: Metric) -> Literal["student", "control"]:
+    """Which training is handed out: `student`, or `control` where it did better on the selection images."""
+    if delivered.control is None:
+        return "student"
+    student, control = (
+        performance(m.selection_top1, m.selection_log_likelihood, metric)
+        for m in (delivered.student, delivered.control)
     )
-    return Measured(result, on_test)
+    return "control" if control > student else "student"
+
+
+def bill_of(run: RunDir) -> dict[str, float]:
+    """What each stage of the path cost, in forward passes of the teacher on one image."""
+    return {name: r.passes for name, r in run.stages.items() if r.passes and name != CONTROL}
+
+
+def trainings_of(run: RunDir) -> dict[str, Trained]:
+    """The course of each training, the control's too."""
+    return {name: r for name, r in run.stages.items() if isinstance(r, Trained)}
+
+
+def tried_result(s: Setting, assistant: Rung, student: Rung) -> TriedResult:
+    """Figures of a student that was taught by `assistant`."""
+    name = f"via {assistant.keep_ratio:g}"
+    selection = evaluate(student.model, s.selection, f"{name}: selection images")
+    test = evaluate(student.model, s.test, f"{name}: test images")
+    return TriedResult(
+        keep_ratio=assistant.keep_ratio,
+        scale=assistant.scale,
+        selection_top1=selection.top1,
+        selection_log_likelihood=selection.log_likelihood,
+        top1=test.top1,
+        log_likelihood=test.log_likelihood,
+    )
+
+
+def _measure_all(s: Setting, finished: Finished) -> Delivered:
+    student, widths = finished.student, _widths(finished.student)
+    roles: dict[str, tuple[nn.Module | None, Card, float]] = {
+        "teacher": (s.model, s.card({}), 1.0),
+        **{
+            f"assistant {number}": (rung.model, s.card(_widths(rung)), rung.keep_ratio)
+            for number, rung in enumerate(finished.assistants, 1)
+        },
+        "student": (student.model, s.student_card(widths), student.keep_ratio),
+        "control": (finished.control, s.student_card(widths), student.keep_ratio),
+    }
+    figures: dict[str, ModelResult] = {}
+    answers: dict[str, Answers] = {}
+    for role, (model, card, keep_ratio) in roles.items():
+        if model is not None:
+            figures[role], answers[role] = figures_of(
+                role,
+                model.eval(),
+                selection=s.selection,
+                test=s.test,
+                card=card,
+                teacher_macs=s.teacher_macs,
+                keep_ratio=keep_ratio,
+                threads=s.config.latency_threads,
+            )
+    return Delivered(
+        teacher=figures["teacher"],
+        assistants=[found for role, found in figures.items() if role.startswith("assistant")],
+        student=figures["student"],
+        control=figures.get("control"),
+        tried=[tried_result(s, *pair) for pair in finished.tried],
+        tensors={role: found.probabilities for role, found in answers.items()}
+        | {"labels": answers["teacher"].labels},
+    )
+
+
+def _widths(rung: Rung) -> dict[str, int]:
+    return {} if rung.candidate is None else rung.candidate.widths
+
+
+def _student_card(s: Setting, finished: Finished, figures: ModelResult) -> Card:
+    return s.student_card(
+        _widths(finished.student),
+        stepwell=__version__,
+        torch=torch.__version__,
+        keep_ratio=finished.student.keep_ratio,
+        top1=figures.top1,
+        num_params=figures.num_params,
+        macs=figures.macs,
+        # Only a student whose every ancestor left the selection images out can vouch for itself.
+        data_fingerprint=s.data.fingerprint if s.teacher_is_ours else None,
+    )
+
+
+def _result(
+    s: Setting, finished: Finished, delivered: Delivered, handed_out: Literal["student", "control"]
+) -> Result:
+    choice, trainings, tensors = finished.choice, trainings_of(s.run), delivered.tensors
+    answers = {role: Answers(tensors[role], tensors["labels"]) for role in ("teacher", handed_out)}
+    return Result(
+        stepwell_version=__version__,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        hardware=hardware(s.device),
+        teacher_name=s.teacher.name,
+        student_name=s.other_student.name if s.other_student else None,
+        path=s.config.path,
+        way=finished.way,
+        losses={"logits": s.config.logit_loss, "features": s.config.feature_loss},
+        keep_ratio=delivered.student.keep_ratio,
+        data=_data_result(s),
+        teacher=delivered.teacher,
+        higher_assistants=delivered.assistants[:-1],
+        assistant=delivered.assistants[-1] if delivered.assistants else None,
+        student=delivered.student,
+        control=delivered.control,
+        handed_out=handed_out,
+        candidates=choice.candidates if choice else [],
+        selection=choice.selection if choice else None,
+        tried=delivered.tried,
+        group_sizes={group.name: group.num_units for group in s.groups},
+        group_kinds={group.name: group.kind for group in s.groups},
+        teacher_vs_student=mcnemar(answers["teacher"], answers[handed_out]),
+        cost_vs_single_step=_cost(s.run, finished),
+        teacher_passes=bill_of(s.run),
+        seconds={name: stage.seconds for name, stage in s.run.stages.items()},
+        images_per_second={name: t.images_per_second for name, t in trainings.items()},
+        epochs={name: t.epochs for name, t in trainings.items()},
+        histories={name: History(step=t.step, losses=t.losses, lr=t.lr) for name, t in trainings.items()},
+        notes=[],
+    )
+
+
+def _cost(run: RunDir, finished: Finished) -> Cost:
+    """Measured against the control's seconds where one was trained, else from operation counts."""
+    bill, trainings = bill_of(run), trainings_of(run)
+    control = trainings.pop(CONTROL, None)
+    if control is None:
+        return Cost(value=sum(bill.values()) / finished.single_step, predicted=True)
+    seconds = sum(run.stages[stage].seconds for stage in bill)
+    last = list(trainings.values())[-1]
+    return Cost(value=seconds / (control.seconds * last.epochs / control.epochs), predicted=False)
+
+
+def _data_result(s: Setting) -> DataResult:
+    return DataResult(
+        source=s.data.source,
+        classes=list(s.classes),
+        num_train=len(s.data.train),
+        num_selection=len(s.data.selection),
+        num_test=len(s.data.test),
+        test_from=s.data.test_from,
+        selection_from=s.data.selection_from,
+        labels="true" if s.data.labelled else "teacher",
+        teacher_saw_selection="no"
+        if s.teacher_is_ours
+        else "the teacher may have seen it: stepwell did not train it here",
+        bad_images=s.data.num_bad_images,
+    )

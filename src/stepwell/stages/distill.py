@@ -7,18 +7,66 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from stepwell.config import CompressConfig
-from stepwell.losses.distillation import Distillation, end_first, make_distillation, own_parameters
-from stepwell.losses.output import Output, Target, TrainingImages
-from stepwell.pruning.states import WithStates
-from stepwell.training.batches import Batch, TrainBatches
-from stepwell.training.loop import Trained, fit_in_turns
+from stepwell.data.batches import Batch
+from stepwell.losses.choose import Pair
+from stepwell.losses.distillation import make_distillation
+from stepwell.losses.observe import Observed
+from stepwell.models.ladder import Ladder
+from stepwell.setting.rungs import Rung
+from stepwell.setting.setting import Setting
+from stepwell.training.lesson import Lesson
+from stepwell.training.loop import Trained, fit
+from stepwell.training.optimizer import no_decay_of
+
+
+def distill(
+    s: Setting,
+    ladder: Ladder,
+    name: str,
+    teachers: Sequence[Rung],
+    student: Rung,
+    epochs: float,
+    drop: int = 0,
+) -> Rung:
+    """Train `student` in place to do what `teachers` do, and return it.
+
+    Args:
+        s: What the run works with.
+        ladder: Its scales say what the training costs.
+        name: The stage's name, for progress, errors and the folder.
+        teachers: Models that stay as they are; one, but in DGKD.
+        student: A slice of the same model as the teachers, or another architecture: its hidden states then
+            pass through learned projections, which are thrown away at the end.
+        epochs: Passes over the images.
+        drop: Teachers left out of each step, drawn anew.
+    """
+    with s.run.stage(name, Trained) as stage:
+        if stage.is_new:
+            step = distill_step(s, teachers, student, drop)
+            student.model.train()
+            courses = step.lesson.courses(
+                stage,
+                dict(student.model.named_parameters()),
+                s.config,
+                epochs=epochs,
+                lr=s.config.distill_lr or s.config.lr,
+                no_decay=no_decay_of(student.model),
+                modules=[student.model],
+            )
+            for course in courses:  # the student's own is the last; with some losses another comes first
+                stage.result = fit(course, step, s.train, s.config)
+            state = {key: tensor.detach() for key, tensor in student.model.state_dict().items()}
+            scales = [teacher.scale for teacher in teachers]
+            passes = s.costs(ladder.scales).step_down(epochs, student.scale, scales, drop)
+            stage.result = stage.result.model_copy(update={"tensors": state, "passes": passes})
+    student.model.load_state_dict(stage.result.tensors)
+    student.model.eval()
+    return student
 
 
 @dataclass(frozen=True)
@@ -26,56 +74,51 @@ class DistillStep:
     """One step of distillation: call it with a batch, and it leaves gradients in the student.
 
     Attributes:
-        teachers: Return (logits, states, features); frozen, in eval mode. The assistant in the last step.
-        student: The same; a physical model.
-        losses: One for each teacher.
-        drop: Teachers left out in each step, drawn from (seed, step) (DGKD's stochastic teaching); one stays.
-        first: Whether this is the training that comes before with some losses.
+        lesson: The frozen teachers (the assistant alone in the last step), and one loss for each.
+        student: A physical model.
+        seed: Which teachers are left out in step n depends on (seed, n) alone.
+        drop: How many of them (DGKD's stochastic teaching); one stays.
     """
 
-    teachers: Sequence[nn.Module]
-    student: nn.Module
-    losses: Sequence[Distillation]
-    autocast: torch.autocast
+    lesson: Lesson
+    student: Observed
     seed: int = 0
     drop: int = 0
-    first: bool = False
-
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """What is trained: the student, by its own names, and the losses' own parameters."""
-        student = {name.removeprefix("model."): p for name, p in self.student.named_parameters()}
-        own = own_parameters(self.losses)
-        return own if self.first and self.losses[0].first == "own" else {**student, **own}
 
     def __call__(self, batch: Batch, step: int, progress: float = 0.0) -> Mapping[str, Tensor]:
         """Forward and backward; returns the losses, detached, summed over the teachers."""
-        images = self.losses[0].views(batch.images)
-        target = Target(batch.labels, batch.indices, progress)
-        looks = self.losses[0].looks_at_teacher
+        images, target = self.lesson.material(batch, progress)
+        losses = self.lesson.losses
         # Where no term looks at a teacher, the labels' is all there is, and counts once.
-        taught_by = teachers_of_step(len(self.teachers), self.drop, self.seed, step) if looks else [0]
-        answers: dict[int, Output] = {}
-        if looks:
-            with torch.no_grad(), self.autocast:
-                answers = {i: Output(*self.teachers[i](images)).in_full_precision() for i in taught_by}
-        if self.first and self.losses[0].first == "own":
-            student = answers[taught_by[0]]  # what only trains parts of the loss looks at the teacher alone
-        else:
-            with self.autocast:
-                student = Output(*self.student(images)).in_full_precision()
+        taught_by = [0]
+        if losses[0].runs_teacher:
+            taught_by = teachers_of_step(len(losses), self.drop, self.seed, step)
+        answers = self.lesson.answers(images, taught_by)
+        student = self.lesson.response(lambda: self.student(images), answers)
         parts: dict[str, list[Tensor]] = {}
         for i in taught_by:
-            loss, teacher = self.losses[i], answers.get(i, student)  # unused where nobody looks at it
-            losses = (
-                loss.first_loss(student, teacher, target)
-                if self.first
-                else loss(student, teacher, target, task=i == taught_by[0])
-            )
-            for name, value in losses.items():
+            found = losses[i](student, answers.get(i, student), target, task=i == taught_by[0])
+            for name, value in found.items():
                 parts.setdefault(name, []).append(value)
         sums = {name: torch.stack(values).sum() for name, values in parts.items()}
         sums["loss"].backward()
         return {name: value.detach() for name, value in sums.items()}
+
+
+def distill_step(s: Setting, teachers: Sequence[Rung], student: Rung, drop: int = 0) -> DistillStep:
+    """The step of a run; its losses are new."""
+    other = s.other_student if student.is_other else None
+    learner = Observed(student.model.eval(), s.blocks if other is None else other.blocks)
+    observed = [Observed(teacher.model.eval(), s.blocks) for teacher in teachers]
+    images = s.train.blank(teachers[0].model)
+    with torch.no_grad():
+        example = learner(images)
+        pairs = [
+            Pair(example, teacher(images), teacher, s.training_images, student.is_other)
+            for teacher in observed
+        ]
+    losses = [make_distillation(s.config, pair, s.config.seed) for pair in pairs]
+    return DistillStep(Lesson(observed, losses, s.autocast), learner, s.config.seed, drop)
 
 
 def teachers_of_step(num_teachers: int, drop: int, seed: int, step: int) -> list[int]:
@@ -84,82 +127,3 @@ def teachers_of_step(num_teachers: int, drop: int, seed: int, step: int) -> list
     if not drop:
         return list(everyone)
     return sorted(random.Random(f"{seed}:{step}").sample(everyone, max(1, num_teachers - drop)))
-
-
-def distill_step(
-    teachers: Sequence[nn.Module],
-    student: nn.Module,
-    blocks: tuple[str, ...],
-    foreign_blocks: tuple[str, ...] | None,
-    batches: TrainBatches,
-    config: CompressConfig,
-    autocast: torch.autocast,
-    drop: int = 0,
-) -> DistillStep:
-    """What happens in each step; see `distill` for the arguments."""
-    learner = WithStates(student, blocks if foreign_blocks is None else foreign_blocks)
-    wrapped = [WithStates(teacher.eval(), blocks) for teacher in teachers]
-    images = batches.blank(teachers[0])
-    known = TrainingImages(batches.labels, len(batches.labels))
-    with torch.no_grad():
-        example = Output(*learner.eval()(images))
-        losses = [
-            make_distillation(
-                config, example, Output(*teacher(images)), known, foreign_blocks is not None, config.seed
-            )
-            for teacher in wrapped
-        ]
-    student.train()
-    return DistillStep(wrapped, learner, losses, autocast, config.seed, drop)
-
-
-def distill(
-    stage: str,
-    teachers: Sequence[nn.Module],
-    student: nn.Module,
-    blocks: tuple[str, ...],
-    foreign_blocks: tuple[str, ...] | None,
-    batches: TrainBatches,
-    config: CompressConfig,
-    epochs: float,
-    autocast: torch.autocast,
-    no_decay: frozenset[str],
-    checkpoints: Path,
-    drop: int = 0,
-) -> Trained:
-    """Train `student` in place to do what `teachers` do; the result's `tensors` are its state.
-
-    Args:
-        stage: Its name, for progress and errors.
-        teachers: Stay as they are. One, but in DGKD.
-        student: A slice of the same model as the teachers, or another architecture.
-        blocks: Names of the teachers' blocks whose hidden states are compared.
-        foreign_blocks: The blocks of a student of another architecture, whose states pass through learned
-            projections, which are thrown away at the end. None for a slice: it has the teachers'.
-        batches: The training images.
-        config: Optimizer, schedule and loss.
-        epochs: Passes over the images.
-        autocast: Number format of the forward passes.
-        no_decay: Parameters that the student's own recipe does not decay.
-        checkpoints: Folder of the state of a training that is not finished.
-        drop: Teachers left out in each step, drawn anew.
-    """
-    step = distill_step(teachers, student, blocks, foreign_blocks, batches, config, autocast, drop)
-    trained = fit_in_turns(
-        stage,
-        replace(step, first=True) if step.losses[0].first else None,
-        step,
-        batches,
-        config,
-        first_epochs=config.first_epochs_of(epochs),
-        after_first=lambda: end_first(step.losses),
-        epochs=epochs,
-        lr=config.distill_lr or config.lr,
-        no_decay=no_decay,
-        modules=[student, *step.losses],
-        checkpoints=checkpoints,
-    )
-    student.eval()
-    return trained.model_copy(
-        update={"tensors": {name: t.detach() for name, t in student.state_dict().items()}}
-    )

@@ -1,23 +1,47 @@
-"""Stage 2, grid: from importance to nested candidates. Pure arithmetic, nothing is trained.
+"""Stage 2, grid: nested candidates, a width per layer for each keep ratio, from the student's budget up.
 
-One ranking of all heads and one of all neurons (within a stage of the model, if it ranks by stage); a
-candidate with keep ratio s keeps the top fraction s of each. Because there is one ranking, candidates are
-nested: what a small one keeps, every larger one keeps too.
+What a candidate with keep ratio s keeps is the top fraction s of one ranking (pruning/ranking.py); the widths
+of the smallest meet the user's budget (measure/budget.py). Nothing is trained.
 """
 
 from __future__ import annotations
 
-import math
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from stepwell.config import CompressConfig
+from stepwell.config.commands import CompressConfig
+from stepwell.config.options import GridOptions
 from stepwell.errors import ConfigError
-from stepwell.options import GridOptions
+from stepwell.measure.budget import student_widths
+from stepwell.measure.size import count_macs
+from stepwell.models.ladder import Ladder
+from stepwell.pruning.ranking import Importance, Scores, widths_at
+from stepwell.pruning.skeleton import build_skeleton
 from stepwell.pruning.units import Candidate, Group
+from stepwell.setting.setting import Setting
 
-Scores = Mapping[str, Sequence[float]]
-"""Normalised importance per unit, by group."""
+Rungs = Callable[[float, CompressConfig], list[float]]
+"""Given the student's keep ratio: those of all candidates of a path, rising, the student's first."""
+
+
+def grid(s: Setting, scores: Importance, rungs: Rungs) -> Ladder:
+    """The candidates of a run.
+
+    Raises:
+        ConfigError: The budget cannot be met, or no candidate lies between student and teacher.
+    """
+    with s.run.stage("grid", Ladder) as stage:
+        if stage.is_new:
+            met = student_widths(s.config, s.model, s.spec, s.groups, scores.normalised)
+            ratios = rungs(met.keep_ratio, s.config)
+            candidates = make_grid(s.groups, scores.normalised, ratios, s.config, met.widths)
+            skeletons = (build_skeleton(s.model, s.groups, c.widths) for c in candidates)
+            scales = [count_macs(skeleton, s.spec) / s.teacher_macs for skeleton in skeletons]
+            if len(candidates) > 1:
+                check_room(scales, s.config)
+            stage.result = Ladder(
+                teacher=s.card({}), candidates=candidates, scales=scales, order=scores.order()
+            )
+    return stage.result
 
 
 def keep_ratios(student: float, options: GridOptions) -> list[float]:
@@ -30,28 +54,6 @@ def keep_ratios(student: float, options: GridOptions) -> list[float]:
     steps = m if options.grid == "with-student" else m + 1
     # Rounded, so that 0.30000000000000004 does not reach a file name.
     return [round(student + (1 - student) * i / steps, 6) for i in range(steps)]
-
-
-def rungs_of_path(student: float, config: CompressConfig) -> list[float]:
-    """The keep ratios of the rungs that a path stands on, rising, the student's first.
-
-    Raises:
-        ConfigError: An assistant that was given is not larger than the student.
-    """
-    match config.path:
-        case "single-step":
-            return [student]
-        case "takd" | "dgkd":
-            given = sorted(set(config.assistants))
-            if not given or given[0] <= student:
-                words = " ".join(f"{ratio:g}" for ratio in given)
-                raise ConfigError(
-                    f"--assistants {words}: --path {config.path} needs assistants that keep more than the "
-                    f"student, which keeps {student:g}"
-                )
-            return [student, *given]
-        case _:
-            return keep_ratios(student, config)
 
 
 def make_grid(
@@ -83,24 +85,6 @@ def make_grid(
     return candidates
 
 
-def widths_at(
-    groups: Sequence[Group], scores: Scores, head_ratio: float, other_ratio: float, options: GridOptions
-) -> dict[str, int]:
-    """Widths that keep `head_ratio` of the heads and `other_ratio` of the neurons and filters."""
-    ratios = {"head": head_ratio, "neuron": other_ratio, "filter": other_ratio}
-    counts = {
-        name: count
-        for kind, ratio in ratios.items()
-        for name, count in kept_counts([g for g in groups if g.kind == kind], scores, ratio).items()
-    }
-    return round_widths(groups, counts, options)
-
-
-def uniform_scores(groups: Sequence[Group]) -> dict[str, list[float]]:
-    """Scores under which every layer keeps the same share of its units."""
-    return {g.name: [(g.num_units - i - 0.5) / g.num_units for i in range(g.num_units)] for g in groups}
-
-
 def check_room(scales: Sequence[float], options: GridOptions) -> None:
     """Check that there is room for an assistant on the ladder.
 
@@ -116,47 +100,3 @@ def check_room(scales: Sequence[float], options: GridOptions) -> None:
             f"no candidate lies between student and teacher: all {len(scales)} come to the widths of one or "
             f"the other; try a smaller --keep, --round-to 1 (now {options.multiple}) or a larger teacher"
         )
-
-
-def kept_counts(groups: Sequence[Group], scores: Scores, keep_ratio: float) -> dict[str, int]:
-    """How many units each group keeps when the top `keep_ratio` of each ranking stay.
-
-    Heads and neurons are ranked apart, and each stage of the model by itself. The number kept is
-    `keep_ratio` times the total, to the nearest whole, at least 1. Of equal scores the earlier layer's goes
-    first, so that the result does not depend on a sorting algorithm.
-    """
-    counts = {group.name: 0 for group in groups}
-    rankings: dict[tuple[str, str], list[tuple[float, int, str]]] = defaultdict(list)
-    for position, group in enumerate(groups):
-        rankings[group.kind, group.stage] += [(-s, position, group.name) for s in scores[group.name]]
-    for ranking in rankings.values():
-        keep = max(1, math.floor(keep_ratio * len(ranking) + 0.5))
-        for _, _, name in sorted(ranking)[:keep]:
-            counts[name] += 1
-    return counts
-
-
-def round_widths(groups: Sequence[Group], counts: Mapping[str, int], options: GridOptions) -> dict[str, int]:
-    """Round neurons and filters to the nearest multiple of `round_to`, and hold `min_heads_per_layer`.
-
-    Less than half a multiple empties the layer, but never the last one of its ranking.
-    """
-    widths = {}
-    for group in groups:
-        count = counts[group.name]
-        if group.kind == "head":
-            widths[group.name] = min(group.num_units, max(count, options.min_heads_per_layer))
-        else:
-            step = _step(group, options)
-            widths[group.name] = min(group.num_units, step * math.floor(count / step + 0.5))
-    for ranking in {(group.kind, group.stage) for group in groups}:
-        members = [group for group in groups if (group.kind, group.stage) == ranking]
-        if all(widths[group.name] == 0 for group in members):
-            fullest = max(members, key=lambda group: counts[group.name])
-            widths[fullest.name] = min(fullest.num_units, _step(fullest, options))
-    return widths
-
-
-def _step(group: Group, options: GridOptions) -> int:
-    """The units that make up `round_to` neurons or filters; at least one."""
-    return max(1, options.multiple // group.unit_size)

@@ -8,21 +8,50 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.func import functional_call
 
-from stepwell.config import CompressConfig
-from stepwell.losses.distillation import Distillation, end_first, make_distillation, own_parameters
-from stepwell.losses.output import Output, Target, TrainingImages
-from stepwell.options import JointOptions
+from stepwell.config.options import JointOptions
+from stepwell.data.batches import Batch, EvalBatches
+from stepwell.losses.choose import Pair
+from stepwell.losses.distillation import make_distillation
+from stepwell.losses.observe import Observed
+from stepwell.models.ladder import Ladder
 from stepwell.pruning.shared import SharedWeights
-from stepwell.pruning.states import WithStates
-from stepwell.training.batches import Batch, EvalBatches, TrainBatches
-from stepwell.training.loop import Trained, fit_in_turns
+from stepwell.setting.rungs import store_of
+from stepwell.setting.setting import Setting
+from stepwell.training.lesson import Lesson
+from stepwell.training.loop import Trained, fit
 from stepwell.training.statistics import recalibrate
+
+
+def joint(s: Setting, ladder: Ladder, epochs: float) -> SharedWeights:
+    """Train all candidates of the ladder for `epochs` passes over the images; returns the trained store."""
+    shared = store_of(s, ladder)
+    with s.run.stage("joint", Trained) as stage:
+        if stage.is_new:
+            step = joint_step(s, shared)
+            for skeleton in shared.skeletons:
+                skeleton.train()
+            courses = step.lesson.courses(
+                stage,
+                shared.parameters,
+                s.config,
+                epochs=epochs,
+                lr=s.config.joint_lr or s.config.lr,
+                no_decay=s.no_decay,
+                modules=shared.skeletons,
+            )
+            for course in courses:  # the student's own is the last; with some losses another comes first
+                stage.result = fit(course, step, s.train, s.config)
+            recalibrate_all(shared, s.scored)
+            passes = s.costs(ladder.scales).joint(epochs)
+            stage.result = stage.result.model_copy(update={"tensors": shared.state(), "passes": passes})
+    shared.load(stage.result.tensors)
+    return shared
 
 
 @dataclass(frozen=True)
@@ -30,100 +59,61 @@ class JointStep:
     """One step of joint training: call it with a batch, and it leaves gradients in the shared weights.
 
     Attributes:
-        teacher: Frozen, in eval mode.
+        lesson: The frozen teacher, and one loss for each candidate, with parameters and state of its own.
         shared: The store and its skeletons.
-        blocks: Names of the blocks whose hidden states are compared.
-        losses: One for each candidate, each with parameters and state of its own, if it has any.
-        seed: Which candidates run in step n depends on (seed, n) alone.
-        first: Whether this is the training that comes before with some losses.
+        students: The skeletons, observed.
+        options: How many candidates run in a step.
+        seed: Which of them run in step n depends on (seed, n) alone.
     """
 
-    teacher: nn.Module
+    lesson: Lesson
     shared: SharedWeights
-    blocks: tuple[str, ...]
-    losses: Sequence[Distillation]
-    joint: JointOptions
+    students: Sequence[Observed]
+    options: JointOptions
     seed: int
-    autocast: torch.autocast
-    first: bool = False
-
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """What is trained: the store, and the losses' own parameters."""
-        own = own_parameters(self.losses)
-        return own if self.first and self.losses[0].first == "own" else {**self.shared.parameters, **own}
 
     def __call__(self, batch: Batch, step: int, progress: float = 0.0) -> Mapping[str, Tensor]:
         """Forward and backward for the candidates of this step; returns their mean losses, detached."""
-        images = self.losses[0].views(batch.images)
-        target = Target(batch.labels, batch.indices, progress)
-        teacher = None
-        if self.losses[0].looks_at_teacher:
-            with torch.no_grad(), self.autocast:
-                teacher = Output(*WithStates(self.teacher, self.blocks)(images)).in_full_precision()
+        images, target = self.lesson.material(batch, progress)
+        answers = self.lesson.answers(images)
         # From large to small: the step's peak of memory comes first.
-        chosen = candidates_of_step(len(self.shared.candidates), self.joint, self.seed, step)
+        chosen = candidates_of_step(len(self.students), self.options, self.seed, step)
         total: dict[str, Tensor] = {}
         for index in chosen:
-            weights = self.shared.weights(index)
-            loss = self.losses[index]
-            if self.first and loss.first == "own" and teacher is not None:
-                student = teacher  # what only trains parts of the loss looks at the teacher alone
-            else:
-                with self.autocast:
-                    student = candidate_output(self.shared, index, weights, self.blocks, images)
-                student = student.in_full_precision()
-            given = student if teacher is None else teacher  # unused where nobody looks at it
-            losses = loss.first_loss(student, given, target) if self.first else loss(student, given, target)
-            own = [parameter for parameter in loss.parameters() if parameter.requires_grad]
-            # Divided: the gradient is the mean over the candidates of the step.
+            weights, loss = self.shared.weights(index), self.lesson.losses[index]
+            # Called at once, so the loop's variables are those of this candidate.
+            student = self.lesson.response(
+                lambda: self.students[index].with_weights(weights, images),  # noqa: B023
+                answers,
+            )
+            parts = loss(student, answers.get(0, student), target)
+            trained = [parameter for parameter in loss.parameters() if parameter.requires_grad]
+            # Divided, so that the step's gradient is the mean over its candidates. The candidate's own slices
+            # are the leaves: autograd would fill a gradient of the whole store's size for every candidate.
             gradients = torch.autograd.grad(
-                losses["loss"] / len(chosen), [*weights.values(), *own], allow_unused=True
+                parts["loss"] / len(chosen), [*weights.values(), *trained], allow_unused=True
             )
             self.shared.add_gradients(index, dict(zip(weights, gradients[: len(weights)], strict=True)))
-            for parameter, gradient in zip(own, gradients[len(weights) :], strict=True):
+            # Not added up: every candidate has a loss of its own, and runs once in a step.
+            for parameter, gradient in zip(trained, gradients[len(weights) :], strict=True):
                 parameter.grad = gradient
-            for name, value in losses.items():
+            for name, value in parts.items():
                 total[name] = total.get(name, torch.zeros_like(value)) + value.detach() / len(chosen)
         return total
 
 
-def candidate_output(
-    shared: SharedWeights, index: int, weights: Mapping[str, Tensor], blocks: Sequence[str], images: Tensor
-) -> Output:
-    """What candidate `index` computes with its slices of the store."""
-    skeleton = WithStates(shared.skeletons[index], blocks)
-    named = {f"model.{name}": tensor for name, tensor in weights.items()}
-    return Output(*torch.func.functional_call(skeleton, named, (images,)))
-
-
-def joint_step(
-    teacher: nn.Module,
-    shared: SharedWeights,
-    blocks: tuple[str, ...],
-    batches: TrainBatches,
-    config: CompressConfig,
-    autocast: torch.autocast,
-) -> JointStep:
-    """The step of a run: every candidate gets a loss of its own.
-
-    Args:
-        teacher: Frozen, in eval mode.
-        shared: The store and its skeletons.
-        blocks: Names of the blocks whose hidden states are compared.
-        batches: The training images.
-        config: The loss, the sampling of candidates, the seed.
-        autocast: Number format of the forward passes.
-    """
-    images = batches.blank(teacher)
-    known = TrainingImages(batches.labels, len(batches.labels))
-    losses = []
+def joint_step(s: Setting, shared: SharedWeights) -> JointStep:
+    """The step of a run; its losses are new."""
+    teacher = Observed(s.model, s.blocks)
+    students = [Observed(skeleton.eval(), s.blocks) for skeleton in shared.skeletons]
+    images, losses = s.train.blank(s.model), []
     with torch.no_grad():
-        answer = Output(*WithStates(teacher, blocks)(images))
-        for index, skeleton in enumerate(shared.skeletons):
-            skeleton.eval()
-            example = candidate_output(shared, index, shared.weights(index), blocks, images)
-            losses.append(make_distillation(config, example, answer, known, False, config.seed + index))
-    return JointStep(teacher, shared, blocks, losses, config, config.seed, autocast)
+        answer = teacher(images)
+        for index, student in enumerate(students):
+            example = student.with_weights(shared.weights(index), images)
+            pair = Pair(example, answer, teacher, s.training_images)
+            losses.append(make_distillation(s.config, pair, s.config.seed + index))
+    return JointStep(Lesson([teacher], losses, s.autocast), shared, students, s.config, s.config.seed)
 
 
 def candidates_of_step(num_candidates: int, options: JointOptions, seed: int, step: int) -> list[int]:
@@ -139,57 +129,17 @@ def candidates_of_step(num_candidates: int, options: JointOptions, seed: int, st
     return sorted([0, *others], reverse=True)
 
 
-def train_jointly(
-    step: JointStep,
-    batches: TrainBatches,
-    calibration: EvalBatches,
-    config: CompressConfig,
-    epochs: float,
-    no_decay: frozenset[str],
-    checkpoints: Path,
-) -> Trained:
-    """Train the shared weights; the result's `tensors` are the store's state.
+def recalibrate_all(shared: SharedWeights, images: EvalBatches) -> None:
+    """Recompute the BatchNorm statistics of every candidate: one that was drawn rarely has old ones.
 
     Args:
-        step: What happens in each step.
-        batches: The training images.
-        calibration: Training images as they are: BatchNorm statistics of every candidate are taken anew on
-            them at the end, since a candidate that was drawn rarely has old ones.
-        config: Optimizer and schedule.
-        epochs: Passes over the images.
-        no_decay: Parameters that the teacher's own recipe does not decay.
-        checkpoints: Folder of the state of a training that is not finished.
+        shared: The trained store.
+        images: Training images as they are.
     """
-    shared = step.shared
-    for skeleton in shared.skeletons:
-        skeleton.train()
-    trained = fit_in_turns(
-        "joint",
-        replace(step, first=True) if step.losses[0].first else None,
-        step,
-        batches,
-        config,
-        first_epochs=config.first_epochs_of(epochs),
-        after_first=lambda: end_first(step.losses),
-        epochs=epochs,
-        lr=config.joint_lr or config.lr,
-        no_decay=no_decay,
-        modules=[*shared.skeletons, *step.losses],
-        checkpoints=checkpoints,
-    )
     for index, skeleton in enumerate(shared.skeletons):
         weights = shared.weights(index)
         recalibrate(
             skeleton.eval(),
-            lambda images, s=skeleton, w=weights: torch.func.functional_call(s, w, (images,)),
-            calibration,
+            lambda images, s=skeleton, w=weights: functional_call(s, w, (images,)),
+            images,
         )
-    return trained.model_copy(update={"tensors": shared.state()})
-
-
-def scales_per_step(scales: list[float], options: JointOptions) -> float:
-    """Sum of the scales of the candidates of one step, on average over the draws."""
-    if options.sampling == "all":
-        return sum(scales)
-    others = scales[1:]
-    return scales[0] + min(options.num_random, len(others)) * sum(others) / max(1, len(others))

@@ -5,47 +5,65 @@
 (AMD, supplementary sec. 1.) The gate multiplies the unit's output, so its gradient is the sum over tokens
 and channels of output * d loss / d output: one forward and one backward pass give it for every unit, and
 no gate has to be put into the model.
+
+With `--importance l1` a convolution filter is worth the sum of its absolute weights instead (Li et al.
+2017, sec. 3), *greedily*: a channel that the layer before has lost does not count. One ranking serves all
+candidates here, so the channels that count are those that the smallest one would leave if every layer kept
+the same share of its filters.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from stepwell.data.batches import EvalBatches
+from stepwell.measure.budget import student_widths
+from stepwell.pruning.ranking import Importance, l2_normalised, uniform_scores
 from stepwell.pruning.skeleton import build_skeleton
-from stepwell.pruning.units import Group
-from stepwell.training.batches import EvalBatches
-from stepwell.training.progress import progress
-from stepwell.training.run_dir import StageResult
+from stepwell.pruning.units import Group, cuts_by_tensor, tensors_of
+from stepwell.run.progress import progress
+from stepwell.setting.setting import Setting
+from stepwell.tasks.classification import loss_per_image
 
 
-class Importance(StageResult):
-    """Importance of every unit, by group: raw in `raw`, with l2 norm 1 per group in `normalised`."""
+def score(s: Setting) -> Importance:
+    """Score every unit of the teacher, once: by gradient, and filters by their weights if asked for."""
+    with s.run.stage("score", Importance) as stage:
+        if stage.is_new:
+            norms = _filter_norms(s) if s.config.importance == "l1" else {}
+            others = [group for group in s.groups if group.name not in norms]
+            raw, num_images = norms, 0
+            if others:
+                raw = norms | importance_by_gradient(
+                    s.model, others, s.scored, reduction=s.config.score_reduction, autocast=s.autocast
+                )
+                num_images = len(s.scored.labels)
+            stage.result = Importance(
+                raw=raw,
+                normalised=l2_normalised(raw),
+                num_images=num_images,
+                passes=s.costs([1.0]).scoring,
+            )
+    return stage.result
 
-    raw: dict[str, list[float]]
-    normalised: dict[str, list[float]]
-    num_images: int
 
-    def order(self) -> dict[str, list[int]]:
-        """The units of each group from most to least important; equal ones keep their order."""
-        return {name: sorted(range(len(v)), key=lambda i: (-v[i], i)) for name, v in self.raw.items()}
-
-
-def score(
+def importance_by_gradient(
     model: nn.Module,
     groups: Sequence[Group],
     batches: EvalBatches,
     *,
     reduction: Literal["sample", "batch"] = "sample",
     autocast: torch.autocast | None = None,
-) -> Importance:
-    """Measure the importance of every unit of `model` on `batches`.
+) -> dict[str, list[float]]:
+    """The importance of every unit of `model` on `batches`, by group.
 
     Args:
         model: The teacher; put into eval mode, its weights and gradients are not touched.
@@ -53,7 +71,7 @@ def score(
         batches: Training images, with labels.
         reduction: `sample` takes the absolute value per image (AMD), `batch` of each batch's mean
             gradient (MiniDisc's code).
-        autocast: Run the passes under this; sums are kept in fp32 all the same.
+        autocast: The number format of the passes; sums are kept in fp32 all the same.
     """
     model.eval()
     parameters: dict[str, Tensor] = dict(model.named_parameters())
@@ -65,12 +83,12 @@ def score(
         for batch in batches:
             outputs.clear()
             with autocast or torch.autocast(batch.images.device.type, enabled=False):
-                logits = functional_call(skeleton, parameters, (batch.images,))
+                logits = functional_call(skeleton, parameters, (batch.images,))  # (B, classes)
             # Summed: each image's gradient is its own, and none shrinks below fp16's smallest number.
-            loss = F.cross_entropy(logits.float(), batch.labels, reduction="sum")
+            loss = loss_per_image(logits, batch.labels).sum()
             gradients = dict(zip(outputs, torch.autograd.grad(loss, list(outputs.values())), strict=True))
             for group in groups:
-                by_gate = [
+                by_gate = [  # each (B, units)
                     gate_gradients(
                         outputs[name].detach(),
                         gradients[name],
@@ -80,18 +98,22 @@ def score(
                     )
                     for name in group.gates
                 ]
+                # Several gates of a unit are one number, so what they do to the loss adds up.
                 sums[group.name] += _reduced(sum(by_gate[1:], by_gate[0]), reduction).double().cpu()
             num_images += len(batch.labels)
             advance("")
     divisor = num_images if reduction == "sample" else 1
-    raw = {name: (total / divisor).tolist() for name, total in sums.items()}
-    return Importance(raw=raw, normalised=l2_normalised(raw), num_images=num_images)
+    return {name: (total / divisor).tolist() for name, total in sums.items()}
 
 
 def gate_gradients(
-    output: Tensor, gradient: Tensor, num_units: int, num_images: int, dim: int = -1
-) -> Tensor:
-    """d loss / d gate per image and unit, shape (images, units).
+    output: Shaped[Tensor, "..."],
+    gradient: Shaped[Tensor, "..."],
+    num_units: int,
+    num_images: int,
+    dim: int = -1,
+) -> Float[Tensor, "images units"]:
+    """d loss / d gate per image and unit.
 
     Args:
         output: The units' outputs, such as (images, tokens, units * channels), units side by side in `dim`.
@@ -109,15 +131,6 @@ def _reduced(per_image: Tensor, reduction: Literal["sample", "batch"]) -> Tensor
     if reduction == "sample":
         return per_image.abs().sum(dim=0)
     return per_image.mean(dim=0).abs()
-
-
-def l2_normalised(raw: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
-    """Divide each group's scores by their l2 norm, so that no layer wins the ranking by its size alone."""
-    normalised = {}
-    for name, values in raw.items():
-        vector = torch.tensor(values, dtype=torch.float64)
-        normalised[name] = (vector / (vector.norm() + 1e-17)).tolist()
-    return normalised
 
 
 @contextmanager
@@ -146,3 +159,43 @@ def _unit_outputs(model: nn.Module, groups: Sequence[Group]) -> Iterator[dict[st
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _filter_norms(s: Setting) -> dict[str, list[float]]:
+    met = student_widths(s.config, s.model, s.spec, s.groups, uniform_scores(s.groups))
+    return filter_norms(tensors_of(s.model), s.groups, met.keep_ratio)
+
+
+def filter_norms(
+    weights: Mapping[str, Shaped[Tensor, "..."]], groups: Sequence[Group], keep_ratio: float
+) -> dict[str, list[float]]:
+    """The importance of every filter, by group; other groups are left out.
+
+    The filters of a group are those of the first layer that its channels run through.
+
+    Args:
+        weights: The teacher's parameters.
+        groups: Its groups, in the order of the layers.
+        keep_ratio: Share of its filters that each layer keeps in the smallest candidate.
+    """
+    filters = [group for group in groups if group.kind == "filter"]
+    cuts = cuts_by_tensor(filters)
+    norms: dict[str, list[float]] = {}
+    for group in filters:
+        of_filters = next((s for s in group.slices if s.dim == 0 and weights[s.tensor].ndim > 1), None)
+        if of_filters is None:  # such as a transposed convolution: its filters lie elsewhere
+            continue
+        weight = weights[of_filters.tensor].detach().double().abs().reshape(of_filters.view)
+        for other, slice_ in cuts[of_filters.tensor]:
+            # Its input channels, which are the filters of a layer before; or its own, around a shortcut.
+            if slice_.dim == 1 and other.name in norms:
+                kept = _largest(norms[other.name], keep_ratio)
+                weight = weight.index_select(slice_.axis, torch.tensor(kept, device=weight.device))
+        norms[group.name] = weight.movedim(of_filters.axis, 0).flatten(1).sum(dim=1).tolist()
+    return norms
+
+
+def _largest(values: Sequence[float], share: float) -> list[int]:
+    """The positions of the largest `share` of `values`, at least one; of equals the first."""
+    keep = max(1, math.floor(share * len(values) + 0.5))
+    return sorted(range(len(values)), key=lambda i: (-values[i], i))[:keep]

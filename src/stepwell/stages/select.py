@@ -1,4 +1,4 @@
-"""Stage 4, select: which candidate becomes the teacher-assistant. Pure arithmetic.
+"""Stage 4, select: which candidate becomes the teacher-assistant, on images that nothing was trained on.
 
 Each rule gives every allowed candidate a value and takes the largest. P is a candidate's performance in
 [0, 1] on the selection images, S its scale (share of the teacher's MACs). The default, `performance`, is the
@@ -9,19 +9,155 @@ one that the evidence is for (docs/selection.md). The exact NPSD formula of the 
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
-from stepwell.options import Rule
+from torch import nn
+
+from stepwell.config.options import Rule, SelectOptions
+from stepwell.measure.size import count_macs, num_params
+from stepwell.models.ladder import Ladder
+from stepwell.pruning.units import Candidate
+from stepwell.report.result import CandidateResult, Choice, SelectionResult
+from stepwell.run.progress import say
+from stepwell.run.run_dir import StageResult
+from stepwell.setting.rungs import Rung
+from stepwell.setting.setting import Setting
+from stepwell.tasks.classification import Metric, evaluate, performance
 
 LAMBDA = 0.2  # MiniDisc's published setting
 
 
-def performance(top1: float, log_likelihood: float, metric: Literal["top1", "likelihood"]) -> float:
-    """P in [0, 1]: the share of right answers, or the geometric mean of the true class's probability."""
-    return top1 / 100 if metric == "top1" else math.exp(log_likelihood)
+def select(s: Setting, ladder: Ladder, models: Iterable[nn.Module]) -> Choice:
+    """Evaluate all candidates on the selection images, and choose the assistant among them.
+
+    Args:
+        s: What the run works with.
+        ladder: The candidates.
+        models: Their trained models, from the smallest to the largest.
+    """
+    with s.run.stage("select", Choice) as stage:
+        if stage.is_new:
+            pairs = zip(ladder.candidates, models, strict=True)
+            candidates = [figures_of(s, candidate, model) for candidate, model in pairs]
+            teacher = evaluate(s.model, s.selection, "select: teacher").performance(s.metric)
+            index, selection = choose(candidates, teacher, s.config, s.metric, len(s.data.selection))
+            stage.result = Choice(
+                index=index,
+                candidates=candidates,
+                selection=selection,
+                passes=s.costs(ladder.scales).evaluating(1.0, *ladder.scales),
+            )
+    return stage.result
+
+
+class Best(StageResult):
+    """Which of several students did best on the selection images."""
+
+    index: int
+
+
+def select_student(s: Setting, tried: Sequence[tuple[Rung, Rung]]) -> int:
+    """Which student did best on the selection images, of equal ones the smaller assistant's.
+
+    Args:
+        s: What the run works with.
+        tried: Each assistant with its student, from the smallest assistant up.
+    """
+    with s.run.stage("choose", Best) as stage:
+        if stage.is_new:
+            values = [
+                evaluate(student.model, s.selection, f"select: student via {assistant.keep_ratio:g}")
+                for assistant, student in tried
+            ]
+            performances = [meter.performance(s.metric) for meter in values]
+            passes = len(s.data.selection) * sum(student.scale for _, student in tried)
+            stage.result = Best(index=performances.index(max(performances)), passes=passes)
+    say(f"select: the best student came via {tried[stage.result.index][0].keep_ratio:g}")
+    return stage.result.index
+
+
+def figures_of(s: Setting, candidate: Candidate, model: nn.Module) -> CandidateResult:
+    """One candidate on the selection images."""
+    meter = evaluate(model, s.selection, f"select: candidate {candidate.keep_ratio:g}")
+    macs = count_macs(model, s.spec)
+    return CandidateResult(
+        keep_ratio=candidate.keep_ratio,
+        scale=macs / s.teacher_macs,
+        top1=meter.top1,
+        top1_interval=meter.top1_interval,
+        log_likelihood=meter.log_likelihood,
+        num_params=num_params(model),
+        macs=macs,
+        widths=dict(candidate.widths),
+    )
+
+
+def choose(
+    candidates: Sequence[CandidateResult],
+    teacher: float,
+    options: SelectOptions,
+    metric: Metric,
+    num_images: int,
+) -> tuple[int, SelectionResult]:
+    """The index of the assistant, and what every rule says.
+
+    Args:
+        candidates: From the smallest, the student's rung, to the largest.
+        teacher: The teacher's performance in [0, 1].
+        options: The rule, or the assistant that the user wants.
+        metric: What performance means.
+        num_images: How many images it was measured on.
+    """
+    points = _points(candidates, metric)
+    values = all_rules(points, Point(1.0, teacher))
+    index, rule = pick(values[options.rule]), str(options.rule)
+    if options.assistant is not None:
+        index, rule = nearest(candidates, options.assistant), "by hand"
+    say(f"select: the assistant keeps {candidates[index].keep_ratio:g} (rule: {rule})")
+    selection = SelectionResult(
+        rule=rule,
+        metric=metric,
+        pick=candidates[index].keep_ratio,
+        picks={name: candidates[pick(of_rule)].keep_ratio for name, of_rule in values.items()},
+        values={**values},
+        num_images=num_images,
+    )
+    return index, selection
+
+
+def lower_assistants(choice: Choice, options: SelectOptions, metric: Metric, number: int) -> list[int]:
+    """Indices of the second assistant and further ones: the rule again, with the one above as the teacher.
+
+    Args:
+        choice: The first assistant, among which candidates.
+        options: The rule.
+        metric: What performance means.
+        number: How many assistants are wanted in all; fewer where no candidate is left.
+    """
+    points = _points(choice.candidates, metric)
+    chosen = [choice.index]
+    while len(chosen) < number:
+        below, top = points[: chosen[-1]], points[chosen[-1]]
+        # Rounding can give candidates the student's own widths, or each other's.
+        if not any(points[0].scale < point.scale < top.scale for point in below):
+            say(f"select: no candidate is left for assistant {len(chosen) + 1}")
+            break
+        chosen.append(pick(rule_values(below, top, options.rule)))
+        keep_ratio = choice.candidates[chosen[-1]].keep_ratio
+        say(f"select: the assistant keeps {keep_ratio:g} (rule: {options.rule})")
+    return chosen[1:]
+
+
+def nearest(candidates: Sequence[CandidateResult], keep_ratio: float) -> int:
+    """Index of the candidate nearest to `keep_ratio` of those strictly between student and teacher."""
+    between = [i for i, c in enumerate(candidates) if candidates[0].scale < c.scale < 1]
+    return min(between, key=lambda i: abs(candidates[i].keep_ratio - keep_ratio))
+
+
+def _points(candidates: Sequence[CandidateResult], metric: Metric) -> list[Point]:
+    return [Point(c.scale, performance(c.top1, c.log_likelihood, metric)) for c in candidates]
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""What every training stage needs: images, batches, the loop, the run directory."""
+"""How a model is trained: the loop, the optimizer, what every step of distillation shares."""

@@ -1,4 +1,4 @@
-"""BatchNorm statistics, taken anew: of one pass over some images, every image counting alike."""
+"""BatchNorm statistics, recomputed in one pass over some images, every image counting alike."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from stepwell.training.batches import Batch
+from stepwell.data.batches import Batch
 
 
 def recalibrate(model: nn.Module, forward: Callable[[Tensor], Tensor], batches: Iterable[Batch]) -> None:
@@ -18,7 +18,7 @@ def recalibrate(model: nn.Module, forward: Callable[[Tensor], Tensor], batches: 
 
     Args:
         model: In eval mode before and after; only its BatchNorms run in train mode.
-        forward: Runs `model` on images, with whatever weights.
+        forward: A function that runs `model` on images, with whatever weights.
         batches: Images as in evaluation.
     """
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]

@@ -1,4 +1,4 @@
-"""The small CNNs of `stepwell.models.cifar_nets`: filters may be cut.
+"""The small CNNs of `stepwell.zoo.cifar_nets`: filters may be cut.
 
     ResNet, Wide ResNet:  conv1 | conv2 of every block       the filters of conv1; the residual width stays
     VGG:                  conv | conv | ... | classifier     those of every convolution
@@ -12,10 +12,10 @@ from __future__ import annotations
 from torch import nn
 
 from stepwell.errors import ModelError
-from stepwell.models.cifar_nets import BasicBlock, CifarVgg, PreActBlock
 from stepwell.pruning.families.slices import input_slices, norm_slices, output_slices
 from stepwell.pruning.filters import filter_groups
 from stepwell.pruning.units import Group
+from stepwell.zoo.cifar_nets import BasicBlock, CifarVgg, PreActBlock
 
 NAME: str = "ResNet, Wide ResNet and VGG for CIFAR"
 

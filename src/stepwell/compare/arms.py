@@ -1,0 +1,185 @@
+"""The arms of a comparison, their controls, and how each gets its learning rate.
+
+wave 1    every arm, the first seed, every learning rate      -> its best rate, on the selection images
+wave 2    the control of every arm with more than one step: a single step for the same compute, with a
+          schedule and a search of learning rates of its own
+wave 3    all of them, the other seeds
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from stepwell.compare.cells import Cell, CellResult, run_all
+from stepwell.config.commands import CompareConfig, CompressConfig
+from stepwell.config.files import implied, make_config
+from stepwell.config.own_code import is_own_code
+from stepwell.errors import ConfigError
+from stepwell.paths import CONTROL
+from stepwell.run.progress import say
+
+_NOT_OF_A_RUN = frozenset(CompareConfig.model_fields) - frozenset(CompressConfig.model_fields)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One row of the table.
+
+    Attributes:
+        name: Its name, unlike all others.
+        options: What it sets of `CompressConfig`, besides what all arms share.
+        published: The figure of the literature that it mirrors, if there is one.
+    """
+
+    name: str
+    options: Mapping[str, Any]
+    published: float | None = None
+
+    @property
+    def is_single_step(self) -> bool:
+        """Whether it is its own control."""
+        return self.options.get("path") == CONTROL
+
+
+@dataclass(frozen=True)
+class Row:
+    """An arm with its finished cells, one for each seed.
+
+    Attributes:
+        arm: What was run.
+        lr: The learning rate that its search found, or the one that was given.
+        cells: In the order of the seeds.
+        control_of: The arm whose compute it has, if it is a control.
+    """
+
+    arm: Arm
+    lr: float
+    cells: Sequence[CellResult]
+    control_of: str | None = None
+
+    @property
+    def finished(self) -> list[CellResult]:
+        """The cells that did not diverge."""
+        return [cell for cell in self.cells if not cell.diverged]
+
+
+def arms_of(config: CompareConfig) -> list[Arm]:
+    """Every path with every loss on the logits and every one on the features."""
+    arms = []
+    for path in config.paths:
+        for logit in config.logit_losses or (config.logit_loss,):
+            for feature in config.feature_losses or (config.feature_loss,):
+                # Named even if there is one of them: a second that is added later leaves the cells valid.
+                losses = [path]
+                losses += [_short(logit)] if config.logit_losses else []
+                losses += [_short(feature)] if config.feature_losses else []
+                options = {"path": path, "logit_loss": logit, "feature_loss": feature}
+                arms.append(Arm(", ".join(losses), options))
+    return arms
+
+
+def run_arms(arms: Sequence[Arm], config: CompareConfig, out: Path) -> list[Row]:
+    """All rows, the controls behind the arms they belong to.
+
+    Args:
+        arms: What is compared.
+        config: What they share; also seeds, learning rates, processes.
+        out: Cells go into `out/cells`.
+
+    Raises:
+        ConfigError: Two arms would have the same file.
+        StepwellError: Of the first cell that fails.
+    """
+    if len({slug(arm.name) for arm in arms}) < len(arms):
+        raise ConfigError("two arms have the same name; the losses of FILE.py:FUNCTION need different ones")
+    searched_with, *others = config.seeds
+    searched = _search(arms, config, out, searched_with, "search" if len(config.lrs) > 1 else "first seed")
+    controls: dict[str, Arm] = {}
+    if config.controls:
+        for arm in arms:
+            if not arm.is_single_step:
+                epochs = searched[arm.name].epochs_of_equal_compute
+                options = {**arm.options, "path": CONTROL, "epochs": round(epochs, 2)}
+                controls[arm.name] = Arm(f"{CONTROL}, compute of {arm.name}", options)
+        searched |= _search(list(controls.values()), config, out, searched_with, "controls")
+    everyone: list[tuple[Arm, str | None]] = []
+    for arm in arms:
+        everyone.append((arm, None))
+        if arm.name in controls:
+            everyone.append((controls[arm.name], arm.name))
+    waiting = [
+        cell_of(arm, config, out, seed, searched[arm.name].options["lr"])
+        for arm, _ in everyone
+        for seed in others
+    ]
+    finished = run_all(waiting, config.jobs, "other seeds") if waiting else []
+    rows = []
+    for number, (arm, control_of) in enumerate(everyone):
+        cells = finished[number * len(others) : (number + 1) * len(others)]
+        best = searched[arm.name]
+        rows.append(Row(arm, best.options["lr"], [best, *cells], control_of))
+    return rows
+
+
+def costs(rows: Sequence[Row]) -> list[float]:
+    """Mean cost of each row, in units of the cheapest single step among the arms, with all its epochs."""
+    cells = [cell for row in rows if row.control_of is None for cell in row.cells]
+    taught = [c for c in cells if c.options["logit_weight"] or c.options["feature_weight"]]
+    unit = min(cell.single_step_passes for cell in taught or cells)
+    return [mean(cell.passes for cell in row.finished or row.cells) / unit for row in rows]
+
+
+def given(config: CompareConfig) -> dict[str, Any]:
+    """What was asked for: not what is a default, nor what the preset or the losses imply."""
+    values = {name: getattr(config, name) for name in config.model_fields_set}
+    default = implied(values)
+    return {name: value for name, value in values.items() if name not in default or default[name] != value}
+
+
+def given_to_runs(config: CompareConfig) -> dict[str, Any]:
+    """`given`, without what is of the comparison alone."""
+    return {name: value for name, value in given(config).items() if name not in _NOT_OF_A_RUN}
+
+
+def _search(
+    arms: Sequence[Arm], config: CompareConfig, out: Path, seed: int, what: str
+) -> dict[str, CellResult]:
+    """Each arm with its best learning rate, as the selection images say; one that diverges is the worst."""
+    rates = config.lrs or (None,)
+    cells = [cell_of(arm, config, out, seed, lr) for arm in arms for lr in rates]
+    results = run_all(cells, config.jobs, what) if cells else []
+    best = {}
+    for number, arm in enumerate(arms):
+        mine = results[number * len(rates) : (number + 1) * len(rates)]
+        best[arm.name] = max(mine, key=lambda result: (not result.diverged, result.selection_performance))
+        diverged = sum(bool(result.diverged) for result in mine)
+        if len(rates) > 1:
+            note = f", {diverged} diverged" if diverged else ""
+            say(f"{arm.name}: --lr {best[arm.name].options['lr']:g} of {len(rates)}{note}")
+    return best
+
+
+def cell_of(arm: Arm, config: CompareConfig, out: Path, seed: int, lr: float | None) -> Cell:
+    """One run: what all share, what the arm sets, its seed and learning rate."""
+    # What the comparison's own losses imply is not what the arm's imply: make_config adds that.
+    values = {**given_to_runs(config), **arm.options, "seed": seed, "control": "none"}
+    if lr is not None and "lr" not in arm.options:
+        values["lr"] = lr
+    name = slug(arm.name) + (f"-lr-{lr:g}" if lr is not None and config.lrs else "")
+    values["out_dir"] = out / "unfinished" / f"{name}-{seed}"
+    return Cell(arm.name, make_config(CompressConfig, values), out / "cells" / f"{name}-{seed}.json")
+
+
+def _short(loss: str) -> str:
+    """A loss of one's own without its folder."""
+    return Path(loss).name if is_own_code(loss) else loss
+
+
+def slug(name: str) -> str:
+    """A name as a file's: `amd, dkd` -> `amd-dkd`."""
+    return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")

@@ -1,0 +1,297 @@
+"""One cell of a comparison: one run of one arm with one seed, and what is kept of it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import traceback
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import nn
+
+from stepwell.config.commands import CompressConfig
+from stepwell.config.own_code import file_digest, is_own_code
+from stepwell.errors import DivergedError, RunDirError, StepwellError
+from stepwell.measure.hardware import hardware
+from stepwell.measure.size import count_macs, num_params
+from stepwell.paths import path_of
+from stepwell.paths.begin import begin
+from stepwell.paths.plan import expected_epochs
+from stepwell.report.result import CandidateResult, SelectionResult, TriedResult
+from stepwell.run import progress
+from stepwell.run.run_dir import write_atomically
+from stepwell.setting.rungs import student_below, teacher_of
+from stepwell.setting.setting import Setting
+from stepwell.stages.deliver import Finished, bill_of, trainings_of, tried_result
+from stepwell.stages.grid import grid
+from stepwell.stages.score import score
+from stepwell.tasks.classification import evaluate
+from stepwell.version import __version__
+
+
+class CellResult(BaseModel):
+    """What is kept of a run: the file of a cell.
+
+    A run that diverged is a result too. The student's figures are then 0, and its cost is what the whole run
+    would have cost, with the middle candidate as the assistant.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    arm: str
+    seed: int
+    options: dict[str, Any]
+    """All options of the run."""
+    diverged: str = ""
+    """What became infinite, and where; empty for a run that came to its end."""
+    top1: float
+    """The student, percent of the test images."""
+    top1_interval: tuple[float, float]
+    selection_top1: float
+    selection_performance: float
+    """Accuracy or likelihood on the selection images: what learning rates are chosen by."""
+    teacher_top1: float
+    num_params: int
+    macs: int
+    teacher_macs: int
+    assistants: list[float]
+    """Keep ratios, from the largest down."""
+    candidates: list[CandidateResult]
+    selection: SelectionResult | None
+    tried: list[TriedResult]
+    teacher_passes: dict[str, float]
+    """Cost by stage, in forward passes of the teacher on one image."""
+    single_step_passes: float
+    """Of a single step with as many epochs."""
+    equal_compute_epochs: float | None = None
+    """Of a single step that costs as much as this run; either scores the units first. None in cells of older
+    versions."""
+    seconds: dict[str, float]
+    epochs: dict[str, float]
+    num_test: int
+    hardware: dict[str, str]
+    stepwell_version: str
+
+    @property
+    def passes(self) -> float:
+        """Cost of all stages."""
+        return sum(self.teacher_passes.values())
+
+    @property
+    def epochs_of_equal_compute(self) -> float:
+        """Epochs of a single step that cost as much as this run."""
+        if self.equal_compute_epochs is not None:
+            return self.equal_compute_epochs
+        share = (self.passes - self.teacher_passes["score"]) / self.single_step_passes
+        return share * self.options["epochs"]
+
+    @property
+    def path_seconds(self) -> float:
+        """Seconds of the stages that are on the bill."""
+        return sum(self.seconds.get(stage, 0.0) for stage in self.teacher_passes)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A run that is to be made.
+
+    Attributes:
+        arm: Its row of the table.
+        config: All options; its `out_dir` is a scratch folder, removed when the cell is finished.
+        file: Where its result goes.
+    """
+
+    arm: str
+    config: CompressConfig
+    file: Path
+
+    def finished(self) -> CellResult | None:
+        """The result, if it is there and was made with the same options.
+
+        Raises:
+            RunDirError: It was made with others, or is damaged.
+        """
+        if not self.file.exists():
+            return None
+        try:
+            result = CellResult.model_validate_json(self.file.read_bytes())
+        except ValidationError:
+            raise RunDirError(
+                f"{self.file} is damaged, or of another version of stepwell; remove it"
+            ) from None
+        now = options_of(self.config)
+        for name in sorted(now.keys() | result.options.keys()):
+            if now.get(name) != result.options.get(name):
+                raise RunDirError(
+                    f"{self.file} was made with {name}: {result.options.get(name)}, now it is "
+                    f"{now.get(name)}; give the old value to go on, or choose another --out"
+                )
+        return result
+
+
+def options_of(config: CompressConfig) -> dict[str, Any]:
+    """What says what a cell computes; where it lies and on which device is not part of it."""
+    options = config.model_dump(mode="json")
+    for name in ("out_dir", "device", "workers", "threads", "data", "teacher"):
+        del options[name]
+    for name in ("logit_loss", "feature_loss"):
+        if is_own_code(options[name]):
+            options[f"{name}_file"] = file_digest(options[name])
+    return options
+
+
+def run_cell(cell: Cell) -> CellResult:
+    """Go down, and look at the student; no ONNX files, no clock, no report."""
+    s = _begin(cell)
+    try:
+        result = path_of(cell.config.path).descend(s, lambda s, finished: _look(cell, s, finished))
+    except DivergedError as error:
+        result = _look_at_wreck(cell, s, error)
+    cell.file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(cell.file, json.dumps(result.model_dump(mode="json"), indent=1) + "\n")
+    shutil.rmtree(s.run.path)
+    return result
+
+
+def _begin(cell: Cell) -> Setting:
+    """Come back to what an interrupted call has left of the run, or begin it."""
+    try:
+        return begin(cell.config)
+    except RunDirError:  # left with other options, such as the threads of another --jobs
+        progress.say(f"{cell.arm}, seed {cell.config.seed}: begun with other options, begins anew")
+        assert cell.config.out_dir is not None
+        shutil.rmtree(cell.config.out_dir, ignore_errors=True)
+        return begin(cell.config)
+
+
+def _look(cell: Cell, s: Setting, finished: Finished) -> CellResult:
+    student, choice, bill = finished.student.model, finished.choice, bill_of(s.run)
+    selection, test = evaluate(student, s.selection, "selection images"), evaluate(student, s.test, "test")
+    return _result(
+        cell,
+        s,
+        student,
+        {
+            "top1": test.top1,
+            "top1_interval": test.top1_interval,
+            "selection_top1": selection.top1,
+            "selection_performance": selection.performance(s.metric),
+            "assistants": [assistant.keep_ratio for assistant in finished.assistants],
+            "candidates": choice.candidates if choice else [],
+            "selection": choice.selection if choice else None,
+            "tried": [tried_result(s, *pair) for pair in finished.tried],
+            "teacher_passes": bill,
+            "single_step_passes": finished.single_step,
+            "equal_compute_epochs": s.costs(finished.ladder.scales).equal_compute_epochs(bill),
+            "epochs": {name: training.epochs for name, training in trainings_of(s.run).items()},
+        },
+    )
+
+
+def _look_at_wreck(cell: Cell, s: Setting, error: DivergedError) -> CellResult:
+    path = path_of(cell.config.path)
+    ladder = grid(s, score(s), path.rungs)  # finished before the first training, and only read
+    epochs, costs = expected_epochs(s, ladder, path.bill), s.costs(ladder.scales)
+    bill = path.bill(costs, epochs, s.config)
+    return _result(
+        cell,
+        s,
+        student_below(s, ladder, teacher_of(s)).model,
+        {
+            "diverged": str(error).partition("; ")[0],  # what follows is advice on a run of its own
+            "top1": 0.0,
+            "top1_interval": (0.0, 0.0),
+            "selection_top1": 0.0,
+            "selection_performance": 0.0,
+            "assistants": [],
+            "candidates": [],
+            "selection": None,
+            "tried": [],
+            "teacher_passes": bill,
+            "single_step_passes": costs.single_step(epochs.distill),
+            "equal_compute_epochs": costs.equal_compute_epochs(bill),
+            "epochs": {},
+        },
+    )
+
+
+def _result(cell: Cell, s: Setting, student: nn.Module, figures: Mapping[str, Any]) -> CellResult:
+    """`figures`, and what is known of every run."""
+    return CellResult(
+        arm=cell.arm,
+        seed=cell.config.seed,
+        options=options_of(cell.config),
+        teacher_top1=evaluate(s.model, s.test, "teacher").top1,
+        num_params=num_params(student),
+        macs=count_macs(student, s.spec),
+        teacher_macs=s.teacher_macs,
+        seconds={name: stage.seconds for name, stage in s.run.stages.items()},
+        num_test=len(s.data.test),
+        hardware=hardware(s.device),
+        stepwell_version=__version__,
+        **figures,
+    )
+
+
+def run_all(cells: Sequence[Cell], jobs: int, what: str) -> list[CellResult]:
+    """The results of all cells, in their order; what is finished is not run again.
+
+    Args:
+        cells: Each is a run of its own.
+        jobs: Processes that run side by side; the work of each is written to a log beside its result.
+        what: For progress.
+
+    Raises:
+        StepwellError: Of the first cell that fails; those that are finished stay.
+    """
+    results = [cell.finished() for cell in cells]
+    todo = [i for i, result in enumerate(results) if result is None]
+    if not todo:
+        return [result for result in results if result is not None]
+    with (
+        progress.progress(what, len(cells)) as advance,
+        ProcessPoolExecutor(min(jobs, len(todo)), mp_context=get_context("spawn")) as pool,
+    ):
+        for _ in range(len(cells) - len(todo)):
+            advance("")
+        waiting = {pool.submit(_in_silence, cells[i]): i for i in todo}
+        try:
+            for future in as_completed(waiting):
+                i = waiting[future]
+                results[i] = future.result()
+                advance(f"{cells[i].arm}, seed {cells[i].config.seed}")
+        except BrokenProcessPool:
+            raise StepwellError(
+                f"{what}: a process ended without a word, as it does when memory runs out: fewer --jobs; "
+                f"what it did last is in a log in {cells[0].file.parent}"
+            ) from None
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return [result for result in results if result is not None]
+
+
+def _in_silence(cell: Cell) -> CellResult:
+    """Run a cell in a process of its own: what it says goes into a file, which stays if it fails."""
+    log = cell.file.with_suffix(".log")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w", encoding="utf-8") as file, contextlib.redirect_stderr(file):
+        try:
+            result = run_cell(cell)
+        except Exception as error:
+            traceback.print_exc()
+            # An exception of another package may not survive the way back to the first process.
+            known = isinstance(error, StepwellError)
+            kind = type(error) if known else StepwellError
+            reason = str(error) if known else f"{type(error).__name__}: {error}"
+            raise kind(f"{cell.arm}, seed {cell.config.seed}: {reason} (log: {log})") from None
+    log.unlink()
+    return result

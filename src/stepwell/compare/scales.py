@@ -1,0 +1,297 @@
+"""The three sizes of a suite, and what is made ready for it.
+
+cpu     scikit-learn's digits: hours on two cores for all suites together
+gpu     CIFAR-10 (`--data`), a ViT of 10.7 M parameters or the pairs of CNNs, one GPU
+paper   the published recipe: what it takes and what was published; runs with --teacher and --data
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from stepwell.compare.arms import Arm, given, given_to_runs
+from stepwell.compare.suites import ARMS, PAIRS
+from stepwell.config.base import flag_of
+from stepwell.config.commands import CompareConfig, CompressConfig, TrainConfig
+from stepwell.config.files import make_config
+from stepwell.config.options import Suite
+from stepwell.data.digits import MODEL, MODEL_ARGS, write_digits
+from stepwell.data.spec import InputSpec
+from stepwell.errors import ConfigError
+from stepwell.measure.cost import Costs, Epochs
+from stepwell.measure.size import count_macs
+from stepwell.models.input import input_spec
+from stepwell.models.teacher import create_without_memory, parse_model_args
+from stepwell.paths import path_of
+from stepwell.paths.from_labels import train
+from stepwell.pruning.families import find_groups
+from stepwell.pruning.ranking import uniform_scores
+from stepwell.pruning.skeleton import build_skeleton
+from stepwell.pruning.units import Group
+from stepwell.run.progress import say
+from stepwell.stages.grid import make_grid
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a suite runs at one scale.
+
+    Attributes:
+        model: The teacher, a model of timm.
+        model_args: Its arguments.
+        student: What stands for a student of another shape: the ViT of fewer layers, the smaller CNN.
+        student_args: Its arguments.
+        train: How the teacher is trained.
+        compress: What all arms share.
+        depth_keep: Share of the units with the operations of the ViT of fewer layers.
+        teacher_top1: What the teacher's published figure is.
+        macs_per_second: Roughly what one H100 reaches.
+    """
+
+    model: str
+    model_args: dict[str, str]
+    student: str
+    student_args: dict[str, str]
+    train: dict[str, Any]
+    compress: dict[str, Any]
+    depth_keep: float = 0.0
+    teacher_top1: float | None = None
+    macs_per_second: float = 1e14  # a quarter of its peak in bf16
+
+
+_VIT_GPU = {"img_size": "32", "patch_size": "4", "embed_dim": "384", "depth": "12", "num_heads": "6"}
+_GPU = {"epochs": 40, "batch_size": 256, "lr": 1e-3, "augment": "crop", "precision": "bf16"}
+_DIGITS = {"batch_size": 64, "augment": "affine"}
+VIT = {
+    "cpu": Size(
+        MODEL,
+        MODEL_ARGS,
+        MODEL,
+        {**MODEL_ARGS, "depth": "1"},
+        {"epochs": 60, "batch_size": 32, "lr": 2e-3, "augment": "affine"},
+        {**_DIGITS, "keep_ratio": 0.1, "epochs": 20, "lr": 4e-3},
+        depth_keep=0.17,
+    ),
+    "gpu": Size(
+        MODEL,
+        _VIT_GPU,
+        MODEL,
+        {**_VIT_GPU, "depth": "2"},
+        {**_GPU, "epochs": 100},
+        {**_GPU, "keep_ratio": 0.1},
+        depth_keep=0.16,
+    ),
+    # Epochs and batch are ours: the supplementary does not say.
+    "paper": Size(
+        "vit_base_patch16_224",
+        {},
+        "vit_base_patch16_224",
+        {"depth": "2"},
+        {},
+        {"preset": "paper", "keep_ratio": 0.1, "epochs": 100, "batch_size": 256, "precision": "bf16"},
+        depth_keep=0.15,
+        teacher_top1=89.33,
+    ),
+}
+_CNN_TRAIN = {
+    "cpu": {**_DIGITS, "epochs": 15, "lr": 2e-3, "image_size": 8},
+    "gpu": {"epochs": 100, "batch_size": 128, "lr": 2e-3, "augment": "crop"},
+    "paper": {},
+}
+_CNN_COMPRESS = {
+    "cpu": {**_DIGITS, "epochs": 10, "lr": 2e-3, "image_size": 8},
+    "gpu": {"epochs": 60, "batch_size": 128, "lr": 2e-3, "augment": "crop"},
+    # RepDistiller's, with a cosine instead of three steps.
+    "paper": {"optimizer": "sgd", "lr": 0.05, "weight_decay": 5e-4, "epochs": 240, "batch_size": 64},
+}
+_IMAGENET = Size(
+    "resnet34",
+    {},
+    "resnet18",
+    {},
+    {},
+    {
+        "optimizer": "sgd",
+        "lr": 0.1,
+        "weight_decay": 1e-4,
+        "epochs": 100,
+        "batch_size": 256,
+        "keep_ratio": 0.5,
+    },
+    teacher_top1=PAIRS["imagenet-pair"].published,
+    macs_per_second=2e13,
+)
+OF_THE_TEACHER = (
+    "data", "data_root", "selection_data", "skip_bad_images", "image_size",
+    "precision", "device", "threads", "workers",
+)  # fmt: skip
+"""Options of the comparison that the training of its teacher takes over: which images, and on what."""
+CONTROLLED: frozenset[Suite] = frozenset({"steps", "depth", *PAIRS})
+"""Suites with single steps beside paths that cost more."""
+NUM_TRAIN = {"CIFAR-100": 50_000, "ImageNet": 1_281_167}
+
+
+def size_of(suite: Suite, scale: str) -> Size:
+    """The models and the recipe of `suite` at `scale`.
+
+    Raises:
+        ConfigError: ImageNet has no small size.
+    """
+    if suite not in PAIRS:
+        size = VIT[scale]
+        keep_ratio = size.depth_keep if suite == "depth" else size.compress["keep_ratio"]
+        return replace(size, compress={**size.compress, "keep_ratio": keep_ratio})
+    if suite == "imagenet-pair":
+        if scale != "paper":
+            raise ConfigError("--suite imagenet-pair needs --scale paper: it is about ImageNet")
+        return _IMAGENET
+    pair = PAIRS[suite]
+    args = {"in_chans": "1"} if scale == "cpu" else {}  # digits are gray
+    if scale == "paper" and suite == "resnet-pair":
+        args = {"shortcut": "B"}  # those of the comparisons on CIFAR-100
+    compress = {**_CNN_COMPRESS[scale], "keep_ratio": pair.keep_ratio}
+    return Size(
+        pair.teacher,
+        args,
+        pair.student,
+        args,
+        _CNN_TRAIN[scale],
+        compress,
+        teacher_top1=pair.published,
+        macs_per_second=2e12,  # convolutions of few channels keep a GPU waiting
+    )
+
+
+def prepared(suite: Suite, config: CompareConfig, out: Path) -> tuple[list[Arm], CompareConfig]:
+    """The arms of a suite, and the options with its data and its teacher, which is trained if it is missing.
+
+    Raises:
+        ConfigError: The scale needs images that were not given.
+    """
+    size = size_of(suite, config.scale)
+    asked = given(config)
+    if config.scale == "cpu" and not config.data:
+        write_digits(out / "digits")
+        asked["data"] = str(out / "digits")
+    if not asked.get("data"):
+        images = "the images" if config.scale == "paper" else "a folder of CIFAR-10's images"
+        raise ConfigError(f"--suite {suite} --scale {config.scale} needs --data, {images}")
+    if config.scale == "paper" and not config.teacher:
+        raise ConfigError(f"--suite {suite} --scale paper needs --teacher, a trained {size.model}")
+    values = {**size.compress, **asked}
+    # Arms that are all AMD are controls of each other.
+    values["controls"] = config.controls and (suite in CONTROLLED or "controls" in asked)
+    if not config.teacher:
+        teacher = out / "teacher"
+        recipe = {
+            "model": size.model,
+            "model_args": size.model_args,
+            "pretrained": False,
+            "out_dir": teacher,
+            **size.train,
+            **{name: asked[name] for name in OF_THE_TEACHER if name in asked},
+        }
+        say(train(make_config(TrainConfig, recipe)))
+        values["teacher"] = str(teacher)
+    return filled(suite, size), make_config(CompareConfig, values)
+
+
+def filled(suite: Suite, size: Size) -> list[Arm]:
+    """The arms of a suite, with the students that they stand for."""
+    arms = []
+    for arm in ARMS[suite]:
+        options = dict(arm.options)
+        if suite in PAIRS:
+            options |= {"student": size.student, "student_args": size.student_args}
+        elif options.get("student") == "depth":
+            options |= {
+                "student": size.student,
+                "student_args": size.student_args,
+                "student_init": "teacher",
+            }
+        arms.append(Arm(arm.name, options, arm.published))
+    return arms
+
+
+def paper(suite: Suite, config: CompareConfig) -> str:
+    """The published recipe of a suite, its numbers, and how many GPU-hours one seed would take.
+
+    Args:
+        suite: Which one.
+        config: Its options take the place of the suite's.
+    """
+    size = size_of(suite, "paper")
+    values = {**size.compress, **given_to_runs(config)}
+    sets = list(NUM_TRAIN)
+    if suite in PAIRS:
+        sets = ["ImageNet"] if suite == "imagenet-pair" else ["CIFAR-100"]
+    macs = count_macs(*_model(size.model, size.model_args))
+    other_student = count_macs(*_model(size.student, size.student_args)) / macs
+    arms = filled(suite, size)
+    hours = {
+        arm.name: [
+            _passes(suite, arm, other_student, values, NUM_TRAIN[name]) * macs / size.macs_per_second / 3600
+            for name in sets
+        ]
+        for arm in arms
+    }
+    rows = [(arm.name, hours[arm.name], arm.published) for arm in arms]
+    if config.controls and suite in CONTROLLED:
+        paths = [hours[arm.name] for arm in arms if not arm.is_single_step]
+        rows.append(("controls of equal compute", [sum(column) for column in zip(*paths, strict=True)], None))
+    rows.append(("all", [sum(column) for column in zip(*(row[1] for row in rows), strict=True)], None))
+    head = f"  {'GPU-hours for one seed':<30}" + "".join(f"{name:>11}" for name in [*sets, "published"])
+    lines = [f"suite {suite}, the published recipe: {size.model}, {_words(values)}", "", head]
+    for name, figures, published in rows:
+        numbers = "".join(f"{figure:>11.2f}" for figure in figures)
+        lines.append(f"  {name:<30}{numbers}" + ("" if published is None else f"{published:>9.2f} %"))
+    lines += [
+        "",
+        f"Published on {sets[0]}, with a teacher of {size.teacher_top1} %. Counted operations, at "
+        f"{size.macs_per_second:.0e} MACs per second; every rate of --lrs comes on top.",
+        "It runs with --teacher and --data: a trained teacher and the images.",
+    ]
+    return "\n".join(lines)
+
+
+def _passes(suite: Suite, arm: Arm, other_student: float, values: Mapping[str, Any], num_train: int) -> float:
+    """Cost of one run of `arm`, in forward passes of the teacher; a student of another shape has a share."""
+    config = make_config(CompressConfig, {**values, **arm.options})
+    path = path_of(config.path)
+    scales = [_share(suite, ratio) for ratio in path.rungs(values["keep_ratio"], config)]
+    costs = Costs(config, scales, other_student if config.student else scales[0], num_train, num_train // 10)
+    return sum(path.bill(costs, Epochs(joint=config.epochs, distill=config.epochs), config).values())
+
+
+@cache
+def _share(suite: Suite, keep_ratio: float) -> float:
+    """Share of the operations of a candidate: of a transformer its units', of a CNN counted."""
+    if suite not in PAIRS:
+        return keep_ratio
+    model, spec, groups, macs = _teacher(suite)
+    (candidate,) = make_grid(groups, uniform_scores(groups), [keep_ratio], CompressConfig())
+    return count_macs(build_skeleton(model, groups, candidate.widths), spec) / macs
+
+
+@cache
+def _teacher(suite: Suite) -> tuple[nn.Module, InputSpec, list[Group], int]:
+    """The published teacher of a suite, its input, what can be cut, its operations."""
+    size = size_of(suite, "paper")
+    model, spec = _model(size.model, size.model_args)
+    return model, spec, find_groups(model), count_macs(model, spec)
+
+
+def _model(name: str, args: dict[str, str]) -> tuple[nn.Module, InputSpec]:
+    """A model with 100 classes, without memory for its weights, and its input."""
+    model = create_without_memory(name, {**parse_model_args(args), "num_classes": 100})
+    return model, input_spec(model)
+
+
+def _words(options: Mapping[str, Any]) -> str:
+    return " ".join(f"{flag_of(name)} {value}" for name, value in options.items())

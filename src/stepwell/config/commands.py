@@ -1,0 +1,149 @@
+"""The options of every command, put together from the groups of options.py.
+
+Each is a flat list of names, which serves Python keywords, command line flags and `config.yaml` alike.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from stepwell.config.base import Count, Fraction, Positive, Seed
+from stepwell.config.options import (
+    DataOptions,
+    GridOptions,
+    JointOptions,
+    LossOptions,
+    Options,
+    PathOptions,
+    ScoreOptions,
+    SelectOptions,
+    StartOptions,
+    StudentOptions,
+    Suite,
+    TaskOptions,
+    TrainingOptions,
+    Way,
+)
+
+
+# Fields come in the order of the bases from last to first: in the help, and in config.yaml.
+class CompressConfig(
+    PathOptions,
+    SelectOptions,
+    JointOptions,
+    LossOptions,
+    GridOptions,
+    ScoreOptions,
+    TrainingOptions,
+    DataOptions,
+    StudentOptions,
+    TaskOptions,
+):
+    """All options of one compression run."""
+
+    distill_lr: Positive | None = None
+    """Peak learning rate of every distillation from one model to a smaller one; `lr` if not given."""
+    control: Literal["equal_compute", "equal_epochs", "none"] = "none"
+    """Also distil the same student straight from the teacher, with the compute (or the epochs) of the whole
+    run, and hand out the better of the two as judged on the selection images."""
+    latency_threads: Count = 1
+    """Threads of onnxruntime when latency is measured."""
+    preset: Literal["default", "paper"] = "default"
+    """`paper`: Algorithm 1 as printed (all candidates in every step, raw feature distances, NPSD)."""
+
+    @property
+    def minutes_of_path(self) -> float | None:
+        """The share of `minutes` that the path has: a control of equal compute takes the other half."""
+        return self.minutes if self.minutes is None or self.control == "none" else self.minutes / 2
+
+
+class CompareConfig(CompressConfig):
+    """All options of a comparison: those of `compress`, which all its runs share, and what differs."""
+
+    paths: tuple[Way, ...] = ("single-step", "amd")
+    """Ways down that are compared."""
+    logit_losses: tuple[str, ...] = ()
+    """Losses on the logits that are compared, each with every path; `--logit-loss` if not given."""
+    feature_losses: tuple[str, ...] = ()
+    """Losses on states or features, likewise."""
+    seeds: tuple[Seed, ...] = (0, 1, 2)
+    """Every arm runs once with each."""
+    lrs: tuple[Positive, ...] = ()
+    """Learning rates that every arm tries with the first seed; the best on the selection images is used for
+    the others. `--lr` if not given."""
+    controls: bool = True
+    """Beside every path of more than one step, a single step with the same compute."""
+    jobs: Count = 1
+    """Runs side by side, each in a process of its own."""
+    suite: Suite | None = None
+    """A named comparison that mirrors a published table, with teacher and data; `--paths` and losses are
+    then its own."""
+    scale: Literal["cpu", "gpu", "paper"] = "cpu"
+    """Size of a suite: hours on two cores, on one GPU, or the published recipe."""
+
+
+class TrainConfig(TrainingOptions, DataOptions, StartOptions):
+    """All options of fine-tuning a teacher."""
+
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of the target that is spread over all classes."""
+
+
+class DemoConfig(Options):
+    """Options of the demonstration."""
+
+    out_dir: Path = Path("runs/demo")
+    """Where data, teacher and compressed model go."""
+    seed: Seed = 0
+    """Seed of everything random."""
+    effort: Positive = 1.0
+    """Multiplies all epochs; 0.1 is a quick look."""
+    device: str = "auto"
+    """cpu, cuda, ...; `auto` takes the GPU if there is one."""
+
+
+class InspectConfig(Options):
+    """Options of `stepwell inspect`."""
+
+    run: Path
+    """Directory of a finished run."""
+    json_: bool = False
+    """Print result.json instead of tables."""
+    all: bool = False
+    """Also export and time every rung of the ladder."""
+    teacher: str = ""
+    """FILE.py:FACTORY that builds the full-width model, with --all on a model that is not timm's."""
+
+
+class ExportConfig(Options):
+    """Options of `stepwell export`."""
+
+    run: Path
+    """Directory of a run with a trained ladder."""
+    keep_ratio: Fraction | None = None
+    """Which rung of the ladder to hand out."""
+    all: bool = False
+    """Hand out every rung."""
+    format: Literal["onnx", "safetensors", "torch-export"] = "onnx"
+    """`onnx` (dynamic batch, for any runtime), `safetensors` (a model directory for stepwell.load) or
+    `torch-export` (a .pt2 program, loads without stepwell)."""
+    out_dir: Path | None = None
+    """Folder for the files; RUN/exports if not given."""
+    teacher: str = ""
+    """FILE.py:FACTORY that builds the full-width model, where it is not timm's."""
+
+
+class PredictConfig(Options):
+    """Options of `stepwell predict`."""
+
+    model: Path
+    """A student directory, or a run that holds one."""
+    images: tuple[Path, ...]
+    """Image files."""
+    top: Count = 3
+    """How many classes to name per image."""
+    teacher: str = ""
+    """FILE.py:FACTORY that builds the full-width model, where it is not timm's."""

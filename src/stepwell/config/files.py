@@ -1,0 +1,75 @@
+"""From words and files to options: presets, what losses imply, YAML that holds data only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import ValidationError
+
+from stepwell.config.base import FLAGS
+from stepwell.config.loss_facts import feature_facts, logit_facts
+from stepwell.config.options import Options
+from stepwell.errors import ConfigError, did_you_mean
+
+PRESETS: dict[str, dict[str, object]] = {
+    "default": {},
+    # What Algorithm 1 of the supplementary prints, with our readings where it is silent (docs/method.md).
+    "paper": {"sampling": "all", "feature_scale": "raw", "lr": 3e-3, "rule": "npsd"},
+}
+
+ConfigT = TypeVar("ConfigT", bound=Options)
+
+
+def make_config(kind: type[ConfigT], values: Mapping[str, object]) -> ConfigT:
+    """Check `values` and build the config; options that are not given take the preset's or their default.
+
+    Raises:
+        ConfigError: An unknown name (with the nearest known one), or a value that is out of range.
+    """
+    for name in values:
+        if name not in kind.model_fields:
+            raise ConfigError(f"unknown option {name!r}{did_you_mean(name, kind.model_fields)}")
+    try:
+        return kind.model_validate({**implied(values), **values})
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"]) or "options"
+        name += f" (--{FLAGS[name]})" if name in FLAGS else ""
+        reason = first["msg"].removeprefix("Value error, ")
+        given = f", got {first['input']!r}" if first["loc"] else ""
+        raise ConfigError(f"{name}: {reason}{given}") from None
+
+
+def implied(values: Mapping[str, object]) -> dict[str, object]:
+    """What the preset and the losses among `values` set, where `values` do not."""
+    preset = PRESETS.get(str(values.get("preset", "default")), {})
+    named = {**preset, **values}
+    losses = logit_facts(str(named.get("logit_loss", ""))), feature_facts(str(named.get("feature_loss", "")))
+    return {**preset, **losses[0].implied, **losses[1].implied}
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a config file; values are data only, nothing in it can run.
+
+    Raises:
+        ConfigError: The file is missing, is not YAML, or is not a list of `name: value`.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read config {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold `name: value` lines, not a {type(values).__name__}")
+    return values
+
+
+def to_yaml(config: Options) -> str:
+    """Write a config so that `read_yaml` gives it back."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)

@@ -1,0 +1,124 @@
+"""What is known of every loss before a tensor is at hand: one record each, and nothing here imports torch.
+
+A loss is told in two places: its record here, and its `case` in `losses/choose.py`, which builds it.
+Options, checks, costs and the call itself follow from the record. Where a default comes from is said in the
+loss's file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Reads = Literal["logits", "features", "states", "student_states", "maps", "middle_map", "last_map", "outputs"]
+"""What a loss is called with, the student's first, then the teacher's:
+    logits          (B, classes)
+    features        (B, dim), what the classifier reads
+    states          outputs of the compared blocks, from shallow to deep, in whatever layout they have
+    student_states  the student's alone
+    maps            states as maps (B, C, H, W), as many as both models have, paired from the deepest
+    middle_map      the middle one of them
+    last_map        the deepest one of them
+    outputs         the whole `Output`
+"""
+Given = Literal["labels", "indices", "progress", "target"]
+"""What a loss is told besides: the labels of the images, their places among the training images, the share of
+the training that is over, or the whole `Target`."""
+
+
+@dataclass(frozen=True)
+class LossFacts:
+    """What a loss reads, needs and costs.
+
+    Attributes:
+        reads: What it is called with, of both models.
+        given: What follows after that.
+        pretraining: A training that comes before the student's: of the `student` by this loss alone, which is
+            silent afterwards, or of the `loss`'s own parameters, for which only the teacher runs.
+        pretraining_share: Epochs of that training as a share of those of the student's.
+        views: Images that it makes of each; both models see all of them.
+        implied: Options that its authors use, where the user gives none.
+    """
+
+    reads: tuple[Reads, ...]
+    given: tuple[Given, ...] = ()
+    pretraining: Literal["student", "loss"] | None = None
+    pretraining_share: float = 1 / 8
+    views: int = 1
+    implied: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether it is not defined without labels."""
+        return "labels" in self.given
+
+    @property
+    def needs_states(self) -> bool:
+        """Whether it compares hidden states; the features before the classifier are there in every model."""
+        return self.needs_maps or not {"states", "student_states"}.isdisjoint(self.reads)
+
+    @property
+    def needs_maps(self) -> bool:
+        """Whether it compares them as maps."""
+        return not {"maps", "middle_map", "last_map"}.isdisjoint(self.reads)
+
+    @property
+    def needs_teacher_states(self) -> bool:
+        """Whether the teacher's hidden states are among them."""
+        return self.needs_states and "student_states" not in self.reads
+
+    @property
+    def is_silent_after_pretraining(self) -> bool:
+        """Whether it is no part of the student's training itself."""
+        return self.pretraining == "student"
+
+
+OWN_CODE = LossFacts(reads=("outputs",), given=("target",))
+"""A loss of the user's own, FILE.py:FUNCTION."""
+
+LOGIT_LOSSES: Mapping[str, LossFacts] = {
+    "kd": LossFacts(reads=("logits",)),
+    "dkd": LossFacts(
+        reads=("logits",), given=("labels",), implied={"temperature": 4.0, "loss_warmup": 1 / 12}
+    ),
+    "dist": LossFacts(reads=("logits",), implied={"logit_weight": 2.0}),
+    # The labels are in it.
+    "pld": LossFacts(reads=("logits",), given=("labels",), implied={"task_weight": 0.0}),
+    "taid": LossFacts(reads=("logits",), given=("progress",)),
+}
+
+FEATURE_LOSSES: Mapping[str, LossFacts] = {
+    "states": LossFacts(reads=("states",)),
+    "fitnet": LossFacts(reads=("middle_map",), implied={"feature_weight": 100.0}),
+    "at": LossFacts(reads=("maps",), implied={"feature_weight": 1000.0}),
+    "fsp": LossFacts(reads=("maps",), pretraining="student", implied={"feature_weight": 50.0}),
+    "nst": LossFacts(reads=("maps",), implied={"feature_weight": 50.0}),
+    "ab": LossFacts(reads=("maps",), pretraining="student"),
+    "ft": LossFacts(reads=("last_map",), pretraining="loss", implied={"feature_weight": 200.0}),
+    "vid": LossFacts(reads=("maps",)),
+    "review": LossFacts(reads=("maps",), implied={"loss_warmup": 1 / 12}),
+    "sp": LossFacts(reads=("last_map",), implied={"feature_weight": 3000.0}),
+    "cc": LossFacts(reads=("features",), implied={"feature_weight": 0.02}),
+    "rkd": LossFacts(reads=("features",)),
+    "pkt": LossFacts(reads=("features",), implied={"feature_weight": 30000.0}),
+    "crd": LossFacts(reads=("features",), given=("indices",), implied={"feature_weight": 0.8}),
+    "sskd": LossFacts(
+        reads=("features", "logits"),
+        given=("labels",),
+        pretraining="loss",
+        pretraining_share=1 / 4,
+        views=4,  # an image and its three rotations
+    ),
+    "ofa": LossFacts(reads=("student_states", "logits"), given=("labels",)),
+}
+
+
+def logit_facts(name: str) -> LossFacts:
+    """The record of a loss on the logits, or of the user's own code."""
+    return LOGIT_LOSSES.get(name, OWN_CODE)
+
+
+def feature_facts(name: str) -> LossFacts:
+    """The record of a loss on hidden states or features, or of the user's own code."""
+    return FEATURE_LOSSES.get(name, OWN_CODE)

@@ -1,0 +1,324 @@
+"""Every group of options: typed, frozen, documented with its unit, in one place.
+
+A function takes the group that it needs; commands.py puts them together for the commands. Nothing here
+imports torch: `stepwell --help` must be quick.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from stepwell.config.base import (
+    Amount,
+    Count,
+    Fraction,
+    NotNegative,
+    Positive,
+    Seed,
+    flag_of,
+)
+from stepwell.config.loss_facts import FEATURE_LOSSES, LOGIT_LOSSES, LossFacts, feature_facts, logit_facts
+from stepwell.config.own_code import is_own_code
+from stepwell.errors import did_you_mean
+
+Augment = Literal["auto", "none", "affine", "crop", "resized-crop"]
+Schedule = Literal["cosine", "linear", "cosine-restarts"]
+Rule = Literal["performance", "npsd", "npsd-chord-teacher", "npsd-chord-student", "lambda"]
+Metric = Literal["auto", "top1", "likelihood"]
+Way = Literal["amd", "amd-manual", "single-step", "takd", "dgkd", "mmd", "mmd-os"]
+
+Suite = Literal[
+    "losses", "candidates", "optimizer", "weights", "depth", "steps",
+    "resnet-pair", "wrn-pair", "vgg-pair", "imagenet-pair",
+]  # fmt: skip
+
+
+class Options(BaseModel):
+    """Base of all option groups: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class DataOptions(Options):
+    """Where the images are and how they are fed."""
+
+    data: str = ""
+    """Image folder (train/CLASS/* with val/ and/or test/, or one folder of classes, or a flat folder of
+    unlabelled images), or a data set of timm such as torch/cifar10 or hfds/NAME."""
+    data_root: Path | None = None
+    """Where a data set of timm lies on disk (torch/cifar10 and the like)."""
+    selection_data: Path | None = None
+    """A folder of classes to choose the assistant on, instead of a tenth of the training images."""
+    skip_bad_images: bool = False
+    """Leave out images that cannot be decoded, and count them, instead of stopping at the first."""
+    augment: Augment = "auto"
+    """Training augmentation: `affine` (small rotations, shifts and scales; no flip), `crop` (shift by up to
+    an eighth, flip), `resized-crop` (timm's ImageNet recipe), `none`; `auto` is `crop` up to 64 pixels and
+    `resized-crop` above."""
+    batch_size: Count = 64
+    """Images per step."""
+    image_size: Count | None = None
+    """Height and width that images are scaled to, for a model that takes any (a CNN); by default its own."""
+    workers: Annotated[int, Field(ge=0)] = 2
+    """Processes that decode images; sets that fit in memory are decoded once and need none."""
+
+
+class TrainingOptions(Options):
+    """How every training stage runs."""
+
+    epochs: Positive = 30
+    """Passes over the training images, of each training stage; need not be whole."""
+    minutes: Positive | None = None
+    """Wall-clock budget of all training together; sets the epochs by timing a few steps first."""
+    lr: Positive = 1e-3
+    """Peak learning rate."""
+    weight_decay: NotNegative = 0.05
+    """Decay of weight matrices; norms, biases, position tables and LayerScale have none."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """AdamW, or SGD with Nesterov momentum 0.9."""
+    schedule: Schedule = "cosine"
+    """Course of the learning rate after the warm-up."""
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Fraction of the steps in which the learning rate rises linearly."""
+    clip_norm: NotNegative = 1.0
+    """Largest norm of the gradient; 0 turns clipping off."""
+    seed: Seed = 0
+    """Seed of everything random."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Number format of forward passes in training; weights stay fp32."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps, ...; `auto` takes the GPU if there is one."""
+    threads: Count | None = None
+    """CPU threads of torch; torch's own choice if not given. Very small models are fastest on 1."""
+
+
+class ScoreOptions(Options):
+    """How the importance of units is measured."""
+
+    importance: Literal["gradient", "l1"] = "gradient"
+    """`gradient`: how much the loss would change (AMD). `l1`: convolution filters by the sum of their
+    weights, greedily along the network (Li et al. 2017); heads and neurons still by gradient."""
+    score_images: Count = 2048
+    """At most this many training images are scored on, without augmentation."""
+    score_reduction: Literal["sample", "batch"] = "sample"
+    """Take |gradient| per image (AMD's formula), or per batch of images (MiniDisc's code)."""
+
+
+class GridOptions(Options):
+    """Which candidates make up the ladder."""
+
+    num_candidates: Annotated[int, Field(ge=1, le=99)] = 9
+    """Rungs of the ladder; the paper's m."""
+    grid: Literal["with-student", "between"] = "with-student"
+    """Count the student's own rung among the candidates (0.1, 0.2 ... 0.9 for keep 0.1 and 9 candidates),
+    or place all of them strictly between student and teacher."""
+    round_to: Count | Literal["cpu", "gpu"] = "cpu"
+    """Widths of FFNs and convolutions are rounded to a multiple of this; below half of it the layer is left
+    out. `cpu` is 8, the numbers that a vector unit holds; `gpu` is 16, the tile of a matrix unit."""
+    min_heads_per_layer: Annotated[int, Field(ge=0)] = 0
+    """Heads that no layer falls below; 0 lets a layer lose its attention, as in the paper."""
+
+    @property
+    def multiple(self) -> int:
+        """`round_to` as a number."""
+        return {"cpu": 8, "gpu": 16}[self.round_to] if isinstance(self.round_to, str) else self.round_to
+
+    @model_validator(mode="after")
+    def _room_for_an_assistant(self) -> Self:
+        if self.grid == "with-student" and self.num_candidates < 2:
+            raise ValueError("num_candidates must be at least 2: one is the student, one the assistant")
+        return self
+
+
+class LossOptions(Options):
+    """loss = task_weight * CE + logit_weight * LOGIT + feature_weight * FEATURE."""
+
+    logit_loss: str = "kd"
+    """On the logits: kd (T^2 KL, AMD's), dkd, dist, pld or taid; or FILE.py:FUNCTION. Choosing one also sets
+    the weights and the temperature that its authors use, where none are given."""
+    feature_loss: str = "states"
+    """On hidden states: states (squared distance, AMD's), fitnet, at, fsp, nst, ab, ft, vid, review, sp or
+    ofa; on the features before the classifier: cc, rkd, pkt, crd or sskd; or FILE.py:FUNCTION."""
+    logit_args: dict[str, float] = {}
+    """Arguments of the logit loss as name=value, such as beta=6 for dkd."""
+    feature_args: dict[str, float] = {}
+    """Arguments of the feature loss as name=value, such as num_negatives=4096 for crd."""
+
+    task_weight: NotNegative = 1.0
+    """Weight of the cross-entropy with the labels; 0 needs no labels."""
+    logit_weight: NotNegative = 1.0
+    """Weight of the loss on the logits; the paper's alpha."""
+    feature_weight: NotNegative = 1.0
+    """Weight of the loss on hidden states or features; the paper's beta."""
+    temperature: Positive = 1.0
+    """Softens both probability vectors in the loss on the logits."""
+    loss_warmup: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the training over which the weights of the losses on logits and features rise from 0."""
+    first_epochs: Positive | None = None
+    """Epochs of the training that comes first with ab and fsp (the student's features), ft and sskd (the
+    loss's own parts); by default an eighth of the stage's epochs, a quarter with sskd, as in the
+    literature."""
+    feature_layers: tuple[int, ...] | None = None
+    """Blocks, from 0, whose outputs are compared; by default six spread evenly, the last among them."""
+    feature_scale: Literal["teacher-power", "raw"] = "teacher-power"
+    """Divide each layer's squared error by the mean square of the teacher's states, or leave it raw."""
+
+    @property
+    def logit_facts(self) -> LossFacts:
+        """What is known of the loss on the logits."""
+        return logit_facts(self.logit_loss)
+
+    @property
+    def feature_facts(self) -> LossFacts:
+        """What is known of the loss on hidden states or features."""
+        return feature_facts(self.feature_loss)
+
+    @property
+    def views(self) -> int:
+        """Images that the losses make of each."""
+        return self.feature_facts.views if self.feature_weight else 1
+
+    @property
+    def pretraining(self) -> Literal["student", "loss"] | None:
+        """What a training that comes first trains; None where there is none."""
+        return self.feature_facts.pretraining if self.feature_weight else None
+
+    def pretraining_epochs(self, epochs: float) -> float:
+        """Epochs of the training that comes first, before one of `epochs`; 0 where there is none."""
+        if self.pretraining is None:
+            return 0.0
+        return self.first_epochs or epochs * self.feature_facts.pretraining_share
+
+    @property
+    def looks_at_teacher(self) -> bool:
+        """Whether any term of the student's training itself needs the teacher."""
+        feature = self.feature_weight and not self.feature_facts.is_silent_after_pretraining
+        return bool(self.logit_weight or feature)
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        for name, given, known in (
+            ("logit_loss", self.logit_loss, LOGIT_LOSSES),
+            ("feature_loss", self.feature_loss, FEATURE_LOSSES),
+        ):
+            if given not in known and not is_own_code(given):
+                hint = did_you_mean(given, known) or f"; there are {', '.join(known)}"
+                raise ValueError(f"no {name} {given!r}{hint}")
+        return self
+
+    @model_validator(mode="after")
+    def _learns_something(self) -> Self:
+        if self.task_weight == self.logit_weight == self.feature_weight == 0:
+            raise ValueError("task_weight, logit_weight and feature_weight are all 0: nothing to learn")
+        if self.feature_facts.is_silent_after_pretraining and self.task_weight == self.logit_weight == 0:
+            raise ValueError(
+                f"{self.feature_loss} trains the features first and is then silent: leave task_weight or "
+                f"logit_weight above 0"
+            )
+        return self
+
+
+class JointOptions(Options):
+    """How the candidates are trained together."""
+
+    sampling: Literal["all", "sandwich"] = "sandwich"
+    """Train every candidate in every step (the paper's Algorithm 1), or smallest + `num_random` others."""
+    num_random: Count = 1
+    """Random candidates per step besides the smallest, with sandwich sampling."""
+    joint_epochs: Positive | None = None
+    """Epochs of the joint stage; `epochs` if not given."""
+    joint_lr: Positive | None = None
+    """Peak learning rate of the joint stage; `lr` if not given."""
+
+
+class SelectOptions(Options):
+    """How the assistant is chosen."""
+
+    rule: Rule = "performance"
+    """performance: the candidate that performs best; npsd: just before the steepest fall (our reading of
+    AMD's NPSD); npsd-chord-*: minus the slope to teacher or student; lambda: MiniDisc's P + 0.2 (1 - S).
+    Every run computes all."""
+    metric: Metric = "auto"
+    """Performance P of a candidate on the selection images: `top1` / 100, or `likelihood` (geometric mean of
+    the probability given to the true class); `auto` is likelihood below 2,000 images, where top1 is noise."""
+    assistant: Fraction | None = None
+    """Use the candidate nearest to this keep ratio as the assistant, whatever the rule says."""
+
+
+class PathOptions(Options):
+    """Which way down from teacher to student."""
+
+    path: Way = "amd"
+    """amd: candidates trained together, one chosen as the assistant. amd-manual: the same, but a student by
+    way of every candidate. single-step: no assistant. takd: the assistants given, one after another. dgkd:
+    likewise, each model taught by all larger ones. mmd: every candidate trained by itself, and a student by
+    way of each. mmd-os: every candidate trained by itself, one chosen."""
+    assistants: tuple[Fraction, ...] = (0.5,)
+    """Keep ratios of the assistants of takd and dgkd."""
+    num_assistants: Count = 1
+    """Assistants in a row that amd chooses, each among the candidates below the one before."""
+    drop: Annotated[int, Field(ge=0)] = 1
+    """Teachers that dgkd leaves out of each step, drawn anew; one always stays."""
+
+
+class StudentOptions(Options):
+    """A student of another architecture."""
+
+    student: str | None = None
+    """A timm model, or FILE.py:FACTORY, that becomes the student instead of the smallest candidate: the
+    assistant teaches it, its hidden states through learned projections."""
+    student_args: dict[str, str] = {}
+    """Arguments of timm's create_model for the student, as key=value."""
+    student_init: Literal["random", "teacher"] = "random"
+    """`teacher` copies every tensor of the teacher that the student has too, by name and shape: of a student
+    with fewer layers (--student-args depth=2) these are the teacher's first ones."""
+
+
+class TaskOptions(Options):
+    """What is to be done, and where the result goes."""
+
+    teacher: str = ""
+    """What to compress: a timm model name (its pretrained weights are downloaded), the folder of a finished
+    run or of a student, or FILE.py:FACTORY, a function that returns the module."""
+    teacher_weights: Path | None = None
+    """Weights for the teacher: .safetensors, or a .pth that holds plain tensors."""
+    model_args: dict[str, str] = {}
+    """Arguments of timm's create_model as key=value, such as img_size=32 patch_size=4."""
+    keep_ratio: Fraction | None = None
+    """Fraction of the heads, of the FFN neurons or of the convolution filters that the student keeps, in
+    (0, 1); 0.1 if no other budget is given."""
+    macs: Amount | None = None
+    """Budget instead of --keep: multiply-accumulates per image, such as 1.8G, or 10% of the teacher's."""
+    params: Amount | None = None
+    """Budget instead of --keep: parameters, such as 9M, or 10% of the teacher's."""
+    latency_ms: Positive | None = None
+    """Budget instead of --keep: milliseconds per image (onnxruntime, CPU, batch 1), measured on exported
+    candidates before anything is trained."""
+    out_dir: Path | None = None
+    """Run directory; the same command on an unfinished one goes on where it stopped."""
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> Self:
+        given = [n for n in ("keep_ratio", "macs", "params", "latency_ms") if getattr(self, n) is not None]
+        if len(given) > 1:
+            flags = " and ".join(flag_of(name) for name in given)
+            raise ValueError(f"{flags} are each a budget: give one of them")
+        return self
+
+
+class StartOptions(Options):
+    """Which model is trained, from which weights, and where it goes."""
+
+    model: str = ""
+    """A timm model name, such as vit_tiny_patch16_224."""
+    model_args: dict[str, str] = {}
+    """Arguments of timm's create_model as key=value, such as img_size=32 patch_size=4."""
+    out_dir: Path | None = None
+    """Where the teacher goes; the same command on an unfinished one goes on where it stopped."""
+    pretrained: bool = True
+    """Start from timm's pretrained weights (downloaded); --no-pretrained starts from random ones."""
+    weights: Path | None = None
+    """Start from this .safetensors or .pth file instead; a head of another size is left out."""

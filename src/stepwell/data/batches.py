@@ -1,0 +1,128 @@
+"""How images are fed: decoded, kept in memory where they fit, batched, augmented.
+
+    small sets    decoded once into one uint8 tensor; augmentation is batched tensor arithmetic on the device
+    large sets    decoded in every epoch by DataLoader workers; `resized-crop` is timm's ImageNet recipe
+
+Both keep one promise: what an image looks like in an epoch depends on (seed, epoch, image) and on nothing
+else - not on the batch size, the order, the number of workers or of machines - so a run that is resumed
+sees what the unbroken run would have seen.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float32, Int64
+from torch import Tensor
+
+from stepwell.config.options import Augment, DataOptions
+from stepwell.data.feed import Feed
+from stepwell.data.images import ImageSet
+from stepwell.data.randomness import generator
+from stepwell.data.spec import InputSpec
+from stepwell.data.transforms import NUM_RANDOM, TrainTransform, augment_batch, normalise, resolve_augment
+
+OnBatch = Callable[[Tensor], None]
+"""Is told the indices of the images of every batch before it is used."""
+
+
+class Batch(NamedTuple):
+    """Images ready for the model, on its device; `indices` point into the `ImageSet`."""
+
+    images: Float32[Tensor, "batch channels height width"]
+    labels: Int64[Tensor, " batch"]
+    indices: Int64[Tensor, " batch"]
+
+
+class TrainBatches:
+    """Shuffled, augmented batches; the last incomplete one is dropped unless there is no other.
+
+    Args:
+        images: The training split.
+        spec: What the model wants.
+        options: Augmentation, batch size, workers.
+        seed: With the epoch and the image, all that randomness depends on.
+        device: Where batches go.
+        on_batch: Whoever looks on.
+    """
+
+    def __init__(
+        self,
+        images: ImageSet,
+        spec: InputSpec,
+        options: DataOptions,
+        seed: int,
+        device: torch.device,
+        on_batch: OnBatch | None = None,
+    ) -> None:
+        self.spec, self.seed, self.device, self._on_batch = spec, seed, device, on_batch
+        self.augment: Augment = resolve_augment(options.augment, spec)
+        self.batch_size = min(options.batch_size, len(images))
+        self.steps_per_epoch = len(images) // self.batch_size
+        self.labels = torch.tensor(images.labels, dtype=torch.int64)
+        transform = TrainTransform(spec) if self.augment == "resized-crop" else None
+        self._feed = Feed(images, spec, options, device, transform)
+
+    def blank(self, like: torch.nn.Module) -> Tensor:
+        """Two images of nothing, in the number format of `like`: enough to see the shapes of its outputs."""
+        parameter = next(like.parameters())
+        return parameter.new_zeros(2, self.spec.channels, *self.spec.size)
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
+        """The batches of one epoch, from `first_step` on; equal arguments give equal batches."""
+        num_images = len(self.labels)
+        # Row i belongs to image i, so no batch, order or machine changes what happens to an image.
+        table = torch.rand(num_images, NUM_RANDOM, generator=generator("augment", self.seed, epoch))
+        order = torch.randperm(num_images, generator=generator("shuffle", self.seed, epoch))
+        chunks = order.split(self.batch_size)[first_step : self.steps_per_epoch]
+        for pixels, indices in self._feed.batches(chunks, self.seed, epoch):
+            if self._on_batch is not None:
+                self._on_batch(indices)
+            augmented = augment_batch(pixels, table[indices].to(self.device), self.augment)
+            yield _batch(augmented, self.labels, indices, self.spec)
+
+
+class EvalBatches:
+    """Every image exactly once, in order, without augmentation.
+
+    Args:
+        images: Any split.
+        spec: What the model wants.
+        options: Batch size, workers.
+        device: Where batches go.
+        labels: Instead of the labels of `images`.
+        on_batch: Whoever looks on.
+    """
+
+    def __init__(
+        self,
+        images: ImageSet,
+        spec: InputSpec,
+        options: DataOptions,
+        device: torch.device,
+        labels: Sequence[int] | None = None,
+        on_batch: OnBatch | None = None,
+    ) -> None:
+        self.spec, self.batch_size, self._on_batch = spec, options.batch_size, on_batch
+        labels = images.labels if labels is None else labels
+        assert len(labels) == len(images)
+        self.labels = torch.tensor(labels, dtype=torch.int64)
+        self._feed = Feed(images, spec, options, device, None)
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.labels) / self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        chunks = torch.arange(len(self.labels)).split(self.batch_size)
+        for pixels, indices in self._feed.batches(chunks, seed=0, epoch=0):
+            if self._on_batch is not None:
+                self._on_batch(indices)
+            yield _batch(pixels, self.labels, indices, self.spec)
+
+
+def _batch(pixels: Tensor, labels: Tensor, indices: Tensor, spec: InputSpec) -> Batch:
+    device = pixels.device
+    return Batch(normalise(pixels, spec), labels[indices].to(device), indices.to(device))

@@ -1,0 +1,130 @@
+"""uint8 batches on the device: out of memory where the set fits, else decoded by DataLoader workers."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from stepwell.config.options import DataOptions
+from stepwell.data.images import ImageSet, in_threads, num_cpus
+from stepwell.data.randomness import seeded
+from stepwell.data.spec import InputSpec
+from stepwell.data.transforms import Transform, eval_transform
+from stepwell.errors import DataError
+
+MEMORY_LIMIT = 2**30
+"""Bytes; sets whose decoded pixels take no more are kept in memory."""
+
+
+class Feed:
+    """uint8 batches on the device, out of memory where the set fits, else from DataLoader workers."""
+
+    def __init__(
+        self,
+        images: ImageSet,
+        spec: InputSpec,
+        options: DataOptions,
+        device: torch.device,
+        transform: Transform | None,
+    ) -> None:
+        assert len(images) > 0
+        self._device = device
+        self._num_workers = num_workers(options)
+        self._pixels = decoded(images, spec, options) if transform is None else None
+        # A copy without decoded pixels: it is sent to the workers.
+        self._images = replace(images, cache={})
+        self._transform = transform or eval_transform(spec)
+
+    def batches(self, chunks: Sequence[Tensor], seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Pixels on the device, and indices on the CPU, of each chunk of indices."""
+        known = self._pixels
+        loaded = self._load(chunks, seed, epoch) if known is None else (known[chunk] for chunk in chunks)
+        for pixels, chunk in zip(loaded, chunks, strict=True):
+            yield pixels.to(self._device, non_blocking=True), chunk
+
+    def _load(self, chunks: Sequence[Tensor], seed: int, epoch: int) -> Iterator[Tensor]:
+        loader = DataLoader(
+            _Items(self._images, self._transform, seed, epoch),
+            batch_sampler=[chunk.tolist() for chunk in chunks],
+            num_workers=self._num_workers,
+            collate_fn=_stack,
+            pin_memory=self._device.type == "cuda",
+            worker_init_fn=_use_real_stderr,
+            generator=torch.Generator(),  # otherwise every epoch would draw from the global generator
+        )
+        with warnings.catch_warnings():
+            # Python 3.12 warns of every fork beside threads; workers only decode and take no lock of theirs.
+            warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
+            batches = iter(loader)
+        try:
+            for pixels in batches:
+                if isinstance(pixels, str):
+                    raise DataError(pixels)
+                yield pixels
+        finally:
+            del batches  # ends the workers now, even if a traceback keeps this frame
+
+
+def _use_real_stderr(_: int) -> None:
+    """A live progress bar catches stderr behind a lock, which a fork may have copied while it was held."""
+    sys.stderr = sys.__stderr__
+
+
+@dataclass(frozen=True)
+class _Items(Dataset[Tensor | str]):
+    """What a worker does for one index; a message instead of pixels where the image is bad."""
+
+    images: ImageSet
+    transform: Transform
+    seed: int
+    epoch: int
+
+    def __getitem__(self, index: int) -> Tensor | str:
+        try:
+            image = self.images.open(index)
+        except DataError as error:  # torch would wrap an exception in the worker's traceback
+            return str(error)
+        with seeded("image", self.seed, self.epoch, index):
+            return self.transform(image)
+
+
+def _stack(items: list[Tensor | str]) -> Tensor | str:
+    pixels = [item for item in items if isinstance(item, Tensor)]
+    if len(pixels) == len(items):
+        return torch.stack(pixels)
+    return next(item for item in items if isinstance(item, str))
+
+
+def num_workers(options: DataOptions) -> int:
+    """Processes or threads that decode; torch warns where there are more than processors."""
+    return min(options.workers, num_cpus())
+
+
+def decoded(images: ImageSet, spec: InputSpec, options: DataOptions) -> Tensor | None:
+    """All pixels of a set, (images, channels, height, width) uint8; None where they do not fit in memory.
+
+    Decoded once per run: a set called up before anything is written shows its bad images then.
+
+    Raises:
+        DataError: An image cannot be decoded.
+    """
+    if len(images) * spec.channels * spec.size[0] * spec.size[1] > MEMORY_LIMIT:
+        return None
+    key = (spec.size, spec.channels, spec.interpolation, spec.crop_pct)
+    if key not in images.cache:
+        transform = eval_transform(spec)
+        pixels = torch.empty((len(images), spec.channels, *spec.size), dtype=torch.uint8)
+
+        def read(index: int) -> None:
+            pixels[index] = transform(images.open(index))
+
+        for _ in in_threads(read, len(images), "reading images", num_workers(options)):
+            pass
+        images.cache[key] = pixels
+    return images.cache[key]

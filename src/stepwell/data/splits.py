@@ -1,0 +1,163 @@
+"""Which images: three disjoint splits of what the user gave.
+
+The selection split, on which the assistant is chosen, is always a tenth of the training images, unless the
+user names a folder; where the source has no test split, that is a tenth too. Who belongs to a tenth is
+decided by a hash of the image's own name: the same image lands in the same split in `train`, in `compress`,
+and after more images were added. What a source holds is in sources.py, how images are fed in batches.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+
+from stepwell.config.options import DataOptions
+from stepwell.data.images import ImageSet, in_threads, num_cpus
+from stepwell.data.sources import check_same_classes, existing_folder, find, join, read_folder
+from stepwell.errors import DataError
+
+__all__ = ["SELECTION_BY_HASH", "TEST_BY_HASH", "Data", "ImageSet", "resolve_data"]
+
+HELD_OUT = 0.1
+TEST_BY_HASH = "a tenth by hash of the file name"
+SELECTION_BY_HASH = "a tenth of the training images by hash of the file name"
+
+
+@dataclass(frozen=True)
+class Data:
+    """Three disjoint splits, and how they came about.
+
+    Attributes:
+        classes: Class names in the order of the labels; empty for unlabelled images.
+        train: What weights are fitted to.
+        selection: What the assistant is chosen on.
+        test: Touched once, at the end.
+        source: What the user gave.
+        test_from: Where the test split comes from, in words for the report.
+        selection_from: Where the selection split comes from, in words for the report.
+        num_bad_images: Images left out because they cannot be decoded.
+        fingerprint: Hash over all keys, labels and splits: equal means the same files, by name, with the same
+            labels in the same splits.
+    """
+
+    classes: tuple[str, ...]
+    train: ImageSet
+    selection: ImageSet
+    test: ImageSet
+    source: str
+    test_from: str
+    selection_from: str
+    num_bad_images: int
+    fingerprint: str
+
+    @property
+    def labelled(self) -> bool:
+        """Whether the images have classes."""
+        return bool(self.classes)
+
+
+def resolve_data(options: DataOptions) -> Data:
+    """Find the images that `options` names and split them.
+
+    Raises:
+        DataError: The folder or data set cannot be used, or is too small; the message says what to do.
+    """
+    found = find(options)
+    train, test, selection, selection_from = found.train, found.test, None, SELECTION_BY_HASH
+    if options.selection_data is not None:
+        selection_from = str(options.selection_data)
+        folder = existing_folder(options.selection_data, "--selection-data")
+        selection_classes, selection = read_folder(folder)
+        check_same_classes(found.classes, selection_classes, selection_from)
+    num_given = sum(len(images) for images in (train, test, selection) if images)
+    if options.skip_bad_images:
+        # Before anything is carved, so that every class is sure to keep an image that can be read.
+        train = _without_bad(train, found.classes)
+        test = test and _without_bad(test, found.classes)
+        selection = selection and _without_bad(selection, found.classes)
+    num_good = sum(len(images) for images in (train, test, selection) if images)
+    if test is None:
+        train, test = _carve(train, "test")
+    if selection is None:
+        train, selection = _carve(train, "selection")
+    splits = {"training": train, "selection": selection, "test": test}
+    _check_disjoint(splits)
+    return Data(
+        classes=found.classes,
+        train=train,
+        selection=selection,
+        test=test,
+        source=options.data,
+        test_from=found.test_from or TEST_BY_HASH,
+        selection_from=selection_from,
+        num_bad_images=num_given - num_good,
+        fingerprint=_fingerprint(found.classes, splits),
+    )
+
+
+def _carve(images: ImageSet, name: str) -> tuple[ImageSet, ImageSet]:
+    """Set a tenth aside by hash; returns the rest and the tenth.
+
+    No class loses its last training image. Where no image falls under the threshold, which only happens in
+    sets of a few dozen, the one nearest to it is taken.
+    """
+    place = [_place(name, key) for key in images.keys]
+    members: dict[int, list[int]] = {}
+    for i, label in enumerate(images.labels):
+        members.setdefault(label, []).append(i)
+    # The image of each class that hashes highest is the one that always stays.
+    movable = [i for group in members.values() for i in sorted(group, key=place.__getitem__)[:-1]]
+    if not movable:
+        raise DataError(
+            f"too few images to set some aside for the {name} split: {len(images)} images in {len(members)} "
+            "classes are left for training, and every class must keep one"
+        )
+    taken = {i for i in movable if place[i] < HELD_OUT} or {min(movable, key=place.__getitem__)}
+    return images.subset(i for i in range(len(images)) if i not in taken), images.subset(sorted(taken))
+
+
+def _place(salt: str, key: str) -> float:
+    """A number in [0, 1) that depends on nothing but the name."""
+    digest = blake2b(f"stepwell {salt}\0{key}".encode("utf-8", "surrogateescape"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64
+
+
+def _check_disjoint(splits: Mapping[str, ImageSet]) -> None:
+    owner: dict[str, str] = {}
+    for name, images in splits.items():
+        for key in images.keys:
+            identity = images.reader.identity(key)
+            if (other := owner.setdefault(identity, name)) != name:
+                raise DataError(
+                    f"{identity} is among both the {other} and the {name} images (one folder, or a link to "
+                    "it, serves both): give each split its own images"
+                )
+
+
+def _fingerprint(classes: Sequence[str], splits: Mapping[str, ImageSet]) -> str:
+    digest = blake2b(repr(tuple(classes)).encode(), digest_size=16)
+    for name, images in splits.items():
+        digest.update(f"\n{name} {len(images)}\n".encode())
+        for key, label in zip(images.keys, images.labels, strict=True):
+            digest.update(f"{key}\0{label}\n".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
+
+
+def _without_bad(images: ImageSet, classes: Sequence[str]) -> ImageSet:
+    """Decode every image once and leave out those that fail."""
+
+    def decodes(index: int) -> bool:
+        try:
+            images.open(index)
+        except DataError:
+            return False
+        return True
+
+    results = in_threads(decodes, len(images), "looking for bad images", num_cpus())
+    good = images.subset(index for index, ok in enumerate(results) if ok)
+    if lost := sorted(set(images.labels) - set(good.labels)):
+        which = f"of class {join([classes[i] for i in lost])} " if classes else ""
+        where = images.reader.identity(images.keys[images.labels.index(lost[0])])
+        raise DataError(f"no image {which}beside {where} can be decoded: add images that can")
+    return good

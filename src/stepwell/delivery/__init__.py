@@ -1,1 +1,0 @@
-"""Measuring a model, writing it to disk, and telling what was found."""

@@ -1,0 +1,166 @@
+"""A model that is looked at: what it has computed after each of its blocks, and what it makes of a state.
+
+observed = Observed(model, ("blocks.3", "blocks.7"))
+observed(images)                    -> Output: logits, the states after those blocks, the features
+observed.after("blocks.3")(state)   -> Output of the rest of the model, from that state on
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from stepwell.losses.output import Output
+
+
+class Observed(nn.Module):
+    """Wraps a model, so that it returns what losses compare.
+
+    A state has whatever shape its block returns, tokens (B, N, C) or a map (B, C, H, W); it is the same for
+    every candidate, since only what lies inside of blocks is cut. The features are what its last linear layer
+    reads; of a model without one, the mean of its last state.
+
+    Args:
+        model: Kept as attribute `model`, so its parameters are named `model.NAME` here.
+        blocks: Names of its modules, in the order in which they run.
+    """
+
+    def __init__(self, model: nn.Module, blocks: Sequence[str]) -> None:
+        super().__init__()
+        self.model = model
+        self.blocks = tuple(blocks)
+        self.classifier = last_linear(model)
+
+    def forward(self, images: Float[Tensor, "batch channels height width"]) -> Output:
+        """Run the model; the hooks live for this call only."""
+        states: list[Tensor] = []
+        read: list[Tensor] = []
+
+        def keep(_module: nn.Module, _inputs: object, output: Any) -> None:  # noqa: ANN401  (whatever it is)
+            states.append(_tensor_of(output))
+
+        def read_by_classifier(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            read.append(inputs[0])
+
+        with ExitStack() as stack:
+            for name in self.blocks:
+                handle = self.model.get_submodule(name).register_forward_hook(keep)
+                stack.callback(handle.remove)
+            if self.classifier is not None:
+                classifier = self.model.get_submodule(self.classifier)
+                stack.callback(classifier.register_forward_pre_hook(read_by_classifier).remove)
+            logits = self.model(images)
+        return Output(logits, states, pooled(read[-1] if read else states[-1] if states else logits))
+
+    def with_weights(
+        self,
+        weights: Mapping[str, Shaped[Tensor, "..."]],
+        images: Float[Tensor, "batch channels height width"],
+    ) -> Output:
+        """What a skeleton computes with weights from elsewhere, given by the names of its parameters."""
+        return functional_call(self, {f"model.{name}": tensor for name, tensor in weights.items()}, (images,))
+
+    def after(
+        self, block: str, images: Float[Tensor, "batch channels height width"]
+    ) -> Callable[[Shaped[Tensor, "batch ..."]], Output]:
+        """The rest of the model behind `block`, as a function of the block's output.
+
+        The model itself runs, with the given state in the place of what `block` returns; modules that are
+        through before it starts are not run again. So what follows is exactly the model's own, with gradients
+        to the state and through the model, and whatever a model does outside of its blocks stays right.
+
+        What is returned is a function, no module: whoever keeps it only borrows the model, and neither saves,
+        trains nor decays it. The states of its output are those of the observed blocks behind `block`.
+
+        Args:
+            block: One of `blocks`.
+            images: An example; the rest is for states of images of this size.
+
+        Raises:
+            ValueError: `block` is not observed.
+        """
+        if block not in self.blocks:
+            raise ValueError(f"{block} is not observed; observed are {', '.join(self.blocks) or 'none'}")
+        blank = torch.zeros_like(images[:1])
+        returned, before = _one_run(self.model, block, blank)
+        behind = Observed(self.model, self.blocks[self.blocks.index(block) + 1 :])
+
+        def rest(state: Tensor) -> Output:
+            num_images = len(state)
+            with ExitStack() as stack:
+                for name, output in before.items():
+                    # One image's output, seen as a whole batch: nothing is computed or stored.
+                    stand_in = output.expand(num_images, *output.shape[1:])
+                    stack.enter_context(_returning(self.model.get_submodule(name), stand_in))
+                given = state if isinstance(returned, Tensor) else (state, *returned[1:])
+                stack.enter_context(_returning(self.model.get_submodule(block), given))
+                return behind(blank.expand(num_images, *blank.shape[1:]))
+
+        return rest
+
+
+def _one_run(model: nn.Module, block: str, blank: Tensor) -> tuple[Any, dict[str, Tensor]]:
+    """What `block` returns for a blank image, and what the largest modules return that run before it only."""
+    outputs: list[tuple[str, Any]] = []
+
+    def note(name: str) -> Callable[..., None]:
+        return lambda _module, _inputs, output: outputs.append((name, output))
+
+    with torch.no_grad(), ExitStack() as stack:
+        for name, module in model.named_modules():
+            stack.callback(module.register_forward_hook(note(name)).remove)
+        model(blank)
+    names = [name for name, _ in outputs]
+    position = names.index(block)
+    before = {
+        name: output
+        for name, output in outputs[:position]
+        if names.count(name) == 1  # also runs later, or with other inputs
+        and isinstance(output, Tensor)
+        and output.ndim > 1
+        and len(output) == 1  # else it is no output for one image, such as a table of positions
+        and not name.startswith(f"{block}.")
+    }
+    largest = {
+        name: output
+        for name, output in before.items()
+        if not any(name.startswith(f"{other}.") for other in before)
+    }
+    return outputs[position][1], largest
+
+
+@contextmanager
+def _returning(module: nn.Module, output: object) -> Iterator[None]:
+    """While it is open, `module` computes nothing and returns `output`."""
+    before = module.__dict__.get("forward")
+    module.forward = lambda *_inputs, **_options: output
+    try:
+        yield
+    finally:
+        del module.forward
+        if before is not None:
+            module.forward = before
+
+
+def _tensor_of(output: Any) -> Tensor:  # noqa: ANN401
+    """Some blocks return (states, attention maps, ...)."""
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def last_linear(model: nn.Module) -> str | None:
+    """Name of the layer that turns features into logits, None if there is no linear layer."""
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return names[-1] if names else None
+
+
+def pooled(features: Shaped[Tensor, "batch ..."]) -> Shaped[Tensor, "batch dim"]:
+    """(B, dim), averaged over positions: of a map (B, dim, H, W), of tokens (B, N, dim)."""
+    if features.ndim == 4:
+        return features.mean((2, 3))
+    return features.flatten(1, -2).mean(1) if features.ndim > 2 else features

@@ -1,0 +1,218 @@
+"""From the budget that the user gave to the widths of the student: counted or timed, before any training.
+
+A budget in MACs or parameters is counted on skeletons, one in milliseconds is measured on exported ones.
+All costs grow with the keep ratio, so the ratio is found by halving an interval. Heads are coarse units:
+where they leave too large a gap, their number stays and the neurons alone are fitted.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn
+
+from stepwell.config.commands import CompressConfig
+from stepwell.data.spec import InputSpec
+from stepwell.errors import ConfigError
+from stepwell.measure.clock import Timing, time_onnx
+from stepwell.measure.size import count_macs, num_params, short_number
+from stepwell.models.card import ONNX
+from stepwell.models.export import write_onnx
+from stepwell.pruning.ranking import Scores, widths_at
+from stepwell.pruning.skeleton import build_skeleton, fill
+from stepwell.pruning.units import Group, Widths
+from stepwell.run.progress import progress, say
+
+DEFAULT_KEEP = 0.1
+NOISE = 0.1
+"""Largest spread of timings that is made allowance for: a busy machine must not stretch a limit."""
+_STEPS = {"macs": 24, "params": 24, "latency_ms": 8}  # halvings; a measurement takes seconds
+TOLERANCE = 0.03
+"""Largest distance of a count from its budget, as a share of the budget."""
+
+LEAST, MOST = 0.001, 0.999
+"""Keep ratios between which is looked."""
+
+WidthsAt = Callable[[float, float], Widths]
+"""Widths for a share of the heads, and one of the neurons and filters."""
+
+
+@dataclass(frozen=True)
+class Met:
+    """What a budget came to: the student's widths, and what they cost."""
+
+    keep_ratio: float
+    widths: dict[str, int]
+    cost: float
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the student may cost.
+
+    Attributes:
+        kind: What is counted.
+        target: How much of it.
+        tolerance: How far from the target is near enough, as a share of it.
+    """
+
+    kind: Literal["macs", "params", "latency_ms"]
+    target: float
+    tolerance: float = TOLERANCE
+
+    def text(self, value: float) -> str:
+        """A cost, for people."""
+        if self.kind == "latency_ms":
+            return f"{value:.3g} ms"
+        return f"{short_number(value)} {'MACs' if self.kind == 'macs' else 'parameters'}"
+
+
+def student_widths(
+    config: CompressConfig, model: nn.Module, spec: InputSpec, groups: Sequence[Group], scores: Scores
+) -> Met:
+    """The widths that meet the budget of `config`, by the ranking that `scores` give.
+
+    Args:
+        config: Holds one budget, or none: then a tenth of the units is kept.
+        model: The teacher; for a budget in milliseconds its buffers must be real.
+        spec: Its input.
+        groups: Its groups.
+        scores: Normalised importance per unit.
+
+    Raises:
+        ConfigError: The budget cannot be met.
+    """
+
+    def at(heads: float, others: float) -> dict[str, int]:
+        return widths_at(groups, scores, heads, others, config)
+
+    priced = _budget_and_cost(config, model, spec)
+    if priced is None:
+        keep = config.keep_ratio or DEFAULT_KEEP
+        return Met(keep_ratio=keep, widths=at(keep, keep), cost=keep)
+    budget, cost = priced
+    steps = _STEPS[budget.kind]
+    with progress(f"find {budget.text(budget.target)}", steps + 2) as advance:
+
+        def shown_cost(widths: Widths) -> float:
+            value = cost(build_skeleton(model, groups, widths))
+            advance(budget.text(value))
+            return value
+
+        met = meet(budget, shown_cost, at, steps)
+    noise = f"; repeated timings differ by {budget.tolerance:.0%}" if budget.kind == "latency_ms" else ""
+    say(
+        f"budget: {budget.text(met.cost)}, asked {budget.text(budget.target)}{noise}; keep {met.keep_ratio:g}"
+    )
+    return met
+
+
+def _budget_and_cost(
+    config: CompressConfig, model: nn.Module, spec: InputSpec
+) -> tuple[Budget, Callable[[nn.Module], float]] | None:
+    """What may be spent, and what a model spends of it; None where a share of the units is asked for."""
+    if config.macs is not None:
+        target = amount(config.macs, count_macs(model, spec))
+        return Budget("macs", target), lambda skeleton: count_macs(skeleton, spec)
+    if config.params is not None:
+        return Budget("params", amount(config.params, num_params(model))), num_params
+    if config.latency_ms is not None:
+        spread = _time(build_skeleton(model, [], {}), spec, config.latency_threads).spread
+        budget = Budget("latency_ms", config.latency_ms, min(NOISE, max(TOLERANCE, spread)))
+        return budget, lambda skeleton: _time(skeleton, spec, config.latency_threads).median_ms
+    return None
+
+
+def _time(skeleton: nn.Module, spec: InputSpec, threads: int) -> Timing:
+    """Export a skeleton with random weights, and time it: the clock does not see what weights are worth."""
+    generator = torch.Generator().manual_seed(0)
+    weights = {
+        name: 0.02 * torch.randn(parameter.shape, generator=generator)
+        for name, parameter in skeleton.named_parameters()
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / ONNX
+        write_onnx(fill(skeleton, weights).cpu(), spec, file)
+        return time_onnx(file, spec, threads)
+
+
+def amount(text: str, whole: float) -> float:
+    """`1.8G` or `10%` (of `whole`) as a number."""
+    number, unit = text.strip(), ""
+    if not number[-1].isdigit():
+        number, unit = number[:-1], number[-1]
+    if unit == "%":
+        return whole * float(number) / 100
+    return float(number) * {"": 1, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}[unit]
+
+
+def meet(budget: Budget, cost: Callable[[Widths], float], widths_at: WidthsAt, steps: int = 24) -> Met:
+    """The widths whose cost is nearest to the budget.
+
+    Args:
+        budget: What may be spent.
+        cost: Of given widths; does not fall when a width grows.
+        widths_at: What the ranking keeps at given shares.
+        steps: How often the interval of keep ratios is halved.
+
+    Raises:
+        ConfigError: The budget cannot be met; says what can be.
+    """
+    known: dict[tuple[tuple[str, int], ...], float] = {}
+
+    def cost_at(heads: float, others: float) -> float:
+        widths = widths_at(heads, others)
+        key = tuple(sorted(widths.items()))
+        if key not in known:
+            known[key] = cost(widths)
+        return known[key]
+
+    least, most = cost_at(LEAST, LEAST), cost_at(MOST, MOST)
+    if not least / (1 + budget.tolerance) <= budget.target <= most * (1 + budget.tolerance):
+        raise ConfigError(
+            f"{_asked(budget)}: candidates take from {budget.text(least)} to {budget.text(most)}; what is "
+            f"never cut is part of that"
+        )
+    low, high = _halve(lambda ratio: cost_at(ratio, ratio), budget.target, steps)
+    if budget.kind == "latency_ms":  # a limit: the largest that holds it, as far as the clock can tell
+        return Met(keep_ratio=round(low, 4), widths=dict(widths_at(low, low)), cost=cost_at(low, low))
+    tried = [(low, low), (high, high)]
+    if min(_gap(budget, cost_at(*shares)) for shares in tried) > budget.tolerance:
+        for heads in (low, high):
+            fitted = _halve(lambda others, heads=heads: cost_at(heads, others), budget.target, steps)
+            tried += [(heads, others) for others in fitted]
+    # Of equally near ones the cheaper.
+    best = min(tried, key=lambda shares: (_gap(budget, cost_at(*shares)), cost_at(*shares)))
+    if _gap(budget, cost_at(*best)) > budget.tolerance:
+        below, above = cost_at(low, low), cost_at(high, high)
+        raise ConfigError(
+            f"{_asked(budget)}: nearest are {budget.text(below)} (--keep {low:.3f}) and {budget.text(above)} "
+            f"(--keep {high:.3f}); a smaller --round-to makes finer steps"
+        )
+    return Met(keep_ratio=round(best[1], 4), widths=dict(widths_at(*best)), cost=cost_at(*best))
+
+
+def _asked(budget: Budget) -> str:
+    name = budget.kind.replace("_", "-")
+    return f"--{name}: {budget.text(budget.target)} cannot be met within {budget.tolerance:.0%}"
+
+
+def _gap(budget: Budget, cost: float) -> float:
+    return abs(cost - budget.target) / budget.target
+
+
+def _halve(cost: Callable[[float], float], target: float, steps: int) -> tuple[float, float]:
+    """Two keep ratios with the target between their costs, as near to each other as the steps allow."""
+    low, high = LEAST, MOST
+    for _ in range(steps):
+        middle = (low + high) / 2
+        if cost(middle) <= target:
+            low = middle
+        else:
+            high = middle
+    return low, high

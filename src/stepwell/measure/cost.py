@@ -1,0 +1,113 @@
+"""What a run costs, in forward passes of the teacher.
+
+Unit: one forward pass of the teacher on one image is 1, a backward pass twice its forward; a candidate of
+scale S costs S. With one teacher pass per batch, joint training costs 1 + 3 * (sum of the scales of the
+step) per image, distilling from a teacher of scale A into a student of scale S costs A + 3 S. What a loss
+computes by itself (projectors, heads, memories) comes on top.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from stepwell.config.commands import CompressConfig
+from stepwell.config.options import JointOptions
+from stepwell.run.run_dir import StageResult
+
+
+class Epochs(StageResult):
+    """Passes over the training images: of joint training, and of each distillation."""
+
+    joint: float
+    distill: float
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Operation counts of a run.
+
+    Attributes:
+        options: The losses, and how many candidates a joint step runs.
+        scales: Share of the teacher's MACs of each candidate, from the smallest, the student's rung, up.
+        student: The student's share: the first candidate's, or that of another architecture.
+        num_train: Training images per epoch.
+        num_selection: Images that every candidate is evaluated on.
+        loss: What the loss between two models costs by itself, forward and backward, for one image.
+    """
+
+    options: CompressConfig
+    scales: Sequence[float]
+    student: float
+    num_train: int
+    num_selection: int
+    loss: float = 0.0
+
+    @property
+    def scoring(self) -> float:
+        """Forward and backward on the scored images."""
+        return 3 * min(self.options.score_images, self.num_train)
+
+    def evaluating(self, *scales: float) -> float:
+        """Forward passes of models of `scales` on the selection images."""
+        return self.num_selection * sum(scales)
+
+    def joint(self, epochs: float) -> float:
+        """Joint training."""
+        scales, num_candidates = candidates_per_step(self.scales, self.options)
+        return self._training(epochs, 1.0, scales, num_candidates)
+
+    def step_down(self, epochs: float, student: float, teachers: Sequence[float], drop: int = 0) -> float:
+        """Distilling into a model of scale `student` from models of scales `teachers`.
+
+        Args:
+            epochs: Of the student's training; one that comes first with some losses is added.
+            student: Its scale.
+            teachers: Their scales.
+            drop: Teachers that are left out of each step.
+        """
+        kept = max(1, len(teachers) - drop)
+        return self._training(epochs, sum(teachers) * kept / len(teachers), student, kept)
+
+    def single_step(self, epochs: float) -> float:
+        """Distilling the student straight from the teacher."""
+        return self.step_down(epochs, self.student, [1.0])
+
+    def equal_compute_epochs(self, bill: Mapping[str, float]) -> float:
+        """Epochs of a single step that cost as much as all of `bill` but the scores, which it needs too."""
+        passes = sum(bill.values()) - bill.get("score", 0.0)
+        main, first = self.single_step(1) - self._pretraining(1), self._pretraining(1)
+        if self.options.first_epochs is None:
+            return passes / (main + first)
+        # As long before a long training as before a short one; something is left for that one.
+        return max((passes - first) / main, 0.05 * passes / main)
+
+    def _training(self, epochs: float, teachers: float, students: float, num_losses: float) -> float:
+        is_taught = self.options.looks_at_teacher  # else the labels' term is all there is
+        main = epochs * self._epoch(teachers * is_taught, students, num_losses * is_taught)
+        return main + self._pretraining(epochs, teachers, students, num_losses)
+
+    def _pretraining(
+        self, epochs: float, teachers: float = 1.0, students: float | None = None, num_losses: float = 1.0
+    ) -> float:
+        """The training that comes first with some losses; the student runs only where it is trained."""
+        students = self.student if students is None else students
+        trained = students if self.options.pretraining == "student" else 0.0
+        return self.options.pretraining_epochs(epochs) * self._epoch(teachers, trained, num_losses)
+
+    def _epoch(self, teachers: float, students: float, num_losses: float) -> float:
+        per_image = self.options.views * (teachers + 3 * students) + num_losses * self.loss
+        return self.num_train * per_image
+
+
+def candidates_per_step(scales: Sequence[float], options: JointOptions) -> tuple[float, float]:
+    """Of the candidates of one joint step: the sum of their scales, on average over the draws, and their
+    number."""
+    others = scales[1:]
+    drawn = len(others) if options.sampling == "all" else min(options.num_random, len(others))
+    return scales[0] + drawn * sum(others) / max(1, len(others)), 1 + drawn
+
+
+def epochs_in(minutes: float, *seconds_per_epoch: float) -> float:
+    """Epochs that trainings of these seconds may each have to end within `minutes` together."""
+    return 60 * minutes / sum(seconds_per_epoch)

@@ -1,0 +1,91 @@
+"""What a run will take, before it is begun: seconds, memory and disk, each within a factor of two."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from stepwell.config.commands import CompressConfig
+from stepwell.data.spec import InputSpec
+from stepwell.losses.choose import memory_bytes
+from stepwell.measure.size import num_params
+from stepwell.pruning.skeleton import build_skeleton
+
+EFFICIENCY = 0.4
+"""Of what a large matrix product reaches, small layers reach about this share."""
+
+
+@dataclass(frozen=True)
+class Losses:
+    """How many losses, each with a memory of its own, a path keeps at once, and how many a step computes."""
+
+    kept: int = 1
+    in_a_step: int = 1
+
+
+def seconds_of(macs: float, device: torch.device) -> float:
+    """How long so many multiply-accumulates take on `device`."""
+    return macs / (EFFICIENCY * macs_per_second(device))
+
+
+def memory_and_disk(
+    config: CompressConfig,
+    model: nn.Module,
+    skeletons: Sequence[nn.Module],
+    spec: InputSpec,
+    num_train: int,
+    losses: Losses,
+) -> tuple[float, float]:
+    """Bytes of memory while training, and of disk.
+
+    Args:
+        config: Batch size, loss.
+        model: The teacher.
+        skeletons: Of the candidates, the largest last.
+        spec: Input of the teacher.
+        num_train: Training images.
+        losses: Of the path.
+    """
+    store = num_params(skeletons[-1])
+    banks, read = memory_bytes(config, num_train, config.batch_size)
+    activations = activation_bytes(skeletons[-1], spec, config.batch_size * config.views)
+    # Of every trained parameter: weight, gradient, two moments.
+    memory = 4 * num_params(model) + 16 * store + activations + losses.kept * banks + losses.in_a_step * read
+    # The store and the students, and while it trains two checkpoints: weights, two moments, memories.
+    disk = 4 * (store + 4 * num_params(skeletons[0])) + 2 * (12 * store + losses.kept * banks)
+    return memory, disk
+
+
+def macs_per_second(device: torch.device) -> float:
+    """What a matrix product of moderate size reaches on `device`."""
+    size = 1024
+    a = torch.randn(size, size, device=device)
+    product, seconds = a, 0.0
+    for _ in range(2):  # the first warms up
+        start = time.perf_counter()
+        for _ in range(4):
+            product = a @ a
+        product[0, 0].item()  # waits for the device
+        seconds = time.perf_counter() - start
+    return 4 * size**3 / seconds
+
+
+def activation_bytes(model: nn.Module, spec: InputSpec, batch_size: int) -> int:
+    """Bytes that autograd keeps between forward and backward, counted on the meta device."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    shadow = build_skeleton(model, [], {}).to("meta").train()
+    images = torch.empty(batch_size, spec.channels, *spec.size, device="meta")
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = shadow(images)
+    del output
+    return sum(kept.values())

@@ -1,0 +1,42 @@
+"""Size of a model: parameters, multiply-accumulates."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from stepwell.data.spec import InputSpec
+
+
+def num_params(model: nn.Module) -> int:
+    """Number of parameters; works on a skeleton too."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def count_macs(model: nn.Module, spec: InputSpec) -> int:
+    """Multiply-accumulates of one image: half the FLOPs that torch counts, attention products included.
+
+    Runs on the meta device: no memory, no arithmetic, and a skeleton will do.
+    """
+    # memo: every weight becomes a shape before it is copied, so a large model is never duplicated.
+    memo: dict[int, object] = {
+        id(p): nn.Parameter(torch.empty_like(p, device="meta")) for p in model.parameters()
+    }
+    shadow = copy.deepcopy(model, memo).to("meta").eval().requires_grad_(False)
+    images = torch.empty(1, spec.channels, *spec.size, device="meta")
+    # The fused attention kernels are not all known to the counter; the plain one is two matrix products.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        shadow(images)
+    return counter.get_total_flops() // 2
+
+
+def short_number(number: float) -> str:
+    """86567656 -> `86.6M`."""
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g}{letter}"
+    return f"{number:.0f}"

@@ -1,0 +1,243 @@
+"""A model directory: weights without pickle, and a card that says how to build the model for them.
+
+model.safetensors    parameters and buffers
+stepwell.json        architecture, width of every layer, classes, input, where it comes from
+model.onnx           the same model for any runtime (written by delivery/export.py)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import timm
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+import stepwell.zoo  # noqa: F401  (their names become names of timm)
+from stepwell.data.spec import InputSpec
+from stepwell.errors import DataError, ModelError, UnsupportedModelError
+from stepwell.models import huggingface
+from stepwell.pruning import generic
+from stepwell.pruning.families import find_groups
+from stepwell.pruning.skeleton import build_skeleton, fill
+from stepwell.pruning.units import Group
+from stepwell.run.run_dir import plain_tensors, write_atomically
+
+WEIGHTS, CARD, ONNX = "model.safetensors", "stepwell.json", "model.onnx"
+
+Factory = Callable[[], nn.Module]
+
+
+class Architecture(BaseModel):
+    """How to build the model at full width: `timm.create_model(name, **args)`, transformers' class from the
+    configuration `args`, or the user's own function."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: Literal["timm", "transformers", "factory"]
+    name: str
+    """timm's model name, transformers' class, or the factory's; a factory's code is never stored and never
+    found by its name."""
+    args: dict[str, Any] = {}
+
+
+class Card(BaseModel):
+    """The contents of `stepwell.json`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: Literal[1] = 1
+    architecture: Architecture
+    widths: dict[str, Annotated[int, Field(ge=0)]] = {}
+    """Units kept per group; a group that is not named is whole."""
+    classes: list[str]
+    input: InputSpec
+    provenance: dict[str, Any] = {}
+    """Versions, teacher, data and figures: for people; nothing is computed from it."""
+
+    @property
+    def own_input(self) -> InputSpec | None:
+        """The images that a module of the user's own takes; None for other models. See `named_groups`."""
+        return self.input if self.architecture.source == "factory" else None
+
+
+def save_model(folder: Path, model: nn.Module, card: Card) -> None:
+    """Write `model.safetensors` and `stepwell.json`, each atomically, the card last."""
+    write_atomically(folder / WEIGHTS, save(plain_tensors(model.state_dict())))
+    write_atomically(folder / CARD, json.dumps(card.model_dump(mode="json"), indent=2))
+
+
+def find_model_dir(path: Path) -> Path | None:
+    """The model directory that `path` is or holds: itself, a run's `student/`, or a trained `teacher/`."""
+    for folder in (path, path / "student", path / "teacher"):
+        if (folder / CARD).is_file():
+            return folder
+    return None
+
+
+def read_card(folder: Path) -> Card:
+    """Read `stepwell.json`.
+
+    Raises:
+        ModelError: It is missing or is not ours.
+    """
+    try:
+        return Card.model_validate_json((folder / CARD).read_bytes())
+    except OSError:
+        raise ModelError(f"{folder} holds no {CARD}: it is not a model directory of stepwell") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise ModelError(f"{folder / CARD} is damaged: {where}: {first['msg']}") from None
+    except DataError as error:
+        raise ModelError(f"{folder / CARD} is damaged: {error}") from None
+
+
+def load(path: str | Path, factory: Factory | None = None) -> nn.Module:
+    """Load a student (or a trained teacher) as a plain module in eval mode, on the CPU.
+
+    Args:
+        path: A model directory, or a run that holds one.
+        factory: Builds the full-width model, for models that did not come from timm by name.
+
+    Raises:
+        ModelError: Nothing is there, the weights do not fit, or a factory is needed.
+    """
+    folder = find_model_dir(Path(path))
+    if folder is None:
+        raise ModelError(f"{path} holds no model: no {CARD} in it, in its student/ or in its teacher/")
+    card = read_card(folder)
+    model = build(card.architecture, factory, folder)
+    return narrow_and_load(model, card.widths, folder / WEIGHTS, card.own_input)
+
+
+def build(architecture: Architecture, factory: Factory | None, where: Path) -> nn.Module:
+    """The full-width module with whatever weights its constructor gives it."""
+    if factory is not None:
+        return huggingface.wrapped(factory())
+    if architecture.source == "factory":
+        raise ModelError(
+            f"{where} was made from {architecture.name}, which is not stored: "
+            f"pass factory=, the function that builds it, or use {ONNX}"
+        )
+    if architecture.source == "transformers":
+        return huggingface.build(architecture.args)
+    if not timm.is_model(architecture.name):  # a name such as hf-hub:... would go to the network
+        raise ModelError(f"{where / CARD}: this timm has no model {architecture.name!r}; is it too old?")
+    try:
+        return timm.create_model(architecture.name, pretrained=False, **architecture.args)
+    except Exception as error:  # whatever a constructor does with arguments that it cannot use
+        raise ModelError(
+            f"{where / CARD}: timm cannot build {architecture.name} from {architecture.args}: "
+            f"{type(error).__name__}: {error}"
+        ) from None
+
+
+def example_images(spec: InputSpec, num: int = 2) -> Tensor:
+    """Random images of the right shape, always the same."""
+    return torch.randn(num, spec.channels, *spec.size, generator=torch.Generator().manual_seed(0))
+
+
+def named_groups(model: nn.Module, names: Collection[str], own_input: InputSpec | None) -> list[Group]:
+    """The groups of a model among which those called `names` should be.
+
+    Args:
+        model: At the width that they were found at.
+        names: Their names. The dependency graph is only asked for what the families do not find.
+        own_input: The images that a module of the user's own takes; None for other models.
+
+    Raises:
+        ModelError: They were found with torch-pruning, which is missing.
+    """
+    if own_input is None:
+        return find_groups(model)
+    try:
+        groups = find_groups(model)
+    except UnsupportedModelError:
+        groups = []
+    if set(names) <= {group.name for group in groups}:
+        return groups
+    if not generic.installed():
+        raise ModelError(
+            f"{type(model).__name__} was cut with torch-pruning: pip install 'stepwell[generic]'"
+        )
+    return generic.propose(model.eval(), example_images(own_input)).groups
+
+
+def narrow_and_load(
+    model: nn.Module, widths: Mapping[str, int], weights: Path, own_input: InputSpec | None = None
+) -> nn.Module:
+    """Cut `model` to `widths` and fill it from a safetensors file.
+
+    Args:
+        model: At full width.
+        widths: Units kept per group.
+        weights: The file.
+        own_input: As in `named_groups`.
+
+    Raises:
+        ModelError: The file cannot be read, or model, widths and weights do not fit each other.
+    """
+    try:
+        tensors = load_file(weights)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"cannot read {weights}: {error}") from None
+    if widths:
+        groups = named_groups(model, widths, own_input)
+        units = {group.name: group.num_units for group in groups}
+        wrong = [name for name, width in widths.items() if width > units.get(name, -1)]
+        if wrong:
+            raise ModelError(
+                f"{weights.with_name(CARD)} is damaged: {wrong[0]} of the {type(model).__name__} "
+                f"has {units.get(wrong[0], 0)} units, not {widths[wrong[0]]}"
+            )
+        skeleton = build_skeleton(model, groups, widths)
+        check_fit(skeleton, tensors, str(weights))
+        model = fill(skeleton, tensors)
+    else:
+        load_strictly(model, tensors, str(weights))
+    return model.eval()
+
+
+def load_strictly(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Load a state dict that must fit in every key and shape; see `check_fit`."""
+    check_fit(model, tensors, where)
+    model.load_state_dict(dict(tensors))
+
+
+def check_fit(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Check that a state dict fits `model`, or a skeleton, in every key and shape.
+
+    Raises:
+        ModelError: Names the first keys that are missing, left over, or of another shape.
+    """
+    own = model.state_dict()
+    complaints = {
+        # Checkpoints of the first torch versions have no counters, and nothing is computed from them.
+        "missing": sorted(k for k in own.keys() - tensors.keys() if not k.endswith(".num_batches_tracked")),
+        "not in the model": sorted(tensors.keys() - own.keys()),
+        "of another shape": [
+            f"{k} {tuple(tensors[k].shape)} for {tuple(own[k].shape)}"
+            for k in sorted(own.keys() & tensors.keys())
+            if tensors[k].shape != own[k].shape
+        ],
+    }
+    text = "; ".join(
+        f"{len(keys)} {what}: {', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''}"
+        for what, keys in complaints.items()
+        if keys
+    )
+    if text:
+        raise ModelError(f"weights in {where} do not fit {type(model).__name__}: {text}")
+
+
+def digest(model: nn.Module) -> str:
+    """A fingerprint of all weights and buffers."""
+    return hashlib.blake2b(save(plain_tensors(model.state_dict())), digest_size=16).hexdigest()

@@ -1,0 +1,236 @@
+"""Image classifiers of Hugging Face's transformers: read from a folder, called like any other, rebuilt.
+
+transformers is imported only where one of its models is at hand: it takes seconds, and it is an extra.
+Nothing here goes to the network, unpickles, or runs code that lies in a folder.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from stepwell.data.images import one_line
+from stepwell.data.spec import InputSpec
+from stepwell.errors import ModelError, UnsupportedModelError
+from stepwell.models.image_processor import PROCESSOR, read_json, read_spec
+from stepwell.run.progress import console
+
+SUPPORTED = ("deit", "swin", "vit")
+"""As `model_type` in a config. Others are not even built: some of transformers' types fetch from the hub."""
+
+CONFIG = "config.json"
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+_OLDEST = (5, 10)  # the first that names layers as pruning/families/huggingface.py does
+
+
+class Classifier(nn.Module):
+    """Calls a model of transformers as we call every model: images in, logits out.
+
+    Args:
+        model: An image classifier; kept as attribute `model`.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    @property
+    def config(self) -> Any:  # noqa: ANN401  (a class of transformers)
+        """What transformers builds the model from."""
+        return self.model.config
+
+    @property
+    def num_classes(self) -> int:
+        """As timm calls it."""
+        return self.config.num_labels
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (batch, channels, height, width) to logits (batch, classes)."""
+        return self.model(images, return_dict=True).logits
+
+
+def wrapped(module: nn.Module) -> nn.Module:
+    """`module` itself, but a model of transformers in fp32 and inside a `Classifier`; it is set up in place.
+
+    Raises:
+        ModelError: It is a model of transformers that we cannot use.
+    """
+    bases = {f"{base.__module__}.{base.__name__}" for base in type(module).__mro__}
+    if "transformers.modeling_utils.PreTrainedModel" not in bases:
+        return module
+    _transformers()
+    model = cast(Any, module)
+    _check_type(model.config.model_type, f"a {type(module).__name__}")
+    if "ForImageClassification" not in "".join(bases):
+        raise ModelError(f"a {type(module).__name__} names no classes: use the ...ForImageClassification")
+    for layer in model.modules():
+        if getattr(layer, "gradient_checkpointing", False):
+            # It computes layers a second time, when candidates no longer hold their weights.
+            layer.gradient_checkpointing = False
+    model.set_attn_implementation("sdpa")  # others need a GPU, or compute in fp32 whatever they are given
+    return Classifier(model.float())
+
+
+def is_folder(path: Path) -> bool:
+    """Whether `save_pretrained` may have written it."""
+    return (path / CONFIG).is_file()
+
+
+def load_folder(folder: Path) -> Classifier:
+    """Load what `save_pretrained` has written.
+
+    Raises:
+        ModelError: It is no image classifier that we support, or its weights are missing, do not fit or are
+            pickled; or transformers is not installed.
+    """
+    transformers = _transformers()
+    _check_type(read_json(folder / CONFIG).get("model_type"), str(folder))
+    if not any((folder / name).is_file() for name in _WEIGHTS):
+        pickled = next((file.name for file in sorted(folder.glob("*.bin"))), None)
+        found = f" but {pickled}, a pickle, which would run code when loaded" if pickled else ""
+        raise ModelError(f"{folder} holds no {_WEIGHTS[0]}{found}: save the model again with save_pretrained")
+    try:
+        with _quiet(transformers):
+            model, report = transformers.AutoModelForImageClassification.from_pretrained(
+                folder,
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=False,
+                attn_implementation="sdpa",
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, RuntimeError, TypeError, AttributeError, SafetensorError) as error:
+        raise ModelError(f"transformers cannot load {folder}: {one_line(error)[:200]}") from None
+    missing = sorted(report["missing_keys"])
+    if missing:  # transformers would leave them random
+        raise ModelError(
+            f"{folder} has no weights for {len(missing)} tensors of the {type(model).__name__}, the first is "
+            f"{missing[0]}: it was not saved from an image classifier"
+        )
+    return cast(Classifier, wrapped(model.eval()))
+
+
+def recipe(model: nn.Module) -> tuple[str, dict[str, Any]] | None:
+    """The name of a classifier's class, and the arguments that `build` makes it from; None for other models.
+
+    None as well where the configuration no longer describes the model: it is proved by equal outputs.
+    """
+    if not isinstance(model, Classifier) or not type(model.model).__module__.startswith("transformers."):
+        return None
+    args = json.loads(model.config.to_json_string(use_diff=False))
+    # Where it lay on this machine is nobody's business; the number format is ours.
+    args = {key: value for key, value in args.items() if key not in ("_name_or_path", "dtype", "auto_map")}
+    name = type(model.model).__name__
+    args["architectures"] = [name]  # DeiT has two
+    try:
+        twin = build(args)
+        twin.load_state_dict(model.state_dict())
+    except (ModelError, RuntimeError):
+        return None
+    images = torch.randn(
+        2, model.config.num_channels, *_size(model), generator=torch.Generator().manual_seed(0)
+    )
+    with torch.no_grad():
+        same = torch.equal(twin.eval()(images), model(images))
+    return (name, args) if same else None
+
+
+def build(args: Mapping[str, Any]) -> Classifier:
+    """A classifier of a configuration, with whatever weights its constructor gives it.
+
+    Raises:
+        ModelError: transformers is not installed, or cannot build it.
+    """
+    transformers = _transformers()
+    _check_type(args.get("model_type"), "the configuration")
+    try:
+        config = transformers.AutoConfig.for_model(**args)
+        model = transformers.AutoModelForImageClassification.from_config(
+            config, trust_remote_code=False, attn_implementation="sdpa", dtype=torch.float32
+        )
+    except Exception as error:  # whatever a constructor does with arguments that it cannot use
+        raise ModelError(
+            f"transformers cannot build a {args['model_type']}: {one_line(error)[:200]}"
+        ) from None
+    return cast(Classifier, wrapped(model))
+
+
+def class_names(model: nn.Module) -> tuple[str, ...] | None:
+    """The names that the configuration gives to the classes.
+
+    None if they are transformers' placeholders; or not all different, such as ImageNet's two cranes, since
+    no folders can be named like that.
+    """
+    if not isinstance(model, Classifier):
+        return None
+    names = tuple(str(model.config.id2label[i]) for i in range(model.num_classes))
+    default = all(name == f"LABEL_{i}" for i, name in enumerate(names))
+    return None if default or len(set(names)) < len(names) else names
+
+
+def input_spec(model: Classifier, folder: Path | None = None) -> InputSpec:
+    """What images a classifier wants: size from its configuration, the rest from its image processor.
+
+    Args:
+        model: The classifier.
+        folder: Where `preprocessor_config.json` may lie.
+
+    Raises:
+        ModelError: The two disagree, or are damaged.
+    """
+    size, channels = _size(model), model.config.num_channels
+    file = None if folder is None else folder / PROCESSOR
+    if file is None or not file.is_file():
+        where = f"{folder} has no {PROCESSOR}" if folder else "a module of transformers does not carry one"
+        console.print(f"note: mean and std are taken for 0.5 each, since {where}", soft_wrap=True)
+        return InputSpec(size, channels, (0.5,) * channels, (0.5,) * channels, "bilinear", 1.0, "squash")
+    return read_spec(file, size, channels)
+
+
+def _size(model: Classifier) -> tuple[int, int]:
+    size = model.config.image_size
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+def _check_type(model_type: object, where: str) -> None:
+    if model_type not in SUPPORTED:
+        raise UnsupportedModelError(
+            f"{where} is a {model_type!r} model of transformers, which is not supported; "
+            f"known are: {', '.join(SUPPORTED)}"
+        )
+
+
+def _transformers() -> Any:  # noqa: ANN401  (a module that may be missing)
+    way_out = "pip install 'stepwell[transformers]'"
+    try:
+        installed = version("transformers")
+        import transformers
+    except (PackageNotFoundError, ImportError):
+        raise ModelError(f"this is a model of transformers, which is not installed: {way_out}") from None
+    if tuple(map(int, re.findall(r"\d+", installed)[:2])) < _OLDEST:
+        raise ModelError(f"transformers {installed} is too old, {_OLDEST[0]}.{_OLDEST[1]} will do: {way_out}")
+    return transformers
+
+
+@contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:  # noqa: ANN401  (a module)
+    """Without transformers' progress bar and its table of keys: what matters of them is checked."""
+    log = transformers.utils.logging
+    level, bar = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.set_verbosity(level)
+        if bar:
+            log.enable_progress_bar()

@@ -1,0 +1,111 @@
+"""A student of another architecture: built by name, for the images that the teacher takes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from stepwell.data.spec import InputSpec
+from stepwell.errors import ConfigError, UnsupportedModelError
+from stepwell.models.card import Architecture
+from stepwell.models.input import check_runs, has_one_size, input_spec
+from stepwell.models.teacher import create_timm, load_factory, parse_model_args, timm_architecture
+from stepwell.pruning.blocks import compared_blocks
+from stepwell.pruning.families import find_groups
+from stepwell.run.progress import say
+
+
+@dataclass(frozen=True)
+class OtherStudent:
+    """A student that is no slice of the teacher.
+
+    Attributes:
+        model: With random weights, in eval mode, on the CPU.
+        architecture: How to build it.
+        blocks: The blocks whose states are compared with the assistant's; none if we know none of them.
+        name: For people.
+    """
+
+    model: nn.Module
+    architecture: Architecture
+    blocks: tuple[str, ...]
+    name: str
+
+
+def build_student(
+    source: str | nn.Module,
+    args: Mapping[str, str],
+    num_classes: int,
+    spec: InputSpec,
+    seed: int,
+    like: nn.Module | None = None,
+) -> OtherStudent:
+    """Build the student that `--student` names.
+
+    Args:
+        source: A timm model, FILE.py:FACTORY, or a module (a copy is taken).
+        args: Arguments of timm's create_model.
+        num_classes: Those of the teacher.
+        spec: The teacher's input: the student gets the same images.
+        seed: Of the random weights.
+        like: Where to copy weights from, by name and shape; None leaves the student its own.
+
+    Raises:
+        ModelError: There is no such model.
+        ConfigError: It does not take images of this size, or has other classes.
+    """
+    if spec.size[0] != spec.size[1]:
+        raise ConfigError(
+            f"--student needs square images, and the teacher's are {spec.size[0]} x {spec.size[1]}: the "
+            f"hidden states of two architectures are matched on square maps"
+        )
+    name = source if isinstance(source, str) else type(source).__name__
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if isinstance(source, nn.Module):
+            model, architecture = copy.deepcopy(source).cpu(), Architecture(source="factory", name=name)
+        elif ".py:" in source:
+            model, architecture = load_factory(source)(), Architecture(source="factory", name=name)
+        else:
+            model, architecture = _from_timm(source, args, num_classes, spec)
+    model = model.eval()
+    classes = check_runs(model, spec, f"--student {name}", "--student-args or another student")
+    if classes != num_classes:
+        raise ConfigError(f"--student {name} has {classes} classes, the teacher has {num_classes}")
+    if like is not None:
+        _copy(like, model, name)
+    try:
+        blocks = compared_blocks(find_groups(model))
+    except UnsupportedModelError:
+        blocks = ()
+    return OtherStudent(model, architecture, blocks, name)
+
+
+def _from_timm(
+    name: str, args: Mapping[str, str], num_classes: int, spec: InputSpec
+) -> tuple[nn.Module, Architecture]:
+    given = {"num_classes": num_classes, "in_chans": spec.channels, **parse_model_args(args)}
+    model = create_timm(name, given, pretrained=False, flag="--student-args")
+    if has_one_size(model) and input_spec(model).size != spec.size and "img_size" not in given:
+        given |= {"img_size": spec.size}
+        model = create_timm(name, given, pretrained=False, flag="--student-args")
+    return model, timm_architecture(name, model.eval(), given)
+
+
+def _copy(source: nn.Module, target: nn.Module, name: str) -> None:
+    theirs = source.state_dict()
+    same = {
+        key: theirs[key].clone()
+        for key, tensor in target.state_dict().items()
+        if key in theirs and theirs[key].shape == tensor.shape
+    }
+    parameters = [key for key, _ in target.named_parameters()]
+    if not any(key in same for key in parameters):
+        raise ConfigError(f"--student-init teacher: {name} has no tensor in common with the teacher")
+    target.load_state_dict(same, strict=False)
+    copied = sum(key in same for key in parameters)
+    say(f"student: {copied} of its {len(parameters)} parameter tensors are the teacher's")

@@ -1,0 +1,72 @@
+"""From options to a setting: load images and teacher, check everything, open the run directory."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import nn
+
+from stepwell.config.base import flag_of
+from stepwell.config.commands import CompressConfig
+from stepwell.config.options import Options
+from stepwell.config.own_code import file_digest, is_own_code
+from stepwell.data.splits import resolve_data
+from stepwell.errors import ConfigError
+from stepwell.models.card import digest
+from stepwell.models.input import with_image_size
+from stepwell.models.teacher import load_teacher, teacher_from_module
+from stepwell.paths import path_of
+from stepwell.run.observer import Observer
+from stepwell.run.run_dir import RunDir
+from stepwell.setting.prepare import prepare, read_images
+from stepwell.setting.setting import Setting
+
+
+def begin(
+    config: CompressConfig,
+    module: nn.Module | None = None,
+    student: nn.Module | None = None,
+    observer: Observer | None = None,
+) -> Setting:
+    """Load the images and the teacher, check everything, and begin the run directory or come back to it.
+
+    Args:
+        config: All options.
+        module: The teacher, where the caller built it.
+        student: The student of another architecture, likewise.
+        observer: Whoever looks on.
+    """
+    require(config, "compress", "teacher", "data", "out_dir")
+    assert config.out_dir is not None
+    path_of(config.path).check(config)
+    data = resolve_data(config)
+    if module is not None:
+        teacher = teacher_from_module(module, data.classes or None)
+    else:
+        teacher = load_teacher(config.teacher, config.teacher_weights, config.model_args, len(data.classes))
+    teacher = replace(teacher, spec=with_image_size(teacher.spec, teacher.model, config.image_size))
+    # Every check comes before the folder is made.
+    s = prepare(config, RunDir(config.out_dir, observer), teacher, data, student)
+    if not (config.out_dir / "result.json").exists():
+        read_images(s)
+    RunDir.open(config.out_dir, config)
+    s.run.check_identity(_identity(s))
+    return s
+
+
+def _identity(s: Setting) -> dict[str, str]:
+    """A fingerprint of everything that the options only name."""
+    identity = {"teacher": s.teacher.digest, "data": s.data.fingerprint}
+    if s.other_student is not None:
+        identity["student"] = digest(s.other_student.model)
+    for option, loss in (("--logit-loss", s.config.logit_loss), ("--feature-loss", s.config.feature_loss)):
+        if is_own_code(loss):
+            identity[option] = file_digest(loss)
+    return identity
+
+
+def require(config: Options, command: str, *names: str) -> None:
+    """Check that the options without a default were given."""
+    for name in names:
+        if not getattr(config, name):
+            raise ConfigError(f"{command} needs {flag_of(name)}")

@@ -1,0 +1,146 @@
+"""A model trained from labels alone: how a teacher is made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from stepwell.config.commands import TrainConfig
+from stepwell.data.batches import Batch, EvalBatches, TrainBatches
+from stepwell.data.splits import resolve_data
+from stepwell.errors import ConfigError
+from stepwell.measure.cost import epochs_in
+from stepwell.measure.size import num_params
+from stepwell.models.card import Card, find_model_dir, load_strictly, save_model
+from stepwell.models.input import input_spec, with_image_size
+from stepwell.models.teacher import create_timm, parse_model_args, timm_architecture
+from stepwell.models.weights import read_weights
+from stepwell.paths.begin import require
+from stepwell.run.device import autocast_of, set_up_torch
+from stepwell.run.progress import say
+from stepwell.run.run_dir import RunDir, Stage, writing
+from stepwell.tasks.classification import evaluate, in_words, loss_per_image
+from stepwell.training.loop import Course, Trained, fit, seconds_per_step
+from stepwell.training.optimizer import no_decay_of
+from stepwell.version import __version__
+
+
+@dataclass(frozen=True)
+class ClassifyStep:
+    """Cross-entropy with the labels, softened."""
+
+    model: nn.Module
+    label_smoothing: float
+    autocast: torch.autocast
+
+    def __call__(self, batch: Batch, step: int, progress: float = 0.0) -> Mapping[str, Tensor]:
+        """Forward and backward; returns the loss, detached."""
+        with self.autocast:
+            logits = self.model(batch.images)
+        loss = loss_per_image(logits, batch.labels, self.label_smoothing).mean()
+        loss.backward()
+        return {"loss": loss.detach()}
+
+
+def train(config: TrainConfig) -> str:
+    """Fine-tune, save to `OUT/teacher`, and return one line that says how good it is.
+
+    The images that later choose the assistant are left out here: `compress` carves the same ones.
+    """
+    require(config, "train", "model", "data", "out_dir")
+    assert config.out_dir is not None
+    data = resolve_data(config)
+    if not data.labelled:
+        raise ConfigError(
+            f"{config.data} has no class folders: sort the images into train/CLASS/ to train on them"
+        )
+    device = set_up_torch(config)
+    model = _start(config, len(data.classes)).to(device).train()
+    spec = with_image_size(input_spec(model), model, config.image_size)
+    # Decoded now: a bad image is an error before the folder is made.
+    batches = TrainBatches(data.train, spec, config, config.seed, device)
+    test = EvalBatches(data.test, spec, config, device)
+    run = RunDir.open(config.out_dir, config)
+    run.check_identity({"data": data.fingerprint})
+    with run.stage("train", Trained) as stage:
+        if stage.is_new:
+            trained = _fit(config, model, batches, device, stage)
+            # All of it: a model with BatchNorm is not whole without its statistics.
+            stage.result = trained.model_copy(update={"tensors": model.state_dict()})
+    model.load_state_dict(stage.result.tensors)
+    model.eval()
+
+    meter = evaluate(model, test, "test images")
+    args = {"num_classes": len(data.classes), **parse_model_args(config.model_args)}
+    card = Card(
+        architecture=timm_architecture(config.model, model, args),
+        classes=list(data.classes),
+        input=spec,
+        provenance={
+            "data": data.source,
+            "data_fingerprint": data.fingerprint,
+            "top1": meter.top1,
+            "stepwell": __version__,
+            "torch": torch.__version__,
+        },
+    )
+    folder = config.out_dir / "teacher"
+    if find_model_dir(folder) is None:
+        with writing(folder):
+            folder.mkdir(exist_ok=True)
+        save_model(folder, model, card)
+    return f"{folder}: {in_words(meter, data.test_from)}, {num_params(model):,} parameters"
+
+
+def _start(config: TrainConfig, num_classes: int) -> nn.Module:
+    args = {"num_classes": num_classes, **parse_model_args(config.model_args)}
+    if args["num_classes"] != num_classes:
+        raise ConfigError(
+            f"--model-args num_classes={args['num_classes']}, but {config.data} has {num_classes} classes: "
+            f"leave it out"
+        )
+    if config.weights is None:
+        way_out = "pass --weights FILE, or --no-pretrained to start from random ones"
+        return create_timm(config.model, args, pretrained=config.pretrained, way_out=way_out)
+    model = create_timm(config.model, args, pretrained=False)
+    tensors = read_weights(config.weights)
+    head = {f"{name}.{leaf}" for name in _classifiers(model) for leaf in ("weight", "bias")}
+    state = model.state_dict()
+    fresh = {
+        name: state[name]
+        for name in head & state.keys() & tensors.keys()
+        if state[name].shape != tensors[name].shape
+    }
+    if fresh:
+        say(f"{config.weights} has another number of classes: the classifier starts fresh")
+    load_strictly(model, {**tensors, **fresh}, str(config.weights))
+    return model
+
+
+def _classifiers(model: nn.Module) -> tuple[str, ...]:
+    names = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or "head"
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def _fit(
+    config: TrainConfig, model: nn.Module, batches: TrainBatches, device: torch.device, stage: Stage[Trained]
+) -> Trained:
+    step = ClassifyStep(model, config.label_smoothing, autocast_of(config, device))
+    epochs = config.epochs
+    checkpoint = stage.checkpoints / "main.safetensors"
+    if config.minutes is not None and not checkpoint.exists():  # which knows for how long it was begun
+        epochs = epochs_in(config.minutes, seconds_per_step(step, batches) * batches.steps_per_epoch)
+        say(f"train: {epochs:.1f} epochs fit into {config.minutes:g} minutes")
+    course = Course(
+        name=stage.name,
+        parameters=dict(model.named_parameters()),
+        epochs=epochs,
+        lr=config.lr,
+        no_decay=no_decay_of(model),
+        modules=[model],
+        checkpoint=checkpoint,
+    )
+    return fit(course, step, batches, config)

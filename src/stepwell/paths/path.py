@@ -1,0 +1,118 @@
+"""What every path down provides, and the parts that several of them share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+from stepwell.config.commands import CompressConfig
+from stepwell.errors import ConfigError
+from stepwell.measure.cost import Costs, Epochs
+from stepwell.measure.estimate import Losses
+from stepwell.models.ladder import Ladder
+from stepwell.report.result import Choice
+from stepwell.setting.rungs import Rung, student_below, teacher_of
+from stepwell.setting.setting import Setting
+from stepwell.stages.deliver import CONTROL, Finished, bill_of, trainings_of
+from stepwell.stages.distill import distill
+from stepwell.stages.grid import Rungs
+
+R = TypeVar("R")
+R_co = TypeVar("R_co", covariant=True)
+Deliver = Callable[[Setting, Finished], R]
+"""The last stage: `stages.deliver.deliver`, or whatever else is made of the finished models."""
+Bill = Callable[[Costs, Epochs, CompressConfig], dict[str, float]]
+"""What a path will cost, by stage, before anything is chosen: the middle candidate is the assistant."""
+
+
+class Descend(Protocol):
+    """The way down, from the first stage to the last."""
+
+    def __call__(self, s: Setting, deliver: Deliver[R]) -> R:
+        """Go it."""
+        ...
+
+
+@dataclass(frozen=True)
+class Path:
+    """A way from teacher to student; `paths/NAME.py` says everything about it.
+
+    Attributes:
+        rungs: The keep ratios of the candidates that it stands on.
+        bill: What it will cost.
+        descend: The way itself.
+        losses: Given the number of rungs, how many losses it keeps and computes at once.
+        check: Refuses options that it does not take, with a ConfigError.
+    """
+
+    rungs: Rungs
+    bill: Bill
+    descend: Descend
+    losses: Callable[[int, CompressConfig], Losses] = lambda _num_rungs, _options: Losses()
+    check: Callable[[CompressConfig], None] = lambda _options: None
+
+
+def finish(
+    s: Setting,
+    ladder: Ladder,
+    epochs: float,
+    student: Rung,
+    assistants: Sequence[Rung],
+    way: str,
+    choice: Choice | None = None,
+    tried: Sequence[tuple[Rung, Rung]] = (),
+) -> Finished:
+    """The end of every path; trains the control, the same student straight from the teacher, if asked for.
+
+    Args:
+        s: What the run works with.
+        ladder: The candidates.
+        epochs: Passes over the images of the last training.
+        student: The trained student.
+        assistants: The models that taught on the way, from the largest down.
+        way: How the path went, in a sentence.
+        choice: Which candidate was chosen, where one was.
+        tried: Each assistant with its student, where a student was trained for each.
+    """
+    costs, control = s.costs(ladder.scales), None
+    if s.config.control != "none":
+        equal = costs.equal_compute_epochs(bill_of(s.run))
+        total = sum(training.epochs for training in trainings_of(s.run).values())
+        length = equal if s.config.control == "equal_compute" else total
+        teacher = teacher_of(s)
+        control = distill(s, ladder, CONTROL, [teacher], student_below(s, ladder, teacher), length).model
+    return Finished(ladder, student, assistants, control, choice, tried, costs.single_step(epochs), way)
+
+
+def middle(costs: Costs) -> float:
+    """Scale of the candidate that stands for the assistant before one is chosen."""
+    above = candidates_above(costs)
+    return above[(len(above) - 1) // 2]
+
+
+def candidates_above(costs: Costs) -> list[float]:
+    """Scales of the candidates that can be an assistant; the first rung is the student's own."""
+    return list(costs.scales[1:]) or [1.0]
+
+
+def given_rungs(student: float, options: CompressConfig) -> list[float]:
+    """The student's keep ratio and those of `--assistants`, rising.
+
+    Raises:
+        ConfigError: An assistant is not larger than the student.
+    """
+    given = sorted(set(options.assistants))
+    if not given or given[0] <= student:
+        words = " ".join(f"{ratio:g}" for ratio in given)
+        raise ConfigError(
+            f"--assistants {words}: --path {options.path} needs assistants that keep more than the "
+            f"student, which keeps {student:g}"
+        )
+    return [student, *given]
+
+
+def check_given(options: CompressConfig) -> None:
+    """Refuse `--assistant` where `--assistants` names them all."""
+    if options.assistant is not None:
+        raise ConfigError(f"--path {options.path} takes --assistants, not --assistant")

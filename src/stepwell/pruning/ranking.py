@@ -1,0 +1,103 @@
+"""From importance to widths: one ranking of all units of a kind, cut at a share and rounded. Pure arithmetic.
+
+One ranking of all heads and one of all neurons (within a section of the model, if it has several). Because
+there is one ranking, what a small share keeps, every larger one keeps too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from stepwell.config.options import GridOptions
+from stepwell.pruning.units import Group
+from stepwell.run.run_dir import StageResult
+
+Scores = Mapping[str, Sequence[float]]
+"""Normalised importance per unit, by group."""
+
+
+class Importance(StageResult):
+    """Importance of every unit, by group: raw in `raw`, with l2 norm 1 per group in `normalised`."""
+
+    raw: dict[str, list[float]]
+    normalised: dict[str, list[float]]
+    num_images: int
+
+    def order(self) -> dict[str, list[int]]:
+        """The units of each group from most to least important; equal ones keep their order."""
+        return {name: sorted(range(len(v)), key=lambda i: (-v[i], i)) for name, v in self.raw.items()}
+
+
+def l2_normalised(raw: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
+    """Divide each group's scores by their l2 norm, so that no layer wins the ranking by its size alone."""
+    normalised = {}
+    for name, values in raw.items():
+        vector = torch.tensor(values, dtype=torch.float64)
+        normalised[name] = (vector / (vector.norm() + 1e-17)).tolist()
+    return normalised
+
+
+def widths_at(
+    groups: Sequence[Group], scores: Scores, head_ratio: float, other_ratio: float, options: GridOptions
+) -> dict[str, int]:
+    """Widths that keep `head_ratio` of the heads and `other_ratio` of the neurons and filters."""
+    ratios = {"head": head_ratio, "neuron": other_ratio, "filter": other_ratio}
+    counts = {
+        name: count
+        for kind, ratio in ratios.items()
+        for name, count in kept_counts([g for g in groups if g.kind == kind], scores, ratio).items()
+    }
+    return round_widths(groups, counts, options)
+
+
+def uniform_scores(groups: Sequence[Group]) -> dict[str, list[float]]:
+    """Scores under which every layer keeps the same share of its units."""
+    return {g.name: [(g.num_units - i - 0.5) / g.num_units for i in range(g.num_units)] for g in groups}
+
+
+def kept_counts(groups: Sequence[Group], scores: Scores, keep_ratio: float) -> dict[str, int]:
+    """How many units each group keeps when the top `keep_ratio` of each ranking stay.
+
+    Heads and neurons are ranked apart, and each stage of the model by itself. The number kept is
+    `keep_ratio` times the total, to the nearest whole, at least 1. Of equal scores the earlier layer's goes
+    first, so that the result does not depend on a sorting algorithm.
+    """
+    counts = {group.name: 0 for group in groups}
+    rankings: dict[tuple[str, str], list[tuple[float, int, str]]] = defaultdict(list)
+    for position, group in enumerate(groups):
+        rankings[group.kind, group.stage] += [(-s, position, group.name) for s in scores[group.name]]
+    for ranking in rankings.values():
+        keep = max(1, math.floor(keep_ratio * len(ranking) + 0.5))
+        for _, _, name in sorted(ranking)[:keep]:
+            counts[name] += 1
+    return counts
+
+
+def round_widths(groups: Sequence[Group], counts: Mapping[str, int], options: GridOptions) -> dict[str, int]:
+    """Round neurons and filters to the nearest multiple of `round_to`, and hold `min_heads_per_layer`.
+
+    Less than half a multiple empties the layer, but never the last one of its ranking.
+    """
+    widths = {}
+    for group in groups:
+        count = counts[group.name]
+        if group.kind == "head":
+            widths[group.name] = min(group.num_units, max(count, options.min_heads_per_layer))
+        else:
+            step = _step(group, options)
+            widths[group.name] = min(group.num_units, step * math.floor(count / step + 0.5))
+    for ranking in {(group.kind, group.stage) for group in groups}:
+        members = [group for group in groups if (group.kind, group.stage) == ranking]
+        if all(widths[group.name] == 0 for group in members):
+            fullest = max(members, key=lambda group: counts[group.name])
+            widths[fullest.name] = min(fullest.num_units, _step(fullest, options))
+    return widths
+
+
+def _step(group: Group, options: GridOptions) -> int:
+    """The units that make up `round_to` neurons or filters; at least one."""
+    return max(1, options.multiple // group.unit_size)

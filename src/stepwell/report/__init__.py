@@ -1,0 +1,1 @@
+"""What a run tells: `result.json`, the table, the report with its plots, and the words for numbers."""

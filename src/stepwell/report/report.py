@@ -1,0 +1,289 @@
+"""`report.html`: the run as one self-contained page, to be read by someone who was not there.
+
+Everything is computed from `result.json` and the predictions on the test images; nothing is measured here.
+The page loads nothing: figures are inline SVG (plots.py), thumbnails are data URIs, and its own content
+security policy forbids every request. Layout, words and colours are in report.html.j2.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import jinja2
+import numpy as np
+from markupsafe import Markup
+from PIL import Image
+
+from stepwell.errors import RunDirError
+from stepwell.report import plots, wording
+from stepwell.report.result import Result
+
+MAX_THUMBNAILS = 24
+THUMBNAIL_SIZE = 96
+SHOWN_CLASSES = 15
+"""Classes shown at each end, where there are more than twice as many."""
+
+
+@dataclass(frozen=True)
+class TestPredictions:
+    """What teacher and handed-out student say about every test image."""
+
+    __test__: ClassVar[bool] = False  # the name begins with Test, and pytest would collect it
+
+    labels: np.ndarray
+    """True class of each image, (N,)."""
+    teacher: np.ndarray
+    """Probabilities, (N, classes)."""
+    student: np.ndarray
+    """Probabilities, (N, classes)."""
+    keys: list[str]
+    """File name of each image."""
+
+
+@dataclass(frozen=True)
+class _Line:
+    """One line of the final table: a quantity, in one unit for all models."""
+
+    name: str
+    unit: str
+    cells: list[tuple[str, str]]
+    """Number and small print of each model."""
+
+
+@dataclass(frozen=True)
+class _ClassChange:
+    name: str
+    teacher: float
+    student: float
+    num_images: int
+
+    @property
+    def change(self) -> float:
+        """Points of accuracy."""
+        return self.student - self.teacher
+
+
+@dataclass(frozen=True)
+class _Disagreement:
+    """One test image with what the three say: (class, probability); the truth has no probability."""
+
+    key: str
+    image: str
+    small: bool
+    truth: str
+    teacher: tuple[str, float]
+    student: tuple[str, float]
+
+
+@dataclass(frozen=True)
+class _HeatMap:
+    """Kept units per group and candidate, of the groups whose names end alike."""
+
+    kind: str
+    rows: list[tuple[str, int, list[int]]]
+    """Layer, units in the teacher, units kept in each candidate."""
+
+
+def write_report(
+    result: Result, predictions: TestPredictions, thumbnails: Callable[[int], Image.Image], path: Path
+) -> None:
+    """Write the report; `path` is either replaced as a whole or left as it was.
+
+    Args:
+        result: The contents of `result.json`.
+        predictions: Teacher and handed-out student on the test images.
+        thumbnails: Returns test image i in any size; called for the few images that are shown.
+        path: The HTML file.
+
+    Raises:
+        RunDirError: The file cannot be written.
+    """
+    page = _render(result, predictions, thumbnails)
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        try:
+            draft.write_text(page, encoding="utf-8")
+            os.replace(draft, path)
+        finally:
+            draft.unlink(missing_ok=True)
+    except OSError as error:
+        raise RunDirError(f"cannot write the report {path}: {error.strerror}; check the folder") from None
+
+
+def _render(result: Result, predictions: TestPredictions, thumbnails: Callable[[int], Image.Image]) -> str:
+    percent = wording.percent_format(result.data.num_test)
+    changes = _class_changes(predictions, result.data.classes)
+    shown = (
+        changes if len(changes) <= 2 * SHOWN_CLASSES else changes[:SHOWN_CLASSES] + changes[-SHOWN_CLASSES:]
+    )
+    lost, won = _disagreements(predictions)
+    num_lost = min(len(lost), max(MAX_THUMBNAILS // 2, MAX_THUMBNAILS - len(won)))
+    num_won = min(len(won), MAX_THUMBNAILS - num_lost)
+
+    reliability = {
+        "teacher": plots.Reliability.of(predictions.labels, predictions.teacher),
+        result.handed_out: plots.Reliability.of(predictions.labels, predictions.student),
+    }
+
+    def show(images: list[int]) -> list[_Disagreement]:
+        return [_disagreement(i, predictions, result.data.classes, thumbnails(i)) for i in images]
+
+    return _template(percent).render(
+        r=result,
+        handed_out=plots.handed_out(result),
+        measure=plots.measure_of(result),
+        models=plots.models_of(result),
+        candidates=plots.by_scale(result),
+        verdict=wording.verdict(result, plots.handed_out(result)),
+        way=result.way,
+        table=_table(result, percent),
+        rules=wording.RULES,
+        stage_name=wording.stage,
+        units=wording.units(result),
+        heat_maps=_heat_maps(result),
+        changes=shown,
+        change_axis=_axis([change.change for change in shown]),
+        num_changes=len(changes),
+        shown_classes=SHOWN_CLASSES,
+        num_lost=len(lost),
+        num_won=len(won),
+        lost=show(lost[:num_lost]),
+        won=show(won[:num_won]),
+        reliability=reliability,
+        figures=_figures(result, reliability),
+    )
+
+
+def _template(percent: Callable[[float], str]) -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "percent": percent,
+        "signed": lambda x, form=percent: wording.signed(x, form),
+        "times": wording.times,
+        "significant": wording.significant,
+        "duration": wording.duration,
+        "plural": wording.plural,
+    }
+    return environment.get_template("report.html.j2")
+
+
+def _axis(values: list[float]) -> tuple[float, float]:
+    """Span of the bars' axis, and where 0 lies on it (0 to 1)."""
+    low, high = min(0.0, *values), max(0.0, *values)
+    span = max(high - low, 1e-9)
+    return span, -low / span
+
+
+def _table(result: Result, percent: Callable[[float], str]) -> list[_Line]:
+    models = [model for _, model in plots.models_of(result)]
+    measure = plots.measure_of(result)
+    top1 = [(percent(m.top1), "–".join(percent(bound) for bound in m.top1_interval)) for m in models]
+    errors = [model.calibration_error for model in models]
+    points = [wording.signed(error - errors[0], "{:.2f}".format) + " points" for error in errors]
+    return [
+        _Line(measure[0].upper() + measure[1:], "%", top1),
+        _line("Parameters", "", [m.num_params for m in models], "fewer", "more"),
+        _line("Operations per image", "MACs", [m.macs for m in models], "fewer", "more"),
+        _line("Latency, batch 1", "ms", [m.latency.onnx_batch1 for m in models], "faster", "slower"),
+        _line("Latency, batch 32", "ms", [m.latency.onnx_batch32 for m in models], "faster", "slower"),
+        _line("PyTorch, batch 1", "ms", [m.latency.eager_batch1 for m in models], "faster", "slower"),
+        _line("File", "B", [m.file_bytes for m in models], "smaller", "larger"),
+        _Line(
+            "Calibration error", "%", list(zip(map("{:.2f}".format, errors), ["", *points[1:]], strict=True))
+        ),
+    ]
+
+
+def _line(name: str, unit: str, values: list[float], better: str, worse: str) -> _Line:
+    """A quantity of which less is better, with each model's factor against the first, the teacher."""
+    prefix, numbers = ("", [*map(wording.significant, values)]) if unit == "ms" else wording.scaled(values)
+    notes = [wording.ratio(values[0] / max(value, 1e-12), better, worse) for value in values]
+    return _Line(name, prefix + unit, list(zip(numbers, ["", *notes[1:]], strict=True)))
+
+
+def _figures(result: Result, reliability: dict[str, plots.Reliability]) -> dict[str, Any]:
+    """Every figure as SVG text that is safe to insert: plots.py escapes the few words in it."""
+    rules = result.selection.values if result.selection is not None else {}
+    return {
+        "curve_wide": Markup(plots.accuracy_curve(result)),
+        "curve_narrow": Markup(plots.accuracy_curve(result, width=400, height=380)),
+        "rules": {rule: Markup(plots.rule_values(result, rule)) for rule in rules},
+        "losses": {
+            stage: Markup(plots.loss_curves(stage, history))
+            for stage, history in result.histories.items()
+            if history.step
+        },
+        "reliability": Markup(plots.reliability(reliability)),
+    }
+
+
+def _heat_maps(result: Result) -> list[_HeatMap]:
+    kinds: dict[str, list[tuple[str, int, list[int]]]] = {}
+    candidates = plots.by_scale(result)
+    for group, num_units in result.group_sizes.items():
+        kind = f"{result.group_kinds[group]}s"
+        # Every layer's attention is called `attn`: its place says which.
+        layer, _, last = group.rpartition(".")
+        shown = layer if layer and last in ("attn", "mlp", "attention", "ffn") else group
+        kept = [candidate.widths.get(group, 0) for candidate in candidates]
+        kinds.setdefault(kind, []).append((shown, num_units, kept))
+    return [_HeatMap(kind, rows) for kind, rows in kinds.items()]
+
+
+def _class_changes(predictions: TestPredictions, names: Sequence[str]) -> list[_ClassChange]:
+    """Accuracy per class, the largest loss first; classes without a test image are left out."""
+    labels = predictions.labels
+    count = np.bincount(labels, minlength=len(names))
+    right = [
+        np.bincount(labels, probabilities.argmax(axis=1) == labels, len(names))
+        for probabilities in (predictions.teacher, predictions.student)
+    ]
+    changes = [
+        _ClassChange(names[i], 100 * float(right[0][i] / n), 100 * float(right[1][i] / n), int(n))
+        for i, n in enumerate(count)
+        if n
+    ]
+    return sorted(changes, key=lambda change: change.change)
+
+
+def _disagreements(predictions: TestPredictions) -> tuple[list[int], list[int]]:
+    """Images that only the teacher, and only the student, gets right; the surest mistakes first."""
+    teacher_right = predictions.teacher.argmax(axis=1) == predictions.labels
+    student_right = predictions.student.argmax(axis=1) == predictions.labels
+    lost = np.flatnonzero(teacher_right & ~student_right)
+    won = np.flatnonzero(student_right & ~teacher_right)
+    lost = lost[np.argsort(-predictions.student[lost].max(axis=1, initial=0), kind="stable")]
+    won = won[np.argsort(-predictions.teacher[won].max(axis=1, initial=0), kind="stable")]
+    return lost.tolist(), won.tolist()
+
+
+def _disagreement(
+    i: int, predictions: TestPredictions, names: Sequence[str], image: Image.Image
+) -> _Disagreement:
+    said = [
+        (names[int(probabilities[i].argmax())], 100 * float(probabilities[i].max()))
+        for probabilities in (predictions.teacher, predictions.student)
+    ]
+    small = max(image.size) < THUMBNAIL_SIZE
+    truth = names[int(predictions.labels[i])]
+    return _Disagreement(predictions.keys[i], _data_uri(image), small, truth, said[0], said[1])
+
+
+def _data_uri(image: Image.Image) -> str:
+    image = image.convert("RGB")
+    image.thumbnail((THUMBNAIL_SIZE, THUMBNAIL_SIZE))
+    data = io.BytesIO()
+    image.save(data, format="PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()

@@ -1,0 +1,209 @@
+"""What a run says about itself: the contents of `result.json`, typed.
+
+Every accuracy is in percent with its 95 % interval; every latency in milliseconds per batch, with the
+threads it was measured on; every share is of the teacher.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from stepwell.errors import RunDirError
+from stepwell.measure.clock import Latency
+from stepwell.run.run_dir import StageResult
+from stepwell.tasks.classification import PairedTest
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelResult(_Record):
+    """One model: teacher, assistant, student or control."""
+
+    top1: float
+    """Percent of the test images."""
+    top1_interval: tuple[float, float]
+    """95 % Wilson interval of `top1`."""
+    log_likelihood: float
+    """Mean log-probability of the true class on the test images."""
+    selection_top1: float
+    """Percent of the selection images."""
+    selection_log_likelihood: float
+    calibration_error: float
+    """Expected calibration error on the test images, in percent (15 bins)."""
+    num_params: int
+    macs: int
+    """Multiply-accumulates of one image."""
+    latency_ms: float
+    """onnxruntime, CPU, fp32, batch 1: `latency.onnx_batch1`."""
+    latency: Latency
+    file_bytes: int
+    keep_ratio: float
+    """Fraction of the units kept; 1 for the teacher."""
+    scale: float
+    """Measured share of the teacher's MACs."""
+
+
+class CandidateResult(_Record):
+    """One rung of the ladder after joint training, measured on the selection images."""
+
+    keep_ratio: float
+    scale: float
+    """Measured share of the teacher's MACs; the S of NPSD."""
+    top1: float
+    top1_interval: tuple[float, float]
+    log_likelihood: float
+    num_params: int
+    macs: int
+    widths: dict[str, int]
+    """Units kept per group."""
+
+
+class TriedResult(_Record):
+    """The student by way of one assistant, where a student was trained for each."""
+
+    keep_ratio: float
+    """The assistant's."""
+    scale: float
+    """The assistant's share of the teacher's MACs."""
+    selection_top1: float
+    """The student's, on the selection images: decides which is kept."""
+    selection_log_likelihood: float
+    top1: float
+    """The student's, on the test images: looked at once, at the end."""
+    log_likelihood: float
+
+
+class SelectionResult(_Record):
+    """Which candidate became the assistant, and what every rule would have said."""
+
+    rule: str
+    metric: Literal["top1", "likelihood"]
+    pick: float
+    """Keep ratio of the assistant."""
+    picks: dict[str, float]
+    """Keep ratio that each rule would pick."""
+    values: dict[str, list[float | None]]
+    """Each rule's value per candidate, in their order; null where it is not defined or not allowed."""
+    num_images: int
+
+
+class Choice(StageResult):
+    """What the select stage hands on: the candidates' figures, and which is the assistant."""
+
+    index: int
+    candidates: list[CandidateResult]
+    """From the smallest, the student's rung, to the largest."""
+    selection: SelectionResult
+
+
+class Cost(_Record):
+    """Cost of the run in units of one single-step distillation of as many epochs as the last stage: seconds
+    where a control was trained, operations where not."""
+
+    value: float
+    predicted: bool
+    """True where no single-step run was made and the figure comes from operation counts alone."""
+
+
+class DataResult(_Record):
+    """Which images decided what."""
+
+    source: str
+    classes: list[str]
+    num_train: int
+    num_selection: int
+    num_test: int
+    test_from: str
+    """Where the test images come from: `test/`, `val/`, or `a tenth by hash of the file name`."""
+    selection_from: str
+    """`a tenth of the training images by hash of the file name`, or the folder that was given."""
+    labels: Literal["true", "teacher"]
+    """`teacher`: the images have no labels, and top1 is agreement with the teacher."""
+    teacher_saw_selection: str
+    """`no`, or why that is not known."""
+    bad_images: int
+
+
+class History(_Record):
+    """Course of one training stage."""
+
+    step: list[int]
+    losses: dict[str, list[float]]
+    """Mean of each loss part (`loss`, `task`, `logit`, `feature`) since the step before."""
+    lr: list[float]
+
+
+class Result(_Record):
+    """The whole of `result.json`."""
+
+    stepwell_version: str
+    created: str
+    hardware: dict[str, str]
+    teacher_name: str
+    student_name: str | None
+    """The student's architecture, where it is no slice of the teacher; then `keep_ratio` is that of the
+    smallest rung of the ladder."""
+    path: str
+    """The way down, as `--path` names it."""
+    way: str = ""
+    """How the path went, in a sentence; empty in results of older versions."""
+    losses: dict[str, str]
+    """The losses on `logits` and `features`."""
+    keep_ratio: float
+    data: DataResult
+    teacher: ModelResult
+    higher_assistants: list[ModelResult]
+    """Those above `assistant`, from the largest down; none but in a chain."""
+    assistant: ModelResult | None
+    """Which taught the student; None in a single step."""
+    student: ModelResult
+    """The end of the descent: teacher, assistants, student."""
+    control: ModelResult | None
+    """The same student distilled straight from the teacher, if one was trained."""
+    handed_out: Literal["student", "control"]
+    """Which of the two trainings is in `student/`, decided on the selection images."""
+    candidates: list[CandidateResult]
+    """The rungs, where they were trained and judged; empty where a path chooses nothing."""
+    selection: SelectionResult | None
+    tried: list[TriedResult]
+    """The student by way of each assistant, where a student was trained for each."""
+    group_sizes: dict[str, int]
+    """Units of each group in the teacher."""
+    group_kinds: dict[str, str]
+    """What they are: `head`, `neuron` or `filter`."""
+    teacher_vs_student: PairedTest
+    cost_vs_single_step: Cost
+    teacher_passes: dict[str, float]
+    """Cost of each stage of the path, in forward passes of the teacher on one image."""
+    seconds: dict[str, float]
+    images_per_second: dict[str, float]
+    epochs: dict[str, float]
+    histories: dict[str, History]
+    notes: list[str]
+    """Everything a careful reader should be told."""
+
+    @classmethod
+    def load(cls, path: Path) -> Result:
+        """Read `result.json`.
+
+        Raises:
+            RunDirError: It is damaged, or was written by a version that kept other figures.
+        """
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "the file"
+            raise RunDirError(
+                f"{path} is damaged, or of another version of stepwell: {where}: {first['msg']}"
+            ) from None
+
+    def to_json(self) -> str:
+        """The text of `result.json`."""
+        return json.dumps(self.model_dump(mode="json"), indent=2)

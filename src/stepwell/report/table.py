@@ -1,0 +1,58 @@
+"""The final table, as text."""
+
+from __future__ import annotations
+
+import io
+
+from rich.console import Console
+from rich.table import Table
+
+from stepwell.measure.size import short_number
+from stepwell.report.result import ModelResult, Result
+
+
+def result_table(result: Result, width: int = 110) -> str:
+    """Teacher, assistant, student and control: top1 with interval, size, operations, time, and ratios."""
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    table.add_column("")
+    for column in ("top1 %", "95 % interval", "params", "ratio", "MACs", "ratio", "latency", "speed-up"):
+        table.add_column(column, justify="right")
+    roles = [
+        ("teacher", result.teacher),
+        *(("assistant", assistant) for assistant in result.higher_assistants),
+        ("assistant", result.assistant),
+        ("student", result.student),
+        ("control", result.control),
+    ]
+    for role, model in roles:
+        if model is not None:
+            label = role if role != result.handed_out else f"{role} *"
+            table.add_row(label, *_cells(model, result.teacher))
+    latency = result.teacher.latency
+    student = "" if result.student_name is None else f" The student is a {result.student_name}."
+    return (
+        f"{render(table, width)}\n\n* handed out. top1 on {result.data.num_test} test images "
+        f"({result.data.test_from}); latency: onnxruntime, CPU, fp32, batch 1, {latency.threads} thread(s)."
+        f"{student}"
+    )
+
+
+def render(table: Table, width: int = 110) -> str:
+    """A rich table as plain text, without trailing blanks."""
+    text = io.StringIO()
+    Console(file=text, width=width).print(table)
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+
+
+def _cells(model: ModelResult, teacher: ModelResult) -> list[str]:
+    low, high = model.top1_interval
+    return [
+        f"{model.top1:.2f}",
+        f"{low:.1f} - {high:.1f}",
+        short_number(model.num_params),
+        f"{100 * model.num_params / teacher.num_params:.1f} %",
+        short_number(model.macs),
+        f"{100 * model.macs / teacher.macs:.1f} %",
+        f"{model.latency_ms:.2f} ms",
+        f"{teacher.latency_ms / model.latency_ms:.1f}x",
+    ]

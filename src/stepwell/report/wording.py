@@ -1,0 +1,122 @@
+"""Numbers as words: how the report says ratios, times, probabilities and its one-sentence verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from stepwell.report.result import ModelResult, Result
+
+RULES = {
+    "performance": "How well the candidate itself performs on the selection images. Where candidates share "
+    "their weights, the student starts from the same ones whichever is chosen: what differs is the teacher.",
+    "npsd": "Just before the steepest fall: the performance lost per share of operations on the way to the "
+    "next smaller candidate. Our reading of the paper's Negative Performance-Scale Derivative, whose exact "
+    "formula is not public.",
+    "npsd-chord-teacher": "Minus the slope of the straight line from the candidate up to the teacher.",
+    "npsd-chord-student": "Minus the slope of the straight line from the student's rung up to the candidate.",
+    "lambda": "Performance plus a reward for being small, P + 0.2 (1 − S): the rule of MiniDisc.",
+}
+"""What each selection rule looks at; the largest value wins."""
+STAGES = {
+    "score": "score heads, neurons and filters",
+    "grid": "find the widths of all candidates",
+    "joint": "train all candidates together",
+    "select": "choose the assistant",
+    "distill": "distil the student",
+    "choose": "compare the students",
+    "control": "control: teacher straight to student",
+    "deliver": "measure and export",
+}
+
+
+def stage(name: str) -> str:
+    """What a stage does, for people; those of a chain are numbered or named by what the assistant keeps."""
+    return STAGES.get(name) or {
+        "assistant": f"train {name}",
+        "distill": f"student {name.removeprefix('distill ')}",
+    }.get(name.partition(" ")[0], name)
+
+
+def units(result: Result) -> str:
+    """`heads and neurons`, or whatever was cut."""
+    return " and ".join(f"{kind}s" for kind in dict.fromkeys(result.group_kinds.values()))
+
+
+def verdict(result: Result, handed_out: ModelResult) -> tuple[str, list[str]]:
+    """The run in one sentence, and its small print: conditions, intervals and test, all from the numbers."""
+    teacher = result.teacher
+    percent = percent_format(result.data.num_test)
+    params = ratio(teacher.num_params / handed_out.num_params, "fewer parameters", "more parameters")
+    macs = ratio(teacher.macs / handed_out.macs, "fewer operations", "more operations")
+    gain = teacher.latency.onnx_batch1 / handed_out.latency.onnx_batch1
+    speed = f"{times(gain)} faster" if gain >= 1.05 else f"but not faster ({times(gain)} the teacher's speed)"
+    where = f"batch 1, onnxruntime CPU, {plural(teacher.latency.threads, 'thread')}"
+    interval, teacher_interval = (
+        f"{percent(model.top1_interval[0])}–{percent(model.top1_interval[1])}\u202f%"
+        for model in (handed_out, teacher)
+    )
+    if result.data.labels == "teacher":
+        words = f"agreeing with the teacher on {percent(handed_out.top1)}\u202f% of the test images"
+        return f"{params}, {macs}, {speed}, {words}.", [where, f"95\u202f% interval {interval}"]
+    words = f"at {percent(handed_out.top1)}\u202f% instead of {percent(teacher.top1)}\u202f% top-1"
+    difference = f"{signed(handed_out.top1 - teacher.top1, percent)} points"
+    return f"{params}, {macs}, {speed}, {words}.", [
+        where,
+        f"{difference}, 95\u202f% intervals {interval} and {teacher_interval}",
+        f"paired McNemar {p_value(result.teacher_vs_student.p_value)}",
+    ]
+
+
+def percent_format(num_images: int) -> Callable[[float], str]:
+    """Format of percentages of `num_images`: no more digits than one image is worth."""
+    return "{:.2f}".format if num_images >= 1000 else "{:.1f}".format
+
+
+def signed(x: float, form: Callable[[float], str]) -> str:
+    """A difference with its sign, in front of any value but zero; the minus is a real one."""
+    text = form(abs(x))
+    return text if float(text) == 0 else ("+" if x > 0 else "−") + text
+
+
+def times(x: float) -> str:
+    """A factor such as `10.2×`, with more digits where it is close to 1."""
+    digits = 2 if x < 2 else 1 if x < 100 else 0
+    return f"{x:,.{digits}f}×"
+
+
+def ratio(x: float, better: str, worse: str) -> str:
+    """`4.0× smaller`, or `2.0× larger` for a factor below 1."""
+    if abs(x - 1) < 0.005:
+        return "same as teacher" if " " not in better else f"no {better}"
+    return f"{times(x)} {better}" if x > 1 else f"{times(1 / x)} {worse}"
+
+
+def significant(x: float) -> str:
+    """Three significant digits, never an exponent below 1e15: `0.0123`, `4.56`, `1,230`."""
+    exponent = int(f"{x:.2e}".partition("e")[2])  # of the rounded number: 9.999 is 10.0
+    return f"{x:,.{max(0, 2 - exponent)}f}" if x else "0"
+
+
+def scaled(values: Sequence[float]) -> tuple[str, list[str]]:
+    """One prefix for all values (k, M, G, T), such that none of them is tiny, and the numbers in it."""
+    smallest = min(values, default=0)
+    power = max((i for i in range(5) if smallest >= 0.1 * 1000**i), default=0)
+    return ("", "k", "M", "G", "T")[power], [significant(value / 1000**power) for value in values]
+
+
+def duration(seconds: float) -> str:
+    """`8.2 s`, `12 min`, `3 h 20 min`."""
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def p_value(p: float) -> str:
+    """`p = 0.034`, or a bound where the digits say nothing."""
+    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+
+
+def plural(number: int, one: str, many: str = "") -> str:
+    """`1 thread`, `2,000 threads`."""
+    return f"{number:,} {one if number == 1 else many or one + 's'}"

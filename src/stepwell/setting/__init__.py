@@ -1,0 +1,1 @@
+"""What a run works with, checked and put together before anything is computed."""

@@ -1,0 +1,169 @@
+"""The checks before a run: teacher, images, student and options must agree, and something must be learnt."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from stepwell.config.commands import CompressConfig
+from stepwell.config.options import DataOptions, LossOptions
+from stepwell.data.batches import EvalBatches
+from stepwell.data.feed import decoded
+from stepwell.data.spec import InputSpec
+from stepwell.data.splits import Data
+from stepwell.errors import ConfigError, UnsupportedModelError
+from stepwell.losses.choose import Pair
+from stepwell.losses.distillation import loss_macs, make_distillation
+from stepwell.losses.observe import Observed
+from stepwell.models.card import example_images
+from stepwell.models.input import check_runs
+from stepwell.models.student import OtherStudent, build_student
+from stepwell.models.teacher import Teacher, placeholders
+from stepwell.pruning.families import find_groups
+from stepwell.pruning.generic import propose
+from stepwell.pruning.prove import proven
+from stepwell.pruning.units import Group
+from stepwell.run.device import set_up_torch
+from stepwell.run.progress import say
+from stepwell.run.run_dir import RunDir
+from stepwell.setting.setting import Setting
+from stepwell.tasks.classification import check_classes
+
+CPU = torch.device("cpu")
+
+
+def prepare(
+    config: CompressConfig, run: RunDir, teacher: Teacher, data: Data, student: nn.Module | None = None
+) -> Setting:
+    """Check that teacher, data and options agree, and put them together.
+
+    Args:
+        config: All options.
+        run: Where the run is kept.
+        teacher: What is compressed; its model is moved to the device of the run.
+        data: The images.
+        student: The module that `config.student` stands for, where the caller built it.
+
+    Raises:
+        UnsupportedModelError: No family can cut the teacher.
+        DataError: The classes of teacher and data differ.
+        ConfigError: There is no such device; or no labels, but a loss that needs them; or no filters, but a
+            score that is for them.
+    """
+    num_classes = check_runs(teacher.model, teacher.spec, teacher.name, "--image-size")
+    classes = check_classes(num_classes, teacher.classes, teacher.name, data)
+    if not data.labelled:
+        _check_no_labels_needed(config, data.source)
+    other_student = _other_student(config, teacher, num_classes, student)
+    # Last of the checks: of a module of the user's own every group is tried.
+    if teacher.is_own_module:
+        groups = proven_groups(teacher.model, teacher.spec, proof_images(data, teacher.spec, config))
+    else:
+        groups = find_groups(teacher.model)
+    if config.importance == "l1" and not any(group.kind == "filter" for group in groups):
+        name = type(teacher.model).__name__
+        raise ConfigError(f"--importance l1 is for convolution filters, and this {name} has none to cut")
+    device = set_up_torch(config)
+    teacher.model.to(device).eval().requires_grad_(False)
+    names = classes or tuple(placeholders(num_classes))
+    s = Setting(config, run, teacher, groups, other_student, data, names, device)
+    _check_something_to_learn(s)
+    return replace(s, loss_passes=_try_losses(s))
+
+
+def read_images(s: Setting) -> None:
+    """Decode what will be held in memory, so that a bad image is found before anything is begun."""
+    _ = s.train
+    for images in (s.data.selection, s.data.test):
+        decoded(images, s.spec, s.config)
+
+
+def _check_no_labels_needed(options: LossOptions, source: str) -> None:
+    if options.task_weight:
+        raise ConfigError(
+            f"{source} has no class folders, so there are no labels to learn: pass --task-weight 0 "
+            f"to learn from the teacher alone, or sort the images into train/CLASS/"
+        )
+    for option, weight, facts, name in (
+        ("--logit-loss", options.logit_weight, options.logit_facts, options.logit_loss),
+        ("--feature-loss", options.feature_weight, options.feature_facts, options.feature_loss),
+    ):
+        if weight and facts.needs_labels:
+            raise ConfigError(f"{option} {name} needs labels, and {source} has no class folders")
+
+
+def _other_student(
+    config: CompressConfig, teacher: Teacher, num_classes: int, student: nn.Module | None
+) -> OtherStudent | None:
+    if config.student is None:
+        return None
+    like = teacher.model if config.student_init == "teacher" else None
+    source = student or config.student
+    return build_student(source, config.student_args, num_classes, teacher.spec, config.seed, like)
+
+
+def _check_something_to_learn(s: Setting) -> None:
+    """An impossible layer, or nothing to learn from, is an error now, not after scoring."""
+    other, config = s.other_student, s.config
+    nothing = s.teacher.name if not s.blocks else other.name if other and not other.blocks else None
+    if nothing and config.feature_facts.needs_states and not config.task_weight and not config.logit_weight:
+        raise ConfigError(
+            f"{nothing} has no hidden states that can be compared, so --feature-weight alone teaches "
+            f"nothing: leave --task-weight or --logit-weight above 0"
+        )
+
+
+def _try_losses(s: Setting) -> float:
+    """Make the loss and run it once: arguments that it does not take, or states that it cannot compare, show
+    now. Returns what it costs for one image, in forward passes of the teacher."""
+    teacher = Observed(s.model, s.blocks)
+    images = torch.zeros(2, s.spec.channels, *s.spec.size, device=s.device)
+    with torch.no_grad():
+        answer = example = teacher(images)
+        if (model := s.fresh_student()) is not None and s.other_student is not None:
+            example = Observed(model, s.other_student.blocks)(images)
+    pair = Pair(example, answer, teacher, s.training_images, s.other_student is not None)
+    loss = make_distillation(s.config, pair, s.config.seed)
+    loss.views(images)
+    if s.config.feature_weight and loss.feature is None:
+        say(f"--feature-loss {s.config.feature_loss} is left out: there are no hidden states to compare")
+    return loss_macs(loss, pair) / s.teacher_macs
+
+
+def proof_images(data: Data | None, spec: InputSpec, options: DataOptions) -> Tensor:
+    """A few images to prove a cut on: the first selection images, normalised, on the CPU; shape (batch,
+    channels, height, width). Random ones where there are no data."""
+    if data is None:
+        return example_images(spec, 4)
+    few = data.selection.subset(range(min(8, len(data.selection))))
+    return next(iter(EvalBatches(few, spec, options, CPU))).images
+
+
+def proven_groups(model: nn.Module, spec: InputSpec, images: Tensor) -> list[Group]:
+    """The groups of a module of the user's own that are proved to be cut rightly; says what stays whole.
+
+    Args:
+        model: The module, in eval mode.
+        spec: The images that it takes.
+        images: A few real images, shape (batch, channels, height, width), to prove it on.
+
+    Raises:
+        UnsupportedModelError: Nothing can be cut.
+    """
+    proposal = propose(model, example_images(spec))
+    groups = proposal.groups
+    # If the two kinds do not go together, what the families know is the surer one.
+    good = proven(model, groups, images) or proven(model, proposal.known, images)
+    refused = [group.name for group in groups if group not in good]
+    if not good:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is not supported: none of the {len(refused)} layers that look familiar "
+            f"can be cut; in each, cutting differs from masking its units ({refused[0]}, ...)"
+        )
+    for name in refused:
+        say(f"stays whole: {name} (cutting it is not the same as masking its units)")
+    for name, reason in proposal.whole.items():
+        say(f"stays whole: {name} ({reason})")
+    return good

@@ -1,0 +1,179 @@
+"""Everything that a path needs and that no stage changes: teacher, images, device, options, run directory."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from stepwell.config.commands import CompressConfig
+from stepwell.data.batches import EvalBatches, OnBatch, TrainBatches
+from stepwell.data.images import ImageSet
+from stepwell.data.spec import InputSpec
+from stepwell.data.splits import Data
+from stepwell.losses.output import TrainingImages
+from stepwell.measure.cost import Costs
+from stepwell.measure.size import count_macs
+from stepwell.models.card import Architecture, Card
+from stepwell.models.student import OtherStudent
+from stepwell.models.teacher import Teacher
+from stepwell.pruning.blocks import compared_blocks
+from stepwell.pruning.units import Group
+from stepwell.run.device import autocast_of
+from stepwell.run.observer import Split
+from stepwell.run.run_dir import RunDir
+from stepwell.tasks.classification import Metric, predict, resolve_metric
+from stepwell.training.optimizer import no_decay_of
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a run works with; made by `prepare`.
+
+    Attributes:
+        config: All options; a function further down takes the group that it needs.
+        run: Where results are kept.
+        teacher: What is compressed; its model is on the device of the run, in eval mode, frozen.
+        groups: The units that may be cut.
+        other_student: The student, where it is of another architecture than the teacher.
+        data: The images.
+        classes: Their names.
+        device: What is computed on.
+        loss_passes: What the loss between two models computes by itself for one image, forward and backward,
+            in forward passes of the teacher.
+    """
+
+    config: CompressConfig
+    run: RunDir
+    teacher: Teacher
+    groups: list[Group]
+    other_student: OtherStudent | None
+    data: Data
+    classes: tuple[str, ...]
+    device: torch.device
+    loss_passes: float = 0.0
+
+    @property
+    def model(self) -> nn.Module:
+        """The teacher's module."""
+        return self.teacher.model
+
+    @property
+    def spec(self) -> InputSpec:
+        """The images that the teacher wants."""
+        return self.teacher.spec
+
+    @property
+    def teacher_is_ours(self) -> bool:
+        """Whether stepwell trained the teacher on the same images, and so left out the same ones."""
+        return self.teacher.trained_on == self.data.fingerprint
+
+    @cached_property
+    def blocks(self) -> tuple[str, ...]:
+        """The teacher's blocks whose hidden states are compared."""
+        return compared_blocks(self.groups, self.config.feature_layers)
+
+    @cached_property
+    def no_decay(self) -> frozenset[str]:
+        """Parameters of the teacher without weight decay."""
+        return no_decay_of(self.model)
+
+    @cached_property
+    def teacher_macs(self) -> int:
+        """Multiply-accumulates of the teacher for one image."""
+        return count_macs(self.model, self.spec)
+
+    @cached_property
+    def metric(self) -> Metric:
+        """What the selection images are read by."""
+        return resolve_metric(self.config.metric, len(self.data.selection))
+
+    @property
+    def autocast(self) -> torch.autocast:
+        """The number format of forward passes in training."""
+        return autocast_of(self.config, self.device)
+
+    def fresh_student(self) -> nn.Module | None:
+        """A copy of the untrained student of another architecture, on the device; None if there is none."""
+        return copy.deepcopy(self.other_student.model).to(self.device) if self.other_student else None
+
+    def costs(self, scales: Sequence[float]) -> Costs:
+        """Operation counts of a run whose candidates have these shares of the teacher's MACs."""
+        student = scales[0]
+        if self.other_student is not None:
+            student = count_macs(self.other_student.model, self.spec) / self.teacher_macs
+        sizes = {"num_train": len(self.data.train), "num_selection": len(self.data.selection)}
+        return Costs(self.config, scales, student, loss=self.loss_passes, **sizes)
+
+    @cached_property
+    def train(self) -> TrainBatches:
+        """Training images, augmented, in random order."""
+        # Without labels none are needed: `prepare` has checked that the task's weight is 0 then.
+        return TrainBatches(
+            self.data.train, self.spec, self.config, self.config.seed, self.device, self._shown("training")
+        )
+
+    @property
+    def training_images(self) -> TrainingImages:
+        """What is known of all training images, for losses that keep a memory of them."""
+        return TrainingImages(torch.tensor(self.data.train.labels), len(self.data.train))
+
+    @cached_property
+    def scored(self) -> EvalBatches:
+        """The first `score_images` training images in the order of a seeded shuffle, as they are."""
+        order = torch.randperm(
+            len(self.data.train), generator=torch.Generator().manual_seed(self.config.seed)
+        ).tolist()
+        chosen = sorted(order[: self.config.score_images])
+        shown = self._shown("training")
+        return self._plain(self.data.train.subset(chosen), lambda i: shown(torch.tensor(chosen)[i]))
+
+    @cached_property
+    def selection(self) -> EvalBatches:
+        """The images that choose the assistant, and between student and control."""
+        return self._plain(self.data.selection, self._shown("selection"))
+
+    @cached_property
+    def test(self) -> EvalBatches:
+        """The images that decide nothing and are looked at once, at the end."""
+        return self._plain(self.data.test, self._shown("test"))
+
+    def _plain(self, images: ImageSet, shown: OnBatch) -> EvalBatches:
+        """Batches without augmentation, with the teacher's own answers as labels where there are none."""
+        batches = EvalBatches(images, self.spec, self.config, self.device, on_batch=shown)
+        if self.data.labelled:
+            return batches
+        answers = predict(self.model, batches, "teacher's answers").probabilities.argmax(dim=1).tolist()
+        return EvalBatches(images, self.spec, self.config, self.device, answers, shown)
+
+    def _shown(self, split: Split) -> OnBatch:
+        def tell(indices: Tensor) -> None:
+            self.run.observer.on_batch(self.run.open_stage, split, indices)
+
+        return tell
+
+    def card(self, widths: dict[str, int], **provenance: object) -> Card:
+        """The card of a slice of the teacher with `widths` units per group."""
+        # Groups that an earlier run emptied are no longer among this teacher's groups.
+        return self._card(self.teacher.architecture, {**self.teacher.widths, **widths}, provenance)
+
+    def student_card(self, widths: dict[str, int], **provenance: object) -> Card:
+        """The card of the student: a slice with `widths`, or the model of another architecture."""
+        if self.other_student is None:
+            return self.card(widths, **provenance)
+        return self._card(self.other_student.architecture, {}, provenance)
+
+    def _card(
+        self, architecture: Architecture, widths: dict[str, int], provenance: dict[str, object]
+    ) -> Card:
+        return Card(
+            architecture=architecture,
+            widths=widths,
+            classes=list(self.classes),
+            input=self.spec,
+            provenance={"teacher": self.teacher.name, "data": self.data.source, **provenance},
+        )

@@ -1,0 +1,106 @@
+"""What every step of distillation shares, whether one student learns or all candidates together.
+
+images, target = lesson.material(batch, progress)     what both models see, and what is known of it
+answers = lesson.answers(images)                      the frozen teachers', without gradients
+student = lesson.response(run, answers)               the student's, under autocast
+loss(student, answer, target)["loss"].backward()      one `Distillation` for each pair of models
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from stepwell.config.options import LossOptions
+from stepwell.data.batches import Batch
+from stepwell.losses.distillation import Distillation, loss_parameters
+from stepwell.losses.observe import Observed
+from stepwell.losses.output import Output, Target
+from stepwell.run.run_dir import Stage
+from stepwell.training.loop import Course
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """Teachers, losses and number format of a training; the losses are all in the same phase.
+
+    Attributes:
+        teachers: Frozen, in eval mode.
+        losses: One for each pair of teacher and student.
+        autocast: Number format of the forward passes.
+    """
+
+    teachers: Sequence[Observed]
+    losses: Sequence[Distillation]
+    autocast: torch.autocast
+
+    def material(
+        self, batch: Batch, progress: float
+    ) -> tuple[Float[Tensor, "views channels height width"], Target]:
+        """The images that both models see, with those that a loss adds, and what is known of them."""
+        return self.losses[0].views(batch.images), Target(batch.labels, batch.indices, progress)
+
+    def answers(
+        self, images: Float[Tensor, "views channels height width"], teachers: Iterable[int] = (0,)
+    ) -> dict[int, Output]:
+        """What the teachers with these numbers make of the images; empty where no loss looks at them."""
+        if not self.losses[0].runs_teacher:
+            return {}
+        with torch.no_grad(), self.autocast:
+            outputs = {i: self.teachers[i](images) for i in teachers}
+        return {i: output.in_full_precision() for i, output in outputs.items()}
+
+    def response(self, run: Callable[[], Output], answers: Mapping[int, Output]) -> Output:
+        """What the student makes of the images; where only parts of the loss are trained it need not run, and
+        a teacher's answer stands in its place."""
+        if not self.losses[0].runs_student:
+            return next(iter(answers.values()))
+        with self.autocast:
+            return run().in_full_precision()
+
+    def courses(
+        self,
+        stage: Stage,
+        student: Mapping[str, nn.Parameter],
+        options: LossOptions,
+        *,
+        epochs: float,
+        lr: float,
+        no_decay: frozenset[str],
+        modules: Sequence[nn.Module],
+    ) -> Iterator[Course]:
+        """The trainings of a stage: the student's, and before it, with some losses, one that comes first.
+
+        The losses go over to each phase when its training is asked for.
+
+        Args:
+            stage: Its name, and where checkpoints go.
+            student: What is trained of the student, by name.
+            options: Epochs of the training that comes first.
+            epochs: Passes over the images of the student's training.
+            lr: Peak learning rate of both.
+            no_decay: Names of the student's parameters without weight decay.
+            modules: All that changes while training besides parameters; the losses are added.
+        """
+        main = stage.checkpoints / "main.safetensors"
+        undecayed = {f"losses.{i}.{n}" for i, loss in enumerate(self.losses) for n in loss.no_weight_decay()}
+        for phase in self.losses[0].phases:
+            for loss in self.losses:
+                loss.begin(phase)
+            if phase == "pretraining" and main.exists():
+                continue  # what it had done is in the main training's checkpoint
+            is_main = phase == "main"
+            trained = student if self.losses[0].runs_student else {}
+            yield Course(
+                name=stage.name if is_main else f"{stage.name}: {phase}",
+                parameters={**trained, **loss_parameters(self.losses)},
+                epochs=epochs if is_main else options.pretraining_epochs(epochs),
+                lr=lr,
+                no_decay=no_decay | undecayed,
+                modules=[*modules, *self.losses],
+                checkpoint=main if is_main else stage.checkpoints / f"{phase}.safetensors",
+            )

@@ -1,0 +1,72 @@
+"""Which parameters decay, the optimizer, and the course of its learning rate: one rule for all trainings."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import cast
+
+import torch
+from timm.scheduler.cosine_lr import CosineLRScheduler
+from timm.scheduler.poly_lr import PolyLRScheduler
+from timm.scheduler.scheduler import Scheduler
+from torch import nn
+
+from stepwell.config.options import TrainingOptions
+
+POSITIONS = ("relative_position_bias", "logit_scale", "cpb_mlp", "meta_mlp", "position_embeddings")
+"""What tables of positions and learned temperatures are called; not every library says so itself."""
+
+
+def no_decay_of(model: nn.Module) -> frozenset[str]:
+    """Norms, biases, scales, tables of positions, and what the model itself excepts (`no_weight_decay`)."""
+    own = getattr(model, "no_weight_decay", None)
+    plain = {
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.ndim <= 1 or any(part in name for part in POSITIONS)
+    }
+    return frozenset(plain | set(cast(Iterable[str], own()) if callable(own) else ()))
+
+
+def make_optimizer(
+    parameters: Mapping[str, nn.Parameter], lr: float, options: TrainingOptions, no_decay: frozenset[str]
+) -> torch.optim.Optimizer:
+    """An optimizer that decays weight matrices only: no norms, biases, or names in `no_decay`.
+
+    An increment of the shared store (`blocks.0.mlp.fc1.weight+3`) is treated as the parameter it belongs to.
+    """
+    decayed, plain = [], []
+    for name, parameter in parameters.items():
+        base = name.split("+")[0]
+        is_vector = parameter.ndim <= 1 or base.endswith(".bias") or base in no_decay
+        (plain if is_vector else decayed).append(parameter)
+    both = [{"params": decayed, "weight_decay": options.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    groups = [group for group in both if group["params"]]
+    match options.optimizer:
+        case "adamw":
+            return torch.optim.AdamW(groups, lr=lr, fused=True)
+        case "sgd":
+            return torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True)
+
+
+def make_scheduler(optimizer: torch.optim.Optimizer, num_steps: int, options: TrainingOptions) -> Scheduler:
+    """Linear warm-up, then a cosine, a line, or four cosines in a row, down to 0 at the last step."""
+    warmup = int(options.warmup * num_steps)
+    rest = num_steps - warmup
+    common = {
+        "warmup_t": warmup,
+        "warmup_lr_init": 0.0,
+        "warmup_prefix": True,
+        "t_in_epochs": False,
+        "initialize": True,
+    }
+    match options.schedule:
+        case "cosine":
+            return CosineLRScheduler(optimizer, t_initial=rest, **common)
+        case "linear":
+            return PolyLRScheduler(optimizer, t_initial=rest, power=1.0, **common)
+        case "cosine-restarts":
+            cycles = 4
+            length = math.ceil(rest / cycles)
+            return CosineLRScheduler(optimizer, t_initial=length, cycle_limit=cycles, **common)
