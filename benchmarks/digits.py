@@ -13,8 +13,8 @@ from pathlib import Path
 
 from record import save, summary
 from stepwell.commands import demo
-from stepwell.config.files import make_config
 from stepwell.config.commands import DemoConfig
+from stepwell.config.files import make_config
 
 
 def main() -> None:

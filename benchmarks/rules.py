@@ -25,9 +25,9 @@ from record import RESULTS, commit
 from stepwell.compare.cells import CellResult
 from stepwell.compare.table import as_svg
 from stepwell.config.options import Rule
+from stepwell.run.run_dir import write_atomically
 from stepwell.stages.select import Point, pick, rule_values
 from stepwell.tasks.classification import performance
-from stepwell.run.run_dir import write_atomically
 
 DOCS = Path(__file__).parent.parent / "docs"
 TEXT = (Path(__file__).parent / "selection.md").read_text(encoding="utf-8")

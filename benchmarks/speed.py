@@ -38,16 +38,16 @@ import torch
 from torch import nn
 
 from record import RESULTS, save
-from stepwell.models.export import export_onnx
-from stepwell.measure.hardware import processor
-from stepwell.models.input import input_spec
-from stepwell.measure.size import count_macs, num_params
 from stepwell.config.options import GridOptions
+from stepwell.measure.hardware import processor
+from stepwell.measure.size import count_macs, num_params
+from stepwell.models.export import export_onnx
+from stepwell.models.input import input_spec
 from stepwell.pruning.families import find_groups
+from stepwell.pruning.ranking import uniform_scores
 from stepwell.pruning.skeleton import build_skeleton, fill, leading_units
 from stepwell.pruning.units import tensors_of
 from stepwell.stages.grid import make_grid
-from stepwell.pruning.ranking import uniform_scores
 
 MODELS = ("resnet50", "vit_small_patch16_224", "swin_tiny_patch4_window7_224")
 KEEPS = (0.5, 0.25, 0.1)

@@ -34,18 +34,18 @@ import torchvision
 from torch import nn
 
 from record import RESULTS, commit
+from stepwell.config.options import GridOptions
+from stepwell.measure.size import count_macs, num_params
 from stepwell.models.card import Card, load, save_model
 from stepwell.models.export import export_onnx, export_program
 from stepwell.models.input import with_image_size
-from stepwell.measure.size import count_macs, num_params
 from stepwell.models.teacher import teacher_from_module
-from stepwell.config.options import GridOptions
 from stepwell.pruning.families import find_groups
 from stepwell.pruning.prove import difference
 from stepwell.pruning.skeleton import build_skeleton, fill, leading_units, sort_units
 from stepwell.pruning.units import tensors_of
-from stepwell.stages.grid import make_grid
 from stepwell.run.run_dir import write_atomically
+from stepwell.stages.grid import make_grid
 
 RATIOS = (0.1, 0.3, 0.5, 0.7, 0.9)
 CHECKS = ("exact", "backward", "reload", "onnx", "export", "compile")

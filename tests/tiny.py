@@ -15,11 +15,11 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from stepwell.losses.distillation import Distillation, make_distillation
-from stepwell.losses.output import Output, Target, TrainingImages
 from stepwell.config.options import LossOptions
 from stepwell.data.batches import Batch, EvalBatches, TrainBatches
 from stepwell.data.spec import InputSpec
+from stepwell.losses.distillation import Distillation, make_distillation
+from stepwell.losses.output import Output, Target, TrainingImages
 
 CPU = torch.device("cpu")
 NUM_CLASSES = 5

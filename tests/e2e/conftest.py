@@ -1,4 +1,4 @@
-"""One trained teacher and two finished runs, shared by all end-to-end tests."""
+"""What end-to-end tests share: one trained teacher, two finished runs, and commands that must fail."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import small_world
-from small_world import MODEL, QUICK, stepwell
+from small_world import MODEL, QUICK, TIMM, stepwell
 
 from stepwell import handover
+from stepwell.cli import main
 from stepwell.measure.clock import Latency
 from stepwell.stages import deliver
 
@@ -27,7 +28,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
     """A run of `stepwell train`."""
 
     def train(run: Path) -> None:
-        words = ("--model", "vit_tiny_patch16_224", *MODEL, "--no-pretrained", "--data", data, "--out", run)
+        words = ("--model", TIMM, *MODEL, "--no-pretrained", "--data", data, "--out", run)
         stepwell("train", *words, "--epochs", 4, "--batch-size", 16)
 
     return made_once(tmp_path_factory, "teacher", train)
@@ -88,3 +89,56 @@ def without_files(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(deliver, "export_onnx", export_nothing)
     monkeypatch.setattr(deliver, "measure_latency", lambda *_: latency)
     monkeypatch.setattr(handover, "write_report", write_nothing)
+
+
+@pytest.fixture
+def fails(capsys):
+    """Run a command that must fail, and return what it says."""
+
+    def run(*words: object, after_work: bool = False) -> str:
+        capsys.readouterr()
+        code = main([str(word) for word in words])
+        output = capsys.readouterr()
+        assert code == 2
+        assert output.out == ""
+        assert output.err.endswith("\n")
+        lines = output.err.splitlines()
+        if after_work:  # the stages before it have said that they are done
+            lines = lines[-1:]
+        (line,) = lines
+        assert line.startswith("stepwell: ")
+        assert "Traceback" not in output.err
+        assert len(line) < 500
+        return line
+
+    return run
+
+
+@pytest.fixture
+def compress_fails(fails, teacher, data, tmp_path):
+    """A compression that must fail before it makes its folder; `words` come after the usual ones."""
+
+    def run(*words: object, **instead: object) -> str:
+        out = tmp_path / "out"
+        given = {"teacher": teacher, "data": data, "out": out, **instead}
+        options = [word for name, value in given.items() if value for word in (f"--{name}", value)]
+        line = fails("compress", *options, *QUICK, *words)
+        assert not out.exists()
+        return line
+
+    return run
+
+
+@pytest.fixture
+def train_fails(fails, data, tmp_path):
+    """A training that must fail before it makes its folder."""
+
+    def run(*words: object, **instead: object) -> str:
+        out = tmp_path / "out"
+        given = {"model": TIMM, "data": data, "out": out, **instead}
+        options = [word for name, value in given.items() if value for word in (f"--{name}", value)]
+        line = fails("train", *options, "--epochs", 1, *words)
+        assert not out.exists()
+        return line
+
+    return run

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from stepwell.cli import main
 
 CLASSES = ("ant", "bee", "cow")
+TIMM = "vit_tiny_patch16_224"
 MODEL_ARGS = ("img_size=16", "patch_size=8", "embed_dim=24", "depth=2", "num_heads=4")
 MODEL = ("--model-args", *MODEL_ARGS)
 # 8 heads and 192 neurons in the teacher; the student keeps 1 head, so one block is left without attention.

@@ -10,8 +10,8 @@ from small_world import QUICK, stepwell
 
 import stepwell as package
 from stepwell.cli import main
-from stepwell.models.card import read_card
 from stepwell.measure.size import num_params
+from stepwell.models.card import read_card
 from stepwell.report.result import Result
 
 SMALLER = ("--num-candidates", "3", "--epochs", "1", "--batch-size", "16", "--round-to", "1")

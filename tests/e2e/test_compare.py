@@ -16,20 +16,20 @@ from small_world import QUICK, stepwell, write_images
 
 from stepwell.cli import main, parse
 from stepwell.commands import train
-from stepwell.compare import cells, scales, suites
 from stepwell.commands.compare import check
+from stepwell.compare import cells, scales, suites
 from stepwell.compare.arms import Arm, Row, arms_of, cell_of, run_arms
 from stepwell.compare.cells import CellResult
 from stepwell.compare.table import as_json, as_markdown, as_plot, as_table
 from stepwell.config.commands import CompareConfig, CompressConfig
 from stepwell.config.files import make_config
-from stepwell.measure.size import count_macs
-from stepwell.errors import ConfigError
 from stepwell.config.loss_facts import FEATURE_LOSSES, LOGIT_LOSSES
+from stepwell.errors import ConfigError
+from stepwell.measure.size import count_macs
 from stepwell.pruning.families import find_groups
+from stepwell.pruning.ranking import uniform_scores
 from stepwell.pruning.skeleton import build_skeleton
 from stepwell.stages.grid import make_grid
-from stepwell.pruning.ranking import uniform_scores
 
 PATHS = ("--paths", "single-step", "amd", "--feature-losses", "states", "sp", "--seeds", "0", "1")
 ROWS = [

@@ -35,17 +35,17 @@ from torch import nn
 
 import stepwell as package
 from conftest import without_files
-from stepwell.setting import setting
 from stepwell.cli import main
 from stepwell.config.commands import CompressConfig
 from stepwell.config.files import make_config, read_yaml
-from stepwell.models.card import read_card
-from stepwell.measure.size import count_macs
-from stepwell.report.result import Result
 from stepwell.data.batches import EvalBatches, TrainBatches
-from stepwell.data.splits import Data, resolve_data
 from stepwell.data.images import ImageSet
+from stepwell.data.splits import Data, resolve_data
+from stepwell.measure.size import count_macs
+from stepwell.models.card import read_card
+from stepwell.report.result import Result
 from stepwell.run.run_dir import RunDir
+from stepwell.setting.setting import setting
 
 FACTORY = """
 from __future__ import annotations

@@ -14,10 +14,10 @@ from small_world import QUICK, stepwell, student_weights
 from stepwell.cli import main
 from stepwell.config.commands import CompressConfig
 from stepwell.config.files import make_config
-from stepwell.report.result import Result
-from stepwell.losses.output import Output, Target
 from stepwell.config.loss_facts import FEATURE_LOSSES, LOGIT_LOSSES, NEED_LABELS
 from stepwell.config.own_code import load_function
+from stepwell.losses.output import Output, Target
+from stepwell.report.result import Result
 
 ROOT = Path(__file__).parents[2]
 COSINE = f"{ROOT / 'examples' / 'cosine_loss.py'}:CosineLoss"

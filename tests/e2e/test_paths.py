@@ -9,14 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from small_world import QUICK, assert_same_weights, figures, stepwell, student_weights
+from stepwell.descent import Descent
 
 from stepwell.cli import main
 from stepwell.config.commands import CompressConfig
 from stepwell.config.files import make_config
-from stepwell.report.result import Result
-from stepwell.descent import Descent
 from stepwell.config.loss_facts import FEATURE_LOSSES, LOGIT_LOSSES
 from stepwell.measure.cost import expected_bill
+from stepwell.report.result import Result
 from stepwell.training import loop
 
 # With 3 candidates, keep 0.1, 0.4 and 0.7: the last two can be assistants.

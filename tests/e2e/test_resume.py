@@ -27,10 +27,10 @@ from small_world import (
 from stepwell import handover
 from stepwell.cli import main
 from stepwell.paths import amd
-from stepwell.stages import deliver
 from stepwell.run import checkpoint, run_dir
-from stepwell.training import loop
 from stepwell.run.run_dir import RunDir
+from stepwell.stages import deliver
+from stepwell.training import loop
 
 STAGES = ("score", "budget", "ladder", "plan", "joint", "select", "distill", "control", "deliver")
 

@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 
 from stepwell.config.commands import CompressConfig
+from stepwell.losses.observe import Observed
 from stepwell.pruning.families import find_groups
 from stepwell.pruning.shared import SharedWeights
 from stepwell.pruning.skeleton import sort_units
-from stepwell.losses.observe import Observed
 from stepwell.stages.distill import DistillStep
 from stepwell.stages.grid import keep_ratios, make_grid
 from stepwell.stages.joint import JointStep
@@ -59,7 +59,7 @@ def train(stage: str, step, parameters, options: CompressConfig) -> dict[str, li
 
 def scored():
     model = tiny_vit().requires_grad_(False)
-    return model, score(model, find_groups(model), FixedEval(random_batches(BATCHES, 8)))
+    return model, importance_by_gradient(model, find_groups(model), FixedEval(random_batches(BATCHES, 8)))
 
 
 def ladder(options: CompressConfig):
@@ -103,7 +103,7 @@ def test_distill(golden):
     options = config(schedule="linear", temperature=2.0)
     _, shared = joint("sandwich")
     assistant, student = shared.extract(1).eval(), shared.extract(0).train()
-    models = [WithStates(model, BLOCKS) for model in (assistant, student)]
+    models = [Observed(model, BLOCKS) for model in (assistant, student)]
     step = DistillStep(models[:1], models[1], [distillation(options)], no_autocast())
     losses = train("distill", step, dict(student.named_parameters()), options)
     assert len(losses["loss"]) == NUM_STEPS

@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stepwell.config.options import GridOptions
+from stepwell.pruning.ranking import kept_counts
 from stepwell.pruning.units import Group
 from stepwell.stages.grid import keep_ratios, make_grid
-from stepwell.pruning.ranking import kept_counts
 
 
 def keep(_skeleton, _name, _width) -> None:

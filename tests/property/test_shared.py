@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.func import functional_call
 
-from stepwell.measure.size import num_params
 from stepwell.config.options import GridOptions
+from stepwell.measure.size import num_params
 from stepwell.pruning.families import find_groups
 from stepwell.pruning.shared import SharedWeights
 from stepwell.pruning.skeleton import build_skeleton, leading_units, sort_units

@@ -10,15 +10,13 @@ import torch
 from PIL import Image
 from timm.data.transforms_factory import create_transform
 
-from stepwell.errors import DataError
 from stepwell.config.options import DataOptions
 from stepwell.data import batches
 from stepwell.data.batches import EvalBatches, TrainBatches
+from stepwell.data.images import FolderReader, ImageSet
 from stepwell.data.spec import InputSpec
-from stepwell.data.transforms import eval_transform, normalise
-from stepwell.data.images import ImageSet
-from stepwell.data.images import FolderReader
-from stepwell.data.transforms import affine, augment_batch
+from stepwell.data.transforms import affine, augment_batch, eval_transform, normalise
+from stepwell.errors import DataError
 
 CPU = torch.device("cpu")
 GREY = InputSpec((8, 8), 1, (0.5,), (0.25,))

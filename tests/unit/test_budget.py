@@ -11,17 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.tiny import tiny_vit
 
-from stepwell.measure.budgets import student_widths
 from stepwell.commands.doctor import uniform_scores
 from stepwell.config.commands import CompressConfig
 from stepwell.config.files import make_config
-from stepwell.models.input import input_spec
+from stepwell.errors import ConfigError
+from stepwell.measure.budget import Budget, amount, meet, student_widths
 from stepwell.measure.clock import Timing
 from stepwell.measure.size import count_macs, num_params
-from stepwell.errors import ConfigError
+from stepwell.models.input import input_spec
 from stepwell.pruning.families import find_groups
 from stepwell.pruning.skeleton import build_skeleton
-from stepwell.measure.budget import Budget, amount, meet
 
 
 @pytest.mark.parametrize(
@@ -112,7 +111,8 @@ def test_vit_base_meets_its_budget(option, target):
 def test_milliseconds_are_a_limit(monkeypatch):
     """The clock is replaced by one that counts parameters, so that the result is exact."""
     monkeypatch.setattr(
-        "stepwell.measure.budgets._time", lambda skeleton, spec, threads: Timing(num_params(skeleton) / 1000, 0.01)
+        "stepwell.measure.budget._time",
+        lambda skeleton, spec, threads: Timing(num_params(skeleton) / 1000, 0.01),
     )
     model = tiny_vit(depth=4, embed_dim=96, mlp_ratio=8.0)
     spec, groups = input_spec(model), find_groups(model)

@@ -13,12 +13,12 @@ from torch import nn
 
 from stepwell.config.commands import CompressConfig
 from stepwell.config.files import to_yaml
-from stepwell.errors import RunDirError
 from stepwell.config.options import TrainingOptions
+from stepwell.errors import RunDirError
 from stepwell.run import checkpoint
+from stepwell.run.run_dir import RunDir
 from stepwell.training import loop
 from stepwell.training.loop import Trained, fit, fit_in_turns
-from stepwell.run.run_dir import RunDir
 from tiny import NUM_CLASSES, FixedTrain, random_batches
 
 STEPS_PER_EPOCH, EPOCHS = 5, 5.0

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stepwell.errors import DataError
 from stepwell.config.options import DataOptions
 from stepwell.data import sources
 from stepwell.data.splits import Data, resolve_data
+from stepwell.errors import DataError
 
 
 def write_image(path: Path, value: int = 0, mode: str = "RGB", size: int = 4) -> None:

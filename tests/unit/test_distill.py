@@ -7,11 +7,10 @@ import pytest
 import torch
 
 from stepwell.config.commands import CompressConfig
-from stepwell.losses.output import Output
 from stepwell.config.options import LossOptions
+from stepwell.losses.observe import Observed
 from stepwell.pruning.families import find_groups
 from stepwell.pruning.skeleton import build_skeleton, fill, leading_units
-from stepwell.losses.observe import Observed
 from stepwell.stages.distill import DistillStep, distill
 from tiny import FixedTrain, amd_loss, distillation, no_autocast, random_batches, tiny_vit
 
@@ -46,15 +45,15 @@ def test_a_step_leaves_the_gradient_of_the_loss_in_the_student_alone():
     teacher, student = tiny_vit(torch.float64), small(tiny_vit(torch.float64, seed=3))
     (batch,) = random_batches(1, 4, torch.float64)
     options = LossOptions(task_weight=0.5, logit_weight=2.0, temperature=3.0)
-    models = [WithStates(model, BLOCKS) for model in (teacher, student)]
+    models = [Observed(model, BLOCKS) for model in (teacher, student)]
     step = DistillStep(models[:1], models[1], [distillation(options)], no_autocast())
     found = step(batch, 0)
 
     again = copy.deepcopy(student)
     again.zero_grad()
     with torch.no_grad():
-        target = Output(*WithStates(teacher, BLOCKS)(batch.images))
-    expected = amd_loss(Output(*WithStates(again, BLOCKS)(batch.images)), target, batch.labels, options)
+        target = Observed(teacher, BLOCKS)(batch.images)
+    expected = amd_loss(Observed(again, BLOCKS)(batch.images), target, batch.labels, options)
     expected["loss"].backward()
     assert {name: value.item() for name, value in found.items()} == {
         name: value.item() for name, value in expected.items()

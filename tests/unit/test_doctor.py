@@ -11,9 +11,9 @@ from torch import nn
 
 from stepwell.commands import doctor
 from stepwell.config.commands import CompressConfig
+from stepwell.data.spec import InputSpec
 from stepwell.errors import ConfigError
 from stepwell.losses.crd import CRD
-from stepwell.data.spec import InputSpec
 
 
 def devices_of(config: CompressConfig, data: object = None) -> set[str]:

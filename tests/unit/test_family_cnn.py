@@ -28,21 +28,21 @@ from torchvision.models import regnet as torchvision_regnet
 from torchvision.models import resnet as torchvision_resnet
 from torchvision.ops.misc import FrozenBatchNorm2d
 
+from stepwell.config.options import GridOptions
+from stepwell.data.spec import InputSpec
+from stepwell.errors import UnsupportedModelError
+from stepwell.measure.size import count_macs, num_params
 from stepwell.models.card import Architecture, Card, narrow_and_load, save_model
 from stepwell.models.export import export_onnx
-from stepwell.measure.size import count_macs, num_params
-from stepwell.errors import UnsupportedModelError
-from stepwell.config.options import GridOptions
 from stepwell.pruning.constant import ConstantConv
 from stepwell.pruning.families import find_groups
 from stepwell.pruning.filters import filter_groups
+from stepwell.pruning.ranking import uniform_scores
 from stepwell.pruning.shared import SharedWeights
 from stepwell.pruning.skeleton import build_skeleton, fill, leading_units
 from stepwell.pruning.units import Candidate, Group, tensors_of
 from stepwell.stages.grid import make_grid
-from stepwell.pruning.ranking import uniform_scores
 from stepwell.stages.score import importance_by_gradient
-from stepwell.data.spec import InputSpec
 from stepwell.training.statistics import recalibrate
 from tiny import FixedEval, random_batches, random_images
 
@@ -381,7 +381,7 @@ def test_importance_is_the_mean_absolute_gradient_of_gates_that_are_really_there
                 loss = nn.functional.cross_entropy(model(image[None]), label[None])
             for name, gradient in zip(ones, torch.autograd.grad(loss, list(ones.values())), strict=True):
                 expected[name] += gradient.abs() / 4
-    found = score(model, groups, batches).raw
+    found = importance_by_gradient(model, groups, batches).raw
     for name, values in expected.items():
         assert values.max() > 1e-9
         assert found[name] == pytest.approx(values.tolist(), rel=1e-4, abs=1e-4 * float(values.max()))

@@ -13,18 +13,18 @@ from tests.blocks import check_sliced_equals_masked, masked, shaken, whole
 from torch import nn
 
 import stepwell
-from stepwell.models import huggingface
+from stepwell.data.spec import InputSpec
+from stepwell.errors import ConfigError, ModelError, StepwellError, UnsupportedModelError
+from stepwell.measure.size import count_macs, num_params
 from stepwell.models.card import Architecture, Card, narrow_and_load, save_model
 from stepwell.models.export import export_onnx
 from stepwell.models.image_processor import read_spec
-from stepwell.measure.size import count_macs, num_params
 from stepwell.models.teacher import load_teacher, teacher_from_module
-from stepwell.errors import ConfigError, ModelError, StepwellError, UnsupportedModelError
 from stepwell.pruning.families import find_groups, names_by_family
 from stepwell.pruning.shared import SharedWeights
 from stepwell.pruning.skeleton import build_skeleton
 from stepwell.pruning.units import Candidate, tensors_of
-from stepwell.data.spec import InputSpec
+from stepwell.zoo import huggingface
 
 transformers = pytest.importorskip("transformers")
 

@@ -14,20 +14,20 @@ from torch import nn
 from torchvision.models import swin_t, swin_v2_t
 from torchvision.models import swin_transformer as tv
 
-from stepwell.models.card import Architecture, Card, narrow_and_load, save_model
-from stepwell.models.export import export_onnx
-from stepwell.measure.size import count_macs, num_params
 from stepwell.config.options import GridOptions
-from stepwell.pruning.families import find_groups
-from stepwell.pruning.shared import SharedWeights
-from stepwell.pruning.skeleton import build_skeleton, fill
-from stepwell.losses.observe import Observed
-from stepwell.pruning.units import Candidate, Group, tensors_of
-from stepwell.pruning.ranking import kept_counts
-from stepwell.stages.grid import make_grid
-from stepwell.stages.score import importance_by_gradient
 from stepwell.data.batches import Batch
 from stepwell.data.spec import InputSpec
+from stepwell.losses.observe import Observed
+from stepwell.measure.size import count_macs, num_params
+from stepwell.models.card import Architecture, Card, narrow_and_load, save_model
+from stepwell.models.export import export_onnx
+from stepwell.pruning.families import find_groups
+from stepwell.pruning.ranking import kept_counts
+from stepwell.pruning.shared import SharedWeights
+from stepwell.pruning.skeleton import build_skeleton, fill
+from stepwell.pruning.units import Candidate, Group, tensors_of
+from stepwell.stages.grid import make_grid
+from stepwell.stages.score import importance_by_gradient
 from tiny import NUM_CLASSES, FixedEval, random_batches, random_images
 
 RATIOS = (0.1, 0.5, 0.9)
@@ -280,8 +280,8 @@ def test_states_of_a_small_candidate_have_the_shapes_of_the_teachers(name):
     assert len(blocks) == 4
     _, small = extracted(model, 0.1)
     with torch.no_grad():
-        whole_states = WithStates(model, blocks)(random_images(size=32))[1]
-        states = WithStates(small, blocks)(random_images(size=32))[1]
+        whole_states = Observed(model, blocks)(random_images(size=32))[1]
+        states = Observed(small, blocks)(random_images(size=32))[1]
     assert [s.shape for s in states] == [s.shape for s in whole_states]
 
 
@@ -295,8 +295,8 @@ def test_scores_of_a_batch_are_those_of_its_images_one_by_one(name):
     groups = find_groups(model)
     batch = Batch(images(3), random_batches(1, 3)[0].labels, torch.arange(3))
     single = [Batch(batch.images[i : i + 1], batch.labels[i : i + 1], torch.tensor([i])) for i in range(3)]
-    together = score(model, groups, FixedEval([batch])).raw
-    apart = [score(model, groups, FixedEval([one])).raw for one in single]
+    together = importance_by_gradient(model, groups, FixedEval([batch])).raw
+    apart = [importance_by_gradient(model, groups, FixedEval([one])).raw for one in single]
     for group in groups:
         mean = torch.tensor([one[group.name] for one in apart], dtype=torch.float64).mean(dim=0)
         largest = mean.max()
@@ -312,7 +312,7 @@ def test_a_score_is_what_the_loss_loses_when_the_head_fades(name):
     group = find_groups(model)[2]
     assert group.name.endswith("1.attn")
     batch = Batch(images(1), torch.tensor([2]), torch.arange(1))
-    found = score(model, [group], FixedEval([batch])).raw[group.name]
+    found = importance_by_gradient(model, [group], FixedEval([batch])).raw[group.name]
     columns = model.get_submodule(group.gate).weight
     with torch.no_grad():
         for head, expected in enumerate(found):

@@ -18,16 +18,16 @@ from timm.models.eva import Eva
 from torch import Tensor, nn
 from torchvision.models import VisionTransformer as TorchvisionViT
 
+from stepwell.data.batches import Batch
+from stepwell.data.spec import InputSpec
+from stepwell.measure.size import count_macs, num_params
 from stepwell.models.card import Architecture, Card, narrow_and_load, save_model
 from stepwell.models.export import export_onnx
-from stepwell.measure.size import count_macs, num_params
 from stepwell.pruning.families import ffn, find_groups
 from stepwell.pruning.shared import SharedWeights
 from stepwell.pruning.skeleton import build_skeleton, fill, leading_units
 from stepwell.pruning.units import Candidate, Group, tensors_of
 from stepwell.stages.score import importance_by_gradient
-from stepwell.data.batches import Batch
-from stepwell.data.spec import InputSpec
 from tiny import FixedEval
 
 RATIOS = (0.1, 0.5, 0.9)
@@ -357,7 +357,7 @@ def test_importance_is_the_gradient_of_one_gate_per_unit(name):
     model = shaken({**MODELS, **NORMED}[name])
     groups = find_groups(model)
     images, labels = noise(1, 3, 32, 32), torch.tensor([2])
-    importance = score(model, groups, FixedEval([Batch(images, labels, torch.arange(1))]))
+    importance = importance_by_gradient(model, groups, FixedEval([Batch(images, labels, torch.arange(1))]))
     reference = student_of(model, groups, whole(groups).widths)
     for group in groups[:2]:
         for unit in (0, group.num_units - 1):

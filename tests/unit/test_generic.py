@@ -14,22 +14,22 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from blocks import check_sliced_equals_masked, shaken
-from stepwell.models import card as archive
+from stepwell.config.options import GridOptions
+from stepwell.data.spec import InputSpec
+from stepwell.errors import ModelError, UnsupportedModelError
+from stepwell.measure.size import num_params
 from stepwell.models.card import Architecture, Card, load, save_model
 from stepwell.models.export import export_onnx
-from stepwell.measure.size import num_params
-from stepwell.errors import ModelError, UnsupportedModelError
-from stepwell.config.options import GridOptions
 from stepwell.pruning import generic
 from stepwell.pruning.generic import propose
 from stepwell.pruning.prove import proven
+from stepwell.pruning.ranking import uniform_scores
 from stepwell.pruning.shared import SharedWeights
 from stepwell.pruning.skeleton import build_skeleton, fill, leading_units
 from stepwell.pruning.units import Candidate, Group, tensors_of
 from stepwell.setting.prepare import groups_of_foreign
 from stepwell.stages.grid import make_grid
-from stepwell.pruning.ranking import uniform_scores
-from stepwell.data.spec import InputSpec
+from stepwell.zoo import card as archive
 
 pytest.importorskip("torch_pruning")
 

@@ -6,15 +6,15 @@ import timm
 import torch
 
 from stepwell.config.files import make_config
-from stepwell.measure.size import count_macs, num_params
-from stepwell.errors import ConfigError
 from stepwell.config.options import GridOptions
+from stepwell.data.spec import InputSpec
+from stepwell.errors import ConfigError
+from stepwell.measure.size import count_macs, num_params
 from stepwell.pruning.families import find_groups
+from stepwell.pruning.ranking import kept_counts, round_widths
 from stepwell.pruning.skeleton import build_skeleton
 from stepwell.pruning.units import Group
 from stepwell.stages.grid import keep_ratios, make_grid
-from stepwell.pruning.ranking import kept_counts, round_widths
-from stepwell.data.spec import InputSpec
 
 # ViT-B/16 at 224 pixels: keep ratio, heads, neurons, parameters (M, ratio), MACs (G, ratio).
 TABLE = [

@@ -7,12 +7,12 @@ import timm
 import torch
 from torch import nn
 
+from stepwell.data.spec import InputSpec
+from stepwell.errors import ConfigError
 from stepwell.models.card import digest
 from stepwell.models.input import check_runs, input_spec, with_image_size
 from stepwell.models.teacher import teacher_from_module
-from stepwell.errors import ConfigError
 from stepwell.pruning.skeleton import build_skeleton, fill
-from stepwell.data.spec import InputSpec
 
 SPEC = InputSpec((16, 16), 3, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 

@@ -15,17 +15,16 @@ from torch import nn
 
 from stepwell import descent
 from stepwell.config.commands import CompressConfig
-from stepwell.measure.size import num_params
-from stepwell.errors import ConfigError
-from stepwell.zoo.cifar_nets import CifarResNet, CifarVgg
-from stepwell.pruning.families import find_groups
-from stepwell.pruning.units import Group, Slice, tensors_of
-from stepwell.setting.setting import Setting
-from stepwell.setting.prepare import prepare
-from stepwell.stages.score import filter_norms
-from stepwell.pruning.ranking import Importance
-from stepwell.stages.score import importance_by_gradient
 from stepwell.data.spec import InputSpec
+from stepwell.errors import ConfigError
+from stepwell.measure.size import num_params
+from stepwell.pruning.families import find_groups
+from stepwell.pruning.ranking import Importance
+from stepwell.pruning.units import Group, Slice, tensors_of
+from stepwell.setting.prepare import prepare
+from stepwell.setting.setting import Setting
+from stepwell.stages.score import filter_norms, importance_by_gradient
+from stepwell.zoo.cifar_nets import CifarResNet, CifarVgg
 from tiny import FixedEval, random_batches, tiny_vit
 
 VGG_WIDTHS = ((8,), (6, 12), (10,))
@@ -197,7 +196,7 @@ def test_heads_and_neurons_are_still_scored_by_gradient():
     model = shaken(Mixed)
     s = setting(model, keep_ratio=0.5)
     found = descent._score(s)
-    expected: Importance = score(model, s.groups, s.scored)
+    expected: Importance = importance_by_gradient(model, s.groups, s.scored)
     others = [g.name for g in s.groups if g.kind != "filter"]
     assert others
     assert found.num_images == expected.num_images == 4

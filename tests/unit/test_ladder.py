@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from stepwell.config.commands import CompressConfig
+from stepwell.errors import ModelError
+from stepwell.measure.size import num_params
 from stepwell.models.card import Architecture, Card, load, save_model
 from stepwell.models.ladder import Ladder, load_rung, rungs
-from stepwell.measure.size import num_params
-from stepwell.errors import ModelError
 from stepwell.pruning.families import find_groups
 from stepwell.pruning.shared import SharedWeights
 from stepwell.pruning.skeleton import build_skeleton, fill, leading_units

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from stepwell.errors import DivergedError
 from stepwell.config.options import TrainingOptions
+from stepwell.errors import DivergedError
 from stepwell.pruning.families import find_groups
 from stepwell.pruning.shared import SharedWeights
 from stepwell.pruning.units import Candidate

@@ -5,23 +5,18 @@ import math
 import numpy as np
 import pytest
 import torch
+from loss_reference import softmax
 
 from stepwell.config.files import make_config
+from stepwell.config.options import LossOptions
 from stepwell.errors import ConfigError
 from stepwell.losses.feature import state_loss
 from stepwell.losses.logit import kd_loss
-from stepwell.config.options import LossOptions
 from stepwell.pruning.blocks import chosen_layers
 from tiny import amd_loss, output
 
 SIZES = [(1, 2), (3, 5), (8, 100)]
 TEMPERATURES = [0.5, 1.0, 2.0, 4.0]
-
-
-def softmax(row, temperature: float = 1.0) -> list[float]:
-    largest = max(row)
-    exponentials = [math.exp((x - largest) / temperature) for x in row]
-    return [e / sum(exponentials) for e in exponentials]
 
 
 def kd_by_loop(student, teacher, temperature: float) -> float:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stepwell.losses.distillation import make_distillation
-from stepwell.losses.output import Output, Target, TrainingImages
 from stepwell.config.loss_facts import FEATURE_LOSSES, LOGIT_LOSSES
 from stepwell.config.options import LossOptions
+from stepwell.losses.distillation import make_distillation
 from stepwell.losses.observe import Observed
+from stepwell.losses.output import Target, TrainingImages
 from tiny import NUM_CLASSES, random_images, tiny_vit
 
 BLOCKS = ("blocks.0", "blocks.2")
@@ -26,10 +26,10 @@ def test_a_loss_alone_pulls_at_the_student(name):
     options = LossOptions.model_validate({f"{kind}_loss": name, **weights})
     teacher, student = tiny_vit(seed=1), tiny_vit(seed=2).train()
     images = random_images(len(LABELS))
-    example = Output(*WithStates(teacher, BLOCKS)(images[:2]))
+    example = Observed(teacher, BLOCKS)(images[:2])
     loss = make_distillation(options, example, example, TrainingImages(LABELS, len(LABELS)), False, 0)
     seen = loss.views(images)
-    answers = [Output(*WithStates(model, BLOCKS)(seen)) for model in (student, teacher)]
+    answers = [Observed(model, BLOCKS)(seen) for model in (student, teacher)]
     parts = loss(*answers, Target(LABELS, LABELS, 0.5), task=False)
     assert set(parts) == {"loss", kind}
     assert float(parts["loss"].detach()) == pytest.approx(2 * float(parts[kind].detach()), rel=1e-6)

@@ -8,11 +8,11 @@ import pytest
 import timm
 import torch
 
-from stepwell.tasks.classification import Scores, evaluate, mcnemar, wilson_interval
+from stepwell.data.spec import InputSpec
 from stepwell.measure.size import count_macs, num_params
 from stepwell.pruning.families import find_groups
 from stepwell.pruning.skeleton import build_skeleton, fill, leading_units
-from stepwell.data.spec import InputSpec
+from stepwell.tasks.classification import Scores, evaluate, mcnemar, wilson_interval
 from tiny import NUM_CLASSES, SPEC, VARIANTS, FixedEval, group_sizes, random_batches, tiny_vit
 
 IMAGENET = InputSpec((224, 224), 3, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))

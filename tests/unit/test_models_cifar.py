@@ -15,21 +15,28 @@ from tests.blocks import check_sliced_equals_masked, masked, shaken, whole
 from torch import nn
 
 import stepwell
+from stepwell.config.options import GridOptions
+from stepwell.data.spec import InputSpec
+from stepwell.errors import ConfigError, ModelError
+from stepwell.losses.observe import Observed
+from stepwell.measure.size import count_macs, num_params
 from stepwell.models.card import Architecture, Card, check_fit, narrow_and_load, save_model
 from stepwell.models.export import export_onnx
 from stepwell.models.input import input_spec
-from stepwell.measure.size import count_macs, num_params
 from stepwell.models.teacher import create_timm, teacher_from_module
-from stepwell.errors import ConfigError, ModelError
-from stepwell.zoo.cifar_nets import BasicBlock, CifarResNet, CifarVgg, CifarWideResNet, PreActBlock, SubsampleShortcut
-from stepwell.config.options import GridOptions
 from stepwell.pruning.families import find_groups
 from stepwell.pruning.shared import SharedWeights
 from stepwell.pruning.skeleton import build_skeleton, fill
-from stepwell.losses.observe import Observed
 from stepwell.pruning.units import Candidate, tensors_of
 from stepwell.stages.grid import make_grid
-from stepwell.data.spec import InputSpec
+from stepwell.zoo.cifar_nets import (
+    BasicBlock,
+    CifarResNet,
+    CifarVgg,
+    CifarWideResNet,
+    PreActBlock,
+    SubsampleShortcut,
+)
 from tiny import random_images
 
 SPEC = InputSpec((16, 16), 3, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -293,8 +300,8 @@ def test_the_states_of_residual_blocks_can_be_compared_at_any_width():
     for name in RESIDUAL:
         model = shaken(MODELS[name])
         blocks = [g.block for g in find_groups(model)]
-        _, expected, _ = WithStates(model, blocks)(images())
-        _, found, _ = WithStates(extracted(model, small_widths(name)), blocks)(images())
+        _, expected, _ = Observed(model, blocks)(images())
+        _, found, _ = Observed(extracted(model, small_widths(name)), blocks)(images())
         assert [s.shape for s in found] == [s.shape for s in expected]
 
 

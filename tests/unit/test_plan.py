@@ -10,8 +10,8 @@ import pytest
 
 from stepwell.config.commands import CompressConfig
 from stepwell.config.files import make_config
-from stepwell.stages.joint import scales_per_step
 from stepwell.measure.cost import Costs, Epochs, epochs_in, expected_bill
+from stepwell.stages.joint import scales_per_step
 
 SCALES = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
 ONCE = Epochs(joint=1, distill=1)

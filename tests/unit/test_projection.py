@@ -10,14 +10,14 @@ import torch
 
 from stepwell.config.commands import CompressConfig
 from stepwell.config.files import make_config
-from stepwell.models.student import build_student
-from stepwell.errors import ConfigError
-from stepwell.losses.projection import Projections
-from stepwell.losses.output import as_map
-from stepwell.pruning.families import find_groups
-from stepwell.pruning.blocks import compared_blocks
-from stepwell.stages.distill import distill
 from stepwell.data.spec import InputSpec
+from stepwell.errors import ConfigError
+from stepwell.losses.output import as_map
+from stepwell.losses.projection import Projections
+from stepwell.models.student import build_student
+from stepwell.pruning.blocks import compared_blocks
+from stepwell.pruning.families import find_groups
+from stepwell.stages.distill import distill
 from tiny import FixedTrain, no_autocast, random_batches, random_images, tiny_vit
 
 SPEC = InputSpec((32, 32), 3, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))

@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 from report_example import CIFAR, make_model, make_predictions, make_result, thumbnail
 
+from stepwell.errors import RunDirError
 from stepwell.report import plots, report, wording
 from stepwell.report.result import Result
-from stepwell.errors import RunDirError
 
 NOTE = "the teacher may have seen the selection images"
 VOID = {"meta", "br", "img", "hr", "link", "input"}

@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from stepwell.pruning.families import find_groups
-from stepwell.pruning.units import Group, Slice
-from stepwell.pruning.ranking import Importance, l2_normalised
-from stepwell.stages.score import gate_gradients, importance_by_gradient
 from stepwell.data.batches import Batch
+from stepwell.pruning.families import find_groups
+from stepwell.pruning.ranking import Importance, l2_normalised
+from stepwell.pruning.units import Group, Slice
+from stepwell.stages.score import gate_gradients, importance_by_gradient
 from tiny import (
     NUM_CLASSES,
     VARIANTS,
@@ -72,7 +72,7 @@ def uneven_batches(dtype=torch.float64) -> FixedEval:
 def test_importance_is_the_mean_absolute_gradient_of_the_gates(variant):
     model = tiny_vit(torch.float64, **VARIANTS[variant])
     batches = uneven_batches()
-    importance = score(model, find_groups(model), batches)
+    importance = importance_by_gradient(model, find_groups(model), batches)
     assert_close(importance, mean_of_absolute_values(model, batches))
     assert importance.num_images == 8
 
@@ -81,15 +81,15 @@ def test_importance_is_the_mean_absolute_gradient_of_the_gates(variant):
 def test_the_batch_reduction_takes_the_absolute_value_of_each_batchs_mean(variant):
     model = tiny_vit(torch.float64, **VARIANTS[variant])
     batches = uneven_batches()
-    importance = score(model, find_groups(model), batches, reduction="batch")
+    importance = importance_by_gradient(model, find_groups(model), batches, reduction="batch")
     assert_close(importance, absolute_values_of_batch_means(model, batches))
 
 
 def test_the_two_reductions_agree_on_batches_of_one_image():
     model = tiny_vit(torch.float64)
     batches = FixedEval(random_batches(4, 1, torch.float64))
-    per_image = score(model, find_groups(model), batches)
-    per_batch = score(model, find_groups(model), batches, reduction="batch")
+    per_image = importance_by_gradient(model, find_groups(model), batches)
+    per_batch = importance_by_gradient(model, find_groups(model), batches, reduction="batch")
     for name, values in per_batch.raw.items():
         assert [v / 4 for v in values] == pytest.approx(per_image.raw[name], rel=1e-12)
 
@@ -100,7 +100,8 @@ def test_how_images_are_batched_does_not_matter():
     in_pairs = [Batch(*(t[i : i + 2] for t in all_at_once)) for i in (0, 2, 4)]
     groups = find_groups(model)
     assert_close(
-        score(model, groups, FixedEval(in_pairs)), score(model, groups, FixedEval([all_at_once])).raw
+        importance_by_gradient(model, groups, FixedEval(in_pairs)),
+        importance_by_gradient(model, groups, FixedEval([all_at_once])).raw,
     )
 
 
@@ -109,7 +110,7 @@ def test_a_unit_that_does_nothing_has_importance_0():
     with torch.no_grad():
         model.blocks[1].mlp.fc2.weight[:, 5] = 0
         model.blocks[0].attn.proj.weight[:, 6:12] = 0  # head 1 of four, 6 channels each
-    importance = score(model, find_groups(model), uneven_batches(torch.float32))
+    importance = importance_by_gradient(model, find_groups(model), uneven_batches(torch.float32))
     neurons, heads = importance.raw["blocks.1.mlp"], importance.raw["blocks.0.attn"]
     assert [i for i, v in enumerate(neurons) if v == 0] == [5]
     assert [i for i, v in enumerate(heads) if v == 0] == [1]
@@ -127,7 +128,7 @@ def hooks(model) -> int:
 
 def test_no_hook_is_left_behind():
     model = tiny_vit()
-    score(model, find_groups(model), uneven_batches(torch.float32))
+    importance_by_gradient(model, find_groups(model), uneven_batches(torch.float32))
     assert hooks(model) == 0
 
 
@@ -136,7 +137,7 @@ def test_no_hook_is_left_behind_by_an_exception():
     (batch,) = random_batches(1, 2)
     wrong = batch._replace(labels=torch.tensor([0, NUM_CLASSES]))
     with pytest.raises(IndexError, match=f"Target {NUM_CLASSES} is out of bounds"):
-        score(model, find_groups(model), FixedEval([batch, wrong]))
+        importance_by_gradient(model, find_groups(model), FixedEval([batch, wrong]))
     assert hooks(model) == 0
 
 
@@ -145,7 +146,7 @@ def test_gradients_and_weights_of_the_model_are_not_touched():
     for i, parameter in enumerate(model.parameters()):
         parameter.grad = torch.full_like(parameter, float(i)) if i % 2 else None
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    score(model, find_groups(model), uneven_batches(torch.float32))
+    importance_by_gradient(model, find_groups(model), uneven_batches(torch.float32))
     for i, (name, parameter) in enumerate(model.named_parameters()):
         assert torch.equal(parameter, before[name])
         if i % 2:
@@ -157,25 +158,27 @@ def test_gradients_and_weights_of_the_model_are_not_touched():
 def test_it_does_not_matter_whether_the_weights_are_frozen():
     model = tiny_vit()
     groups, batches = find_groups(model), uneven_batches(torch.float32)
-    free = score(model, groups, batches)
+    free = importance_by_gradient(model, groups, batches)
     model.requires_grad_(False)
-    assert score(model, groups, batches).raw == free.raw
+    assert importance_by_gradient(model, groups, batches).raw == free.raw
     assert all(not p.requires_grad for p in model.parameters())
 
 
 def test_the_model_is_scored_in_eval_mode():
     model = tiny_vit(proj_drop_rate=0.5, drop_path_rate=0.5)
     groups, batches = find_groups(model), uneven_batches(torch.float32)
-    expected = score(model, groups, batches).raw
+    expected = importance_by_gradient(model, groups, batches).raw
     model.train()
-    assert score(model, groups, batches).raw == expected
+    assert importance_by_gradient(model, groups, batches).raw == expected
 
 
 def test_bf16_is_close_to_fp32():
     model = tiny_vit()
     groups, batches = find_groups(model), uneven_batches(torch.float32)
-    exact = score(model, groups, batches)
-    rough = score(model, groups, batches, autocast=torch.autocast("cpu", dtype=torch.bfloat16))
+    exact = importance_by_gradient(model, groups, batches)
+    rough = importance_by_gradient(
+        model, groups, batches, autocast=torch.autocast("cpu", dtype=torch.bfloat16)
+    )
     assert rough.raw != exact.raw
     for name in exact.raw:
         a, b = torch.tensor(exact.normalised[name]), torch.tensor(rough.normalised[name])
@@ -185,7 +188,7 @@ def test_bf16_is_close_to_fp32():
 
 def test_normalised_scores_have_norm_1_in_every_group():
     model = tiny_vit()
-    importance = score(model, find_groups(model), uneven_batches(torch.float32))
+    importance = importance_by_gradient(model, find_groups(model), uneven_batches(torch.float32))
     for name, values in importance.normalised.items():
         norm = sum(v**2 for v in importance.raw[name]) ** 0.5
         assert sum(v**2 for v in values) == pytest.approx(1, rel=1e-12)
@@ -269,7 +272,7 @@ def test_a_gate_is_that_of_its_reader_alone():
     slices = (Slice("stem.weight", (4, 3, 3, 3), 0, 0), Slice("stem.bias", (4,), 0, 0))
     group = Group("stem", "filter", 4, slices, gate="inner", block="", narrow=lambda *_: None, gate_dim=1)
     model.requires_grad_(False)
-    found = score(model, [group], FixedEval([batch])).raw["stem"]
+    found = importance_by_gradient(model, [group], FixedEval([batch])).raw["stem"]
     expected = torch.zeros(4, dtype=torch.float64)
     for image, label in zip(batch.images, batch.labels, strict=True):
         gate = torch.ones(4, dtype=torch.float64, requires_grad=True)

@@ -13,15 +13,15 @@ from torch import nn
 from torch.func import functional_call
 
 from stepwell.config.commands import CompressConfig
-from stepwell.models.card import Architecture, Card, load, save_model
-from stepwell.errors import ModelError, UnsupportedModelError
-from stepwell.losses.output import Output
 from stepwell.config.options import JointOptions, LossOptions
+from stepwell.errors import ModelError, UnsupportedModelError
+from stepwell.losses.observe import Observed
+from stepwell.losses.output import Output
+from stepwell.models.card import Architecture, Card, load, save_model
 from stepwell.pruning.constant import ConstantOutput
 from stepwell.pruning.families import find_groups
 from stepwell.pruning.shared import SharedWeights
 from stepwell.pruning.skeleton import build_skeleton, fill, leading_units, sort_units
-from stepwell.losses.observe import Observed
 from stepwell.pruning.units import Candidate
 from stepwell.stages.joint import JointStep, candidates_of_step, scales_per_step
 from stepwell.training.loop import fit
@@ -181,7 +181,7 @@ def test_sliced_equals_masked(variant, rung):
         masked = run_with_states(model, images)
     shared = make_shared(model)
     weights = shared.weights(rung)
-    skeleton = WithStates(shared.skeletons[rung], BLOCKS)
+    skeleton = Observed(shared.skeletons[rung], BLOCKS)
     sliced = Output(*functional_call(skeleton, {f"model.{n}": w for n, w in weights.items()}, (images,)))
     torch.testing.assert_close(sliced.logits, masked.logits, rtol=1e-10, atol=1e-12)
     for ours, expected in zip(sliced.states, masked.states, strict=True):
@@ -225,7 +225,7 @@ def test_states_are_those_of_the_blocks(variant):
     model = tiny_vit(torch.float64, **VARIANTS[variant])
     images = random_images(2, torch.float64)
     with torch.no_grad():
-        expected, (logits, states, _) = run_with_states(model, images), WithStates(model, BLOCKS)(images)
+        expected, (logits, states, _) = run_with_states(model, images), Observed(model, BLOCKS)(images)
     assert torch.equal(logits, expected.logits)
     assert [torch.equal(a, b) for a, b in zip(states, expected.states, strict=True)] == [True, True]
     tokens = 4 + {"no-class-token": 0, "registers": 3}.get(variant, 1)

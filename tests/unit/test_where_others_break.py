@@ -14,10 +14,10 @@ from torch import nn
 from blocks import check_sliced_equals_masked, shaken
 from stepwell.config.options import GridOptions
 from stepwell.pruning.families import find_groups
+from stepwell.pruning.ranking import uniform_scores
 from stepwell.pruning.skeleton import build_skeleton, fill, leading_units
 from stepwell.pruning.units import tensors_of
 from stepwell.stages.grid import make_grid
-from stepwell.pruning.ranking import uniform_scores
 
 RATIOS = [i / 10 for i in range(1, 10)]
 

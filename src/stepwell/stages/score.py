@@ -38,21 +38,24 @@ def score(s: Setting) -> Importance:
     """Score every unit of the teacher, once: by gradient, and filters by their weights if asked for."""
     with s.run.stage("score", Importance) as stage:
         if stage.is_new:
-            norms = _filter_norms(s) if s.config.importance == "l1" else {}
-            others = [group for group in s.groups if group.name not in norms]
-            raw, num_images = norms, 0
-            if others:
-                raw = norms | importance_by_gradient(
-                    s.model, others, s.scored, reduction=s.config.score_reduction, autocast=s.autocast
-                )
-                num_images = len(s.scored.labels)
-            stage.result = Importance(
-                raw=raw,
-                normalised=l2_normalised(raw),
-                num_images=num_images,
-                passes=s.costs([1.0]).scoring,
-            )
+            scores = _scores(s)
+            stage.result = scores.model_copy(update={"passes": s.costs([1.0]).scoring})
     return stage.result
+
+
+def _scores(s: Setting) -> Importance:
+    norms: dict[str, list[float]] = {}
+    if s.config.importance == "l1":
+        met = student_widths(s.config, s.model, s.spec, s.groups, uniform_scores(s.groups))
+        norms = filter_norms(tensors_of(s.model), s.groups, met.keep_ratio)
+    others = [group for group in s.groups if group.name not in norms]
+    if not others:
+        return Importance(raw=norms, normalised=l2_normalised(norms), num_images=0)
+    found = importance_by_gradient(
+        s.model, others, s.scored, reduction=s.config.score_reduction, autocast=s.autocast
+    )
+    raw = {**found.raw, **norms}
+    return Importance(raw=raw, normalised=l2_normalised(raw), num_images=found.num_images)
 
 
 def importance_by_gradient(
@@ -62,8 +65,8 @@ def importance_by_gradient(
     *,
     reduction: Literal["sample", "batch"] = "sample",
     autocast: torch.autocast | None = None,
-) -> dict[str, list[float]]:
-    """The importance of every unit of `model` on `batches`, by group.
+) -> Importance:
+    """The importance of every unit of `model` on `batches`.
 
     Args:
         model: The teacher; put into eval mode, its weights and gradients are not touched.
@@ -103,7 +106,8 @@ def importance_by_gradient(
             num_images += len(batch.labels)
             advance("")
     divisor = num_images if reduction == "sample" else 1
-    return {name: (total / divisor).tolist() for name, total in sums.items()}
+    raw = {name: (total / divisor).tolist() for name, total in sums.items()}
+    return Importance(raw=raw, normalised=l2_normalised(raw), num_images=num_images)
 
 
 def gate_gradients(
@@ -159,11 +163,6 @@ def _unit_outputs(model: nn.Module, groups: Sequence[Group]) -> Iterator[dict[st
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _filter_norms(s: Setting) -> dict[str, list[float]]:
-    met = student_widths(s.config, s.model, s.spec, s.groups, uniform_scores(s.groups))
-    return filter_norms(tensors_of(s.model), s.groups, met.keep_ratio)
 
 
 def filter_norms(
