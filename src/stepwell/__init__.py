@@ -26,7 +26,7 @@ __all__ = ["Compressed", "StepwellError", "__version__", "compress", "load"]
 _HOME = {
     "compress": "stepwell.commands.compress",
     "Compressed": "stepwell.commands.compress",
-    "load": "stepwell.zoo.card",
+    "load": "stepwell.models.card",
     "StepwellError": "stepwell.errors",
 }
 

@@ -31,6 +31,7 @@ from stepwell.config.commands import (
     TrainConfig,
 )
 from stepwell.config.files import implied, make_config, read_yaml
+from stepwell.config.help import MAIN_OPTIONS, first_screen
 from stepwell.config.options import Options
 from stepwell.config.own_code import is_own_code
 from stepwell.errors import ConfigError, StepwellError, did_you_mean
@@ -73,7 +74,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"stepwell: out of memory ({line}): a smaller --batch-size in another --out", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stepwell: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("stepwell: interrupted; the same command resumes from the last checkpoint", file=sys.stderr)
         return 130
 
 
@@ -88,6 +89,9 @@ def _run(argv: Sequence[str]) -> int:
     if command not in COMMANDS:
         raise ConfigError(f"no command {command!r}{did_you_mean(command, COMMANDS)}; see stepwell --help")
     kind, summary = COMMANDS[command]
+    if command in MAIN_OPTIONS and not {"-h", "--help"}.isdisjoint(rest):
+        print(first_screen(command, summary))
+        return 0
     config = parse(command, kind, rest, summary)
     if config is not None:
         output = import_module(f"stepwell.commands.{command}").run(config)
@@ -118,7 +122,7 @@ def parse(command: str, kind: type[Options], argv: Sequence[str], summary: str =
     Raises:
         ConfigError: An unknown option, a missing or an impossible value.
     """
-    words = _split_pairs(argv)
+    words = ["--help" if word == "--help-all" else word for word in _split_pairs(argv)]
     from_file = _from_file(kind, words)
     form = _form(command, kind, _defaults(from_file, words))
     _check_flags(words, form)

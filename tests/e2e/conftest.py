@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 import small_world
+import torch
 from small_world import MODEL, QUICK, TIMM, stepwell
 
-from stepwell import handover
 from stepwell.cli import main
 from stepwell.measure.clock import Latency
+from stepwell.report import figures
 from stepwell.stages import deliver
 
 
@@ -86,9 +87,20 @@ def without_files(monkeypatch: pytest.MonkeyPatch) -> None:
         words[-1].write_text("no report in this test")
 
     latency = Latency(onnx_batch1=1, onnx_batch32=1, eager_batch1=1, eager_batch32=1, threads=1)
+    monkeypatch.setattr(figures, "export_onnx", export_nothing)
+    monkeypatch.setattr(figures, "measure_latency", lambda *_: latency)
     monkeypatch.setattr(deliver, "export_onnx", export_nothing)
-    monkeypatch.setattr(deliver, "measure_latency", lambda *_: latency)
-    monkeypatch.setattr(handover, "write_report", write_nothing)
+    monkeypatch.setattr(deliver, "write_report", write_nothing)
+
+
+@pytest.fixture
+def no_pickle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing that stepwell wrote is ever unpickled; the tests that read a pickle turn this off."""
+
+    def refuse(*_args, **_options):
+        raise AssertionError("a pickle was opened")
+
+    monkeypatch.setattr(torch, "load", refuse)
 
 
 @pytest.fixture

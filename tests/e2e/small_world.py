@@ -1,4 +1,4 @@
-"""The smallest images, teacher and options with which every command can be run."""
+"""The smallest images, teacher and options with which every command can be run; and who looks on."""
 
 from __future__ import annotations
 
@@ -9,8 +9,18 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from torch import Tensor
 
-from stepwell.cli import main
+from stepwell.cli import main, parse
+from stepwell.commands.compress import Compressed, run
+from stepwell.config.commands import CompressConfig
+from stepwell.config.files import make_config, read_yaml
+from stepwell.data.batches import EvalBatches
+from stepwell.data.splits import Data, resolve_data
+from stepwell.models.card import read_card
+from stepwell.report.result import Result
+from stepwell.run.observer import Observer, Split
+from stepwell.run.run_dir import StageResult
 
 CLASSES = ("ant", "bee", "cow")
 TIMM = "vit_tiny_patch16_224"
@@ -43,6 +53,87 @@ def write_data(folder: Path, classes: tuple[str, ...] = CLASSES) -> Path:
 def stepwell(*words: object) -> None:
     """Run a command that must succeed."""
     assert main([str(word) for word in words]) == 0
+
+
+def config_of(*words: object) -> CompressConfig:
+    """The options of a `compress` with these words."""
+    config = parse("compress", CompressConfig, [str(word) for word in words])
+    assert isinstance(config, CompressConfig)
+    return config
+
+
+def watched(observer: Observer, *words: object) -> Compressed:
+    """`stepwell compress` with these words, and somebody who looks on."""
+    return run(config_of(*words), observer)
+
+
+class Stopped(BaseException):
+    """Stands for anything that ends a process."""
+
+
+class Recorder(Observer):
+    """Notes which stages a run computes, which it has finished, and which images each of them is shown."""
+
+    def __init__(self) -> None:
+        self.computed: list[str] = []
+        self.results: dict[str, StageResult] = {}
+        self.shown: dict[tuple[str, Split], list[int]] = {}
+
+    def on_stage(self, name: str, result: StageResult | None) -> None:
+        if result is None:
+            self.computed.append(name)
+        else:
+            self.results[name] = result
+
+    def on_batch(self, stage: str, split: Split, indices: Tensor) -> None:
+        self.shown.setdefault((stage, split), []).extend(indices.tolist())
+
+
+class StopAfter(Recorder):
+    """Interrupts a run when the stage `last` has its result."""
+
+    last = ""
+
+    def on_stage(self, name: str, result: StageResult | None) -> None:
+        super().on_stage(name, result)
+        if name == self.last and result is not None:
+            raise KeyboardInterrupt
+
+
+class StopAt(Recorder):
+    """Stops a run where a stage begins, or before its batch number `batch` is used."""
+
+    def __init__(self, stage: str, batch: int = 0) -> None:
+        super().__init__()
+        self.stage, self.batch, self.batches = stage, batch, 0
+
+    def on_stage(self, name: str, result: StageResult | None) -> None:
+        super().on_stage(name, result)
+        if name == self.stage and result is None and not self.batch:
+            raise Stopped
+
+    def on_batch(self, stage: str, split: Split, indices: Tensor) -> None:
+        super().on_batch(stage, split, indices)
+        self.batches += stage == self.stage
+        if stage == self.stage and self.batches == self.batch:
+            raise Stopped
+
+
+def result_of(run: Path) -> Result:
+    return Result.load(run / "result.json")
+
+
+def data_of(run: Path) -> Data:
+    """The images that a run was made with."""
+    return resolve_data(make_config(CompressConfig, read_yaml(run / "config.yaml")))
+
+
+def all_test_images(run: Path) -> Tensor:
+    """All test images of a run, as its student wants them."""
+    config = make_config(CompressConfig, read_yaml(run / "config.yaml"))
+    card = read_card(run / "student")
+    batches = EvalBatches(data_of(run).test, card.input, config, torch.device("cpu"))
+    return torch.cat([batch.images for batch in batches])
 
 
 def student_weights(run: Path) -> dict[str, torch.Tensor]:

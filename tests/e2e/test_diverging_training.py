@@ -15,7 +15,7 @@ def test_a_loss_that_is_not_a_number(fails, data, teacher, tmp_path, quick):
     assert "finished stages are kept" in line
     assert "1e+30" in line
     stages = {path.name for path in (out / "stages").iterdir()}
-    assert stages == {"identity.json", "score", "budget", "ladder", "plan"}
+    assert stages == {"identity.json", "score", "grid", "plan"}
     assert not leftovers(out)
     assert not (out / "student").exists()
     assert not (out / "result.json").exists()

@@ -47,7 +47,7 @@ def run(config: InspectConfig) -> str:
 
 def _selection(result: Result, selection: SelectionResult, latencies: list[Latency]) -> list[str]:
     return [
-        f"The ladder, judged on {selection.num_images} selection images:",
+        f"The ladder, evaluated on {selection.num_images} selection images:",
         "",
         _ladder_table(result, selection, latencies),
         *(
@@ -73,7 +73,7 @@ def _tried(result: Result) -> list[str]:
     for tried in result.tried:
         cells = (f"{tried.keep_ratio:g}", f"{tried.scale:.3f}")
         table.add_row(*cells, f"{tried.selection_top1:.2f}", f"{tried.top1:.2f}")
-    return ["The student by way of each assistant:", "", render(table), ""]
+    return ["The student via each assistant:", "", render(table), ""]
 
 
 def not_faster(result: Result, latencies: Sequence[Latency]) -> list[str]:
@@ -152,7 +152,7 @@ def _why(chosen: SelectionResult) -> str:
         return f"The assistant keeps {chosen.pick:g}, as --assistant asked."
     if chosen.rule == "best student":
         return f"The assistant keeps {chosen.pick:g}: its student did best on the selection images."
-    return f"The assistant keeps {chosen.pick:g}: rule {chosen.rule} is largest there, judged by {measure}."
+    return f"The assistant keeps {chosen.pick:g}: rule {chosen.rule} is largest there, measured by {measure}."
 
 
 def _rules_table(result: Result, selection: SelectionResult) -> str:

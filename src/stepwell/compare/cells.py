@@ -166,7 +166,7 @@ def _begin(cell: Cell) -> Setting:
     try:
         return begin(cell.config)
     except RunDirError:  # left with other options, such as the threads of another --jobs
-        progress.say(f"{cell.arm}, seed {cell.config.seed}: begun with other options, begins anew")
+        progress.say(f"{cell.arm}, seed {cell.config.seed}: begun with other options, starts over")
         assert cell.config.out_dir is not None
         shutil.rmtree(cell.config.out_dir, ignore_errors=True)
         return begin(cell.config)

@@ -48,7 +48,7 @@ class CompressConfig(
     """Peak learning rate of every distillation from one model to a smaller one; `lr` if not given."""
     control: Literal["equal_compute", "equal_epochs", "none"] = "none"
     """Also distil the same student straight from the teacher, with the compute (or the epochs) of the whole
-    run, and hand out the better of the two as judged on the selection images."""
+    run, and hand out the one that does better on the selection images."""
     latency_threads: Count = 1
     """Threads of onnxruntime when latency is measured."""
     preset: Literal["default", "paper"] = "default"

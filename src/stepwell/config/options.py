@@ -158,7 +158,7 @@ class LossOptions(Options):
     loss_warmup: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the training over which the weights of the losses on logits and features rise from 0."""
     first_epochs: Positive | None = None
-    """Epochs of the training that comes first with ab and fsp (the student's features), ft and sskd (the
+    """Epochs of the pretraining that comes before with ab and fsp (the student's features), ft and sskd (the
     loss's own parts); by default an eighth of the stage's epochs, a quarter with sskd, as in the
     literature."""
     feature_layers: tuple[int, ...] | None = None
@@ -183,11 +183,11 @@ class LossOptions(Options):
 
     @property
     def pretraining(self) -> Literal["student", "loss"] | None:
-        """What a training that comes first trains; None where there is none."""
+        """What is trained before the student, by a training of its own; None where there is none."""
         return self.feature_facts.pretraining if self.feature_weight else None
 
     def pretraining_epochs(self, epochs: float) -> float:
-        """Epochs of the training that comes first, before one of `epochs`; 0 where there is none."""
+        """Epochs of the pretraining before a training of `epochs`; 0 where there is none."""
         if self.pretraining is None:
             return 0.0
         return self.first_epochs or epochs * self.feature_facts.pretraining_share
@@ -252,8 +252,8 @@ class PathOptions(Options):
     """Which way down from teacher to student."""
 
     path: Way = "amd"
-    """amd: candidates trained together, one chosen as the assistant. amd-manual: the same, but a student by
-    way of every candidate. single-step: no assistant. takd: the assistants given, one after another. dgkd:
+    """amd: candidates trained together, one chosen as the assistant. amd-manual: the same, but a student via
+    every candidate. single-step: no assistant. takd: the assistants given, one after another. dgkd:
     likewise, each model taught by all larger ones. mmd: every candidate trained by itself, and a student by
     way of each. mmd-os: every candidate trained by itself, one chosen."""
     assistants: tuple[Fraction, ...] = (0.5,)
@@ -261,7 +261,7 @@ class PathOptions(Options):
     num_assistants: Count = 1
     """Assistants in a row that amd chooses, each among the candidates below the one before."""
     drop: Annotated[int, Field(ge=0)] = 1
-    """Teachers that dgkd leaves out of each step, drawn anew; one always stays."""
+    """Teachers that dgkd leaves out of each step, drawn again for each; one always stays."""
 
 
 class StudentOptions(Options):
@@ -298,7 +298,7 @@ class TaskOptions(Options):
     """Budget instead of --keep: milliseconds per image (onnxruntime, CPU, batch 1), measured on exported
     candidates before anything is trained."""
     out_dir: Path | None = None
-    """Run directory; the same command on an unfinished one goes on where it stopped."""
+    """Run directory; the same command on an unfinished one resumes where it stopped."""
 
     @model_validator(mode="after")
     def _one_budget(self) -> Self:
@@ -317,7 +317,7 @@ class StartOptions(Options):
     model_args: dict[str, str] = {}
     """Arguments of timm's create_model as key=value, such as img_size=32 patch_size=4."""
     out_dir: Path | None = None
-    """Where the teacher goes; the same command on an unfinished one goes on where it stopped."""
+    """Where the teacher goes; the same command on an unfinished one resumes where it stopped."""
     pretrained: bool = True
     """Start from timm's pretrained weights (downloaded); --no-pretrained starts from random ones."""
     weights: Path | None = None

@@ -127,5 +127,5 @@ def in_threads(work: Callable[[int], T], count: int, title: str, num_threads: in
 
 
 def one_line(error: Exception) -> str:
-    """The message of a foreign error, for use inside one of ours."""
+    """The message of another library's error, for use inside one of ours."""
     return " ".join(str(error).split()) or type(error).__name__

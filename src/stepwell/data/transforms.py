@@ -78,7 +78,7 @@ def affine(
 ) -> Float32[Tensor, "batch channels height width"]:
     """Rotate, magnify by `scale` and shift (x, y; fractions of the size) around the centre, bilinearly.
 
-    Beyond its border an image goes on with the border's own value.
+    Beyond its border an image continues with the value of the border.
     """
     height, width = pixels.shape[-2:]
     cos, sin = torch.cos(radians) / scale, torch.sin(radians) / scale

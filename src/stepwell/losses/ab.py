@@ -5,7 +5,7 @@ L = sum of max(0, margin - sign * r(s))^2 with sign = 1 where t > 0 and -1 elsew
 t -> teacher_maps, r -> connectors. As in RepDistiller the sum is divided by the number of
 images, map i of n counts 2^(i - n + 1), the deepest 1, and everything 3 / 1000.
 
-It is the first of two trainings: the student's features and the connectors by this loss alone (30 epochs
+It is a pretraining: the student's features and the connectors by this loss alone (30 epochs
 in RepDistiller), then the student without it.
 """
 

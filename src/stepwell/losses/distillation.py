@@ -22,7 +22,7 @@ from stepwell.losses.sskd import rotations
 from stepwell.tasks.classification import loss_per_image
 
 Phase = Literal["pretraining", "main"]
-"""With some losses a training comes first; see `LossFacts.pretraining`."""
+"""Some losses have a pretraining; see `LossFacts.pretraining`."""
 
 
 class Distillation(nn.Module):
@@ -91,7 +91,7 @@ class Distillation(nn.Module):
         Args:
             student: The student's output for all views.
             teacher: The teacher's output for all views.
-            target: Of the images themselves, which are the first of the views.
+            target: What is known of the images themselves, the first of the views.
             task: Whether the labels' term is part; a student of several teachers has it once.
         """
         options, num_images = self.options, len(target.labels)

@@ -4,7 +4,7 @@ Yim, Joo, Bae and Kim, "A Gift from Knowledge Distillation", CVPR 2017. For cons
 G_ij = mean over positions of F1_i * F2_j; L = sum over i of mean (G^S_i - G^T_i)^2, with F -> student_maps,
 teacher_maps. Of two consecutive maps the larger is averaged to the size of the smaller one.
 
-Needs as many channels in the student as in the teacher. It is the first of two trainings: the student's
+Needs as many channels in the student as in the teacher. It is a pretraining: the student's
 features by this loss alone (30 epochs in RepDistiller), then the student without it.
 """
 
@@ -42,11 +42,11 @@ def fsp_loss(
 
 
 def flow(
-    first: Float[Tensor, "batch channels _ _"], second: Float[Tensor, "batch next_channels _ _"]
+    shallow: Float[Tensor, "batch channels _ _"], deep: Float[Tensor, "batch next_channels _ _"]
 ) -> Float[Tensor, "batch channels next_channels"]:
     """The mean over positions of each channel of one map times each of the next."""
-    size = (min(first.shape[2], second.shape[2]), min(first.shape[3], second.shape[3]))
-    one, other = (F.adaptive_avg_pool2d(m.float(), size).flatten(2) for m in (first, second))
+    size = (min(shallow.shape[2], deep.shape[2]), min(shallow.shape[3], deep.shape[3]))
+    one, other = (F.adaptive_avg_pool2d(m.float(), size).flatten(2) for m in (shallow, deep))
     # Autocast would multiply in bf16, and the difference of two such matrices is small against its steps.
-    with torch.autocast(first.device.type, enabled=False):
+    with torch.autocast(shallow.device.type, enabled=False):
         return torch.bmm(one, other.transpose(1, 2)) / one.shape[2]

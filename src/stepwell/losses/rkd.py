@@ -28,7 +28,7 @@ def rkd_loss(
 ) -> Float[Tensor, ""]:
     """Weighted sum of the distance and the angle term; the published weight of the sum is 1.
 
-    There are B^3 angles. They are compared a few first images at a time and computed again for the gradient,
+    There are B^3 angles. They are compared a few anchor images at a time and computed again for the gradient,
     so that memory grows with B^2 only.
 
     Args:
@@ -43,12 +43,12 @@ def rkd_loss(
         chunk = max(1, CHUNK_NUMBERS // (batch * max(batch, student.shape[1], teacher.shape[1])))
         parts = [
             # One chunk alone needs no second computation: it would all be in memory again.
-            _compare(student, teacher, first, chunk)
+            _compare(student, teacher, start, chunk)
             if chunk >= batch
             else checkpoint(
-                _compare, student, teacher, first, chunk, use_reentrant=False, preserve_rng_state=False
+                _compare, student, teacher, start, chunk, use_reentrant=False, preserve_rng_state=False
             )
-            for first in range(0, batch, chunk)
+            for start in range(0, batch, chunk)
         ]
         student_distances, teacher_distances, angles = zip(*parts, strict=True)
         distance = F.smooth_l1_loss(
@@ -60,12 +60,12 @@ def rkd_loss(
 def _compare(
     student: Float[Tensor, "batch student_dim"],
     teacher: Float[Tensor, "batch teacher_dim"],
-    first: int,
+    start: int,
     chunk: int,
 ) -> tuple[Float[Tensor, "chunk batch"], Float[Tensor, "chunk batch"], Float[Tensor, ""]]:
-    """Distances from the images `first` to `first + chunk` for both models, and the sum over their angles."""
-    student_distances, student_angles = _relations(student, first, chunk)
-    teacher_distances, teacher_angles = _relations(teacher, first, chunk)
+    """Distances from the images `start` to `start + chunk` for both models, and the sum over their angles."""
+    student_distances, student_angles = _relations(student, start, chunk)
+    teacher_distances, teacher_angles = _relations(teacher, start, chunk)
     return (
         student_distances,
         teacher_distances,
@@ -74,10 +74,10 @@ def _compare(
 
 
 def _relations(
-    features: Float[Tensor, "batch dim"], first: int, chunk: int
+    features: Float[Tensor, "batch dim"], start: int, chunk: int
 ) -> tuple[Float[Tensor, "chunk batch"], Float[Tensor, "chunk batch batch"]]:
     # From differences, not from products: |a|^2 + |b|^2 - 2ab loses all digits of near neighbours.
-    to_others = features[None] - features[first : first + chunk, None]
+    to_others = features[None] - features[start : start + chunk, None]
     directions = unit(to_others)
     return torch.linalg.vector_norm(to_others, dim=-1), directions @ directions.mT
 

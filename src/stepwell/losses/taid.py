@@ -68,11 +68,13 @@ class TAID(nn.Module):
     @torch.no_grad()
     def _advance(self, loss: Float[Tensor, ""], progress: float) -> None:
         # Chosen by `where`, not `if`: a branch would wait for the device in every step.
-        first = self.previous_loss.isinf()
+        is_first_step = self.previous_loss.isinf()
         fall = (self.previous_loss - loss) / (self.previous_loss + 1e-15)
-        momentum = torch.where(first, self.momentum, self.decay * self.momentum + (1 - self.decay) * fall)
+        momentum = torch.where(
+            is_first_step, self.momentum, self.decay * self.momentum + (1 - self.decay) * fall
+        )
         step = self.rate * momentum.sigmoid() * (1 - self.teacher_share)
         share = (self.teacher_share + step).clamp(min=self.start + (1 - self.start) * progress, max=1.0)
-        self.teacher_share.copy_(torch.where(first, self.teacher_share, share))
+        self.teacher_share.copy_(torch.where(is_first_step, self.teacher_share, share))
         self.momentum.copy_(momentum)
         self.previous_loss.copy_(loss)

@@ -61,7 +61,7 @@ class Costs:
         """Distilling into a model of scale `student` from models of scales `teachers`.
 
         Args:
-            epochs: Of the student's training; one that comes first with some losses is added.
+            epochs: Passes over the images of the student's training; that of a pretraining is added.
             student: Its scale.
             teachers: Their scales.
             drop: Teachers that are left out of each step.
@@ -76,11 +76,11 @@ class Costs:
     def equal_compute_epochs(self, bill: Mapping[str, float]) -> float:
         """Epochs of a single step that cost as much as all of `bill` but the scores, which it needs too."""
         passes = sum(bill.values()) - bill.get("score", 0.0)
-        main, first = self.single_step(1) - self._pretraining(1), self._pretraining(1)
+        main, before = self.single_step(1) - self._pretraining(1), self._pretraining(1)
         if self.options.first_epochs is None:
-            return passes / (main + first)
+            return passes / (main + before)
         # As long before a long training as before a short one; something is left for that one.
-        return max((passes - first) / main, 0.05 * passes / main)
+        return max((passes - before) / main, 0.05 * passes / main)
 
     def _training(self, epochs: float, teachers: float, students: float, num_losses: float) -> float:
         is_taught = self.options.looks_at_teacher  # else the labels' term is all there is
@@ -90,7 +90,7 @@ class Costs:
     def _pretraining(
         self, epochs: float, teachers: float = 1.0, students: float | None = None, num_losses: float = 1.0
     ) -> float:
-        """The training that comes first with some losses; the student runs only where it is trained."""
+        """The pretraining of some losses; the student runs only where it is what is trained."""
         students = self.student if students is None else students
         trained = students if self.options.pretraining == "student" else 0.0
         return self.options.pretraining_epochs(epochs) * self._epoch(teachers, trained, num_losses)

@@ -218,15 +218,15 @@ def check_fit(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> No
     Raises:
         ModelError: Names the first keys that are missing, left over, or of another shape.
     """
-    own = model.state_dict()
+    state = model.state_dict()
     complaints = {
         # Checkpoints of the first torch versions have no counters, and nothing is computed from them.
-        "missing": sorted(k for k in own.keys() - tensors.keys() if not k.endswith(".num_batches_tracked")),
-        "not in the model": sorted(tensors.keys() - own.keys()),
+        "missing": sorted(k for k in state.keys() - tensors.keys() if not k.endswith(".num_batches_tracked")),
+        "not in the model": sorted(tensors.keys() - state.keys()),
         "of another shape": [
-            f"{k} {tuple(tensors[k].shape)} for {tuple(own[k].shape)}"
-            for k in sorted(own.keys() & tensors.keys())
-            if tensors[k].shape != own[k].shape
+            f"{k} {tuple(tensors[k].shape)} for {tuple(state[k].shape)}"
+            for k in sorted(state.keys() & tensors.keys())
+            if tensors[k].shape != state[k].shape
         ],
     }
     text = "; ".join(

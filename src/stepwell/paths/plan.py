@@ -55,7 +55,7 @@ def _with_joint(s: Setting, ladder: Ladder) -> Epochs:
     # The middle candidate stands for the assistant, which is not chosen yet.
     assistant = slice_of_store(shared, ladder, len(ladder.candidates) // 2)
     distill_seconds = _seconds_per_epoch(s, assistant, student_below(s, ladder, shared))
-    # What comes first with some losses, and assistants in between, take their share.
+    # A pretraining, and assistants in between, take their share.
     share = 1 + config.pretraining_epochs(1)
     epochs = epochs_in(minutes, share * seconds, share * distill_seconds * config.num_assistants)
     say(

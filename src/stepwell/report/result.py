@@ -65,7 +65,7 @@ class CandidateResult(_Record):
 
 
 class TriedResult(_Record):
-    """The student by way of one assistant, where a student was trained for each."""
+    """The student via one assistant, where a student was trained for each."""
 
     keep_ratio: float
     """The assistant's."""
@@ -163,16 +163,16 @@ class Result(_Record):
     assistant: ModelResult | None
     """Which taught the student; None in a single step."""
     student: ModelResult
-    """The end of the descent: teacher, assistants, student."""
+    """The end of the path: teacher, assistants, student."""
     control: ModelResult | None
     """The same student distilled straight from the teacher, if one was trained."""
     handed_out: Literal["student", "control"]
     """Which of the two trainings is in `student/`, decided on the selection images."""
     candidates: list[CandidateResult]
-    """The rungs, where they were trained and judged; empty where a path chooses nothing."""
+    """The rungs, where they were trained and evaluated; empty where a path chooses nothing."""
     selection: SelectionResult | None
     tried: list[TriedResult]
-    """The student by way of each assistant, where a student was trained for each."""
+    """The student via each assistant, where a student was trained for each."""
     group_sizes: dict[str, int]
     """Units of each group in the teacher."""
     group_kinds: dict[str, str]

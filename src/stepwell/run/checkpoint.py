@@ -1,4 +1,4 @@
-"""The state of a training that is not finished, so that a killed one goes on where it was.
+"""The state of a training that is not finished, so that a killed one resumes where it was.
 
 One safetensors file, replaced whole: everything that the training changes (weights, statistics, memories of
 losses), the optimizer's state, the sums of the log, torch's random state. What an image looks like depends on

@@ -96,7 +96,7 @@ class RunDir:
     def open(cls, path: Path, config: Options) -> RunDir:
         """Make the folder, or come back to it with the same options.
 
-        A run with neither a finished stage nor a checkpoint has nothing to lose: it begins anew with the
+        A run with neither a finished stage nor a checkpoint has nothing to lose: it starts over with the
         options of now.
 
         Raises:
@@ -125,7 +125,7 @@ class RunDir:
         return cls(path)
 
     def check_identity(self, identity: Mapping[str, str]) -> None:
-        """Refuse to go on with another teacher or other images than the run began with.
+        """Refuse to resume with another teacher or other images than the run began with.
 
         Args:
             identity: A fingerprint of each, by the option that names it (`teacher`, `data`).

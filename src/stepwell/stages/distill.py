@@ -43,7 +43,7 @@ def distill(
         student: A slice of the same model as the teachers, or another architecture: its hidden states then
             pass through learned projections, which are thrown away at the end.
         epochs: Passes over the images.
-        drop: Teachers left out of each step, drawn anew.
+        drop: How many teachers are left out of each step, drawn again for each.
     """
     with s.run.stage(name, Trained) as stage:
         if stage.is_new:
@@ -58,7 +58,9 @@ def distill(
                 no_decay=no_decay_of(student.model),
                 modules=[student.model],
             )
-            for course in courses:  # the student's own is the last; with some losses another comes first
+            for (
+                course
+            ) in courses:  # the student learns in the last one; with some losses a pretraining comes before
                 stage.result = fit(course, step, s.train, s.config)
             state = {key: tensor.detach() for key, tensor in student.model.state_dict().items()}
             scales = [teacher.scale for teacher in teachers]

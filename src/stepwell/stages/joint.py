@@ -45,7 +45,9 @@ def joint(s: Setting, ladder: Ladder, epochs: float) -> SharedWeights:
                 no_decay=s.no_decay,
                 modules=shared.skeletons,
             )
-            for course in courses:  # the student's own is the last; with some losses another comes first
+            for (
+                course
+            ) in courses:  # the candidates learn in the last one; with some losses a pretraining comes before
                 stage.result = fit(course, step, s.train, s.config)
             recalibrate_all(shared, s.scored)
             passes = s.costs(ladder.scales).joint(epochs)
@@ -88,7 +90,7 @@ class JointStep:
             )
             parts = loss(student, answers.get(0, student), target)
             trained = [parameter for parameter in loss.parameters() if parameter.requires_grad]
-            # Divided, so that the step's gradient is the mean over its candidates. The candidate's own slices
+            # Divided, so that the step's gradient is the mean over its candidates. The candidate's slices
             # are the leaves: autograd would fill a gradient of the whole store's size for every candidate.
             gradients = torch.autograd.grad(
                 parts["loss"] / len(chosen), [*weights.values(), *trained], allow_unused=True

@@ -131,7 +131,7 @@ def lower_assistants(choice: Choice, options: SelectOptions, metric: Metric, num
     """Indices of the second assistant and further ones: the rule again, with the one above as the teacher.
 
     Args:
-        choice: The first assistant, among which candidates.
+        choice: The assistant that was chosen, and the candidates.
         options: The rule.
         metric: What performance means.
         number: How many assistants are wanted in all; fewer where no candidate is left.

@@ -73,14 +73,14 @@ class Lesson:
         no_decay: frozenset[str],
         modules: Sequence[nn.Module],
     ) -> Iterator[Course]:
-        """The trainings of a stage: the student's, and before it, with some losses, one that comes first.
+        """The trainings of a stage: the student's, and with some losses a pretraining before it.
 
         The losses go over to each phase when its training is asked for.
 
         Args:
             stage: Its name, and where checkpoints go.
             student: What is trained of the student, by name.
-            options: Epochs of the training that comes first.
+            options: Epochs of the pretraining.
             epochs: Passes over the images of the student's training.
             lr: Peak learning rate of both.
             no_decay: Names of the student's parameters without weight decay.

@@ -20,13 +20,13 @@ POSITIONS = ("relative_position_bias", "logit_scale", "cpb_mlp", "meta_mlp", "po
 
 def no_decay_of(model: nn.Module) -> frozenset[str]:
     """Norms, biases, scales, tables of positions, and what the model itself excepts (`no_weight_decay`)."""
-    own = getattr(model, "no_weight_decay", None)
+    excepted = getattr(model, "no_weight_decay", None)
     plain = {
         name
         for name, parameter in model.named_parameters()
         if parameter.ndim <= 1 or any(part in name for part in POSITIONS)
     }
-    return frozenset(plain | set(cast(Iterable[str], own()) if callable(own) else ()))
+    return frozenset(plain | set(cast(Iterable[str], excepted()) if callable(excepted) else ()))
 
 
 def make_optimizer(
