@@ -29,7 +29,7 @@ demo: install  ## the whole path on 1,797 real scans, on a CPU
 test: install  ## the fast tests
 	.venv/bin/python -m pytest -n 2 --dist loadfile -m "not slow"
 
-support-table: install  ## docs/supported.md; goes on where it stopped
+support-table: install  ## docs/supported.md; resumes where it stopped
 	.venv/bin/python benchmarks/support.py --jobs 2
 
 lint: install  ## linter, formatter, type checker, floors

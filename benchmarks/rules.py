@@ -2,8 +2,8 @@
 
     python benchmarks/rules.py
 
-From the cells of `benchmarks/selection.py`: for every run the student's accuracy by way of every assistant.
-Regret of a rule: the best student's accuracy minus that of the student by way of the rule's pick. Rank
+From the cells of `benchmarks/selection.py`: for every run the student's accuracy via every assistant.
+Regret of a rule: the best student's accuracy minus that of the student via the rule's pick. Rank
 correlation: Spearman's, of the rule's values with the students' accuracies. As the test images are few, the
 same is done with the mean log-likelihood, which says more of each image.
 """
@@ -81,7 +81,7 @@ def teacher_point(run: CellResult, metric: str) -> Point:
 
 
 def students(run: CellResult, measure: str) -> list[float]:
-    """Test figures of the students by way of candidates 1, 2, ...: percent, or mean log-likelihood."""
+    """Test figures of the students via candidates 1, 2, ...: percent, or mean log-likelihood."""
     return [t.top1 if measure == "top1" else t.log_likelihood for t in run.tried]
 
 

@@ -3,7 +3,7 @@
     python benchmarks/selection.py                                   # digits
     python benchmarks/selection.py --archive path/to/cifar10.tar.xz  # 10,000 images of CIFAR-10 too
 
-For several teachers, data sets and seeds: one ladder, trained together; then a student by way of every
+For several teachers, data sets and seeds: one ladder, trained together; then a student via every
 candidate (`--path amd-manual`). Cells are kept in benchmarks/results/selection/ and not run again.
 `benchmarks/rules.py` makes docs/selection.md of them.
 """

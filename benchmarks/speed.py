@@ -1,6 +1,6 @@
 """Does a cut pay? Share of the time against share of the operations, in onnxruntime on one CPU thread.
 
-    python benchmarks/speed.py               # goes on where it stopped
+    python benchmarks/speed.py               # resumes where it stopped
     python benchmarks/speed.py --quick       # one model
 
     ratio    share of the whole model's time / share of its MACs; 1 is what operations promise

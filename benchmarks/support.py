@@ -1,6 +1,6 @@
 """Which models can be cut, at which ratios, and what still works then: docs/supported.md.
 
-    make support-table                       # goes on where it stopped; --jobs 2 takes two processes
+    make support-table                       # resumes where it stopped; --jobs 2 takes two processes
     python benchmarks/support.py --only swin
 
 Every model has random weights and a random ranking. For each keep ratio:

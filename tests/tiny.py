@@ -13,13 +13,16 @@ from dataclasses import replace
 import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
 from stepwell.config.options import LossOptions
 from stepwell.data.batches import Batch, EvalBatches, TrainBatches
 from stepwell.data.spec import InputSpec
+from stepwell.losses.choose import Pair
 from stepwell.losses.distillation import Distillation, make_distillation
+from stepwell.losses.observe import Observed
 from stepwell.losses.output import Output, Target, TrainingImages
+from stepwell.training.lesson import Lesson
 
 CPU = torch.device("cpu")
 NUM_CLASSES = 5
@@ -84,8 +87,19 @@ def random_batches(
 
 def distillation(options: LossOptions) -> Distillation:
     """A loss whose parts look at no shapes when it is made, as AMD's own."""
-    example = Output(torch.zeros(1, 2), [torch.zeros(1, 1, 1)], torch.zeros(1, 1))
-    return make_distillation(options, example, example, TrainingImages(None, 1), projected=False, seed=0)
+    example = Output(torch.zeros(2, 2), [torch.zeros(2, 1, 1)], torch.zeros(2, 1))
+    return make_distillation(options, pair(example, example), seed=0)
+
+
+def pair(student: Output, teacher: Output, **facts) -> Pair:
+    """Two models of which only outputs are known."""
+    values = {"observed_teacher": Observed(nn.Identity(), ()), "images": TrainingImages(None, 1)}
+    return Pair(student, teacher, **{**values, **facts})
+
+
+def lesson(teacher: Observed, options: LossOptions, num_losses: int = 1) -> Lesson:
+    """What AMD's own loss teaches one student, or several of one teacher."""
+    return Lesson([teacher], [distillation(options) for _ in range(num_losses)], no_autocast())
 
 
 def output(logits: Tensor, states: Sequence[Tensor]) -> Output:

@@ -8,25 +8,36 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_world import QUICK, assert_same_weights, figures, stepwell, student_weights
-from stepwell.descent import Descent
+from small_world import (
+    QUICK,
+    StopAt,
+    Stopped,
+    assert_same_weights,
+    config_of,
+    figures,
+    stepwell,
+    student_weights,
+    watched,
+)
 
 from stepwell.cli import main
 from stepwell.config.commands import CompressConfig
 from stepwell.config.files import make_config
 from stepwell.config.loss_facts import FEATURE_LOSSES, LOGIT_LOSSES
-from stepwell.measure.cost import expected_bill
+from stepwell.measure.cost import Epochs
+from stepwell.paths import path_of
+from stepwell.paths.begin import begin
 from stepwell.report.result import Result
-from stepwell.training import loop
+from stepwell.stages.deliver import bill_of
 
 # With 3 candidates, keep 0.1, 0.4 and 0.7: the last two can be assistants.
 PATHS = {
     "amd": ("distill",),
-    "amd-manual": ("distill by way of 0.4", "distill by way of 0.7"),
+    "amd-manual": ("distill via 0.4", "distill via 0.7"),
     "single-step": ("distill",),
     "takd": ("assistant 0.7", "assistant 0.4", "distill"),
     "dgkd": ("assistant 0.7", "assistant 0.4", "distill"),
-    "mmd": ("assistant 0.4", "assistant 0.7", "distill by way of 0.4", "distill by way of 0.7"),
+    "mmd": ("assistant 0.4", "assistant 0.7", "distill via 0.4", "distill via 0.7"),
     "mmd-os": ("assistant 0.1", "assistant 0.4", "assistant 0.7", "distill"),
 }
 """Distillations of each path, in their order."""
@@ -39,7 +50,7 @@ def compress(teacher, data, out, *words) -> Result:
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_a_path_trains_what_it_says_and_goes_on_where_it_stopped(data, teacher, tmp_path, quick, path):
+def test_a_path_trains_what_it_says_and_resumes_where_it_stopped(data, teacher, tmp_path, quick, path):
     words = ("--path", path, *CHAIN)
     result = compress(teacher, data, tmp_path / "run", *words)
     assert result.path == path
@@ -66,18 +77,16 @@ def test_a_path_trains_what_it_says_and_goes_on_where_it_stopped(data, teacher, 
 
 
 @pytest.mark.parametrize("path", ["single-step", "takd", "dgkd", "mmd", "amd-manual"])
-def test_a_path_costs_what_was_expected_of_it(data, teacher, tmp_path, quick, monkeypatch, path):
+def test_a_path_costs_what_was_expected_of_it(data, teacher, tmp_path, path):
     """Where the costs do not depend on the rule's choice."""
-    seen = []
-    finish = Descent.finish
 
-    def look(self, student, assistants, epochs, *others):
-        seen.append((self.bill, expected_bill(self.s.config, self.costs, epochs)))
-        return finish(self, student, assistants, epochs, *others)
+    def look(s, finished):
+        epochs = s.run.stages["plan"]
+        assert isinstance(epochs, Epochs)
+        return bill_of(s.run), path_of(path).bill(s.costs(finished.ladder.scales), epochs, s.config)
 
-    monkeypatch.setattr(Descent, "finish", look)
-    compress(teacher, data, tmp_path / "run", "--path", path, *CHAIN)
-    ((bill, expected),) = seen
+    words = ("--teacher", teacher, "--data", data, "--out", tmp_path / "run", *QUICK, "--path", path, *CHAIN)
+    bill, expected = path_of(path).descend(begin(config_of(*words)), look)
     assert sum(bill.values()) == pytest.approx(sum(expected.values()))
 
 
@@ -95,19 +104,21 @@ def test_the_best_student_on_the_selection_images_is_kept(data, teacher, tmp_pat
     assert result.assistant.keep_ratio == best.keep_ratio
     assert result.student.selection_log_likelihood == best.selection_log_likelihood
     assert result.student.top1 == best.top1
-    stage = tmp_path / "run" / "stages" / f"distill by way of {best.keep_ratio:g}"
+    stage = tmp_path / "run" / "stages" / f"distill via {best.keep_ratio:g}"
     assert_same_weights(student_weights(tmp_path / "run"), load_file(stage / "tensors.safetensors"))
 
 
-def test_a_student_starts_as_a_slice_of_the_trained_assistant(data, teacher, tmp_path, quick, monkeypatch):
+def test_a_student_starts_as_a_slice_of_the_trained_assistant(data, teacher, tmp_path, quick):
     """With a learning rate of nothing the student stays what it starts as."""
-    fit = loop.fit
-
-    def still(stage, *words, **options):
-        return fit(stage, *words, **{**options, "lr": 1e-30 if stage == "distill" else options["lr"]})
-
-    monkeypatch.setattr(loop, "fit", still)
-    compress(teacher, data, tmp_path / "run", "--path", "takd", "--assistants", "0.4", "--weight-decay", 0)
+    run = tmp_path / "run"
+    words = ("--teacher", teacher, "--data", data, "--out", run, *QUICK)
+    words += ("--path", "takd", "--assistants", "0.4", "--weight-decay", 0)
+    with pytest.raises(Stopped):
+        watched(StopAt("distill"), *words)
+    # The assistant is trained, and now the run's options are these:
+    options = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(options.replace("distill_lr: null", "distill_lr: 1.0e-30"))
+    stepwell("compress", *words, "--distill-lr", 1e-30)
     assistant = load_file(tmp_path / "run/stages/assistant 0.4/tensors.safetensors")
     student = student_weights(tmp_path / "run")
     compared = 0

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,23 +17,27 @@ from safetensors.torch import load_file, save_file
 from small_world import (
     MODEL,
     QUICK,
+    Recorder,
+    StopAfter,
+    StopAt,
+    Stopped,
     assert_same_weights,
     contents,
     figures,
     leftovers,
     stepwell,
     student_weights,
+    watched,
 )
 
-from stepwell import handover
 from stepwell.cli import main
-from stepwell.paths import amd
+from stepwell.commands import compress
+from stepwell.report import figures as report_figures
 from stepwell.run import checkpoint, run_dir
-from stepwell.run.run_dir import RunDir
 from stepwell.stages import deliver
 from stepwell.training import loop
 
-STAGES = ("score", "budget", "ladder", "plan", "joint", "select", "distill", "control", "deliver")
+STAGES = ("score", "grid", "plan", "joint", "select", "distill", "control", "deliver")
 
 
 @pytest.fixture
@@ -77,39 +82,23 @@ def test_stopped_after_every_stage(finished, teacher, data, tmp_path, quick, mon
     """One run, interrupted after each of its stages: what is finished is never computed again."""
     out = tmp_path / "out"
     words = ("compress", "--teacher", teacher, "--data", data, "--out", out, *QUICK)
-    stage = RunDir.stage
-    computed: list[str] = []
-    last = [""]
-
-    def stop_after(self, name, kind, compute):
-        def count():
-            computed.append(name)
-            return compute()
-
-        result = stage(self, name, kind, count)
-        if name == last[0]:
-            raise KeyboardInterrupt
-        return result
-
-    monkeypatch.setattr(RunDir, "stage", stop_after)
+    seen = StopAfter()
+    monkeypatch.setattr(compress, "run", partial(compress.run, observer=seen))
     for i, name in enumerate(STAGES):
-        last[0] = name
+        seen.last = name
         capsys.readouterr()
         assert main([*map(str, words), "--control", "equal_epochs"]) == 130
         assert capsys.readouterr().err.splitlines()[-1].startswith("stepwell: interrupted")
-        assert computed == list(STAGES[: i + 1])
+        assert seen.computed == list(STAGES[: i + 1])
+        assert tuple(seen.results) == STAGES[: i + 1]
         assert not leftovers(out)
         assert not (out / "result.json").exists()
-    last[0] = ""
+    seen.last = ""
     stepwell(*words, "--control", "equal_epochs")
-    assert computed == list(STAGES)
+    assert seen.computed == list(STAGES)
     # The undisturbed run wrote its ONNX file and its report too, so this compares all but those.
     assert_same_weights(student_weights(out), student_weights(finished))
     assert figures(out) == figures(finished)
-
-
-class Stopped(BaseException):
-    """Stands for anything that ends a process."""
 
 
 def stop(*_args, **_options):
@@ -129,9 +118,23 @@ def stop_at_call(number: int, function):
 
 
 @pytest.mark.parametrize(
+    ("stage", "batch"), [("score", 2), ("joint", 2), ("select", 1), ("distill", 2), ("deliver", 1)]
+)
+def test_stopped_within_a_stage(words, reference, tmp_path, quick, stage, batch):
+    seen = StopAt(stage, batch)
+    with pytest.raises(Stopped):
+        watched(seen, *words[1:])
+    assert seen.computed[-1] == stage
+    assert stage not in seen.results
+    assert not (tmp_path / "out" / "result.json").exists()
+    stepwell(*words)
+    assert_same_run(tmp_path / "out", reference)
+
+
+@pytest.mark.parametrize(
     ("owner", "name", "call"),
     [
-        (loop.nn.utils, "clip_grad_norm_", 2),  # in the middle of joint training
+        (loop.nn.utils, "clip_grad_norm_", 2),  # within a step of joint training
         (run_dir, "save_file", 1),  # before the jointly trained weights are written
         (run_dir.Path, "rename", 1),  # the first stage is written, but not in its place
         (run_dir.os, "replace", 1),  # config.yaml is written, but not in its place
@@ -139,25 +142,26 @@ def stop_at_call(number: int, function):
     ],
 )
 def test_stopped_early(words, reference, tmp_path, quick, monkeypatch, owner, name, call):
-    stop_and_go_on(words, reference, tmp_path / "out", monkeypatch, owner, name, call)
+    stop_and_resume(words, reference, tmp_path / "out", monkeypatch, owner, name, call)
 
 
 @pytest.mark.parametrize(
     ("owner", "name", "call"),
     [
-        (loop.nn.utils, "clip_grad_norm_", 2),  # in the middle of the last step
+        (loop.nn.utils, "clip_grad_norm_", 2),  # within a step of the last training
         (run_dir.Path, "rename", 1),  # the last training is written, but not in its place
-        (deliver, "save_model", 1),  # while the teacher is measured
-        (deliver, "save_model", 4),  # the student's ONNX file is there, its weights are not
-        (handover, "write_report", 1),
-        (handover, "write_atomically", 1),  # everything is there but the result
+        (report_figures, "save_model", 1),  # while the teacher is measured
+        (report_figures, "save_model", 3),  # while the student is
+        (deliver, "save_model", 1),  # the student's ONNX file is there, its weights are not
+        (deliver, "write_report", 1),
+        (deliver, "write_atomically", 1),  # everything is there but the result
     ],
 )
 def test_stopped_late(words, started, reference, quick, monkeypatch, owner, name, call):
-    stop_and_go_on(words, reference, started, monkeypatch, owner, name, call)
+    stop_and_resume(words, reference, started, monkeypatch, owner, name, call)
 
 
-def stop_and_go_on(words, reference, out, monkeypatch, owner, name, call):
+def stop_and_resume(words, reference, out, monkeypatch, owner, name, call):
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, stop_at_call(call, getattr(owner, name)))
         with pytest.raises(Stopped):
@@ -181,21 +185,20 @@ def test_leftovers_of_a_killed_process_are_cleaned_up(words, started, reference,
 
 
 @pytest.mark.parametrize("left", [[], ["stages"], ["stages", ".config.yaml.unfinished"]])
-def test_killed_before_it_had_begun(words, tmp_path, monkeypatch, left):
+def test_killed_before_it_had_begun(words, tmp_path, left):
     out = tmp_path / "out"
     out.mkdir()
     for name in left:
         (out / name).write_text("teacher: ") if "config" in name else (out / name).mkdir()
-    monkeypatch.setattr(amd, "descend", stop)
     with pytest.raises(Stopped):  # it begins
-        main(words)
+        watched(StopAt("score"), *words[1:])
     assert set(contents(out)) == {"config.yaml", "stages/identity.json"}
 
 
 KILLED = """
 import os, signal, sys
 import small_world
-from stepwell.training import run_dir
+from stepwell.run import run_dir
 
 moment = sys.argv[1]
 def die(*_):
@@ -256,7 +259,7 @@ def test_killed_while_writing(words, reference, tmp_path, quick, moment):
     assert_same_run(tmp_path / "out", reference)
 
 
-def test_training_a_teacher_goes_on_too(teacher, data, tmp_path, monkeypatch):
+def test_training_a_teacher_resumes_too(teacher, data, tmp_path, monkeypatch):
     out = tmp_path / "out"
     words = ["train", "--model", "vit_tiny_patch16_224", *MODEL, "--no-pretrained", "--data", str(data)]
     words += ["--out", str(out), "--epochs", "4", "--batch-size", "16"]
@@ -283,6 +286,17 @@ def checkpoints(monkeypatch):
     monkeypatch.setattr(checkpoint, "TIMES_AS_LONG", 0)
 
 
+class StopEveryFourthStep(Recorder):
+    """Stops whichever training it is, in this call or a later one."""
+
+    steps = 0
+
+    def on_batch(self, stage, split, indices):
+        self.steps += stage in ("joint", "distill")
+        if stage in ("joint", "distill") and self.steps % 4 == 0:
+            raise Stopped
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -293,7 +307,7 @@ def checkpoints(monkeypatch):
     ],
     ids=lambda options: options[1],
 )
-def test_a_training_goes_on_after_its_last_checkpoint(
+def test_a_training_resumes_after_its_last_checkpoint(
     words, tmp_path, quick, checkpoints, monkeypatch, capsys, options
 ):
     words = [*words[: -len(QUICK)], *QUICK, *options]
@@ -301,27 +315,17 @@ def test_a_training_goes_on_after_its_last_checkpoint(
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "SECONDS_BETWEEN", 1e9)
         stepwell(*[str(undisturbed) if word == str(tmp_path / "out") else word for word in words])
-    calls = []
-
-    def count(*arguments):
-        calls.append(1)
-        if len(calls) % 4 == 0:
-            raise Stopped
-        return clip(*arguments)
-
-    clip = loop.nn.utils.clip_grad_norm_
+    seen = StopEveryFourthStep()
     capsys.readouterr()
-    with monkeypatch.context() as patch:
-        patch.setattr(loop.nn.utils, "clip_grad_norm_", count)
-        for _ in range(100):
-            try:
-                stepwell(*words)
-                break
-            except Stopped:
-                continue
+    for _ in range(100):
+        try:
+            watched(seen, *words[1:])
+            break
+        except Stopped:
+            continue
     said = capsys.readouterr().err
-    assert "joint: goes on after step 3 of" in said
-    assert "distill: goes on after step" in said
+    assert "joint: resumes after step 3 of" in said
+    assert "distill: resumes after step" in said
     assert_same_run(tmp_path / "out", undisturbed)
 
 
@@ -336,7 +340,7 @@ def test_what_a_checkpoint_holds_is_not_thrown_away(words, tmp_path, quick, chec
     assert main([*train, "--lr", "0.5"]) == 2
     assert "was made with lr: 0.001, now it is 0.5" in capsys.readouterr().err
     stepwell(*train)
-    assert "train: goes on after step 2 of" in capsys.readouterr().err
+    assert "train: resumes after step 2 of" in capsys.readouterr().err
     assert not leftovers(tmp_path / "out")
 
 
@@ -375,9 +379,9 @@ def test_a_student_that_was_removed_comes_back(words, reference, tmp_path, quick
     [
         ("joint/tensors.safetensors", b"half of it"),
         ("joint/result.json", b""),
-        ("score/result.json", b'{"seconds": 1.0, "result": {"raw": {}}}'),
+        ("score/result.json", b'{"seconds": 1.0, "result": {"passes": 1.0, "raw": {}}}'),
         ("plan/result.json", b"[]"),
-        ("ladder/result.json", b"\xff\xfe"),
+        ("grid/result.json", b"\xff\xfe"),
     ],
 )
 def test_a_damaged_stage_is_named_and_can_be_computed_again(
@@ -424,12 +428,10 @@ def test_a_changed_option_is_named(words, reference, capsys, change, field, old,
     assert contents(reference) == before
 
 
-def test_before_a_stage_is_finished_options_may_change(words, reference, tmp_path, quick, monkeypatch):
+def test_before_a_stage_is_finished_options_may_change(words, reference, tmp_path, quick):
     """There is nothing yet that was computed with the old ones."""
-    with monkeypatch.context() as patch:
-        patch.setattr(run_dir, "_save", stop)
-        with pytest.raises(Stopped):
-            main([*words, "--seed", "7", "--skip-bad-images"])
+    with pytest.raises(Stopped):
+        watched(StopAt("score", batch=2), *words[1:], "--seed", "7", "--skip-bad-images")
     assert yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())["seed"] == 7
     stepwell(*words)
     assert yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())["seed"] == 0
@@ -482,7 +484,7 @@ def test_device_and_workers_may_change(words, started, reference, quick):
     assert_same_run(started, reference)
 
 
-def test_a_moved_run_goes_on(words, started, reference, tmp_path, quick, monkeypatch):
+def test_a_moved_run_resumes(words, started, reference, tmp_path, quick, monkeypatch):
     """By whatever name its folder is called."""
     started.rename(tmp_path / "elsewhere")
     monkeypatch.chdir(tmp_path)

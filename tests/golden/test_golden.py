@@ -23,8 +23,8 @@ from stepwell.stages.distill import DistillStep
 from stepwell.stages.grid import keep_ratios, make_grid
 from stepwell.stages.joint import JointStep
 from stepwell.stages.score import importance_by_gradient
-from stepwell.training.loop import fit
-from tiny import FixedEval, FixedTrain, distillation, no_autocast, random_batches, tiny_vit
+from stepwell.training.loop import Course, fit
+from tiny import FixedEval, FixedTrain, lesson, random_batches, tiny_vit
 
 FOLDER = Path(__file__).parent
 TOLERANCE = 1e-4  # relative; sums are ordered in another way on another processor
@@ -53,7 +53,7 @@ def config(**values) -> CompressConfig:
 def train(stage: str, step, parameters, options: CompressConfig) -> dict[str, list[float]]:
     recorded = Recorded(step)
     batches = FixedTrain(random_batches(BATCHES, 8))
-    trained = fit(stage, recorded, parameters, batches, options, epochs=options.epochs, lr=options.lr)
+    trained = fit(Course(stage, parameters, options.epochs, options.lr), recorded, batches, options)
     return {**recorded.losses, "lr of every tenth step": trained.lr}
 
 
@@ -75,8 +75,9 @@ def joint(sampling: str):
     """Losses, and the store that nothing changes afterwards: models are taken out of it as copies."""
     options = config(sampling=sampling)
     model, shared = ladder(options)
-    losses = [distillation(options) for _ in shared.candidates]
-    step = JointStep(model, shared, BLOCKS, losses, options, options.seed, no_autocast())
+    taught = lesson(Observed(model, BLOCKS), options, len(shared.candidates))
+    students = [Observed(skeleton, BLOCKS) for skeleton in shared.skeletons]
+    step = JointStep(taught, shared, students, options, options.seed)
     return train("joint", step, shared.parameters, options), shared
 
 
@@ -103,8 +104,7 @@ def test_distill(golden):
     options = config(schedule="linear", temperature=2.0)
     _, shared = joint("sandwich")
     assistant, student = shared.extract(1).eval(), shared.extract(0).train()
-    models = [Observed(model, BLOCKS) for model in (assistant, student)]
-    step = DistillStep(models[:1], models[1], [distillation(options)], no_autocast())
+    step = DistillStep(lesson(Observed(assistant, BLOCKS), options), Observed(student, BLOCKS))
     losses = train("distill", step, dict(student.named_parameters()), options)
     assert len(losses["loss"]) == NUM_STEPS
     golden("distill", losses)

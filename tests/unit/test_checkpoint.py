@@ -1,8 +1,9 @@
-"""A training that was stopped and goes on ends with the very weights and log of one that was not."""
+"""A training that was stopped and resumes ends with the very weights and log of one that was not."""
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -13,13 +14,15 @@ from torch import nn
 
 from stepwell.config.commands import CompressConfig
 from stepwell.config.files import to_yaml
-from stepwell.config.options import TrainingOptions
+from stepwell.config.options import LossOptions, TrainingOptions
 from stepwell.errors import RunDirError
+from stepwell.losses.distillation import make_distillation
+from stepwell.losses.output import Output
 from stepwell.run import checkpoint
-from stepwell.run.run_dir import RunDir
-from stepwell.training import loop
-from stepwell.training.loop import Trained, fit, fit_in_turns
-from tiny import NUM_CLASSES, FixedTrain, random_batches
+from stepwell.run.run_dir import RunDir, Stage
+from stepwell.training.lesson import Lesson
+from stepwell.training.loop import Course, Trained, fit
+from tiny import NUM_CLASSES, FixedTrain, no_autocast, pair, random_batches
 
 STEPS_PER_EPOCH, EPOCHS = 5, 5.0
 
@@ -74,10 +77,17 @@ def feed() -> FixedTrain:
     return FixedTrain(random_batches(STEPS_PER_EPOCH, 6))
 
 
-def train(step: Classify, file: Path | None, **options) -> Trained:
+def train(step: Classify, file: Path | None, epochs: float = EPOCHS, **options) -> Trained:
     values = TrainingOptions(**{"weight_decay": 0.1, "clip_norm": 1.0, **options})
-    arguments = {"epochs": EPOCHS, "lr": 0.05, "modules": [step.model], "checkpoint": file}
-    return fit("test", step, step.parameters(), feed(), values, **arguments)
+    course = Course("test", step.parameters(), epochs, lr=0.05, modules=[step.model], checkpoint=file)
+    return fit(course, step, feed(), values)
+
+
+def content(file: Path) -> tuple[dict, dict[str, torch.Tensor]]:
+    """The record and the tensors of a checkpoint."""
+    with safe_open(file, "pt") as saved:
+        tensors = {name: saved.get_tensor(name) for name in saved.keys()}  # noqa: SIM118
+        return json.loads(saved.metadata()["record"]), tensors
 
 
 def same(ours: Model, theirs: Model) -> None:
@@ -87,7 +97,7 @@ def same(ours: Model, theirs: Model) -> None:
 
 @pytest.mark.parametrize("stop_at", [1, 4, 5, 10, 13, 24])
 @pytest.mark.parametrize("options", [{}, {"optimizer": "sgd"}, {"schedule": "cosine-restarts"}])
-def test_it_goes_on_to_the_very_same_end(tmp_path, stop_at, options):
+def test_it_resumes_to_the_very_same_end(tmp_path, stop_at, options):
     """Within an epoch, at its end, within a stretch of the log, at its end, before the last step."""
     undisturbed = Classify(Model())
     expected = train(undisturbed, None, **options)
@@ -119,11 +129,17 @@ def test_stopped_after_the_last_step(tmp_path, monkeypatch):
     undisturbed = Classify(Model())
     expected = train(undisturbed, None)
 
-    def stop(*_):
-        raise Stopped
+    written = []
 
+    def write_and_stop(*paths):
+        replace(*paths)
+        written.append(paths)
+        if len(written) == EPOCHS * STEPS_PER_EPOCH:
+            raise Stopped
+
+    replace = os.replace
     with monkeypatch.context() as patch:
-        patch.setattr(loop._Log, "check_weights", stop)
+        patch.setattr(checkpoint.os, "replace", write_and_stop)
         with pytest.raises(Stopped):
             train(Classify(Model()), tmp_path / "stage" / "main.safetensors")
     step = Classify(Model())
@@ -133,40 +149,46 @@ def test_stopped_after_the_last_step(tmp_path, monkeypatch):
     assert found.losses == expected.losses
 
 
-def test_without_the_optimizers_state_it_would_not(tmp_path, monkeypatch):
+def test_without_the_optimizers_state_it_would_not(tmp_path):
     """So the tests above can fail."""
     undisturbed = Classify(Model())
     train(undisturbed, None)
+    file = tmp_path / "stage" / "main.safetensors"
     with pytest.raises(Stopped):
-        train(Classify(Model(), 10), tmp_path / "stage" / "main.safetensors")
-    monkeypatch.setattr(checkpoint, "_restore_optimizer", lambda optimizer, tensors: None)
+        train(Classify(Model(), 10), file)
+    record, tensors = content(file)
+    rest = {name: tensor for name, tensor in tensors.items() if not name.startswith("optimizer/")}
+    assert len(rest) < len(tensors)
+    checkpoint.save_file(rest, file, {"record": json.dumps(record)})
     second = Classify(Model())
-    train(second, tmp_path / "stage" / "main.safetensors")
+    train(second, file)
     assert not torch.equal(second.model.head.weight, undisturbed.model.head.weight)
 
 
-def test_it_goes_on_for_as_many_steps_as_it_was_begun_with(tmp_path):
+def test_it_resumes_for_as_many_steps_as_it_was_begun_with(tmp_path):
     """`--minutes` is measured anew in each call."""
     file = tmp_path / "stage" / "main.safetensors"
     with pytest.raises(Stopped):
         train(Classify(Model(), 10), file)
     step = Classify(Model())
-    values = TrainingOptions(weight_decay=0.1, clip_norm=1.0)
-    trained = fit(
-        "test", step, step.parameters(), feed(), values,
-        epochs=99.0, lr=0.05, modules=[step.model], checkpoint=file,
-    )  # fmt: skip
+    trained = train(step, file, epochs=99.0)
     assert trained.num_steps == EPOCHS * STEPS_PER_EPOCH
 
 
 @pytest.mark.parametrize("stop_in", ["first", "main"])
 def test_the_training_that_comes_first_is_not_repeated(tmp_path, stop_in):
+    options = LossOptions(feature_loss="fsp", first_epochs=2.0)  # trains the student first
+    example = Output(torch.zeros(2, 2), [torch.zeros(2, 3, 4, 4)] * 2, torch.zeros(2, 3))
+
     def both(first: Classify, main: Classify, folder: Path) -> None:
-        fit_in_turns(
-            "test", first, main, feed(), TrainingOptions(weight_decay=0.1),
-            first_epochs=2.0, after_first=lambda: None, epochs=3.0, lr=0.05, no_decay=frozenset(),
-            modules=[first.model], checkpoints=folder,
+        loss = make_distillation(options, pair(example, example), seed=0)
+        courses = Lesson([], [loss], no_autocast()).courses(
+            Stage("test", folder), main.parameters(), options,
+            epochs=3.0, lr=0.05, no_decay=frozenset(), modules=[main.model],
         )  # fmt: skip
+        for course in courses:
+            step = first if loss.phase == "pretraining" else main
+            fit(course, step, feed(), TrainingOptions(weight_decay=0.1))
 
     def steps(stop_first: int | None = None, stop_main: int | None = None) -> tuple[Classify, Classify]:
         model = Model()
@@ -278,12 +300,13 @@ def test_a_stage_counts_the_time_of_all_its_calls_and_leaves_nothing(tmp_path):
     file = run.checkpoints("joint") / "main.safetensors"
     with pytest.raises(Stopped):
         train(Classify(Model(), 10), file)
-    with safe_open(file, "pt") as saved:
-        record = json.loads(saved.metadata()["record"])
-        tensors = {name: saved.get_tensor(name) for name in saved.keys()}  # noqa: SIM118
+    record, tensors = content(file)
     checkpoint.save_file(tensors, file, {"record": json.dumps({**record, "seconds": 1000.0})})
-    run.stage("joint", Trained, lambda: train(Classify(Model()), file))
-    assert 1000 < run.seconds["joint"] < 1100
+    with run.stage("joint", Trained) as stage:
+        assert stage.is_new
+        stage.result = train(Classify(Model()), file)
+    assert 1000 < stage.result.seconds < 1100
+    assert run.stages["joint"].seconds == stage.result.seconds
     assert [path.name for path in (tmp_path / "stages").iterdir()] == ["joint"]
     # Killed between finishing the stage and removing its checkpoints.
     file.parent.mkdir()

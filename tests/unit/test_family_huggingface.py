@@ -24,7 +24,7 @@ from stepwell.pruning.families import find_groups, names_by_family
 from stepwell.pruning.shared import SharedWeights
 from stepwell.pruning.skeleton import build_skeleton
 from stepwell.pruning.units import Candidate, tensors_of
-from stepwell.zoo import huggingface
+from stepwell.models import huggingface
 
 transformers = pytest.importorskip("transformers")
 
@@ -340,7 +340,7 @@ def test_options_that_do_not_go_with_a_folder(tmp_path):
 def test_starting_does_not_import_transformers():
     code = (
         "import sys, timm, stepwell; from stepwell.pruning.families import find_groups; "
-        "from stepwell.delivery.teacher import teacher_from_module; "
+        "from stepwell.models.teacher import teacher_from_module; "
         "model = timm.create_model('vit_tiny_patch16_224', img_size=32, depth=1); "
         "find_groups(model); teacher_from_module(model, None); "
         "sys.exit('transformers' in sys.modules)"

@@ -27,14 +27,14 @@ from stepwell.pruning.ranking import uniform_scores
 from stepwell.pruning.shared import SharedWeights
 from stepwell.pruning.skeleton import build_skeleton, fill, leading_units
 from stepwell.pruning.units import Candidate, Group, tensors_of
-from stepwell.setting.prepare import groups_of_foreign
+from stepwell.setting.prepare import proven_groups
 from stepwell.stages.grid import make_grid
-from stepwell.zoo import card as archive
+from stepwell.models import card
 
 pytest.importorskip("torch_pruning")
 
 SPEC = InputSpec((16, 16), 3, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-IMAGES = archive.example_images(SPEC, 3)
+IMAGES = card.example_images(SPEC, 3)
 
 
 def conv(inputs: int, outputs: int, stride: int = 1, groups: int = 1) -> nn.Sequential:
@@ -243,7 +243,7 @@ def test_why_layers_stay_whole_is_said(capsys):
     proposal = propose(model, IMAGES)
     reason = "after.0 takes its channels together with others"
     assert proposal.whole == {"left.0": reason, "right.0": reason}
-    groups_of_foreign(model, SPEC, IMAGES)
+    proven_groups(model, SPEC, IMAGES)
     assert f"stays whole: left.0 ({reason})" in capsys.readouterr().err
 
 
@@ -290,7 +290,7 @@ class Mixing(nn.Module):
 
 
 def test_what_the_graph_gets_wrong_is_not_cut(capsys):
-    groups = groups_of_foreign(Mixing().eval(), SPEC, IMAGES)
+    groups = proven_groups(Mixing().eval(), SPEC, IMAGES)
     assert [group.name for group in groups] == ["second.0"]
     assert "stays whole: first.0 (cutting it is not the same" in capsys.readouterr().err
 
@@ -398,11 +398,11 @@ def test_without_the_extra_the_way_out_is_named(monkeypatch, tmp_path, capsys):
     with pytest.raises(
         UnsupportedModelError, match=r"Plain is not supported.*pip install 'stepwell\[generic\]'"
     ):
-        groups_of_foreign(Plain().eval(), SPEC, IMAGES)
+        proven_groups(Plain().eval(), SPEC, IMAGES)
     with pytest.raises(ModelError, match=r"pip install 'stepwell\[generic\]'"):
         load(tmp_path, factory=Plain)
     # What the families know needs no extra.
-    assert [g.name for g in groups_of_foreign(Hybrid().eval(), SPEC, IMAGES)] == ["block.attn", "block.mlp"]
+    assert [g.name for g in proven_groups(Hybrid().eval(), SPEC, IMAGES)] == ["block.attn", "block.mlp"]
     assert "stays whole: every other layer (to cut" in capsys.readouterr().err
     torch.manual_seed(0)
     known = Card(architecture=architecture, widths={"block.mlp": 8}, classes=[*"abcde"], input=SPEC)

@@ -17,7 +17,7 @@ from stepwell.errors import DivergedError
 from stepwell.pruning.families import find_groups
 from stepwell.pruning.shared import SharedWeights
 from stepwell.pruning.units import Candidate
-from stepwell.training.loop import fit, seconds_per_step
+from stepwell.training.loop import Course, fit, seconds_per_step
 from stepwell.training.optimizer import make_optimizer, make_scheduler
 from tiny import ARGS, FixedTrain, random_batches, tiny_vit
 
@@ -80,15 +80,8 @@ def batches(steps_per_epoch: int = 4) -> FixedTrain:
 def test_every_step_uses_the_rate_of_the_formula(schedule, num_steps, warmup):
     weight = parameter(1)
     pull = Pull(weight)
-    trained = fit(
-        "test",
-        pull,
-        {"weight": weight},
-        batches(1),
-        options(schedule=schedule, warmup=warmup),
-        epochs=float(num_steps),
-        lr=0.01,
-    )
+    course = Course("test", {"weight": weight}, epochs=float(num_steps), lr=0.01)
+    trained = fit(course, pull, batches(1), options(schedule=schedule, warmup=warmup))
     positions = [position for (position,) in pull.path] + [float(weight.detach())]
     used = [before - after for before, after in itertools.pairwise(positions)]
     expected = rates(schedule, num_steps, warmup, 0.01)
@@ -131,15 +124,8 @@ def scheduled(schedule: str, num_steps: int, warmup: float) -> list[float]:
 def test_decayed_and_plain_parameters_have_the_same_rate():
     matrix, vector = parameter(2, 2), parameter(2)
     pull = Pull(matrix, vector)
-    fit(
-        "test",
-        pull,
-        {"matrix": matrix, "vector": vector},
-        batches(),
-        options(warmup=0.2),
-        epochs=5.0,
-        lr=0.01,
-    )
+    course = Course("test", {"matrix": matrix, "vector": vector}, epochs=5.0, lr=0.01)
+    fit(course, pull, batches(), options(warmup=0.2))
     assert [a for a, _ in pull.path] == [b for _, b in pull.path]
     assert pull.path[-1][0] < -0.05
 
@@ -154,7 +140,7 @@ def test_decayed_and_plain_parameters_have_the_same_rate():
 def test_epochs_need_not_be_whole(epochs, num_steps, begun):
     weight = parameter(1)
     pull, feed = Pull(weight), batches(4)
-    trained = fit("test", pull, {"weight": weight}, feed, options(), epochs=float(epochs), lr=0.01)
+    trained = fit(Course("test", {"weight": weight}, float(epochs), lr=0.01), pull, feed, options())
     assert trained.num_steps == num_steps
     assert trained.epochs == num_steps / 4
     assert feed.epochs_begun == begun
@@ -165,7 +151,7 @@ def test_epochs_need_not_be_whole(epochs, num_steps, begun):
 def test_losses_are_means_over_ten_steps_and_what_is_left():
     weight = parameter(1)
     pull = Pull(weight, losses=lambda number: number**2)
-    trained = fit("test", pull, {"weight": weight}, batches(1), options(), epochs=24.0, lr=0.01)
+    trained = fit(Course("test", {"weight": weight}, epochs=24.0, lr=0.01), pull, batches(1), options())
     assert trained.step == [10, 20, 24]
     squares = np.arange(24.0) ** 2
     expected = [squares[:10].mean(), squares[10:20].mean(), squares[20:].mean()]
@@ -176,7 +162,7 @@ def test_losses_are_means_over_ten_steps_and_what_is_left():
 
 def test_the_result_holds_the_parameters_themselves():
     weight = parameter(1)
-    trained = fit("test", Pull(weight), {"weight": weight}, batches(), options(), epochs=1.0, lr=0.01)
+    trained = fit(Course("test", {"weight": weight}, 1.0, lr=0.01), Pull(weight), batches(), options())
     assert trained.tensors["weight"].data_ptr() == weight.data_ptr()
     assert not trained.tensors["weight"].requires_grad
 
@@ -197,15 +183,8 @@ def test_the_norm_of_all_gradients_together_is_clipped(clip_norm, factor):
         second.grad = torch.tensor([[12.0], [0.0]], dtype=torch.float64)
         return {"loss": torch.tensor(1.0)}
 
-    fit(
-        "test",
-        step,
-        {"first": first, "second": second, "idle": idle},
-        batches(1),
-        options(clip_norm=clip_norm),
-        epochs=1.0,
-        lr=0.01,
-    )
+    course = Course("test", {"first": first, "second": second, "idle": idle}, epochs=1.0, lr=0.01)
+    fit(course, step, batches(1), options(clip_norm=clip_norm))
     assert first.grad.tolist() == pytest.approx([3 * factor, 4 * factor], rel=1e-5)
     assert second.grad.flatten().tolist() == pytest.approx([12 * factor, 0], rel=1e-5)
     assert idle.grad is None
@@ -238,16 +217,9 @@ def test_decay_shrinks_matrices_and_nothing_else():
             p.grad = torch.zeros_like(p)
         return {"loss": torch.tensor(1.0)}
 
-    fit(
-        "test",
-        step,
-        parameters,
-        batches(1),
-        options(weight_decay=0.5, warmup=0.2),
-        epochs=10.0,
-        lr=0.1,
-        no_decay=frozenset({"pos_embed", "cls_token", "special.weight"}),
-    )
+    no_decay = frozenset({"pos_embed", "cls_token", "special.weight"})
+    course = Course("test", parameters, epochs=10.0, lr=0.1, no_decay=no_decay)
+    fit(course, step, batches(1), options(weight_decay=0.5, warmup=0.2))
     factor = math.prod(1 - rate * 0.5 for rate in rates("cosine", 10, 0.2, 0.1))
     decayed = {
         "blocks.0.mlp.fc1.weight",
@@ -303,15 +275,8 @@ def test_a_parameter_without_a_gradient_is_left_alone(rests_in):
             rests.grad = torch.ones_like(rests)
         return {"loss": torch.tensor(1.0)}
 
-    fit(
-        "test",
-        step,
-        {"rests": rests, "works": works},
-        batches(4),
-        options(weight_decay=0.5, schedule="linear"),
-        epochs=1.0,
-        lr=0.1,
-    )
+    course = Course("test", {"rests": rests, "works": works}, epochs=1.0, lr=0.1)
+    fit(course, step, batches(4), options(weight_decay=0.5, schedule="linear"))
     path.append(rests.detach().clone())
     value = 1.0
     for number, rate in enumerate(rates("linear", 4, 0.0, 0.1)):
@@ -342,8 +307,9 @@ def test_a_parameter_without_a_gradient_is_left_alone(rests_in):
 def test_a_diverged_loss_names_stage_and_step(bad, first_bad, num_steps, message):
     weight = parameter(1)
     pull = Pull(weight, losses=lambda number: bad if number >= first_bad else 1.0)
+    course = Course("joint", {"weight": weight}, epochs=float(num_steps), lr=0.003)
     with pytest.raises(DivergedError) as caught:
-        fit("joint", pull, {"weight": weight}, batches(1), options(), epochs=float(num_steps), lr=0.003)
+        fit(course, pull, batches(1), options())
     assert message in str(caught.value)
     assert "lower --lr than 0.003" in str(caught.value)
     # The check comes before the update of the step that is looked at.
@@ -358,7 +324,7 @@ def test_a_part_of_the_loss_that_diverges_is_named():
         return {"logit": torch.tensor(math.nan), "loss": torch.tensor(1.0)}
 
     with pytest.raises(DivergedError, match="distill: logit became nan between steps 1 and 4 of 4"):
-        fit("distill", step, {"weight": weight}, batches(), options(), epochs=1.0, lr=0.01)
+        fit(Course("distill", {"weight": weight}, epochs=1.0, lr=0.01), step, batches(), options())
 
 
 # --- timing
@@ -367,8 +333,21 @@ def test_a_part_of_the_loss_that_diverges_is_named():
 def test_timing_steps_changes_nothing():
     weight = parameter(2, value=3.0)
     pull = Pull(weight)
-    seconds = seconds_per_step(pull, batches(4), {"weight": weight})
+    seconds = seconds_per_step(pull, batches(4))
     assert 0 < seconds < 1
     assert pull.batches == [0, 2, 4, 6, 0, 2]
     assert weight.tolist() == [3.0, 3.0]
-    assert weight.grad is None
+
+
+def test_a_training_of_what_was_timed_is_that_of_what_was_not():
+    """The gradients that timing leaves behind, also of a parameter without one later, are cleared first."""
+    found = []
+    for is_timed in (False, True):
+        works, rests = parameter(2, value=3.0), parameter(2, value=3.0)
+        if is_timed:
+            seconds_per_step(Pull(works, rests), batches(4))
+        course = Course("test", {"works": works, "rests": rests}, epochs=1.0, lr=0.01)
+        fit(course, Pull(works), batches(4), options(weight_decay=0.1, clip_norm=1.0))
+        assert rests.tolist() == [3.0, 3.0]
+        found.append(works.tolist())
+    assert found[0] == found[1] != [3.0, 3.0]

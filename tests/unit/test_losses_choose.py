@@ -7,6 +7,7 @@ import torch
 
 from stepwell.config.loss_facts import FEATURE_LOSSES, LOGIT_LOSSES
 from stepwell.config.options import LossOptions
+from stepwell.losses.choose import Pair
 from stepwell.losses.distillation import make_distillation
 from stepwell.losses.observe import Observed
 from stepwell.losses.output import Target, TrainingImages
@@ -26,8 +27,9 @@ def test_a_loss_alone_pulls_at_the_student(name):
     options = LossOptions.model_validate({f"{kind}_loss": name, **weights})
     teacher, student = tiny_vit(seed=1), tiny_vit(seed=2).train()
     images = random_images(len(LABELS))
-    example = Observed(teacher, BLOCKS)(images[:2])
-    loss = make_distillation(options, example, example, TrainingImages(LABELS, len(LABELS)), False, 0)
+    observed = Observed(teacher, BLOCKS)
+    example, known = observed(images[:2]), TrainingImages(LABELS, len(LABELS))
+    loss = make_distillation(options, Pair(example, example, observed, known), seed=0)
     seen = loss.views(images)
     answers = [Observed(model, BLOCKS)(seen) for model in (student, teacher)]
     parts = loss(*answers, Target(LABELS, LABELS, 0.5), task=False)

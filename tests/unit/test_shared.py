@@ -23,8 +23,9 @@ from stepwell.pruning.families import find_groups
 from stepwell.pruning.shared import SharedWeights
 from stepwell.pruning.skeleton import build_skeleton, fill, leading_units, sort_units
 from stepwell.pruning.units import Candidate
-from stepwell.stages.joint import JointStep, candidates_of_step, scales_per_step
-from stepwell.training.loop import fit
+from stepwell.measure.cost import candidates_per_step
+from stepwell.stages.joint import JointStep, candidates_of_step
+from stepwell.training.loop import Course, fit
 from tiny import (
     ARGS,
     NUM_CLASSES,
@@ -32,12 +33,11 @@ from tiny import (
     VARIANTS,
     FixedTrain,
     amd_loss,
-    distillation,
     gates,
     group_of,
     group_sizes,
     keep_leading,
-    no_autocast,
+    lesson,
     output,
     random_batches,
     random_images,
@@ -104,8 +104,9 @@ def make_shared(model) -> SharedWeights:
 
 
 def joint_step(teacher, shared, options: JointOptions, loss: LossOptions | None = None) -> JointStep:
-    losses = [distillation(loss or LossOptions()) for _ in shared.candidates]
-    return JointStep(teacher, shared, BLOCKS, losses, options, 0, no_autocast())
+    taught = lesson(Observed(teacher, BLOCKS), loss or LossOptions(), len(shared.candidates))
+    students = [Observed(skeleton, BLOCKS) for skeleton in shared.skeletons]
+    return JointStep(taught, shared, students, options, seed=0)
 
 
 def run_with_states(model, images) -> Output:
@@ -181,8 +182,7 @@ def test_sliced_equals_masked(variant, rung):
         masked = run_with_states(model, images)
     shared = make_shared(model)
     weights = shared.weights(rung)
-    skeleton = Observed(shared.skeletons[rung], BLOCKS)
-    sliced = Output(*functional_call(skeleton, {f"model.{n}": w for n, w in weights.items()}, (images,)))
+    sliced = Observed(shared.skeletons[rung], BLOCKS).with_weights(weights, images)
     torch.testing.assert_close(sliced.logits, masked.logits, rtol=1e-10, atol=1e-12)
     for ours, expected in zip(sliced.states, masked.states, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-12)
@@ -574,15 +574,8 @@ def test_what_does_not_run_does_not_move():
         return step(batch, number, progress)
 
     config = CompressConfig(warmup=0.0, weight_decay=0.1, lr=1e-3)
-    fit(
-        "joint",
-        watched,
-        shared.parameters,
-        FixedTrain(random_batches(3, 4)),
-        config,
-        epochs=num_steps / 3,
-        lr=1e-3,
-    )
+    course = Course("joint", shared.parameters, epochs=num_steps / 3, lr=1e-3)
+    fit(course, watched, FixedTrain(random_batches(3, 4)), config)
     compare(num_steps - 1)
     assert rested > 20
     assert worked > 200
@@ -607,9 +600,12 @@ def test_more_random_candidates_than_there_are_is_all_of_them():
 
 
 @pytest.mark.parametrize("num_random", [1, 2, 8, 20])
-def test_scales_per_step_is_the_mean_over_many_draws(num_random):
+def test_candidates_per_step_are_those_of_the_mean_over_many_draws(num_random):
     scales = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
     options = JointOptions(sampling="sandwich", num_random=num_random)
-    drawn = [sum(scales[i] for i in candidates_of_step(9, options, 0, n)) for n in range(4000)]
-    assert scales_per_step(scales, options) == pytest.approx(sum(drawn) / len(drawn), rel=0.03)
-    assert scales_per_step(scales, JointOptions(sampling="all")) == pytest.approx(4.5)
+    drawn = [candidates_of_step(9, options, 0, n) for n in range(4000)]
+    sums = [sum(scales[i] for i in of_step) for of_step in drawn]
+    found_sum, found_number = candidates_per_step(scales, options)
+    assert found_sum == pytest.approx(sum(sums) / len(sums), rel=0.03)
+    assert {len(of_step) for of_step in drawn} == {found_number}
+    assert candidates_per_step(scales, JointOptions(sampling="all")) == (pytest.approx(4.5), 9)

@@ -168,6 +168,8 @@ class Result(_Record):
     """The same student distilled straight from the teacher, if one was trained."""
     handed_out: Literal["student", "control"]
     """Which of the two trainings is in `student/`, decided on the selection images."""
+    decided_by: Literal["top1", "likelihood"] = "likelihood"
+    """What was compared on them."""
     candidates: list[CandidateResult]
     """The rungs, where they were trained and evaluated; empty where a path chooses nothing."""
     selection: SelectionResult | None

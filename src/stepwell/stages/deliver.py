@@ -224,6 +224,7 @@ def _result(
         student=delivered.student,
         control=delivered.control,
         handed_out=handed_out,
+        decided_by=s.metric,
         candidates=choice.candidates if choice else [],
         selection=choice.selection if choice else None,
         tried=delivered.tried,
