@@ -85,11 +85,11 @@ def check_sliced_equals_masked(
                 strict=True,
             )
         )
-        own = shared.weights(index)
-        found = functional_call(shared.skeletons[index], own, (images,))
+        weights_of = shared.weights(index)
+        found = functional_call(shared.skeletons[index], weights_of, (images,))
         torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)
-        gradients = torch.autograd.grad(found.square().sum(), list(own.values()), allow_unused=True)
-        for name, gradient in zip(own, gradients, strict=True):
+        gradients = torch.autograd.grad(found.square().sum(), list(weights_of.values()), allow_unused=True)
+        for name, gradient in zip(weights_of, gradients, strict=True):
             whole_gradient = expected_gradients[name]
             if gradient is None or whole_gradient is None:  # such as a norm before a layer that is a constant
                 for one in (gradient, whole_gradient):

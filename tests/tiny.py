@@ -8,20 +8,32 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
 
 import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from stepwell.config.commands import CompressConfig
 from stepwell.config.options import LossOptions
 from stepwell.data.batches import Batch, EvalBatches, TrainBatches
+from stepwell.data.images import FolderReader, ImageSet
 from stepwell.data.spec import InputSpec
+from stepwell.data.splits import Data
 from stepwell.losses.choose import Pair
 from stepwell.losses.distillation import Distillation, make_distillation
 from stepwell.losses.observe import Observed
 from stepwell.losses.output import Output, Target, TrainingImages
+from stepwell.models.card import Architecture
+from stepwell.models.student import OtherStudent
+from stepwell.models.teacher import Teacher
+from stepwell.pruning.families import find_groups
+from stepwell.pruning.units import Group
+from stepwell.run.run_dir import RunDir
+from stepwell.setting.setting import Setting
 from stepwell.training.lesson import Lesson
 
 CPU = torch.device("cpu")
@@ -86,7 +98,7 @@ def random_batches(
 
 
 def distillation(options: LossOptions) -> Distillation:
-    """A loss whose parts look at no shapes when it is made, as AMD's own."""
+    """A loss whose parts look at no shapes when it is made, as AMD's."""
     example = Output(torch.zeros(2, 2), [torch.zeros(2, 1, 1)], torch.zeros(2, 1))
     return make_distillation(options, pair(example, example), seed=0)
 
@@ -98,7 +110,7 @@ def pair(student: Output, teacher: Output, **facts) -> Pair:
 
 
 def lesson(teacher: Observed, options: LossOptions, num_losses: int = 1) -> Lesson:
-    """What AMD's own loss teaches one student, or several of one teacher."""
+    """What AMD's loss teaches one student, or several of one teacher."""
     return Lesson([teacher], [distillation(options) for _ in range(num_losses)], no_autocast())
 
 
@@ -140,6 +152,54 @@ class FixedTrain(TrainBatches):
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         self.epochs_begun.append(epoch)
         yield from self._fixed[first_step:]
+
+
+@dataclass(frozen=True)
+class FixedSetting(Setting):
+    """A setting whose images are the given batches, for all that they are used for."""
+
+    batches: Sequence[Batch] = ()
+
+    @cached_property
+    def train(self) -> TrainBatches:
+        return FixedTrain(self.batches)
+
+    @cached_property
+    def scored(self) -> EvalBatches:
+        return FixedEval(self.batches)
+
+    @cached_property
+    def selection(self) -> EvalBatches:
+        return FixedEval(self.batches)
+
+
+def setting(
+    folder: Path,
+    model: nn.Module,
+    batches: Sequence[Batch],
+    *,
+    groups: list[Group] | None = None,
+    other_student: OtherStudent | None = None,
+    **options,
+) -> FixedSetting:
+    """What a stage needs to run on random batches; the teacher is left as it is."""
+    config = CompressConfig(**options)
+    labels = tuple(torch.cat([batch.labels for batch in batches]).tolist())
+    images = ImageSet(tuple(map(str, range(len(labels)))), labels, FolderReader(Path("no-images")))
+    classes = tuple(map(str, range(NUM_CLASSES)))
+    spec = replace(SPEC, size=tuple(batches[0].images.shape[2:]))
+    architecture = Architecture(source="timm", name="vit_tiny_patch16_224", args=ARGS)
+    return FixedSetting(
+        config=config,
+        run=RunDir.open(folder, config),
+        teacher=Teacher(model, architecture, spec, classes, {}, "tiny", "digest"),
+        groups=find_groups(model) if groups is None else groups,
+        other_student=other_student,
+        data=Data(classes, images, images, images, "random images", "", "", 0, "fingerprint"),
+        classes=classes,
+        device=CPU,
+        batches=batches,
+    )
 
 
 def no_autocast() -> torch.autocast:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
@@ -15,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from small_world import QUICK, stepwell, write_images
 
 from stepwell.cli import main, parse
-from stepwell.commands import train
 from stepwell.commands.compare import check
 from stepwell.compare import cells, scales, suites
 from stepwell.compare.arms import Arm, Row, arms_of, cell_of, run_arms
@@ -194,7 +194,7 @@ def test_finished_cells_stay_untouched_when_something_is_added(compared, teacher
     assert before.items() <= times(out).items()
 
 
-def test_an_interrupted_comparison_goes_on(compared, teacher, data, tmp_path, here, monkeypatch):
+def test_an_interrupted_comparison_resumes(compared, teacher, data, tmp_path, here, monkeypatch):
     out, words = tmp_path / "out", ["--feature-losses", "states", "--seeds", "0", "--no-controls"]
     evaluate = cells.evaluate
 
@@ -376,11 +376,14 @@ def test_an_error_in_a_process_is_one_line_and_leaves_its_log(teacher, data, tmp
     assert [file.name for file in (out / "cells").glob("*.json")] == ["single-step-kd-4.json"]
 
 
-def test_a_process_that_is_killed_is_one_line(teacher, data, tmp_path, capsys, here, monkeypatch):
-    def killed(cell):
-        raise BrokenProcessPool("A process in the process pool was terminated abruptly")
+def test_a_process_that_is_killed_is_one_line(teacher, data, tmp_path, capsys, monkeypatch):
+    class Killed(InThisProcess):
+        def submit(self, function, *words) -> Future:
+            future: Future = Future()
+            future.set_exception(BrokenProcessPool("A process was terminated abruptly"))
+            return future
 
-    monkeypatch.setattr(cells, "_in_silence", killed)
+    monkeypatch.setattr(cells, "ProcessPoolExecutor", Killed)
     line = refusal([*command(teacher, data, tmp_path / "out"), "--seeds", "0"], capsys)
     assert "first seed: a process ended without a word" in line
     assert "fewer --jobs" in line
@@ -449,7 +452,7 @@ def test_every_loss_is_in_the_pairs_of_cifar():
 
 def test_a_suites_teacher_sees_the_data_as_the_comparison_does(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(train, "run", lambda config: seen.append(config) or "trained")
+    monkeypatch.setattr(scales, "train", lambda config: seen.append(config) or "trained")
     words = ("--suite", "steps", "--data", "images", "--selection-data", "more", "--skip-bad-images")
     scales.prepared("steps", config_of(*words, "--augment", "none", "--batch-size", "7"), tmp_path)
     (config,) = seen
@@ -509,5 +512,8 @@ def test_the_pairs_of_cnns_run_on_digits(tmp_path, here, monkeypatch, capsys):
     line = output.out.splitlines()[1]
     assert line.startswith("fitnet ")
     assert line.endswith(" 71.60")
-    monkeypatch.setattr(train, "_fit", None)  # the teacher is not trained again
-    stepwell(*words, "--score-images", 64)
+    stepwell(*words, "--score-images", 64)  # the teacher is not trained again
+    again = capsys.readouterr()
+    assert re.search(r"^train: [\d.]+ s$", output.err, flags=re.MULTILINE)
+    assert re.search(r"^train: done before", again.err, flags=re.MULTILINE)
+    assert not re.search(r"^train: [\d.]+ s$", again.err, flags=re.MULTILINE)

@@ -14,7 +14,7 @@ from small_world import QUICK, stepwell, student_weights
 from stepwell.cli import main
 from stepwell.config.commands import CompressConfig
 from stepwell.config.files import make_config
-from stepwell.config.loss_facts import FEATURE_LOSSES, LOGIT_LOSSES, NEED_LABELS
+from stepwell.config.loss_facts import FEATURE_LOSSES, LOGIT_LOSSES
 from stepwell.config.own_code import load_function
 from stepwell.losses.output import Output, Target
 from stepwell.report.result import Result
@@ -110,15 +110,15 @@ def test_the_guide_lists_every_loss_with_its_weight():
     guide = (ROOT / "docs" / "guide" / "compare.md").read_text()
     rows = re.findall(r"^\| `(\w+)`.* \| ([\d.]+) \| (.*)\|$", guide, flags=re.MULTILINE)
     listed = {
-        name: (float(weight), needs.startswith("labels"), "a first training" in needs)
+        name: (float(weight), needs.startswith("labels"), "a pretraining" in needs)
         for name, weight, needs in rows
     }
     expected = {}
     for kind, names in (("logit", LOGIT_LOSSES), ("feature", FEATURE_LOSSES)):
-        for name in names:
+        for name, facts in names.items():
             config = make_config(CompressConfig, {f"{kind}_loss": name})
-            weight, first = getattr(config, f"{kind}_weight"), config.all_epochs(1) > 1
-            expected[name] = (weight, name in NEED_LABELS, first)
+            weight, first = getattr(config, f"{kind}_weight"), config.pretraining_epochs(1) > 0
+            expected[name] = (weight, facts.needs_labels, first)
     assert listed == expected
 
 

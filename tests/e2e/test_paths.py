@@ -24,7 +24,7 @@ from stepwell.cli import main
 from stepwell.config.commands import CompressConfig
 from stepwell.config.files import make_config
 from stepwell.config.loss_facts import FEATURE_LOSSES, LOGIT_LOSSES
-from stepwell.measure.cost import Epochs
+from stepwell.measure.cost import Costs, Epochs
 from stepwell.paths import path_of
 from stepwell.paths.begin import begin
 from stepwell.report.result import Result
@@ -160,7 +160,7 @@ def test_a_chain_needs_assistants_above_the_student(data, teacher, tmp_path, cap
     assert "needs assistants that keep more than the student, which keeps 0.1" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("loss", [*LOGIT_LOSSES[1:], *FEATURE_LOSSES[1:]])
+@pytest.mark.parametrize("loss", [*list(LOGIT_LOSSES)[1:], *list(FEATURE_LOSSES)[1:]])
 def test_every_loss_teaches_in_every_stage(data, teacher, tmp_path, quick, loss):
     kind = "logit" if loss in LOGIT_LOSSES else "feature"
     result = compress(teacher, data, tmp_path / "run", f"--{kind}-loss", loss)
@@ -273,14 +273,19 @@ def test_fewer_assistants_where_rounding_leaves_no_rung(data, teacher, tmp_path,
 
 
 @pytest.mark.parametrize(
-    ("options", "total", "epochs"),
+    ("options", "before", "models_before"),
     [
-        ({}, 60, 60),
-        ({"feature_loss": "ft"}, 60, 60 / 1.125),
-        ({"feature_loss": "ft", "first_epochs": 5}, 60, 55),
+        ({}, 0, 0),
+        ({"feature_loss": "ft"}, 60 / 8, 1),  # only the teacher runs
+        ({"feature_loss": "ft", "first_epochs": 5}, 5, 1),
+        ({"feature_loss": "ab"}, 60 / 8, 1 + 3 * 0.1),  # the student is trained
     ],
 )
-def test_epochs_and_those_that_come_first_make_the_total(options, total, epochs):
+def test_a_single_step_of_equal_compute_has_room_for_its_pretraining(options, before, models_before):
     config = make_config(CompressConfig, options)
-    assert config.epochs_within(total) == pytest.approx(epochs)
-    assert config.all_epochs(epochs) == pytest.approx(total)
+    assert config.pretraining_epochs(60) == pytest.approx(before)
+    costs = Costs(config, [0.1, 0.5], 0.1, num_train=100, num_selection=10)
+    passes = 100 * (60 * (1 + 3 * 0.1) + before * models_before)
+    assert costs.single_step(60) == pytest.approx(passes)
+    bill = {"score": costs.scoring, "joint": 0.7 * passes, "distill": 0.3 * passes}
+    assert costs.equal_compute_epochs(bill) == pytest.approx(60)

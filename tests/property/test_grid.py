@@ -18,16 +18,24 @@ def keep(_skeleton, _name, _width) -> None:
 
 @st.composite
 def layers(draw):
-    """Groups of any kind and stage with scores, equal ones among them."""
-    groups, scores = [], {}
+    """Kind, block and scores of layers in any section, equal scores among them."""
+    drawn = []
     value = st.one_of(st.sampled_from([0.0, 0.25, 0.5]), st.floats(0, 1))
     for i in range(draw(st.integers(1, 6))):
         kind = draw(st.sampled_from(["head", "neuron"]))
         num_units = draw(st.integers(1, 6) if kind == "head" else st.integers(1, 40))
-        name = f"{i}.{kind}"
         block = f"stages.{draw(st.integers(0, 1))}.{i}"
-        groups.append(Group(name, kind, num_units, (), gate=name, block=block, narrow=keep))
-        scores[name] = draw(st.lists(value, min_size=num_units, max_size=num_units))
+        drawn.append((kind, block, draw(st.lists(value, min_size=num_units, max_size=num_units))))
+    return drawn
+
+
+def as_groups(layers) -> tuple[list[Group], dict[str, list[float]]]:
+    """Groups and their scores; made here, since the checks of shapes use `random`, which no strategy may."""
+    groups, scores = [], {}
+    for i, (kind, block, values) in enumerate(layers):
+        name = f"{i}.{kind}"
+        groups.append(Group(name, kind, len(values), (), gate=name, block=block, narrow=keep))
+        scores[name] = values
     return groups, scores
 
 
@@ -41,7 +49,7 @@ def members(groups):
     """Groups that are ranked against each other."""
     rankings = {}
     for group in groups:
-        rankings.setdefault((group.kind, group.stage), []).append(group)
+        rankings.setdefault((group.kind, group.section), []).append(group)
     return rankings.values()
 
 
@@ -53,7 +61,7 @@ def units_kept(groups, scores, widths) -> set[tuple[str, int]]:
 
 @given(layers(), ratios, options)
 def test_what_a_candidate_keeps_every_larger_one_keeps(layers, ratios, options):
-    groups, scores = layers
+    groups, scores = as_groups(layers)
     grid = make_grid(groups, scores, ratios, options)
     kept = [units_kept(groups, scores, candidate.widths) for candidate in grid]
     assert all(small <= large for small, large in itertools.pairwise(kept))
@@ -62,7 +70,7 @@ def test_what_a_candidate_keeps_every_larger_one_keeps(layers, ratios, options):
 
 @given(layers(), ratios, options)
 def test_widths_fit_the_layer_the_multiple_and_the_least_number_of_heads(layers, ratios, options):
-    groups, scores = layers
+    groups, scores = as_groups(layers)
     for candidate in make_grid(groups, scores, ratios, options):
         assert list(candidate.widths) == [g.name for g in groups]
         for group in groups:
@@ -76,7 +84,7 @@ def test_widths_fit_the_layer_the_multiple_and_the_least_number_of_heads(layers,
 
 @given(layers(), ratios, options)
 def test_no_kind_of_unit_dies_out(layers, ratios, options):
-    groups, scores = layers
+    groups, scores = as_groups(layers)
     for candidate in make_grid(groups, scores, ratios, options):
         for ranking in members(groups):
             assert sum(candidate.widths[g.name] for g in ranking) > 0
@@ -84,7 +92,7 @@ def test_no_kind_of_unit_dies_out(layers, ratios, options):
 
 @given(layers(), st.floats(0.01, 0.99))
 def test_before_rounding_exactly_the_top_of_each_ranking_is_kept(layers, ratio):
-    groups, scores = layers
+    groups, scores = as_groups(layers)
     counts = kept_counts(groups, scores, ratio)
     kept = units_kept(groups, scores, counts)
     for ranking in members(groups):
@@ -96,7 +104,7 @@ def test_before_rounding_exactly_the_top_of_each_ranking_is_kept(layers, ratio):
 
 @given(layers(), st.floats(0.01, 0.99), st.randoms(use_true_random=False))
 def test_neither_the_order_of_units_nor_of_scores_changes_the_widths(layers, ratio, random):
-    groups, scores = layers
+    groups, scores = as_groups(layers)
     shuffled = {name: random.sample(values, len(values)) for name, values in scores.items()}
     names = random.sample(list(shuffled), len(shuffled))
     shuffled = {name: shuffled[name] for name in names}
@@ -105,7 +113,7 @@ def test_neither_the_order_of_units_nor_of_scores_changes_the_widths(layers, rat
 
 @given(layers(), ratios, options)
 def test_rounding_moves_no_layer_by_more_than_half_a_multiple(layers, ratios, options):
-    groups, scores = layers
+    groups, scores = as_groups(layers)
     for ratio in ratios:
         (candidate,) = make_grid(groups, scores, [ratio], options)
         counts = kept_counts(groups, scores, ratio)

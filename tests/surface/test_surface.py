@@ -21,6 +21,9 @@ from packaging.version import Version
 
 import stepwell
 from stepwell import cli
+from stepwell.config.base import flag_of
+from stepwell.config.help import MAIN_OPTIONS
+from stepwell.measure.budget import DEFAULT_KEEP
 
 ROOT = Path(__file__).parent.parent.parent
 SOURCES = sorted((ROOT / "src").rglob("*.py"))
@@ -79,11 +82,44 @@ def test_there_is_no_other_command() -> None:
 
 @pytest.mark.parametrize("command", FLAGS)
 def test_flags(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main([command, "--help"]) == 0
+    assert cli.main([command, "--help-all"]) == 0
     # A flag begins its line; `--no-flag` and the description come after it, in a column of their own.
     shown = re.findall(r"^. (?:-\w, )?(--[\w-]+)", capsys.readouterr().out, flags=re.MULTILINE)
     assert set(shown) == FLAGS[command] | {"--help"}
     assert len(shown) == len(set(shown))
+
+
+@pytest.mark.parametrize("command", FLAGS)
+def test_help_fits_a_screen_and_leads_to_all_of_it(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([command, "--help"]) == 0
+    text = capsys.readouterr().out
+    if command not in MAIN_OPTIONS:  # it has few options: these are all
+        assert cli.main([command, "--help-all"]) == 0
+        assert capsys.readouterr().out == text
+        return
+    lines = text.splitlines()
+    assert len(lines) <= 40
+    assert max(map(len, lines)) <= 110
+    assert f"stepwell {command} --help-all" in lines[-1]
+    shown = re.findall(r"^  (--[\w-]+)", text, flags=re.MULTILINE)
+    assert set(shown) < FLAGS[command]
+    assert len(shown) == len(set(shown))
+
+
+@pytest.mark.parametrize("command", MAIN_OPTIONS)
+def test_defaults_are_what_the_first_screen_says(command: str) -> None:
+    kind, _ = cli.COMMANDS[command]
+    fields = {flag_of(name): name for name in kind.model_fields}
+    compared = 0
+    for flag, text in (row for rows in MAIN_OPTIONS[command].values() for row in rows):
+        name = fields[flag.split()[0]]
+        if said := re.search(r"\(([^()]+)\)$", text):
+            default = kind.model_fields[name].get_default()
+            default = {"keep_ratio": DEFAULT_KEEP}.get(name, default)  # where no other budget is given
+            values = default if isinstance(default, tuple) else (default,)
+            assert said[1] == " ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in values), flag
+            compared += 1
+    assert compared > 2
 
 
 def modules_after(code: str) -> set[str]:

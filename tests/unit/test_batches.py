@@ -11,7 +11,7 @@ from PIL import Image
 from timm.data.transforms_factory import create_transform
 
 from stepwell.config.options import DataOptions
-from stepwell.data import batches
+from stepwell.data import feed
 from stepwell.data.batches import EvalBatches, TrainBatches
 from stepwell.data.images import FolderReader, ImageSet
 from stepwell.data.spec import InputSpec
@@ -167,8 +167,17 @@ def test_labels_can_be_given(tmp_path):
     images = image_set(tmp_path, 4)
     (batch,) = EvalBatches(images, COLOUR, options(), CPU, labels=[7, 5, 3, 1])
     assert batch.labels.tolist() == [7, 5, 3, 1]
-    (batch,) = TrainBatches(images, COLOUR, options(), 0, CPU, labels=[7, 5, 3, 1]).epoch(0)
-    assert batch.labels.tolist() == [[7, 5, 3, 1][i] for i in batch.indices]
+
+
+def test_who_looks_on_is_told_every_batch_before_it_is_used(tmp_path):
+    images, seen = image_set(tmp_path, 10), []
+    train = TrainBatches(images, COLOUR, options(), 0, CPU, lambda indices: seen.append(indices.tolist()))
+    for batches in (train.epoch(0), train.epoch(1, first_step=1)):
+        for batch in batches:
+            assert seen.pop() == batch.indices.tolist()
+            assert not seen
+    evaluation = EvalBatches(images, COLOUR, options(), CPU, on_batch=lambda i: seen.append(i.tolist()))
+    assert [batch.indices.tolist() for batch in evaluation] == seen == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
 
 
 @pytest.mark.parametrize("augment", ["affine", "crop", "resized-crop"])
@@ -327,7 +336,7 @@ def test_lazy_images_equal_those_in_memory(tmp_path, monkeypatch, augment):
     chosen = options(augment=augment)
     train = by_image(TrainBatches(images, COLOUR, chosen, 1, CPU).epoch(2))
     evaluated = by_image(EvalBatches(images, COLOUR, chosen, CPU))
-    monkeypatch.setattr(batches, "MEMORY_LIMIT", 0)
+    monkeypatch.setattr(feed, "MEMORY_LIMIT", 0)
     images = images.subset(range(8))
     lazy = by_image(TrainBatches(images, COLOUR, chosen, 1, CPU).epoch(2))
     lazy_evaluated = by_image(EvalBatches(images, COLOUR, chosen, CPU))

@@ -166,7 +166,7 @@ def test_without_the_optimizers_state_it_would_not(tmp_path):
 
 
 def test_it_resumes_for_as_many_steps_as_it_was_begun_with(tmp_path):
-    """`--minutes` is measured anew in each call."""
+    """`--minutes` is measured again in each call."""
     file = tmp_path / "stage" / "main.safetensors"
     with pytest.raises(Stopped):
         train(Classify(Model(), 10), file)

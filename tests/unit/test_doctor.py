@@ -13,7 +13,10 @@ from stepwell.commands import doctor
 from stepwell.config.commands import CompressConfig
 from stepwell.data.spec import InputSpec
 from stepwell.errors import ConfigError
+from stepwell.losses.choose import memory_bytes
 from stepwell.losses.crd import CRD
+from stepwell.measure.estimate import Losses, memory_and_disk
+from stepwell.paths import path_of
 
 
 def devices_of(config: CompressConfig, data: object = None) -> set[str]:
@@ -57,12 +60,45 @@ def test_memory_knows_the_banks_of_crd():
     banks = crd.student_bank.nbytes + crd.teacher_bank.nbytes
     config = CompressConfig(feature_loss="crd", batch_size=32)
     scores = 2 * 32 * 500 * 4
-    assert doctor.bank_bytes(config, 500, num_rungs=9) == (9 * banks, banks + scores)
-    alone = config.model_copy(update={"path": "single-step"})
-    assert doctor.bank_bytes(alone, 500, num_rungs=9) == (banks, banks + scores)
-    chain = config.model_copy(update={"path": "dgkd", "assistants": (0.6, 0.3)})
-    assert doctor.bank_bytes(chain, 500, num_rungs=3) == (3 * banks, 2 * (banks + scores))
-    assert doctor.bank_bytes(CompressConfig(), 500, num_rungs=9) == (0, 0)
+    assert memory_bytes(config, 500, 32) == (banks, banks + scores)
+    assert memory_bytes(CompressConfig(), 500, 32) == (0, 0)
+    spec = InputSpec((32, 32), 3, (0.5,) * 3, (0.5,) * 3)
+    model = timm.create_model("resnet18", num_classes=10)
+
+    def more(**options: object) -> tuple[float, float]:
+        """Memory and disk that go beyond those of a loss without banks."""
+        found = []
+        for name in ("crd", "rkd"):
+            options = {**options, "feature_loss": name, "batch_size": 32}
+            losses = path_of(options["path"]).losses(9, CompressConfig(**options))
+            found.append(memory_and_disk(CompressConfig(**options), model, [model], spec, 500, losses))
+        (memory, disk), (memory_without, disk_without) = found
+        return memory - memory_without, disk - disk_without
+
+    # A bank for each rung of the ladder, a step reads those of one; and two checkpoints.
+    assert more(path="amd") == (9 * banks + banks + scores, 2 * 9 * banks)
+    assert more(path="single-step") == (banks + banks + scores, 2 * banks)
+    # One for each teacher of the last step, of which one is left out.
+    chain = more(path="dgkd", assistants=(0.6, 0.3))
+    assert chain == (3 * banks + 2 * (banks + scores), 2 * 3 * banks)
+
+
+@pytest.mark.parametrize(
+    ("options", "kept", "in_a_step"),
+    [
+        ({"path": "amd"}, 9, 1),
+        ({"path": "amd-manual"}, 9, 1),
+        ({"path": "single-step"}, 1, 1),
+        ({"path": "takd", "assistants": (0.6, 0.3)}, 1, 1),
+        ({"path": "dgkd", "assistants": (0.6, 0.3)}, 3, 2),
+        ({"path": "dgkd", "assistants": (0.6, 0.3), "drop": 0}, 3, 3),
+        ({"path": "dgkd", "assistants": (0.6, 0.3), "drop": 7}, 3, 1),
+        ({"path": "mmd"}, 1, 1),
+        ({"path": "mmd-os"}, 1, 1),
+    ],
+)
+def test_losses_that_a_path_keeps_and_computes_at_once(options, kept, in_a_step):
+    assert path_of(options["path"]).losses(9, CompressConfig(**options)) == Losses(kept, in_a_step)
 
 
 @pytest.mark.parametrize(("num_images", "num_negatives"), [(500, 400), (5000, 32)])
@@ -78,19 +114,29 @@ def test_what_a_step_of_crd_reads_is_counted(num_images, num_negatives):
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         crd(torch.rand(32, 8, requires_grad=True), torch.rand(32, 8), torch.arange(32))
     args = {"num_negatives": float(num_negatives)}
-    config = CompressConfig(feature_loss="crd", batch_size=32, path="single-step", feature_args=args)
-    _, read = doctor.bank_bytes(config, num_images, 1)
+    config = CompressConfig(feature_loss="crd", batch_size=32, feature_args=args)
+    _, read = memory_bytes(config, num_images, config.batch_size)
     assert 0.7 * read < sum(kept) < 2 * read
 
 
-def test_memory_knows_the_rotations_of_sskd(tmp_path):
+def test_memory_knows_the_rotations_of_sskd():
     spec = InputSpec((32, 32), 3, (0.5,) * 3, (0.5,) * 3, "bilinear", 1.0, "center")
     model = timm.create_model("resnet18", num_classes=10)
 
+    def memory(**options: object) -> float:
+        config = CompressConfig(batch_size=512, **options)
+        return memory_and_disk(config, model, [model, model], spec, 1000, Losses())[0]
+
+    weights = 20 * sum(p.numel() for p in model.parameters())  # teacher, store, gradients, AdamW
+    assert memory(feature_loss="sskd") - weights == pytest.approx(4 * (memory() - weights), rel=0.15)
+
+
+def test_doctor_says_that_four_views_take_the_memory_of_four_times_as_many_images():
     def said(**options: object) -> float:
-        config = CompressConfig(teacher="resnet18", batch_size=512, device="cpu", **options)
-        (line,) = doctor._estimate(config, None, model, [model, model], None, spec)
+        config = CompressConfig(
+            teacher="resnet18", image_size=32, path="single-step", device="cpu", **options
+        )
+        (line,) = [line for line in doctor.run(config).splitlines() if "GiB of memory" in line]
         return float(line.split(" GiB of memory")[0].split()[-1])
 
-    weights = 20 * sum(p.numel() for p in model.parameters()) / 2**30  # teacher, store, gradients, AdamW
-    assert said(feature_loss="sskd") - weights == pytest.approx(4 * (said() - weights), rel=0.15)
+    assert said(feature_loss="sskd", batch_size=512) == said(batch_size=2048) > 2 * said(batch_size=512)

@@ -252,7 +252,7 @@ def test_one_unit_can_be_exported(tmp_path):
 
 
 def test_what_is_a_unit_and_where_its_gate_lies():
-    found = {g.name: (g.num_units, g.gate, g.stage) for g in find_groups(timm_stack())}
+    found = {g.name: (g.num_units, g.gate, g.section) for g in find_groups(timm_stack())}
     assert found == {
         "stage.0.conv1": (16, "stage.0.conv2", "stage"),
         "stage.1.conv1": (4, "stage.1.conv2", "stage"),

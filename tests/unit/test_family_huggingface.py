@@ -16,6 +16,7 @@ import stepwell
 from stepwell.data.spec import InputSpec
 from stepwell.errors import ConfigError, ModelError, StepwellError, UnsupportedModelError
 from stepwell.measure.size import count_macs, num_params
+from stepwell.models import huggingface
 from stepwell.models.card import Architecture, Card, narrow_and_load, save_model
 from stepwell.models.export import export_onnx
 from stepwell.models.image_processor import read_spec
@@ -24,7 +25,6 @@ from stepwell.pruning.families import find_groups, names_by_family
 from stepwell.pruning.shared import SharedWeights
 from stepwell.pruning.skeleton import build_skeleton
 from stepwell.pruning.units import Candidate, tensors_of
-from stepwell.models import huggingface
 
 transformers = pytest.importorskip("transformers")
 
@@ -93,7 +93,7 @@ def test_everything_between_the_residual_sums_is_cut(name):
     layers = [n for n, m in teacher(name).named_modules() if type(m).__name__.endswith("Layer")]
     assert [g.kind for g in groups] == ["head", "neuron"] * 4 if "swin" in name else ["head", "neuron"] * 2
     assert list(dict.fromkeys(g.block for g in groups)) == layers
-    assert len({g.stage for g in groups}) == (2 if "swin" in name else 1)
+    assert len({g.section for g in groups}) == (2 if "swin" in name else 1)
     assert list(names_by_family(teacher(name))) == ["ViT, DeiT and Swin of transformers"]
 
 

@@ -246,16 +246,16 @@ def test_a_tenth_of_the_heads_of_each_stage(name, totals, kept):
     with torch.device("meta"):
         groups = [g for g in find_groups(timm.create_model(name)) if g.kind == "head"]
     scores = {g.name: torch.rand(g.num_units).tolist() for g in groups}
-    assert _by_stage(groups, {g.name: g.num_units for g in groups}) == totals
-    assert _by_stage(groups, kept_counts(groups, scores, 0.1)) == kept
+    assert _by_section(groups, {g.name: g.num_units for g in groups}) == totals
+    assert _by_section(groups, kept_counts(groups, scores, 0.1)) == kept
 
 
-def _by_stage(groups: list[Group], counts: dict[str, int]) -> tuple[int, ...]:
-    stages: Counter[str] = Counter()
+def _by_section(groups: list[Group], counts: dict[str, int]) -> tuple[int, ...]:
+    sections: Counter[str] = Counter()
     for group in groups:
-        stages[group.stage] += counts[group.name]
-    assert list(stages) == [f"layers.{i}.blocks" for i in range(4)]
-    return tuple(stages.values())
+        sections[group.section] += counts[group.name]
+    assert list(sections) == [f"layers.{i}.blocks" for i in range(4)]
+    return tuple(sections.values())
 
 
 def test_macs_and_parameters_fall_by_what_a_head_costs():

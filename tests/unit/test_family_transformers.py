@@ -26,7 +26,7 @@ from stepwell.models.export import export_onnx
 from stepwell.pruning.families import ffn, find_groups
 from stepwell.pruning.shared import SharedWeights
 from stepwell.pruning.skeleton import build_skeleton, fill, leading_units
-from stepwell.pruning.units import Candidate, Group, tensors_of
+from stepwell.pruning.units import Candidate, Group, Slice, tensors_of
 from stepwell.stages.score import importance_by_gradient
 from tiny import FixedEval
 
@@ -319,9 +319,21 @@ def test_ffns_that_cannot_be_cut_stay_whole(module):
     assert ffn.groups("mlp", module) == []
 
 
+def test_the_example_of_a_group():
+    with torch.device("meta"):
+        group = find_groups(timm.create_model("vit_tiny_patch16_224"))[0]
+    assert (group.name, group.kind, group.num_units) == ("blocks.0.attn", "head", 3)
+    assert group.slices == (
+        Slice("blocks.0.attn.qkv.weight", view=(3, 3, 64, 192), axis=1, dim=0),
+        Slice("blocks.0.attn.qkv.bias", view=(3, 3, 64), axis=1, dim=0),
+        Slice("blocks.0.attn.proj.weight", view=(192, 3, 64), axis=1, dim=1),
+    )
+    assert (group.gates, group.block) == (("blocks.0.attn.proj",), "blocks.0")
+
+
 def test_branches_of_a_parallel_block_belong_to_the_block():
     groups = find_groups(MODELS["vit, parallel branches"]())
-    assert [(g.name, g.block, g.stage) for g in groups[:3]] == [
+    assert [(g.name, g.block, g.section) for g in groups[:3]] == [
         ("blocks.0.attns.0.attn", "blocks.0", "blocks"),
         ("blocks.0.attns.1.attn", "blocks.0", "blocks"),
         ("blocks.0.ffns.0.mlp", "blocks.0", "blocks"),

@@ -18,6 +18,7 @@ from stepwell.config.options import GridOptions
 from stepwell.data.spec import InputSpec
 from stepwell.errors import ModelError, UnsupportedModelError
 from stepwell.measure.size import num_params
+from stepwell.models import card
 from stepwell.models.card import Architecture, Card, load, save_model
 from stepwell.models.export import export_onnx
 from stepwell.pruning import generic
@@ -29,7 +30,6 @@ from stepwell.pruning.skeleton import build_skeleton, fill, leading_units
 from stepwell.pruning.units import Candidate, Group, tensors_of
 from stepwell.setting.prepare import proven_groups
 from stepwell.stages.grid import make_grid
-from stepwell.models import card
 
 pytest.importorskip("torch_pruning")
 
@@ -220,10 +220,10 @@ def test_the_store_of_a_ladder_holds_generic_groups():
     shared = SharedWeights(model, groups, tensors_of(model), ladder)
     for index in range(3):
         with torch.no_grad():
-            own = functional_call(shared.skeletons[index], shared.weights(index), (IMAGES.double(),))
-            torch.testing.assert_close(shared.extract(index).eval()(IMAGES.double()), own, rtol=0, atol=0)
+            sliced = functional_call(shared.skeletons[index], shared.weights(index), (IMAGES.double(),))
+            torch.testing.assert_close(shared.extract(index).eval()(IMAGES.double()), sliced, rtol=0, atol=0)
     with torch.no_grad():
-        torch.testing.assert_close(own, model(IMAGES.double()))
+        torch.testing.assert_close(sliced, model(IMAGES.double()))
 
 
 def test_units_of_a_linear_layer_are_neurons():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
 
 import numpy as np
 import pytest
@@ -13,7 +12,6 @@ import torch
 from tests.blocks import shaken
 from torch import nn
 
-from stepwell import descent
 from stepwell.config.commands import CompressConfig
 from stepwell.data.spec import InputSpec
 from stepwell.errors import ConfigError
@@ -22,10 +20,9 @@ from stepwell.pruning.families import find_groups
 from stepwell.pruning.ranking import Importance
 from stepwell.pruning.units import Group, Slice, tensors_of
 from stepwell.setting.prepare import prepare
-from stepwell.setting.setting import Setting
-from stepwell.stages.score import filter_norms, importance_by_gradient
+from stepwell.stages.score import filter_norms, importance_by_gradient, score
 from stepwell.zoo.cifar_nets import CifarResNet, CifarVgg
-from tiny import FixedEval, random_batches, tiny_vit
+from tiny import FixedSetting, random_batches, setting, tiny_vit
 
 VGG_WIDTHS = ((8,), (6, 12), (10,))
 CONVS = ["block0.0", "block1.0", "block1.3", "block2.0"]
@@ -136,21 +133,8 @@ def test_filters_of_no_convolution_are_left_out():
 # --- in the run
 
 
-def setting(model: nn.Module, **options: object) -> Setting:
-    """As much of a setting as scoring needs."""
-    size = 16
-    batches = FixedEval(random_batches(1, 4, torch.float64))
-    spec = InputSpec((size, size), 3, (0.5,) * 3, (0.5,) * 3)
-    config = CompressConfig(importance="l1", out_dir=Path("unused"), **options)  # pyright: ignore
-    namespace = SimpleNamespace(
-        model=model,
-        groups=find_groups(model),
-        scored=batches,
-        config=config,
-        autocast=None,
-        teacher=SimpleNamespace(spec=spec),
-    )
-    return cast(Setting, namespace)
+def by_l1(folder: Path, model: nn.Module, **options: object) -> FixedSetting:
+    return setting(folder, model, random_batches(1, 4, torch.float64), importance="l1", **options)
 
 
 @pytest.mark.parametrize(
@@ -160,9 +144,9 @@ def setting(model: nn.Module, **options: object) -> Setting:
         ({}, dict.fromkeys(CONVS, 1)),  # a tenth
     ],
 )
-def test_the_stage_uses_the_students_keep_ratio(options, kept):
+def test_the_stage_uses_the_students_keep_ratio(tmp_path, options, kept):
     model = vgg()
-    importance = descent._score(setting(model, **options))
+    importance = score(by_l1(tmp_path, model, **options))
     assert_equal(importance.raw, greedy(model, kept))
     assert importance.num_images == 0
     for values in importance.normalised.values():
@@ -170,12 +154,12 @@ def test_the_stage_uses_the_students_keep_ratio(options, kept):
     assert importance.order()["block0.0"] == list(np.argsort(importance.raw["block0.0"])[::-1])
 
 
-def test_a_budget_stands_for_the_equal_shares_that_meet_it():
+def test_a_budget_stands_for_the_equal_shares_that_meet_it(tmp_path):
     model = shaken(lambda: CifarVgg(((40,), (40, 40), (40,))))
     params = {k: (27 * k + 3 * k) + 3 * (9 * k * k + 3 * k) + 10 * k + 10 for k in range(1, 41)}
     assert params[40] == num_params(model)
     nearest = min(params, key=lambda k: abs(params[k] - 0.4 * params[40]))
-    found = descent._score(setting(model, params="40%", round_to=1)).raw
+    found = score(by_l1(tmp_path, model, params="40%", round_to=1)).raw
     assert_equal(found, greedy(model, dict.fromkeys(CONVS, nearest)))
     assert found != filter_norms(tensors_of(model), find_groups(model), 0.1)
 
@@ -192,10 +176,10 @@ class Mixed(nn.Module):
         return self.vit(x * self.cnn(x)[:, :, None, None])
 
 
-def test_heads_and_neurons_are_still_scored_by_gradient():
+def test_heads_and_neurons_are_still_scored_by_gradient(tmp_path):
     model = shaken(Mixed)
-    s = setting(model, keep_ratio=0.5)
-    found = descent._score(s)
+    s = by_l1(tmp_path / "l1", model, keep_ratio=0.5)
+    found = score(s)
     expected: Importance = importance_by_gradient(model, s.groups, s.scored)
     others = [g.name for g in s.groups if g.kind != "filter"]
     assert others
@@ -203,10 +187,10 @@ def test_heads_and_neurons_are_still_scored_by_gradient():
     for name in others:
         assert found.raw[name] == pytest.approx(expected.raw[name], rel=1e-9)
     assert found.raw["cnn.block0.0"] != pytest.approx(expected.raw["cnn.block0.0"], rel=0.1)
-    by_gradient = cast(
-        Setting, SimpleNamespace(**{**vars(s), "config": CompressConfig(out_dir=Path("unused"))})
-    )
-    assert descent._score(by_gradient) == expected
+    by_gradient = score(setting(tmp_path / "gradient", model, s.batches))
+    assert by_gradient.raw == expected.raw
+    assert by_gradient.normalised == expected.normalised
+    assert by_gradient.num_images == 4
 
 
 def test_a_model_without_filters_is_an_error():
@@ -216,7 +200,7 @@ def test_a_model_without_filters_is_an_error():
         spec=InputSpec((16, 16), 3, (0.5,) * 3, (0.5,) * 3),
         classes=None,
         name="a ViT",
-        architecture=SimpleNamespace(source="timm"),
+        is_own_module=False,
     )
     data = SimpleNamespace(labelled=False, source="images")
     config = CompressConfig(importance="l1", task_weight=0, out_dir=Path("unused"))

@@ -27,7 +27,7 @@ def card(widths: dict[str, int]) -> Card:
     )
 
 
-def finished_run(path, teacher, teacher_widths: dict[str, int]) -> SharedWeights:
+def finished_run(path, teacher, teacher_widths: dict[str, int], stage_name: str = "grid") -> SharedWeights:
     """The stages that a ladder needs, with weights as if they had been trained."""
     sizes = {g.name: g.num_units for g in find_groups(teacher)}
     ladder = [
@@ -41,10 +41,20 @@ def finished_run(path, teacher, teacher_widths: dict[str, int]) -> SharedWeights
         for parameter in shared.parameters.values():
             parameter += 0.1 * torch.randn_like(parameter)
     run = RunDir.open(path, CompressConfig())
-    run.stage("ladder", Ladder, lambda: Ladder(teacher=card(teacher_widths), candidates=ladder))
+    with run.stage(stage_name, Ladder) as stage:
+        stage.result = Ladder(teacher=card(teacher_widths), candidates=ladder)
     tensors = {name: p.detach() for name, p in shared.parameters.items()}
-    run.stage("joint", StageResult, lambda: StageResult(tensors=tensors))
+    with run.stage("joint", StageResult) as stage:
+        stage.result = StageResult(tensors=tensors)
     return shared
+
+
+def test_runs_of_older_versions_have_their_ladder_under_another_name(tmp_path):
+    shared = finished_run(tmp_path, tiny_vit(), {}, "ladder")
+    images = random_images(3)
+    with torch.no_grad():
+        assert torch.equal(load_rung(tmp_path, 0.4)[0](images), shared.extract(1)(images))
+    assert rungs(tmp_path) == RATIOS
 
 
 @pytest.mark.parametrize(("index", "keep_ratio"), list(enumerate(RATIOS)))

@@ -145,12 +145,12 @@ def test_gradients_reach_the_student_and_every_head(shapes, zero):
         tensor.requires_grad_()
     ofa(given, student, teacher, labels).backward()
     assert teacher.grad is None
-    own = list(ofa.parameters())
-    for tensor in (*given, student, *own):
+    learned = list(ofa.parameters())
+    for tensor in (*given, student, *learned):
         assert tensor.grad is not None
         assert tensor.grad.isfinite().all()
     if not zero:
-        assert all(tensor.grad.abs().max() > 0 for tensor in (*given, student, *own))
+        assert all(tensor.grad.abs().max() > 0 for tensor in (*given, student, *learned))
 
 
 @awkward

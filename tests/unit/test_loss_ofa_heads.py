@@ -16,7 +16,7 @@ def parameters_of(module) -> list[np.ndarray]:
 
 
 def test_the_head_on_maps_equals_its_convolutions_by_loop():
-    # 3 channels at 8 x 8 down to 2 x 2 with 5: two halvings, by way of min(2 * 3, 5) channels.
+    # 3 channels at 8 x 8 down to 2 x 2 with 5: two halvings, via min(2 * 3, 5) channels.
     torch.manual_seed(1)
     head = OFA([(3, 8, 8), (5, 2, 2)], 4).heads[0].eval()
     norms = [m for m in head if isinstance(m, nn.BatchNorm2d)]

@@ -42,22 +42,22 @@ def review_by_loop(module, student, teacher) -> float:
     total = hierarchical_by_loop(conv_bn_by_loop(below, p, "deepest.predict"), t)
     for i in reversed(range(len(student))):
         s, t = pair_by_loop(student[i], teacher[i])
-        own = conv_bn_by_loop(s, p, f"fusions.{i}.reduce")
-        height, width = own.shape[2:]
-        enlarged = np.zeros_like(own)
+        ours = conv_bn_by_loop(s, p, f"fusions.{i}.reduce")
+        height, width = ours.shape[2:]
+        enlarged = np.zeros_like(ours)
         for y, z in np.ndindex(height, width):
             # The nearest cell: with the corners of both grids laid over each other.
             source = math.floor(y * below.shape[2] / height), math.floor(z * below.shape[3] / width)
             enlarged[:, :, y, z] = below[:, :, source[0], source[1]]
         score = conv_by_loop(
-            np.concatenate([own, enlarged], axis=1),
+            np.concatenate([ours, enlarged], axis=1),
             p[f"fusions.{i}.attention.weight"],
             p[f"fusions.{i}.attention.bias"],
         )
-        fused = np.zeros_like(own)
-        for b, c, y, z in np.ndindex(*own.shape):
+        fused = np.zeros_like(ours)
+        for b, c, y, z in np.ndindex(*ours.shape):
             first, second = (1 / (1 + math.exp(-score[b, k, y, z])) for k in (0, 1))
-            fused[b, c, y, z] = first * own[b, c, y, z] + second * enlarged[b, c, y, z]
+            fused[b, c, y, z] = first * ours[b, c, y, z] + second * enlarged[b, c, y, z]
         below = fused
         total += hierarchical_by_loop(conv_bn_by_loop(fused, p, f"fusions.{i}.predict"), t)
     return total

@@ -12,7 +12,7 @@ from stepwell.data.spec import InputSpec
 from stepwell.measure.size import count_macs, num_params
 from stepwell.pruning.families import find_groups
 from stepwell.pruning.skeleton import build_skeleton, fill, leading_units
-from stepwell.tasks.classification import Scores, evaluate, mcnemar, wilson_interval
+from stepwell.tasks.classification import Answers, evaluate, mcnemar, predict, wilson_interval
 from tiny import NUM_CLASSES, SPEC, VARIANTS, FixedEval, group_sizes, random_batches, tiny_vit
 
 IMAGENET = InputSpec((224, 224), 3, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -94,33 +94,33 @@ def test_counting_leaves_the_model_as_it_was():
 # --- accuracy
 
 
-def scores(rng, num_images: int, num_classes: int = 4, sharpness: float = 3.0) -> Scores:
+def random_answers(rng, num_images: int, num_classes: int = 4, sharpness: float = 3.0) -> Answers:
     logits = sharpness * rng.standard_normal((num_images, num_classes))
     probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     labels = rng.integers(num_classes, size=num_images)
-    return Scores(torch.tensor(probabilities, dtype=torch.float32), torch.tensor(labels))
+    return Answers(torch.tensor(probabilities, dtype=torch.float32), torch.tensor(labels))
 
 
 @pytest.mark.parametrize("num_images", [1, 7, 500])
 def test_figures_are_those_of_loops(num_images):
-    found = scores(np.random.default_rng(num_images), num_images)
+    found = random_answers(np.random.default_rng(num_images), num_images)
     right, log_likelihood = 0, 0.0
     for row, label in zip(found.probabilities.tolist(), found.labels.tolist(), strict=True):
         right += max(range(4), key=row.__getitem__) == label
         log_likelihood += math.log(max(row[label], 1e-12))
-    assert found.top1 == pytest.approx(100 * right / num_images)
-    assert found.log_likelihood == pytest.approx(log_likelihood / num_images)
+    assert found.meter.top1 == pytest.approx(100 * right / num_images)
+    assert found.meter.log_likelihood == pytest.approx(log_likelihood / num_images)
     assert found.correct.sum().item() == right
 
 
 def test_one_image_cannot_rule_the_likelihood():
-    sure_and_wrong = Scores(torch.tensor([[1.0, 0.0], [0.5, 0.5]]), torch.tensor([1, 1]))
-    assert sure_and_wrong.log_likelihood == pytest.approx((math.log(1e-12) + math.log(0.5)) / 2)
+    sure_and_wrong = Answers(torch.tensor([[1.0, 0.0], [0.5, 0.5]]), torch.tensor([1, 1]))
+    assert sure_and_wrong.meter.log_likelihood == pytest.approx((math.log(1e-12) + math.log(0.5)) / 2)
 
 
 @pytest.mark.parametrize(("num_images", "sharpness"), [(1, 3.0), (40, 1.0), (1000, 3.0)])
 def test_calibration_error_is_that_of_a_loop_over_bins(num_images, sharpness):
-    found = scores(np.random.default_rng(0), num_images, sharpness=sharpness)
+    found = random_answers(np.random.default_rng(0), num_images, sharpness=sharpness)
     total = 0.0
     for i in range(15):
         inside = []
@@ -132,30 +132,40 @@ def test_calibration_error_is_that_of_a_loop_over_bins(num_images, sharpness):
             accuracy = sum(right for _, right in inside) / len(inside)
             confidence = sum(c for c, _ in inside) / len(inside)
             total += len(inside) / num_images * abs(accuracy - confidence)
-    assert found.calibration_error == pytest.approx(100 * total, rel=1e-6)
+    assert found.meter.calibration_error == pytest.approx(100 * total, rel=1e-6)
 
 
 def test_calibration_error_by_hand():
     # Confidence 1 and all right: 0. Confidence 0.8 and all wrong: 80 percent.
-    sure = Scores(torch.tensor([[1.0, 0.0]] * 3), torch.tensor([0, 0, 0]))
-    assert sure.calibration_error == 0
-    wrong = Scores(torch.tensor([[0.8, 0.2]] * 3), torch.tensor([1, 1, 1]))
-    assert wrong.calibration_error == pytest.approx(80, rel=1e-6)
+    sure = Answers(torch.tensor([[1.0, 0.0]] * 3), torch.tensor([0, 0, 0]))
+    assert sure.meter.calibration_error == 0
+    wrong = Answers(torch.tensor([[0.8, 0.2]] * 3), torch.tensor([1, 1, 1]))
+    assert wrong.meter.calibration_error == pytest.approx(80, rel=1e-6)
     # Errors in both directions within one bin cancel, in different bins they do not.
-    half_right = Scores(torch.tensor([[0.5, 0.5]] * 2), torch.tensor([0, 1]))
-    assert half_right.calibration_error == 0
+    half_right = Answers(torch.tensor([[0.5, 0.5]] * 2), torch.tensor([0, 1]))
+    assert half_right.meter.calibration_error == 0
 
 
-def test_evaluate_runs_every_image_once_in_order():
+def test_predict_runs_every_image_once_in_order():
     model = tiny_vit()
     batches = [*random_batches(2, 3), *random_batches(1, 2, seed=8)]
-    found = evaluate(model, FixedEval(batches))
+    found = predict(model, FixedEval(batches))
     assert found.labels.tolist() == [int(label) for batch in batches for label in batch.labels]
     with torch.no_grad():
         logits = np.concatenate([model(batch.images).double().numpy() for batch in batches])
     expected = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     assert found.probabilities.numpy() == pytest.approx(expected, abs=1e-6)
     assert not found.probabilities.requires_grad
+
+
+def test_evaluate_sums_up_what_predict_keeps():
+    model = tiny_vit()
+    batches = FixedEval([*random_batches(2, 3), *random_batches(1, 2, seed=8)])
+    found, kept = evaluate(model, batches), predict(model, batches).meter
+    assert found.num_images == kept.num_images == 8
+    assert found.num_correct == kept.num_correct
+    assert found.log_likelihood == pytest.approx(kept.log_likelihood, rel=1e-12)
+    assert found.calibration_error == pytest.approx(kept.calibration_error, rel=1e-12)
 
 
 # --- intervals and tests
@@ -197,9 +207,9 @@ def test_the_ends_of_the_interval_are_accuracies_from_which_this_one_is_196_devi
                 assert observed == pytest.approx(p, abs=1e-9)
 
 
-def answers(right: list[bool]) -> Scores:
+def answers(right: list[bool]) -> Answers:
     """Two classes; the true one is 1."""
-    return Scores(
+    return Answers(
         torch.tensor([[0.1, 0.9] if r else [0.9, 0.1] for r in right]),
         torch.ones(len(right), dtype=torch.long),
     )

@@ -285,7 +285,7 @@ def test_at_full_width_nothing_changes(name):
 
 def test_groups_are_the_first_convolutions_of_the_blocks_by_stage():
     groups = find_groups(on_meta("cifar_wrn_40_2"))
-    assert [g.stage for g in groups] == [f"block{i}.layer" for i in (1, 2, 3) for _ in range(6)]
+    assert [g.section for g in groups] == [f"block{i}.layer" for i in (1, 2, 3) for _ in range(6)]
     assert [g.num_units for g in groups] == [32] * 6 + [64] * 6 + [128] * 6
     assert groups[0].block == "block1.layer.0"
     assert repr(groups[0]) == (
@@ -308,7 +308,7 @@ def test_the_states_of_residual_blocks_can_be_compared_at_any_width():
 def test_every_layer_of_a_vgg_is_cut_and_its_classifiers_inputs():
     groups = find_groups(on_meta("cifar_vgg13"))
     convs = [n for n, m in on_meta("cifar_vgg13").named_modules() if isinstance(m, nn.Conv2d)]
-    assert [g.name for g in groups] == [g.stage for g in groups] == convs
+    assert [g.name for g in groups] == [g.section for g in groups] == convs
     assert {g.block for g in groups} == {""}
     assert repr(groups[-1].slices[-1]) == "classifier.weight(10, units)"
     skeleton = build_skeleton(on_meta("cifar_vgg13"), groups, {g.name: 8 for g in groups})

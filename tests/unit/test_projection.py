@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import timm
 import torch
 
-from stepwell.config.commands import CompressConfig
-from stepwell.config.files import make_config
 from stepwell.data.spec import InputSpec
 from stepwell.errors import ConfigError
 from stepwell.losses.output import as_map
 from stepwell.losses.projection import Projections
-from stepwell.models.student import build_student
+from stepwell.models.card import Architecture
+from stepwell.models.ladder import Ladder
+from stepwell.models.student import OtherStudent, build_student
 from stepwell.pruning.blocks import compared_blocks
 from stepwell.pruning.families import find_groups
+from stepwell.pruning.units import Candidate
+from stepwell.setting.rungs import student_below, teacher_of
 from stepwell.stages.distill import distill
-from tiny import FixedTrain, no_autocast, random_batches, random_images, tiny_vit
+from stepwell.training.loop import Trained
+from tiny import random_batches, random_images, setting, tiny_vit
 
 SPEC = InputSpec((32, 32), 3, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
@@ -44,33 +45,34 @@ def test_states_are_paired_from_the_end_on_the_smaller_grid():
     torch.testing.assert_close(theirs[1][:, :, 0, 0], as_map(teacher[1])[:, :, :2, :2].mean((2, 3)))
 
 
-def run_distill(student, teacher, blocks, student_blocks):
-    config = make_config(CompressConfig, {"epochs": 1, "batch_size": 4, "lr": 1e-3})
-    return distill(
-        "distill",
-        [teacher.requires_grad_(False)],
-        student,
-        blocks,
-        student_blocks,
-        FixedTrain(random_batches(3, 4)),
-        config,
-        1,
-        no_autocast(),
-        frozenset(),
-        Path("no-checkpoints"),
+def run_distill(folder, student, teacher, blocks, student_blocks) -> Trained:
+    """The course of the training of a student of another architecture."""
+    architecture = Architecture(source="factory", name="tiny")
+    s = setting(
+        folder,
+        teacher.requires_grad_(False),
+        random_batches(3, 4),
+        groups=[group for group in find_groups(teacher) if group.block in blocks],
+        other_student=OtherStudent(student, architecture, student_blocks, "tiny"),
+        lr=1e-3,
     )
+    assert s.blocks == blocks
+    ladder = Ladder(teacher=s.card({}), candidates=[Candidate(0.4, {})], scales=[0.5])
+    distill(s, ladder, "distill", [teacher_of(s)], student_below(s, ladder, teacher_of(s)), epochs=1)
+    return s.run.stages["distill"]
 
 
-def test_blocks_of_the_same_name_but_another_width_are_projected():
+def test_blocks_of_the_same_name_but_another_width_are_projected(tmp_path):
     blocks = ("blocks.0", "blocks.2")
-    trained = run_distill(tiny_vit(embed_dim=12, num_heads=2), tiny_vit(), blocks, blocks)
+    trained = run_distill(tmp_path, tiny_vit(embed_dim=12, num_heads=2), tiny_vit(), blocks, blocks)
     assert trained.losses["feature"][-1] > 0
     assert not any("projection" in name for name in trained.tensors)
 
 
 @pytest.mark.parametrize(("blocks", "student_blocks"), [((), ("blocks.2",)), (("blocks.2",), ()), ((), ())])
-def test_where_one_has_no_blocks_the_logits_teach_alone(blocks, student_blocks):
-    trained = run_distill(tiny_vit(embed_dim=12, num_heads=2), tiny_vit(), blocks, student_blocks)
+def test_where_one_has_no_blocks_the_logits_teach_alone(tmp_path, blocks, student_blocks):
+    student = tiny_vit(embed_dim=12, num_heads=2)
+    trained = run_distill(tmp_path, student, tiny_vit(), blocks, student_blocks)
     assert "feature" not in trained.losses
     assert "logit" in trained.losses
 

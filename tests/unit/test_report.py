@@ -11,6 +11,7 @@ from PIL import Image
 from report_example import CIFAR, make_model, make_predictions, make_result, thumbnail
 
 from stepwell.errors import RunDirError
+from stepwell.paths import amd, amd_manual, dgkd, mmd, mmd_os, single_step, takd
 from stepwell.report import plots, report, wording
 from stepwell.report.result import Result
 
@@ -71,7 +72,8 @@ def page(text: str) -> Page:
 @pytest.fixture
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Figures take most of the time; tests that are not about them leave them out."""
-    monkeypatch.setattr(plots, "_render", lambda *_: "<svg></svg>")
+    for name in ("accuracy_curve", "rule_values", "loss_curves", "reliability"):
+        monkeypatch.setattr(plots, name, lambda *_, **__: "<svg></svg>")
 
 
 @pytest.fixture
@@ -253,19 +255,24 @@ def test_stages_without_history_or_speed_are_left_out(write):
 
 @pytest.mark.usefixtures("no_figures")
 @pytest.mark.parametrize(
-    ("path", "said"),
+    ("path", "way", "said"),
     [
-        ("single-step", "The teacher taught the small model itself, without an assistant."),
-        ("takd", "by way of 2 given assistants, each taught by the one above it"),
-        ("mmd", "each taught a student of its own, of which the best was kept"),
+        (
+            "single-step",
+            single_step.WAY,
+            "The teacher taught the small model itself, without an assistant.",
+        ),
+        ("takd", takd.words(2), "via 2 given assistants, each taught by the one above it"),
+        ("mmd", mmd.WAY, "each taught a student of its own, of which the best was kept"),
     ],
 )
-def test_paths_that_choose_no_assistant_by_rule(write, no_figures, path, said):
+def test_paths_that_choose_no_assistant_by_rule(write, no_figures, path, way, said):
     tried = {"keep_ratio": 0.4, "scale": 0.42, "selection_top1": 81.5, "selection_log_likelihood": -0.7}
     page = Page(
         write(
             make_result(
                 path=path,
+                way=way,
                 assistant=None if path == "single-step" else make_model(87.65, 0.224, 0.2),
                 higher_assistants=[make_model(90.0, 0.5, 0.5)] if path == "takd" else [],
                 selection=None,
@@ -276,7 +283,21 @@ def test_paths_that_choose_no_assistant_by_rule(write, no_figures, path, said):
     )
     assert said in page.text
     assert "Why this assistant" not in page.text
-    assert ("by way of each assistant" in page.text) == ("80.25" in page.text) == (path == "mmd")
+    assert ("via each assistant" in page.text) == ("80.25" in page.text) == (path == "mmd")
+
+
+def test_every_path_says_how_it_went():
+    ladder = "The teacher taught a ladder of 9 nested candidates together, "
+    assert amd.words(9, 1) == f"{ladder}of which one was chosen as the assistant."
+    assert amd.words(9, 3) == f"{ladder}of which 3 were chosen as assistants in a row."
+    assert amd_manual.words(9) == (
+        f"{ladder}and every candidate taught a student of its own, of which the best was kept."
+    )
+    assert (
+        mmd_os.words(9) == "The teacher taught 9 candidates one by one, and one was chosen as the assistant."
+    )
+    assert takd.words(1) == "It went down via 1 given assistant, each taught by the one above it."
+    assert dgkd.words(2) == "It went down via 2 given assistants, each taught by all larger ones."
 
 
 def test_groups_of_any_kind_are_shown(write):

@@ -9,6 +9,7 @@ import json
 
 import pytest
 import torch
+from timm.layers.mlp import Mlp
 from torch import nn
 from torch.func import functional_call
 
@@ -17,13 +18,13 @@ from stepwell.config.options import JointOptions, LossOptions
 from stepwell.errors import ModelError, UnsupportedModelError
 from stepwell.losses.observe import Observed
 from stepwell.losses.output import Output
+from stepwell.measure.cost import candidates_per_step
 from stepwell.models.card import Architecture, Card, load, save_model
 from stepwell.pruning.constant import ConstantOutput
 from stepwell.pruning.families import find_groups
 from stepwell.pruning.shared import SharedWeights
 from stepwell.pruning.skeleton import build_skeleton, fill, leading_units, sort_units
 from stepwell.pruning.units import Candidate
-from stepwell.measure.cost import candidates_per_step
 from stepwell.stages.joint import JointStep, candidates_of_step
 from stepwell.training.loop import Course, fit
 from tiny import (
@@ -364,6 +365,28 @@ def test_another_architecture_is_not_supported():
 
 
 # --- the store
+
+
+def test_the_example_of_the_docstring():
+    model = nn.Sequential(Mlp(4, 8))
+    (group,) = find_groups(model)
+    grid = [Candidate(0.25, {group.name: 2}), Candidate(0.375, {group.name: 3})]
+    store = SharedWeights(model, [group], model.state_dict(), grid)
+    assert {key: tuple(p.shape) for key, p in store.parameters.items()} == {
+        "0.fc1.weight+0": (2, 4),
+        "0.fc1.weight+1": (1, 4),
+        "0.fc1.bias+0": (2,),
+        "0.fc1.bias+1": (1,),
+        "0.fc2.weight+0": (4, 2),
+        "0.fc2.weight+1": (4, 1),
+        "0.fc2.bias": (4,),
+    }
+    weights = store.weights(1)
+    assert torch.equal(weights["0.fc1.weight"], model[0].fc1.weight[:3])
+    assert torch.equal(weights["0.fc2.weight"], model[0].fc2.weight[:, :3])
+    store.add_gradients(1, {"0.fc1.weight": torch.arange(12.0).reshape(3, 4)})
+    assert store.parameters["0.fc1.weight+0"].grad.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert store.parameters["0.fc1.weight+1"].grad.tolist() == [[8, 9, 10, 11]]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

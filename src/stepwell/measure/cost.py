@@ -84,7 +84,8 @@ class Costs:
 
     def _training(self, epochs: float, teachers: float, students: float, num_losses: float) -> float:
         is_taught = self.options.looks_at_teacher  # else the labels' term is all there is
-        main = epochs * self._epoch(teachers * is_taught, students, num_losses * is_taught)
+        computes = is_taught and self.options.pretraining != "student"  # which is silent afterwards
+        main = epochs * self._epoch(teachers * is_taught, students, num_losses * computes)
         return main + self._pretraining(epochs, teachers, students, num_losses)
 
     def _pretraining(

@@ -13,17 +13,17 @@ def compared_blocks(groups: Iterable[Group], layers: Sequence[int] | None = None
 
     Args:
         groups: All groups of the model.
-        layers: Numbers of its blocks, from 0; by default the last block of each stage, or six spread evenly
-            where there is one stage.
+        layers: Numbers of its blocks, from 0; by default the last block of each section, or six spread
+            evenly where there is one section.
 
     Raises:
         ConfigError: A layer that the model does not have.
     """
-    stages = {group.block: group.stage for group in groups if group.block}
-    names = list(stages)
-    if layers is None and len(set(stages.values())) > 1:
-        last = {stage: block for block, stage in stages.items()}
-        return tuple(block for block in names if block == last[stages[block]])
+    sections = {group.block: group.section for group in groups if group.block}
+    names = list(sections)
+    if layers is None and len(set(sections.values())) > 1:
+        last = {section: block for block, section in sections.items()}
+        return tuple(block for block in names if block == last[sections[block]])
     return tuple(names[i] for i in chosen_layers(len(names), layers)) if names else ()
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import cast
 
 import torch
+from jaxtyping import Float
 from timm.layers.conv2d_same import Conv2dSame
 from torch import Tensor, nn
 
@@ -16,9 +17,9 @@ class ConstantOutput(nn.Module):
     """Returns its bias at every position: what attention without heads and an FFN without neurons compute.
 
     Args:
-        name: Name of the output layer; the bias keeps its place in the state dict (`attn.proj.bias`).
-        bias: The output layer's bias, or None for a constant of 0.
-        dim: The dimension of the bias: -1 for tokens, 1 for a map of channels first.
+        name: Name of the output layer, so that its bias keeps its name in the state dict (`attn.proj.bias`).
+        bias: The bias of the output layer, or None for a constant of 0.
+        dim: The dimension of `x` that the bias lies along: -1 for tokens, 1 for a map with channels first.
     """
 
     def __init__(self, name: str, bias: nn.Parameter | None, dim: int = -1) -> None:
@@ -29,7 +30,7 @@ class ConstantOutput(nn.Module):
         holder.register_parameter("bias", bias)
         self.add_module(name, holder)
 
-    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+    def forward(self, x: Float[Tensor, "*shape"], *args: object, **kwargs: object) -> Float[Tensor, "*shape"]:
         """Return the bias for every position of `x`; masks and other arguments do not matter."""
         bias = cast(nn.Parameter | None, self.get_submodule(self.output).bias)
         if bias is None:
@@ -42,21 +43,23 @@ class ConstantConv(nn.Module):
     """A convolution without input channels: its bias, or 0, on a map of the size that it would return.
 
     Args:
-        conv: What it stands for; its tensors have their new shapes, its counts may be the old ones.
-        channels: Output channels, all 0; those of `conv`, and its bias, if not given.
+        conv: The convolution that it replaces; its tensors have their new shapes, its counts may be old.
+        channels: Number of output channels, all 0. If it is not given, `conv` says it, and gives its bias.
     """
 
     def __init__(self, conv: nn.Conv2d | ConstantConv, channels: int | None = None) -> None:
         super().__init__()
-        own = conv.out_channels if isinstance(conv, ConstantConv) else conv.weight.shape[0]
-        self.out_channels = own if channels is None else channels
+        if channels is None:
+            self.out_channels = conv.out_channels if isinstance(conv, ConstantConv) else len(conv.weight)
+        else:
+            self.out_channels = channels
         self.kernel_size, self.stride = conv.kernel_size, conv.stride
         # Conv2dSame pads as much as it takes, whatever its `padding` says.
         self.padding = "same" if isinstance(conv, Conv2dSame) else conv.padding
         self.dilation = conv.dilation
         self.bias: nn.Parameter | None = None if channels else cast(nn.Parameter | None, conv.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Float[Tensor, "batch _ _ _"]) -> Float[Tensor, "batch channels height width"]:
         """Only the size of `x` matters."""
         height, width = (self._size(x.shape[-2 + i], i) for i in range(2))
         zeros = x.new_zeros((x.shape[0], self.out_channels, height, width))
@@ -69,6 +72,15 @@ class ConstantConv(nn.Module):
         padding = 0 if isinstance(self.padding, str) else self.padding[i]
         reach = self.dilation[i] * (self.kernel_size[i] - 1) + 1
         return (size + 2 * padding - reach) // self.stride[i] + 1
+
+
+def change_forward(module: nn.Module, kind: type[nn.Module]) -> None:
+    """Let `module` compute by the forward pass of `kind`, its class or a subclass that adds nothing else.
+
+    It stays the same object: no constructor runs, so parameters, their names and all settings that the
+    library keeps in it, in this version or the next, are as they were.
+    """
+    module.__class__ = kind
 
 
 def replace(model: nn.Module, name: str, module: nn.Module) -> None:

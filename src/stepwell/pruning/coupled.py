@@ -1,4 +1,4 @@
-"""What torch-pruning says of a model: which channels of which layers go together."""
+"""What torch-pruning finds in a model: which channels of which layers can only be cut together."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any, cast
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
@@ -21,12 +22,13 @@ End = tuple[str, bool]
 
 @dataclass
 class Coupled:
-    """Channels that go together, as torch-pruning says.
+    """Channels that can only be cut together.
 
     Attributes:
-        ends: Where they lie: pairs (position, channel / number of channels).
+        ends: Positions of the channels among the outputs or inputs of each layer, as pairs (position,
+            channel / number of channels): which channel of the first layer each position belongs to.
         sizes: Numbers of channels: several where a grouped convolution ties its inputs to its outputs.
-        obstacle: Why they cannot be cut, if that is certain.
+        obstacle: The reason why they cannot be cut, or nothing.
     """
 
     ends: dict[End, list[tuple[int, float]]] = field(default_factory=dict)
@@ -34,8 +36,8 @@ class Coupled:
     obstacle: str = ""
 
 
-def coupled_sets(model: nn.Module, images: Tensor) -> list[Coupled]:
-    """All sets of coupled channels of a copy of `model`."""
+def coupled_sets(model: nn.Module, images: Float[Tensor, "batch channels height width"]) -> list[Coupled]:
+    """All sets of coupled channels in `model`; a copy of it runs on `images`, under autograd."""
     twin = copy.deepcopy(model).eval().requires_grad_(True)
     with warnings.catch_warnings(), torch.enable_grad():
         warnings.simplefilter("ignore")
@@ -43,14 +45,14 @@ def coupled_sets(model: nn.Module, images: Tensor) -> list[Coupled]:
 
         graph = DependencyGraph()
         images = images.to(next(twin.parameters()))
-        # Called by us: torch-pruning would first try one argument per image, and hide what goes wrong.
+        # With `forward_fn`: torch-pruning alone would first try one argument per image, and hide the error.
         graph.build_dependency(twin, images, forward_fn=lambda module, x: module(x), verbose=False)
         names = {id(module): name for name, module in twin.named_modules()}
         return [_coupled(group, graph, names, ops.OPTYPE.OUTPUT) for group in graph.get_all_groups()]
 
 
 def _coupled(group: Any, graph: Any, names: Mapping[int, str], output: object) -> Coupled:  # noqa: ANN401
-    """What we need of a group of torch-pruning."""
+    """Our record of a group of torch-pruning."""
     coupled = Coupled()
     channels = len(group[0].idxs)
     coupled.sizes.add(channels)
@@ -79,7 +81,7 @@ def _is_elementwise(module: nn.Module) -> bool:
 
 
 def size_of(module: nn.Module, outputs: bool) -> int | None:
-    """How many outputs or inputs a layer has; None if it is no layer that we know."""
+    """The number of outputs or inputs of a layer; None if it is not a layer that we know."""
     if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
         return module.out_channels if outputs else module.in_channels
     if isinstance(module, nn.Linear):
@@ -94,7 +96,7 @@ def size_of(module: nn.Module, outputs: bool) -> int | None:
 
 
 def num_parts(module: nn.Module) -> int:
-    """Into how many groups a grouped convolution or a GroupNorm parts its channels; 0 if it does not."""
+    """The number of groups of a grouped convolution or a GroupNorm; 0 if there is only one."""
     if isinstance(module, nn.GroupNorm):
         return module.num_groups
     if isinstance(module, nn.Conv2d | nn.ConvTranspose2d) and module.groups > 1:
@@ -103,7 +105,7 @@ def num_parts(module: nn.Module) -> int:
 
 
 def merge_tied(sets: Sequence[Coupled], modules: Mapping[str, nn.Module]) -> list[Coupled]:
-    """Sets that a grouped convolution ties together are one: its groups have inputs and outputs."""
+    """Join the sets that a grouped convolution ties together: its groups have both inputs and outputs."""
     merged: list[Coupled] = []
     for coupled in sets:
         tied = {name for name, _ in coupled.ends if num_parts(modules[name])}
@@ -132,7 +134,7 @@ def readers_of(coupled: Coupled, modules: Mapping[str, nn.Module]) -> list[str]:
 
 
 def cut_tensors(coupled: Coupled, modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, int]]:
-    """The tensors that shrink, and which of their dimensions does."""
+    """The name of each tensor that shrinks, and the dimension that does."""
     for name, module in modules.items():
         weight_dims = (1, 0) if isinstance(module, nn.ConvTranspose2d) else (0, 1)
         if (name, True) in coupled.ends:
@@ -147,8 +149,8 @@ def cut_tensors(coupled: Coupled, modules: Mapping[str, nn.Module]) -> Iterator[
             yield f"{name}.weight", weight_dims[1]
 
 
-def runs_of(model: nn.Module, images: Tensor) -> dict[str, list[int]]:
-    """The number of dimensions of every layer's input, for each time that it runs."""
+def runs_of(model: nn.Module, images: Float[Tensor, "batch channels height width"]) -> dict[str, list[int]]:
+    """The number of dimensions of each module's input, for every time that it runs on `images`."""
     runs: dict[str, list[int]] = {name: [] for name, _ in model.named_modules()}
 
     def record(name: str, _module: nn.Module, inputs: tuple[Any, ...]) -> None:

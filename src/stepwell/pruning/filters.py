@@ -3,9 +3,9 @@
     conv -> norm, activation -> depthwise or grouped conv, norm, activation -> squeeze-excite -> conv
     makes   '----------------------------- between --------------------------------------'   takes
 
-This is a *span*. In between each channel (or, around a grouped convolution, each group of channels) is by
-itself, so it can be cut from one end to the other. A convolution may end one span and begin the next.
-What a block adds to its input, and what it returns, stays whole.
+This is a *span*. The layers in between treat each channel (or, around a grouped convolution, each group of
+channels) by itself, so it can be cut from one end to the other. A convolution may end one span and begin the
+next. What a block adds to its input, and what it returns, stays whole.
 """
 
 from __future__ import annotations
@@ -57,7 +57,15 @@ GROUPED = "stepwell_grouped"
 
 @dataclass(frozen=True)
 class Span:
-    """Channels that can be cut, and the modules that they run through, by name."""
+    """Channels that can be cut, and the modules that they run through.
+
+    Attributes:
+        makes: Name of the convolution whose filters they are.
+        between: Names of the modules that treat each of them by itself.
+        takes: Name of the convolution that reads them.
+        units: Number of channels, or of groups of channels around a grouped convolution.
+        gate: Name of the module whose input is multiplied by 0 to mask a unit.
+    """
 
     makes: str
     between: tuple[str, ...]
@@ -70,11 +78,11 @@ def filter_groups(name: str, block: nn.Module, path: Sequence[str]) -> list[Grou
     """The filters inside of a block.
 
     Args:
-        name: What the model calls the block.
-        block: It.
-        path: Its modules in the order in which its forward calls them, from the first convolution to the
-            last; those that a block does not have are skipped. Layers that the forward calls by another
-            name as well (one ReLU for all) may be left out if they treat every number by itself.
+        name: The name of the block in the model.
+        block: The block, a module that runs its convolutions in one line.
+        path: Names of the modules of the block in the order in which its forward pass calls them, from the
+            first convolution to the last; those that the block does not have are skipped. A layer that is
+            called several times (one ReLU for all) may be left out if it treats every number by itself.
     """
     prefix = f"{name}." if name else ""  # a block may be the whole model
     modules = dict(leaf for part in path for leaf in _leaves(f"{prefix}{part}", _child(block, part)))
@@ -102,7 +110,7 @@ def _child(block: nn.Module, name: str) -> nn.Module | None:
 
 
 def _leaves(name: str, module: nn.Module | None) -> Iterator[tuple[str, nn.Module]]:
-    """A module, or those that a container runs one after the other."""
+    """The module itself, or the modules that it runs one after the other if it is a container."""
     if type(module) is ConvNormAct:
         for part in ("conv", "bn", "aa"):
             yield from _leaves(f"{name}.{part}", _child(module, part))
@@ -122,17 +130,17 @@ def _is_grouped(conv: nn.Conv2d) -> bool:
 
 
 def _spans(modules: Mapping[str, nn.Module]) -> Iterator[Span]:
-    run: list[str] = []  # the open span: who makes its channels, and what they have run through
+    run: list[str] = []  # the span that is open: the convolution that makes its channels, and what follows
     for name, module in modules.items():
         if _is_conv(module) and not _is_grouped(module):
             span = _span(run, name, modules)
             if span is not None:
                 yield span
-            run = [name]
+            run = [name]  # the same convolution may make the channels of the next span
         elif run and _keeps_channels_apart(module):
             run.append(name)
         else:
-            run = []
+            run = []  # something mixes channels, or is unknown: nothing can be cut across it
 
 
 def _span(run: Sequence[str], takes: str, modules: Mapping[str, nn.Module]) -> Span | None:
@@ -140,13 +148,14 @@ def _span(run: Sequence[str], takes: str, modules: Mapping[str, nn.Module]) -> S
         return None
     makes, *between = run
     grouped = {module.groups for module in map(modules.__getitem__, between) if _is_conv(module)}
-    if len(grouped) > 1:  # chunks of different sizes, that overlap
+    if len(grouped) > 1:  # two grouped convolutions whose groups differ in size, and so overlap
         return None
     units = grouped.pop() if grouped else cast(nn.Conv2d, modules[makes]).out_channels
     excites = [i for i, name in enumerate(between) if type(modules[name]) in SQUEEZE_EXCITES]
     if not excites:
         return Span(makes, tuple(between), takes, units, gate=takes)
-    # It reads all channels, so the gate lies before it; what follows must leave a 0 as it is.
+    # A squeeze-excite reads all channels, so they are masked before it, not after it. They have to be 0 still
+    # when they are read: a norm behind it would add a bias.
     first, *others = excites
     if others or any(not isinstance(modules[name], nn.Identity) for name in between[first + 1 :]):
         return None
@@ -155,7 +164,7 @@ def _span(run: Sequence[str], takes: str, modules: Mapping[str, nn.Module]) -> S
 
 def _keeps_channels_apart(module: nn.Module) -> bool:
     if type(module) in NORMS:
-        return all(_is_elementwise(inner) for inner in module.children())  # timm's hold an activation
+        return all(_is_elementwise(inner) for inner in module.children())  # timm's contain an activation
     if type(module) in SQUEEZE_EXCITES:
         layers = [_child(module, leaf) for leaf in SQUEEZE_EXCITES[type(module)]]
         return all(layer is not None and _is_conv(layer) and layer.groups == 1 for layer in layers)
@@ -165,7 +174,7 @@ def _keeps_channels_apart(module: nn.Module) -> bool:
 def _is_elementwise(module: nn.Module) -> bool:
     if type(module) in (nn.Identity, nn.Dropout, nn.Dropout2d, DropBlock2d):
         return True
-    # Those with parameters (PReLU) may have one per channel.
+    # An activation with parameters (PReLU) may have one per channel.
     known = type(module).__module__ in ACTIVATIONS and not isinstance(module, MIXING)
     return known and not any(True for _ in module.parameters())
 
@@ -185,6 +194,7 @@ def _slices(
                 yield from _leading(f"{name}.{leaf}", getattr(module, leaf), units)
         elif type(module) in SQUEEZE_EXCITES:
             squeeze, excite = SQUEEZE_EXCITES[type(module)]
+            # Where one layer is both (EffectiveSEModule), it is cut by its inputs and by its outputs.
             inner = units if squeeze == excite else None
             yield _inputs(f"{name}.{squeeze}", module.get_submodule(squeeze), units, inner)
             yield from _filters(f"{name}.{excite}", module.get_submodule(excite), units, inner)
@@ -234,10 +244,11 @@ def _narrow(skeleton: nn.Module, name: str, width: int, span: Span) -> None:
 
 
 def _empty(skeleton: nn.Module, span: Span) -> None:
-    """Nothing is left: the last convolution is a constant, what comes before hands it a size."""
+    """Make the last convolution of `span` a constant; what comes before only hands it the size of its map."""
     for name in (span.makes, *span.between):
         module = skeleton.get_submodule(name)
         if isinstance(module, nn.Conv2d | ConstantConv):
+            # One channel of 0: a map without channels is trouble for convolutions and ONNX (constant.py).
             replace(skeleton, name, ConstantConv(module, channels=1))
         elif isinstance(module, BlurPool2d):
             padding = cast("list[int]", module.padding)[0]

@@ -3,14 +3,18 @@
     conv -> norm -> + -> relu -> conv, linear, ...
     conv -> norm --'             what adds up is cut together, from all that make it to all that read it
 
-It is asked about modules of the user's own only, and it only proposes: `prove.proven` cuts a group if cutting
-equals masking on real images. Nothing leads past such a group, so it is never emptied, and it is ranked by
-itself.
+Only a user's own modules are searched in this way, and what is found is a proposal: `prove.proven` cuts a
+group if cutting equals masking on real images. Nothing leads past such a group, so it is never emptied, and
+it is ranked by itself.
 
-Whole stay: the classifier's outputs; what is joined in a concatenation, split, or put in another order, since
-a unit has to lie alike in all of its tensors; what a LayerNorm or a GroupNorm of one group lies over, which
-would see other channels in every candidate; what a parameter outside of layers goes with; and all that lies
-in blocks that a family knows, whose outputs must have the same shape at any width.
+What stays whole:
+- the outputs of the classifier;
+- channels that are concatenated, split, or put in another order: a unit must have the same place in all of
+  its tensors;
+- channels under a LayerNorm, or a GroupNorm of one group, which would normalise over other channels in every
+  candidate;
+- channels that are used together with a parameter outside of layers;
+- everything inside of blocks that a family knows, whose outputs must have the same shape at any width.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ from functools import partial
 from importlib.util import find_spec
 from typing import cast
 
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
@@ -47,12 +52,12 @@ HINT = "to cut channels of modules that no family knows: pip install 'stepwell[g
 
 @dataclass(frozen=True)
 class Proposal:
-    """What may be cut in a module of the user's own.
+    """The groups that may be cut in a user's own module.
 
     Attributes:
-        known: What the families found.
-        generic: What the dependency graph adds to it.
-        whole: Layers whose channels can not be cut, and why.
+        known: Groups that the families found.
+        generic: Groups that the dependency graph found beside them.
+        whole: Names of layers whose channels cannot be cut, and why.
     """
 
     known: list[Group]
@@ -61,20 +66,24 @@ class Proposal:
 
     @property
     def groups(self) -> list[Group]:
-        """All of them; always in the same order, for the same model."""
+        """All groups; always in the same order, for the same model."""
         return [*self.known, *self.generic]
 
 
 def installed() -> bool:
-    """Whether the extra `generic` is there."""
+    """Whether the extra `generic` is installed."""
     return find_spec("torch_pruning") is not None
 
 
-def propose(model: nn.Module, images: Tensor) -> Proposal:
-    """What may be cut in `model`: by families, and by the dependency graph.
+def propose(model: nn.Module, images: Float[Tensor, "batch channels height width"]) -> Proposal:
+    """Find what may be cut in `model`: by families, and by the dependency graph.
+
+    Args:
+        model: The user's own module.
+        images: A few images, to follow channels through the forward pass.
 
     Raises:
-        UnsupportedModelError: Nothing.
+        UnsupportedModelError: Nothing in it may be cut.
     """
     try:
         known, unknown = find_groups(model), ""
@@ -107,6 +116,7 @@ def _propose(model: nn.Module, images: Tensor, known: Sequence[Group]) -> tuple[
         makers = [name for name in modules if (name, True) in coupled.ends]
         tensors = {name for name, _ in cut_tensors(coupled, modules)}
         inside = any(f"{name}.".startswith(blocks) for name, _ in coupled.ends)
+        # Left to a family, or read by nobody, as the outputs of the classifier.
         if inside or tensors & taken or not readers_of(coupled, modules):
             continue
         units = num_units(coupled, modules)
@@ -121,7 +131,7 @@ def _propose(model: nn.Module, images: Tensor, known: Sequence[Group]) -> tuple[
 
 
 def _unshared(model: nn.Module) -> set[str]:
-    """Tensors that have one name only; the skeleton would cut the others under one of their names."""
+    """Names of the tensors that have no other name: the skeleton would cut a tied one under one name only."""
     names = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     return {name for name, tensor in tensors_of(model).items() if names[id(tensor)] <= 1}
 
@@ -133,7 +143,7 @@ def _obstacle(
     runs: Mapping[str, list[int]],
     tensors: Collection[str],
 ) -> str:
-    """Why these channels stay whole, or nothing."""
+    """The reason why these channels stay whole, or nothing."""
     if units == 1:
         return "its layers part their channels differently"
     for (name, outputs), pairs in coupled.ends.items():
@@ -160,11 +170,11 @@ def _views(
     model: nn.Module, modules: Mapping[str, nn.Module], chosen: Mapping[str, tuple[Coupled, int]]
 ) -> dict[str, dict[int, tuple[int, ...]]]:
     """How each dimension of each tensor is viewed: a tensor that two groups cut must be viewed alike."""
-    own = tensors_of(model)
+    tensors = tensors_of(model)
     views: dict[str, dict[int, tuple[int, ...]]] = {}
     for coupled, units in chosen.values():
         for tensor, dim in cut_tensors(coupled, modules):
-            shape = own[tensor].shape
+            shape = tensors[tensor].shape
             view = views.setdefault(tensor, {i: (size,) for i, size in enumerate(shape)})
             view[dim] = (units,) if shape[dim] == units else (units, shape[dim] // units)
     return views
@@ -200,7 +210,7 @@ def _group(
 
 
 def _narrow(skeleton: nn.Module, _name: str, width: int, layers: Sequence[str], units: int) -> None:
-    """Counts that layers keep beside their weights, and that are not told them with their sizes."""
+    """Set the counts of layers that `build_skeleton` does not set by the sizes of their weights."""
     for name in layers:
         module = skeleton.get_submodule(name)
         if isinstance(module, nn.GroupNorm):

@@ -1,8 +1,7 @@
 """For modules that nobody has tested: a group is cut only if cutting it equals masking it, on real input.
 
-A family knows blocks by their class, and takes on trust that the rest of the model uses them as their author
-meant. Of a module of the user's own that is not certain: something may read a width, or a weight, from
-outside of the block.
+A family knows blocks by their class, and trusts the rest of the model to use them as their author meant. In
+a user's own module that is not certain: something outside of a block may read a width of it, or a weight.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -22,27 +22,35 @@ TOLERANCE = 1e-4
 """Largest difference of logits, relative to the largest: far above rounding, far below a mistake."""
 
 
-def proven(model: nn.Module, groups: Sequence[Group], images: Tensor) -> list[Group]:
+def proven(
+    model: nn.Module, groups: Sequence[Group], images: Float[Tensor, "batch channels height width"]
+) -> list[Group]:
     """The groups whose slices compute what the masked model computes, each alone and all together.
 
     Args:
-        model: In eval mode.
-        groups: What the families found in it.
+        model: The user's own module, in eval mode.
+        groups: The groups that were found in it.
         images: A few real images, on the device of the model.
     """
     if _agree(model, groups, images):
         return list(groups)
+    # What is at fault is left out; two groups that are right alone may still be wrong together.
     alone = [group for group in groups if _agree(model, [group], images)]
     return alone if alone and _agree(model, alone, images) else []
 
 
 def _agree(model: nn.Module, groups: Sequence[Group], images: Tensor) -> bool:
-    """Whether half the units of one group and all of the next, in turns, are cut as they are masked."""
+    """Whether cutting equals masking in two trials: with groups 0, 2, 4, ... emptied, then with the others.
+
+    The groups that are not emptied lose half of their units.
+    """
 
     def width(group: Group, empty: bool) -> int:
         # Where nothing leads past a group, it is never emptied.
         return 0 if empty and group.block else max(1, group.num_units // 2)
 
+    # A halved group shows whether its units are where the slices say, an emptied one whether the constant
+    # that replaces it is right. In two trials every group is once the one and once the other.
     return all(
         difference(model, groups, {g.name: width(g, i % 2 == odd) for i, g in enumerate(groups)}, images)
         <= TOLERANCE
@@ -50,14 +58,28 @@ def _agree(model: nn.Module, groups: Sequence[Group], images: Tensor) -> bool:
     )
 
 
-def difference(model: nn.Module, groups: Sequence[Group], widths: Mapping[str, int], images: Tensor) -> float:
-    """Largest difference of logits between the slice with the first `widths` units and the masked model.
+def difference(
+    model: nn.Module,
+    groups: Sequence[Group],
+    widths: Mapping[str, int],
+    images: Float[Tensor, "batch channels height width"],
+) -> float:
+    """Largest difference of logits between the cut model and the masked one, relative to the largest logit.
 
-    Relative to the largest logit; infinite where the model cannot run with fewer units.
+    Args:
+        model: The whole model, in eval mode.
+        groups: The groups to be cut.
+        widths: Number of units, the first ones, that are left in each group.
+        images: A few real images, on the device of the model.
+
+    Returns:
+        The difference; infinite where the model cannot run with fewer units.
     """
     whole = {group.name: group.num_units for group in groups}
     try:
         with torch.no_grad():
+            # A skeleton here too, of full width: torch's attention, for one, uses its output layer without
+            # calling it, so no hook would run; the class that replaces it in skeletons does call it.
             masked_model = build_skeleton(model, groups, whole)
             with masked(masked_model, groups, widths):
                 expected = functional_call(masked_model, dict(model.named_parameters()), (images,))
@@ -66,7 +88,7 @@ def difference(model: nn.Module, groups: Sequence[Group], widths: Mapping[str, i
             found = functional_call(skeleton, weights, (images,))
         return ((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12)).item()
     except (RuntimeError, ValueError, AttributeError, TypeError, LookupError, AssertionError):
-        return float("inf")  # a forward pass that cannot do with fewer units, whatever it says about it
+        return float("inf")  # the forward pass cannot do with fewer units, whatever error it gives
 
 
 @contextmanager
@@ -75,6 +97,7 @@ def masked(model: nn.Module, groups: Sequence[Group], widths: Mapping[str, int])
 
     def mask(group: Group, keep: int) -> Any:  # noqa: ANN401  (a hook)
         def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            # (..., units, numbers of each)
             x = inputs[0].movedim(group.gate_dim, -1).unflatten(-1, (group.num_units, -1))
             ones = torch.arange(group.num_units, device=x.device) < keep
             x = (x * ones[:, None].to(x.dtype)).flatten(-2).movedim(-1, group.gate_dim)

@@ -62,14 +62,14 @@ def uniform_scores(groups: Sequence[Group]) -> dict[str, list[float]]:
 def kept_counts(groups: Sequence[Group], scores: Scores, keep_ratio: float) -> dict[str, int]:
     """How many units each group keeps when the top `keep_ratio` of each ranking stay.
 
-    Heads and neurons are ranked apart, and each stage of the model by itself. The number kept is
+    Heads and neurons are ranked apart, and each section of the model by itself. The number kept is
     `keep_ratio` times the total, to the nearest whole, at least 1. Of equal scores the earlier layer's goes
     first, so that the result does not depend on a sorting algorithm.
     """
     counts = {group.name: 0 for group in groups}
     rankings: dict[tuple[str, str], list[tuple[float, int, str]]] = defaultdict(list)
     for position, group in enumerate(groups):
-        rankings[group.kind, group.stage] += [(-s, position, group.name) for s in scores[group.name]]
+        rankings[group.kind, group.section] += [(-s, position, group.name) for s in scores[group.name]]
     for ranking in rankings.values():
         keep = max(1, math.floor(keep_ratio * len(ranking) + 0.5))
         for _, _, name in sorted(ranking)[:keep]:
@@ -90,8 +90,8 @@ def round_widths(groups: Sequence[Group], counts: Mapping[str, int], options: Gr
         else:
             step = _step(group, options)
             widths[group.name] = min(group.num_units, step * math.floor(count / step + 0.5))
-    for ranking in {(group.kind, group.stage) for group in groups}:
-        members = [group for group in groups if (group.kind, group.stage) == ranking]
+    for ranking in {(group.kind, group.section) for group in groups}:
+        members = [group for group in groups if (group.kind, group.section) == ranking]
         if all(widths[group.name] == 0 for group in members):
             fullest = max(members, key=lambda group: counts[group.name])
             widths[fullest.name] = min(fullest.num_units, _step(fullest, options))

@@ -2,16 +2,33 @@
 
 The kept units of a larger candidate contain those of a smaller one (they come from one ranking), so a
 candidate is the next smaller one plus an *increment*. The store keeps each sliced parameter as its list of
-increments, and candidate k runs on the first k of them, joined:
+increments, and candidate k runs on those up to number k, joined:
 
     weight of candidate k  =  increment 0 | increment 1 | ... | increment k
 
-A parameter that two groups cut (a convolution: its own filters, and those of the one before it) is a table
-of increments, of which candidate k takes the first k rows and columns.
+An example: an FFN whose first layer, Linear(4, 8), has 8 neurons, and two candidates of widths 2 and 3.
+
+    in the store     shape     is of candidate 0     is of candidate 1
+    fc1.weight+0     (2, 4)    rows 0 and 1          rows 0 and 1
+    fc1.weight+1     (1, 4)    -                     row 2
+    fc1.bias+0       (2,)      entries 0 and 1       entries 0 and 1
+    fc1.bias+1       (1,)      -                     entry 2
+    fc2.weight+0     (4, 2)    columns 0 and 1       columns 0 and 1
+    fc2.weight+1     (4, 1)    -                     column 2
+    fc2.bias         (4,)      all of it             all of it
+
+Candidate 0 computes with +0 alone; candidate 1 with `fc1.weight = cat([+0, +1], dim=0)`, of shape (3, 4), and
+`fc2.weight = cat([+0, +1], dim=1)`, of shape (4, 3). A gradient is split where the weight was joined: of that
+of candidate 1 for `fc1.weight`, rows 0 and 1 are added to the gradient of +0, to which candidate 0 adds as
+well, and row 2 to that of +1. The teacher's other five neurons are in no candidate, so they are not stored.
+
+A parameter that two groups cut (a convolution: by its own filters, and by those of the one before it) is a
+table of increments: `conv2.weight+0+1` holds the filters that candidate 1 adds, as far as they read channels
+that candidate 0 has. Candidate k takes the rows and the columns up to number k.
 
 An increment that no candidate of a step uses has no gradient, and an optimizer does not touch a parameter
 without one: no decay, no momentum, no step count. Parameters that are not sliced are shared whole. BatchNorm
-statistics are not shared at all: they lie in the skeletons.
+statistics are not shared at all: each skeleton has those of its candidate.
 """
 
 from __future__ import annotations
@@ -20,6 +37,7 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
@@ -33,16 +51,17 @@ class SharedWeights:
     Args:
         model: The teacher; its class, settings and buffers go into the skeletons.
         groups: The groups of `model`.
-        weights: The teacher's parameters and buffers, units sorted from most to least important.
-        candidates: Nested, from the smallest to the largest. Units that the largest does not hold are
-            not in the store.
+        weights: The teacher's parameters and buffers by name, in the teacher's shapes, with the units of each
+            group sorted from most to least important.
+        candidates: The grid, nested, from the smallest to the largest. Units that the largest does not hold
+            are not in the store.
     """
 
     def __init__(
         self,
         model: nn.Module,
         groups: Sequence[Group],
-        weights: Mapping[str, Tensor],
+        weights: Mapping[str, Shaped[Tensor, "..."]],
         candidates: Sequence[Candidate],
     ) -> None:
         self.candidates = tuple(candidates)
@@ -56,38 +75,48 @@ class SharedWeights:
             for skeleton, candidate in zip(self.skeletons, self.candidates, strict=True):
                 leading = leading_units(weights, skeleton, groups, candidate.widths)
                 for name, buffer in skeleton.named_buffers():
-                    if name in self._cuts:  # the model's own lie unsorted
+                    # The skeleton copied its buffers from the model, whose units are not sorted.
+                    if name in self._cuts:
                         buffer.copy_(leading[name])
+        # The largest candidate holds all increments, since every other one is a part of it.
         largest = leading_units(weights, self.skeletons[-1], groups, self.candidates[-1].widths)
         for name in self._shapes[-1]:
             for key, part in self._increments(name, largest[name], len(self.candidates) - 1):
+                # A clone: a view would keep all of the teacher's tensor in memory.
                 self.parameters[key] = nn.Parameter(part.detach().clone())
 
-    def weights(self, index: int) -> dict[str, Tensor]:
-        """The weights of candidate `index`, as leaves that collect gradients of their own.
+    def weights(self, index: int) -> dict[str, Float[Tensor, "..."]]:
+        """The parameters of candidate `index` by name, each in the shape that it has in its skeleton.
 
-        Detached on purpose: autograd through a slice would fill a gradient of the full size for every
-        candidate; `add_gradients` puts these smaller ones into the store.
+        They are detached from the store on purpose: `torch.autograd.grad` then returns one gradient for each
+        of them, and `add_gradients` alone decides what goes into the store.
         """
-        return {
-            name: self._join(name, self._cuts.get(name, []), index).reshape(shape).requires_grad_()
-            for name, shape in self._shapes[index].items()
-        }
+        weights = {}
+        for name, shape in self._shapes[index].items():
+            joined = self._join(name, self._cuts.get(name, []), index)
+            weights[name] = joined.reshape(shape).requires_grad_()
+        return weights
 
-    def add_gradients(self, index: int, gradients: Mapping[str, Tensor | None]) -> None:
-        """Add the gradients of candidate `index` (of the tensors of `weights(index)`) into the store."""
+    def add_gradients(self, index: int, gradients: Mapping[str, Float[Tensor, "..."] | None]) -> None:
+        """Add the gradients of candidate `index` to those in the store.
+
+        Args:
+            index: Number of the candidate.
+            gradients: Gradients by the names and in the shapes of `weights(index)`.
+        """
         for name, gradient in gradients.items():
-            if gradient is None:  # such as the norm before a sub-layer that became a constant
+            if gradient is None:  # unused, such as the norm before a sub-layer that became a constant
                 continue
             for key, part in self._increments(name, gradient, index):
                 parameter = self.parameters[key]
                 if parameter.grad is None:
+                    # A clone: `part` is a view of the candidate's gradient, and others are added in place.
                     parameter.grad = part.clone()
                 else:
                     parameter.grad += part
 
     def put(self, index: int, model: nn.Module) -> None:
-        """Take over the parameters of `model`, which was candidate `index` and was trained by itself.
+        """Copy the parameters of `model`, which is candidate `index` trained alone, into the store.
 
         Smaller candidates are then slices of it; what only larger ones hold stays as it is.
         """
@@ -97,11 +126,14 @@ class SharedWeights:
                     self.parameters[key].copy_(part)
 
     def extract(self, index: int) -> nn.Module:
-        """Candidate `index` as a physical model of its own."""
+        """Candidate `index` as a physical model, which shares nothing with the store."""
         return fill(self.skeletons[index], self.weights(index))
 
-    def state(self) -> dict[str, Tensor]:
-        """All that training changes: the parameters, and the statistics of each candidate, not copied."""
+    def state(self) -> dict[str, Shaped[Tensor, "..."]]:
+        """All tensors that training changes, not copied, each in the shape that it has in the store.
+
+        These are the parameters by their keys, and the statistics of each candidate as `name@index`.
+        """
         statistics = {
             f"{name}@{index}": buffer
             for index, skeleton in enumerate(self.skeletons)
@@ -109,52 +141,61 @@ class SharedWeights:
         }
         return {**{key: p.detach() for key, p in self.parameters.items()}, **statistics}
 
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take over the `state()` of a store of the same grid."""
-        own = self.state()
-        assert state.keys() == own.keys(), "saved for another grid"
+    def load(self, state: Mapping[str, Shaped[Tensor, "..."]]) -> None:
+        """Copy the `state()` of a store of the same grid, with its keys and shapes, into this one."""
+        current = self.state()
+        assert state.keys() == current.keys(), "saved for another grid"
         with torch.no_grad():
-            for key, tensor in own.items():
+            for key, tensor in current.items():
+                # In place: an optimizer holds the parameters, the skeletons hold the statistics.
                 tensor.copy_(state[key])
 
     def _added(self, group: Group, index: int) -> list[tuple[int, int]]:
-        """(number, units) of each increment that is not empty, up to candidate `index`."""
+        """(number, units) of each increment that is not empty, up to candidate `index`.
+
+        Widths 2, 2 and 3 are [(0, 2), (2, 1)]: candidate 1 adds nothing, so no tensor has a `+1`.
+        """
         widths = [0, *(c.widths[group.name] for c in self.candidates[: index + 1])]
         steps = (after - before for before, after in itertools.pairwise(widths))
         return [(number, units) for number, units in enumerate(steps) if units]
 
     def _join(self, key: str, cuts: Sequence[tuple[Group, Slice]], index: int) -> Tensor:
+        """The increments of candidate `index` whose keys begin with `key`, joined; undoes `_split`."""
         if not cuts:
             return self.parameters[key].detach()
+        # One axis at a time: where two groups cut, each part of the first axis is joined on the second.
         (group, slice_), *others = cuts
         parts = [self._join(f"{key}+{number}", others, index) for number, _ in self._added(group, index)]
-        return torch.cat(parts, dim=slice_.axis)
+        return torch.cat(parts, dim=slice_.axis)  # (2, 4) and (1, 4) to (3, 4), in the example above
 
     def _increments(self, name: str, tensor: Tensor, index: int) -> Iterator[tuple[str, Tensor]]:
         """Split a tensor of candidate `index` into (key, increment) pairs."""
         cuts = self._cuts.get(name, [])
         if cuts:
-            shape = list(cuts[0][1].view)
+            # The teacher's view, with as many units as the candidate has.
+            shape = list(cuts[0][1].view)  # of qkv.weight: (3, heads, head_dim, width)
             for group, slice_ in cuts:
                 shape[slice_.axis] = self.candidates[index].widths[group.name]
-            tensor = tensor.reshape(shape)
+            tensor = tensor.reshape(shape)  # from (3 * heads * head_dim, width)
         return self._split(name, tensor, cuts, index)
 
     def _split(
         self, key: str, tensor: Tensor, cuts: Sequence[tuple[Group, Slice]], index: int
     ) -> Iterator[tuple[str, Tensor]]:
+        """The parts of `tensor`, as views, by their keys in the store: `name`, `name+1` or `name+0+1`."""
         if not cuts:
             yield key, tensor
             return
         (group, slice_), *others = cuts
         added = self._added(group, index)
-        parts = tensor.split([units for _, units in added], dim=slice_.axis)
+        parts = tensor.split([units for _, units in added], dim=slice_.axis)  # (3, 4) to (2, 4) and (1, 4)
         for (number, _), part in zip(added, parts, strict=True):
             yield from self._split(f"{key}+{number}", part, others, index)
 
 
 def _statistics(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, module in model.named_modules():
-        if isinstance(module, _NormBase):  # of batches or of instances
+        # BatchNorm and InstanceNorm: what they collect depends on how much was cut from the layers before.
+        if isinstance(module, _NormBase):
             for leaf, buffer in module.named_buffers(recurse=False):
                 yield f"{name}.{leaf}", buffer

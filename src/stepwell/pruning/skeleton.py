@@ -1,16 +1,17 @@
 """Skeletons: copies of the teacher with narrower layers, whose parameters hold no memory.
 
 A skeleton is called with weights from elsewhere (`torch.func.functional_call`), or filled to become a
-physical model. Its buffers are real, so every candidate has BatchNorm statistics of its own.
+physical model. Its buffers are real, so every candidate collects its BatchNorm statistics for itself.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
+from jaxtyping import Shaped
 from timm.layers.drop import DropPath
 from timm.layers.patch_dropout import PatchDropout
 from torch import Tensor, nn
@@ -39,6 +40,7 @@ def build_skeleton(model: nn.Module, groups: Sequence[Group], widths: Widths) ->
     chosen = [group for group in groups if group.name in widths]
     for name, cuts in cuts_by_tensor(chosen).items():
         _shrink(skeleton, name, cuts, widths)
+    # After the tensors: a family that replaces an emptied layer takes over its bias as it is now.
     for group in chosen:
         group.narrow(skeleton, group.name, widths[group.name])
     _tell_sizes(skeleton)
@@ -50,18 +52,20 @@ def _shrink(skeleton: nn.Module, name: str, cuts: Sequence[tuple[Group, Slice]],
     owner_name, _, leaf = name.rpartition(".")
     owner = skeleton.get_submodule(owner_name)
     old = getattr(owner, leaf)
-    shape = list(old.shape)
+    shape = list(old.shape)  # of qkv.weight: (3 * heads * head_dim, width)
     for group, slice_ in cuts:
+        # A unit may be several rows: a head is 3 * head_dim of those of qkv.weight.
         shape[slice_.dim] = shape[slice_.dim] // group.num_units * widths[group.name]
     if isinstance(old, nn.Parameter):
-        owner.register_parameter(leaf, nn.Parameter(old.new_empty(shape)))
+        owner.register_parameter(leaf, nn.Parameter(old.new_empty(shape)))  # on the meta device, as `old` is
     else:
+        # A skeleton's buffers are real, so their values are cut as well.
         setattr(owner, leaf, _leading(old, cuts, widths).reshape(shape).clone())
 
 
 def _leading(tensor: Tensor, cuts: Sequence[tuple[Group, Slice]], widths: Widths) -> Tensor:
     """The first units of a tensor, in the shape that it is viewed in."""
-    viewed = tensor.reshape(cuts[0][1].view)
+    viewed = tensor.reshape(cuts[0][1].view)  # the same for all cuts: see `cuts_by_tensor`
     for group, slice_ in cuts:
         viewed = viewed.narrow(slice_.axis, 0, widths.get(group.name, group.num_units))
     return viewed
@@ -76,6 +80,7 @@ def _tell_sizes(skeleton: nn.Module) -> None:
         if isinstance(module, nn.Linear):
             module.out_features, module.in_features = weight.shape
         elif isinstance(module, nn.Conv2d):
+            # The weight of a grouped convolution has the inputs of one group only.
             module.out_channels, module.in_channels = weight.shape[0], weight.shape[1] * module.groups
         elif isinstance(module, _BatchNorm):
             module.num_features = len(weight)
@@ -84,30 +89,44 @@ def _tell_sizes(skeleton: nn.Module) -> None:
 
 
 def _silence_dropout(skeleton: nn.Module) -> None:
+    """Set every rate of dropout to 0.
+
+    `eval()` would not do: BatchNorm has to collect statistics. Nor is it enough to know the layers, since
+    many forward passes call the function `dropout` with a rate that they keep as an attribute, and no two
+    libraries agree on its name. Those below are the names in timm, torchvision and transformers.
+    """
     for module in skeleton.modules():
+        # Layers, whose attributes are too common to be trusted elsewhere (the `p` of a norm, say).
         if isinstance(module, _DropoutNd | StochasticDepth):
             module.p = 0.0
-        if isinstance(getattr(module, "drop_rate", None), float):  # timm's CNNs, before the classifier
-            cast(Any, module).drop_rate = 0.0
-        if hasattr(module, "drop_prob"):  # timm's DropPath, or one like it
-            cast(DropPath, module).drop_prob = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):  # torchvision's Swin, transformers
-            cast(Any, module).attention_dropout = 0.0
         if isinstance(module, PatchDropout):
             module.prob = 0.0
+        # Drop-path and DropBlock of timm; others have copied the class, and the name with it.
+        if hasattr(module, "drop_prob"):
+            cast(DropPath, module).drop_prob = 0.0
+        # Rates for `F.dropout`: timm's CNNs keep one for their classifier, attention of torchvision's Swin
+        # and of transformers one for its maps. A float: elsewhere these names may be a layer's.
+        for rate in ("drop_rate", "attention_dropout"):
+            if isinstance(getattr(module, rate, None), float):
+                setattr(module, rate, 0.0)
 
 
-def sort_units(weights: Mapping[str, Tensor], groups: Sequence[Group], order: Order) -> dict[str, Tensor]:
+def sort_units(
+    weights: Mapping[str, Shaped[Tensor, "..."]], groups: Sequence[Group], order: Order
+) -> dict[str, Shaped[Tensor, "..."]]:
     """Put the units of each group in `order`; the function that the model computes stays the same.
 
     Args:
-        weights: Parameters and buffers, see `tensors_of`.
-        groups: The groups of the model they belong to.
-        order: For each group, which unit comes first, second, ...
+        weights: Parameters and buffers by name, in the shapes of the model: see `tensors_of`.
+        groups: The groups of that model.
+        order: Numbers of the units of each group: which one comes first, second, ...
+
+    Returns:
+        All of `weights`, in the same shapes.
     """
     sorted_weights = dict(weights)
     for name, cuts in cuts_by_tensor(groups).items():
-        viewed = weights[name].reshape(cuts[0][1].view)
+        viewed = weights[name].reshape(cuts[0][1].view)  # of qkv.weight: (3, heads, head_dim, width)
         for group, slice_ in cuts:
             index = torch.as_tensor(list(order[group.name]), device=viewed.device)
             viewed = viewed.index_select(slice_.axis, index)
@@ -116,39 +135,55 @@ def sort_units(weights: Mapping[str, Tensor], groups: Sequence[Group], order: Or
 
 
 def leading_units(
-    weights: Mapping[str, Tensor], skeleton: nn.Module, groups: Sequence[Group], widths: Widths
-) -> dict[str, Tensor]:
-    """Cut sorted weights (and buffers, where given) down to the first `widths` units, for `skeleton`."""
-    own = tensors_of(skeleton)
+    weights: Mapping[str, Shaped[Tensor, "..."]],
+    skeleton: nn.Module,
+    groups: Sequence[Group],
+    widths: Widths,
+) -> dict[str, Shaped[Tensor, "..."]]:
+    """Cut sorted weights down to the first `widths` units, for `skeleton`.
+
+    Args:
+        weights: Parameters, and buffers if they are wanted, by name, in the shapes of the teacher.
+        skeleton: The skeleton that was built with the same `groups` and `widths`.
+        groups: The groups of the teacher.
+        widths: Number of units that are left in each group.
+
+    Returns:
+        The tensors of `skeleton` that are in `weights`, by name, in the shapes of `skeleton`.
+    """
     cuts = cuts_by_tensor(group for group in groups if group.name in widths)
     return {
         name: _leading(weights[name], cuts[name], widths).reshape(tensor.shape)
         if name in cuts
         else weights[name]
-        for name, tensor in own.items()
+        for name, tensor in tensors_of(skeleton).items()
+        # Buffers may be left out; a parameter that is missing is a KeyError above.
         if name in weights or isinstance(tensor, nn.Parameter)
     }
 
 
-def fill(skeleton: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
-    """Return a physical model: a copy of `skeleton` that owns clones of `weights`.
+def fill(skeleton: nn.Module, weights: Mapping[str, Shaped[Tensor, "..."]]) -> nn.Module:
+    """Return a physical model: a copy of `skeleton` with clones of `weights`.
 
     Args:
-        skeleton: Stays as it is.
-        weights: All parameters; buffers that are not among them are the skeleton's.
+        skeleton: The model to copy, which stays as it is.
+        weights: All parameters by name, in the shapes of `skeleton`, and any buffers; those that are not
+            given are the skeleton's.
 
     Raises:
         ModelError: A weight is missing or has another shape.
     """
     model = copy.deepcopy(skeleton)
-    own = {name: weights[name].detach().clone() for name in model.state_dict() if name in weights}
-    missing = [name for name, _ in model.named_parameters() if name not in own]
+    given = {name: weights[name].detach().clone() for name in model.state_dict() if name in weights}
+    missing = [name for name, _ in model.named_parameters() if name not in given]
     if missing:
         raise ModelError(f"weights are missing for {len(missing)} parameters, the first is {missing[0]}")
     try:
-        model.load_state_dict(own, strict=False, assign=True)
+        # Assigned: nothing can be copied into a parameter on the meta device.
+        model.load_state_dict(given, strict=False, assign=True)
     except RuntimeError as error:
         raise ModelError(f"weights do not fit the model: {str(error).splitlines()[-1].strip()}") from None
+    # Assigning gave each name a tensor; those that were one parameter must be one again to train together.
     for name, first in _tied(skeleton):
         owner, _, leaf = name.rpartition(".")
         model.get_submodule(owner).register_parameter(leaf, model.get_parameter(first))

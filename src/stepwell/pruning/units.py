@@ -11,18 +11,19 @@ A unit is a set of slices of tensors that live and die together. `qkv.weight` of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from jaxtyping import Shaped
 from torch import Tensor, nn
 
 Kind = Literal["head", "neuron", "filter"]
 Widths = Mapping[str, int]
 """Number of kept units of each group, by the group's name."""
 Narrow = Callable[[nn.Module, str, int], None]
-"""Given a skeleton, the group's name and its new width (0 too): set counts, put constants where nothing is
-left. The tensors have their new shapes by then."""
+"""Given a skeleton, the name of a group and its new width: sets counts, and puts constants where the width
+is 0. The tensors have their new shapes by then."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,8 @@ class Slice:
         tensor: Name of a parameter, or of a buffer such as a running mean.
         view: The shape it is viewed in, with one axis for the units. Groups that cut the same tensor (the
             filters of one convolution, and those of the one before it) view it alike.
-        axis: That axis.
-        dim: The tensor's own dimension that shrinks when units are cut.
+        axis: The axis of the units, in `view`.
+        dim: The dimension of the tensor itself that shrinks when units are cut.
     """
 
     tensor: str
@@ -51,23 +52,44 @@ class Slice:
 class Group:
     """The units of one layer: they are scored, ranked and cut on the same axes.
 
+    An example: the first attention of timm's `vit_tiny_patch16_224`, 192 wide, with 3 heads of 64.
+
+        Group(
+            name="blocks.0.attn", kind="head", num_units=3,
+            slices=(
+                # 576 rows: the queries of 3 heads, 64 each, then their keys, then their values.
+                Slice("blocks.0.attn.qkv.weight", view=(3, 3, 64, 192), axis=1, dim=0),
+                Slice("blocks.0.attn.qkv.bias", view=(3, 3, 64), axis=1, dim=0),
+                # 192 columns: the outputs of 3 heads, 64 each. The rows are the width, which stays.
+                Slice("blocks.0.attn.proj.weight", view=(192, 3, 64), axis=1, dim=1),
+            ),
+            gate="blocks.0.attn.proj",
+            block="blocks.0",
+            ...,
+        )
+
+    With 2 heads left, `qkv.weight` is (384, 192), `qkv.bias` (384,) and `proj.weight` (192, 128); `proj.bias`
+    is no slice and stays whole. The *gate*, `proj`, reads (batch, tokens, 3 * 64): multiplying the last 64
+    numbers by 0 does what cutting the last head does. The *block* adds what `proj` returns to its input, so
+    its output is (batch, tokens, 192) whatever is cut inside, and can be compared with the teacher's.
+
     Attributes:
-        name: The module that the units belong to, as in `model.named_modules()`.
+        name: Name of the module that the units belong to, as in `model.named_modules()`.
         kind: `head`, `neuron` or `filter`; kinds are ranked apart.
-        num_units: How many units the teacher has here.
+        num_units: Number of units in the teacher.
         slices: The parameters and buffers that shrink with the group.
-        gate: The module whose input is the units' output, side by side in dimension `gate_dim`
-            (`num_units` blocks of equal size). A gate of 0 on a unit's block equals cutting the unit.
-        block: The module whose output carries the result on: it has the teacher's shape at any width, so
-            that it can be compared with the teacher's. Empty where no such module is near.
-        narrow: Sets up a skeleton for fewer units.
-        gate_dim: -1 for tokens, 1 for channels of a map.
-        more_gates: Further modules whose input holds something of each unit, where it has to be 0 as well
-            for the unit to be gone. Their gates are the same number as the first.
-        norm: A norm that lies over the units, behind the gate: it is taken over those that are left, so that
+        gate: Name of the module whose input is the units' outputs, side by side in dimension `gate_dim`,
+            equally many numbers of each. Multiplying those of a unit by 0 equals cutting the unit.
+        block: Name of the module around the layer whose output has the teacher's shape at any width, so that
+            it can be compared with the teacher's. Empty where there is no such module.
+        narrow: Function that sets up a skeleton for fewer units.
+        gate_dim: Dimension of the units in the gate's input: -1 for tokens, 1 for channels of a map.
+        more_gates: Names of further modules whose input has something of each unit that must be 0 as well for
+            the unit to be gone. It is multiplied by the same number as at the first gate.
+        norm: A norm over the units, behind the gate: it is computed over those that are left, so that
             cutting a unit is more than setting its output to 0. None where there is none.
-        unit_size: Neurons or filters that a unit holds: more than 1 around a grouped convolution. Widths
-            are rounded by what the layers have in the end.
+        unit_size: Number of neurons or filters in a unit: more than 1 around a grouped convolution. Widths
+            are rounded so that the number of filters, not of units, is a multiple of the divisor.
     """
 
     name: str
@@ -88,11 +110,12 @@ class Group:
         return (self.gate, *self.more_gates)
 
     @property
-    def stage(self) -> str:
-        """The container of the block: units are ranked against those of their own stage.
+    def section(self) -> str:
+        """The container of the block: units are ranked against those of the same section only.
 
-        A vision transformer has one stage. In a pyramid (Swin, a ResNet) layers of different stages have
-        different numbers of units, and a share of 1 / 96 in one says nothing about 1 / 768 in another.
+        A vision transformer has one section. In a pyramid (Swin, a ResNet) a section holds the blocks of one
+        resolution. Layers of different sections have different numbers of units, and a share of 1 / 96 in
+        one says nothing about 1 / 768 in another.
         """
         return self.block.rpartition(".")[0] if self.block else self.name
 
@@ -117,10 +140,6 @@ class Candidate:
         return f"Candidate(keep_ratio={self.keep_ratio:g}, units={sum(self.widths.values())})"
 
 
-Cuts = Mapping[str, Sequence[tuple[Group, Slice]]]
-"""By tensor: the groups that cut it, and where."""
-
-
 def cuts_by_tensor(groups: Iterable[Group]) -> dict[str, list[tuple[Group, Slice]]]:
     """All cuts of each tensor; a tensor that two groups cut is viewed alike by both."""
     cuts: dict[str, list[tuple[Group, Slice]]] = {}
@@ -132,6 +151,6 @@ def cuts_by_tensor(groups: Iterable[Group]) -> dict[str, list[tuple[Group, Slice
     return cuts
 
 
-def tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers of a model, by name."""
+def tensors_of(model: nn.Module) -> dict[str, Shaped[Tensor, "..."]]:
+    """Parameters and buffers of a model by name, each in the shape that its layer gives it."""
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}

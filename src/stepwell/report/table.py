@@ -31,7 +31,7 @@ def result_table(result: Result, width: int = 110) -> str:
     latency = result.teacher.latency
     student = "" if result.student_name is None else f" The student is a {result.student_name}."
     return (
-        f"{render(table, width)}\n\n{_why_this_one(result)}\n"
+        f"{render(table, width)}\n\n{_why_this_one(result)}"
         f"top1 on {result.data.num_test} test images "
         f"({result.data.test_from}); latency: onnxruntime, CPU, fp32, batch 1, {latency.threads} thread(s)."
         f"{student}"
@@ -41,7 +41,7 @@ def result_table(result: Result, width: int = 110) -> str:
 def _why_this_one(result: Result) -> str:
     """What the star means: test images decide nothing, so the marked model need not be the best on them."""
     if result.control is None:
-        return "* handed out."
+        return "* handed out. "
     control_kept = result.handed_out == "control"
     kept, other = (result.control, result.student) if control_kept else (result.student, result.control)
     what, figures = "mean log-likelihood", [f"{m.selection_log_likelihood:.3f}" for m in (kept, other)]
@@ -50,7 +50,7 @@ def _why_this_one(result: Result) -> str:
     return (
         f"* handed out: its {what} on the {result.data.num_selection} selection images, which decide, is "
         f"{figures[0]}, the other's {figures[1]}.\n  The test images above decide nothing. The control is "
-        f"the same student, trained without an assistant."
+        f"the same student, trained without an assistant.\n"
     )
 
 

@@ -1,9 +1,9 @@
 """Families: each is one file that says what may be cut in the blocks that it knows.
 
 A family knows modules, not whole models: it is asked about every module of a model, and answers with the
-groups of units inside. A model that is made of known modules works without a line of ours, a module of the
-user's own as well; what nobody knows stays whole. To add a family, write `NAME` and `groups` in a file, and
-add it to `FAMILIES` (docs/guide/new-family.md).
+groups of units inside. A model, or a user's own module, that is made of known modules works without a line of
+ours; what no family knows stays whole. To add a family, write `NAME` and `groups` in a file, and add it to
+`FAMILIES` (docs/guide/new-family.md).
 """
 
 from __future__ import annotations

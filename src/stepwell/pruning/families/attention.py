@@ -2,11 +2,12 @@
 
 The residual width, embeddings, norms on the residual stream, LayerScale, output biases and the classifier
 stay whole, so hidden states of every candidate have the teacher's shape and need no projector
-(AMD, supplementary sec. 1; MiniDisc does the same). A norm over the outputs of all heads is taken over those
-that are left.
+(AMD, supplementary sec. 1; MiniDisc does the same). A norm over the outputs of all heads is computed over
+those that are left.
 
-Whole stay: timm's `ParallelScalingBlock` and its like, whose one first layer holds heads and neurons behind
-each other, and heads whose position biases or rotations are shared by layers or made head by head outside.
+What stays whole: timm's `ParallelScalingBlock` and its like, where one layer computes heads and neurons, one
+behind the other; and heads whose position biases or rotations are shared by layers, or made outside for each
+head.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from timm.models.beit import RelativePositionBias
 from timm.models.eva import EvaAttention
 from torch import Tensor, nn
 
-from stepwell.pruning.constant import ConstantOutput, replace
+from stepwell.pruning.constant import ConstantOutput, change_forward, replace
 from stepwell.pruning.families.slices import (
     block_of,
     input_slices,
@@ -30,7 +31,7 @@ from stepwell.pruning.families.slices import (
     output_slices,
     spans_units,
 )
-from stepwell.pruning.heads import BeitHeads, EvaHeads, with_forward_of
+from stepwell.pruning.heads import BeitHeads, EvaHeads
 from stepwell.pruning.units import Group, Slice
 
 NAME: str = "attention of timm's ViT, DeiT, EVA and BEiT"
@@ -121,8 +122,7 @@ def _narrow(skeleton: nn.Module, name: str, units: int) -> None:
     narrow_norm(getattr(attention, "norm", nn.Identity()), width)
     if isinstance(attention, EvaAttention | BeitAttention):
         attention.num_heads = units
-        kind = EvaHeads if isinstance(attention, EvaAttention) else BeitHeads
-        replace(skeleton, name, with_forward_of(kind, attention))
+        change_forward(attention, EvaHeads if isinstance(attention, EvaAttention) else BeitHeads)
         return
     attention.attn_dim = width
     attention.num_heads = width // attention.head_dim

@@ -11,9 +11,9 @@ from typing import cast
 from timm.models.cait import ClassAttn, TalkingHeadAttn
 from torch import nn
 
-from stepwell.pruning.constant import ConstantOutput, replace
+from stepwell.pruning.constant import ConstantOutput, change_forward, replace
 from stepwell.pruning.families.slices import block_of, input_slices, output_slices
-from stepwell.pruning.heads import ClassHeads, ConstantToken, TalkingHeads, with_forward_of
+from stepwell.pruning.heads import ClassHeads, ConstantToken, TalkingHeads
 from stepwell.pruning.units import Group, Slice
 
 NAME: str = "attention of timm's CaiT"
@@ -67,4 +67,4 @@ def _narrow(skeleton: nn.Module, name: str, num_heads: int) -> None:
         replace(skeleton, name, constant("proj", attention.proj.bias))
     else:
         attention.num_heads = num_heads
-        replace(skeleton, name, with_forward_of(TalkingHeads if talking else ClassHeads, attention))
+        change_forward(attention, TalkingHeads if talking else ClassHeads)

@@ -4,7 +4,7 @@
     VGG:                  conv | conv | ... | classifier     those of every convolution
 
 A VGG has no shortcuts: what a layer returns changes shape with its width, so no hidden state is compared,
-each layer is a stage of its own, and none may be empty, since nothing would carry the image past it.
+each layer is ranked by itself, and none may be empty, since nothing would carry the image past it.
 """
 
 from __future__ import annotations

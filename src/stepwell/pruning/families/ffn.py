@@ -1,7 +1,7 @@
 """Feed-forward networks (of timm's ViT, ConvNeXt, Swin, ..., of torchvision's ViT): neurons may be cut.
 
-Where a norm lies over the neurons (the larger EVA-02, the GRN of ConvNeXt V2), it is then taken over those
-that are left.
+A norm over the neurons (in the larger EVA-02, and the GRN of ConvNeXt V2) is then computed over those that
+are left.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def _can_be_cut(module: nn.Module) -> bool:
     first, last, norm = _layers(module)
     if not first:
         return False
-    layers = [_layer(module, leaf) for leaf in (*first, last)]
+    layers = [module.get_submodule(leaf) for leaf in (*first, last)]
     if not all(_is_linear(layer) for layer in layers) or (norm and not may_be_cut(getattr(module, norm))):
         return False
     # gMLP's gate multiplies one half of the neurons by the other, normed and mixed over tokens.
@@ -64,14 +64,14 @@ def _can_be_cut(module: nn.Module) -> bool:
     # An activation with a number per neuron would have to be cut as well.
     if any(p.numel() > 1 for p in module.get_submodule("1" if last == "3" else "act").parameters()):
         return False
-    # Other sizes are no FFN, but something small that computes the biases of an attention, say; it may have
-    # two heads, and takes two coordinates.
-    return len(layers[-1].weight) == layers[0].weight.shape[1] > 2
+    # An FFN returns as many numbers as it reads. Swin V2's network for position biases looks like one, but
+    # reads two coordinates; it returns a number per head, and may have two heads.
+    return len(_layer(module, last).weight) == _layer(module, first[0]).weight.shape[1] > 2
 
 
-def _layer(module: nn.Module, leaf: str) -> nn.Linear:
-    """A layer of an FFN, or a convolution of size 1, which has the same attributes."""
-    return cast(nn.Linear, module.get_submodule(leaf))
+def _layer(module: nn.Module, leaf: str) -> nn.Linear | nn.Conv2d:
+    """A layer of an FFN; in some it is a convolution of size 1."""
+    return cast(nn.Linear | nn.Conv2d, module.get_submodule(leaf))
 
 
 def _is_linear(layer: nn.Module) -> bool:

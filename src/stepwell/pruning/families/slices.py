@@ -18,10 +18,10 @@ def output_slices(name: str, layer: nn.Module, shape: Shape, axis: int) -> list[
     """The units among the outputs of a linear layer or a convolution: rows of its weight, and its bias.
 
     Args:
-        name: The layer's name.
-        layer: The layer.
-        shape: Its outputs, laid out with an axis for the units, such as (3, heads, head_dim).
-        axis: That axis.
+        name: The name of the layer in the model.
+        layer: The linear layer or convolution that computes the units.
+        shape: The shape of its outputs, laid out with an axis for the units, such as (3, heads, head_dim).
+        axis: The axis of the units in `shape`.
     """
     weight, bias = cast(Tensor, layer.weight), cast(Tensor | None, layer.bias)
     slices = [Slice(f"{name}.weight", view=(*shape, *weight.shape[1:]), axis=axis, dim=0)]
@@ -34,16 +34,19 @@ def input_slices(name: str, layer: nn.Module, shape: Shape) -> list[Slice]:
     """The units among the inputs of a layer: columns of its weight.
 
     Args:
-        name: The layer's name.
-        layer: The layer.
-        shape: Its inputs, units first, such as (heads, head_dim).
+        name: The name of the layer in the model.
+        layer: The linear layer or convolution that reads the units.
+        shape: The shape of its inputs, units first, such as (heads, head_dim).
     """
     weight = cast(Tensor, layer.weight)
     return [Slice(f"{name}.weight", view=(len(weight), *shape, *weight.shape[2:]), axis=1, dim=1)]
 
 
 def norm_slices(name: str, norm: nn.Module, shape: Shape) -> list[Slice]:
-    """The units in the vectors of a norm; none in those that count batches or belong to one head."""
+    """The units in the vectors of a norm, of the given shape with the units first.
+
+    A tensor that is no vector has none: the count of batches, say.
+    """
     tensors = [*norm.named_parameters(recurse=False), *norm.named_buffers(recurse=False)]
     return [Slice(f"{name}.{leaf}", view=shape, axis=0, dim=0) for leaf, t in tensors if t.ndim == 1]
 
@@ -58,7 +61,7 @@ def spans_units(norm: nn.Module) -> bool:
 
 
 def may_be_cut(norm: nn.Module) -> bool:
-    """Whether this norm, or what stands in its place, has nothing but vectors that shrink with the units."""
+    """Whether this norm, or the module in its place, has nothing but vectors that shrink with the units."""
     if hasattr(norm, "normalized_shape"):
         return len(cast(nn.LayerNorm, norm).normalized_shape) == 1
     return isinstance(norm, nn.Identity | GlobalResponseNorm | _BatchNorm)

@@ -1,7 +1,8 @@
 """Window attention of Swin, Swin V2 (timm, torchvision) and Swin S3: heads may be cut.
 
 A head takes its own position biases with it: a column of the table, or a row of the network that computes
-them. Patch merging and norms stay whole. The stage of a block is its list, so heads are ranked within theirs.
+them. Patch merging and norms stay whole. A section of the pyramid is a list of blocks, so heads are ranked
+against those of the same list.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from timm.models.swin_transformer_v2_cr import WindowMultiHeadAttention
 from torch import nn
 from torchvision.models.swin_transformer import ShiftedWindowAttention, ShiftedWindowAttentionV2
 
-from stepwell.pruning.constant import replace
+from stepwell.pruning.constant import change_forward, replace
 from stepwell.pruning.families.slices import block_of, input_slices, output_slices
 from stepwell.pruning.units import Group, Slice
 from stepwell.pruning.windows import (
@@ -88,6 +89,5 @@ def _narrow(skeleton: nn.Module, name: str, num_heads: int) -> None:
     if num_heads == 0:
         replace(skeleton, name, ConstantWindows("proj", cast(nn.Parameter | None, attention.proj.bias)))
         return
-    # The same object with another forward pass: all settings of the class stay where they are.
-    module.__class__ = _NARROW[type(module)]
     attention.num_heads = num_heads
+    change_forward(module, _NARROW[type(module)])

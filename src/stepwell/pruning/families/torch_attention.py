@@ -1,8 +1,8 @@
-"""Attention of torchvision's ViT, which is torch's own: heads may be cut.
+"""Attention of torchvision's ViT, which is `nn.MultiheadAttention`: heads may be cut.
 
 Torch's module keeps one width for its input and its heads, and uses its output layer without calling it. In
-skeletons `TorchHeads` takes its place; other models may ask torch's for what that one lacks (attention maps,
-masks, keys from elsewhere), so only the block of torchvision's ViT is known.
+skeletons `TorchHeads` replaces it. That class has no attention maps, masks, or keys from elsewhere, which
+other models may need, so only the block of torchvision's ViT is known.
 """
 
 from __future__ import annotations
