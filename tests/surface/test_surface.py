@@ -112,8 +112,8 @@ def test_defaults_are_what_the_first_screen_says(command: str) -> None:
     fields = {flag_of(name): name for name in kind.model_fields}
     compared = 0
     for flag, text in (row for rows in MAIN_OPTIONS[command].values() for row in rows):
-        name = fields[flag.split()[0]]
         if said := re.search(r"\(([^()]+)\)$", text):
+            name = fields[flag.split()[0]]
             default = kind.model_fields[name].get_default()
             default = {"keep_ratio": DEFAULT_KEEP}.get(name, default)  # where no other budget is given
             values = default if isinstance(default, tuple) else (default,)

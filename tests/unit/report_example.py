@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from stepwell.paths import amd
 from stepwell.report.report import TestPredictions, write_report
 from stepwell.report.result import Result
 
@@ -112,6 +113,7 @@ def make_result(
         "hardware": {"machine": "x86_64, 2 cores, AMD EPYC 7B13", "device": "cpu", "torch": "2.11.0"},
         "teacher_name": "vit_small_patch4_32",
         "path": "amd",
+        "way": amd.words(num_candidates, 1),
         "losses": {"logits": "kd", "features": "states"},
         "keep_ratio": 0.1,
         "higher_assistants": [],

@@ -255,7 +255,7 @@ def test_a_stage_costs_what_ran(tmp_path, name):
 
     teacher.register_forward_pre_hook(count("teacher"))
     student.model.register_forward_pre_hook(count("student"))
-    distill(s, ladder, "distill", [teacher_of(s)], student, epochs=8)
+    distill(s, ladder, "distill", [teacher_of(s)], student, epochs=8.0)
     passes = shown["teacher"] + 3 * 0.4 * shown["student"]
     assert s.run.stages["distill"].passes == pytest.approx(passes)
     assert shown["student"] < shown["teacher"] or name not in ("ft", "sskd")

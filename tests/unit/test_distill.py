@@ -31,7 +31,7 @@ def run(folder, teacher, student, **options) -> Trained:
     s = setting(folder, teacher, random_batches(5, 4), feature_layers=LAYERS, warmup=0.0, **options)
     ladder = Ladder(teacher=s.card({}), candidates=[Candidate(0.4, WIDTHS)], scales=[0.5])
     rung = Rung(student, 0.5, ladder.candidates[0])
-    assert distill(s, ladder, "distill", [teacher_of(s)], rung, epochs=4) is rung
+    assert distill(s, ladder, "distill", [teacher_of(s)], rung, epochs=4.0) is rung
     return s.run.stages["distill"]
 
 

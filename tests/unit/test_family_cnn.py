@@ -12,7 +12,6 @@ import pytest
 import timm
 import torch
 import torchvision
-from tests.blocks import check_sliced_equals_masked, masked, shaken, whole
 from timm.layers.eca import EcaModule
 from timm.layers.norm_act import GroupNormAct, freeze_batch_norm_2d
 from timm.layers.squeeze_excite import EffectiveSEModule, SEModule
@@ -28,6 +27,7 @@ from torchvision.models import regnet as torchvision_regnet
 from torchvision.models import resnet as torchvision_resnet
 from torchvision.ops.misc import FrozenBatchNorm2d
 
+from blocks import check_sliced_equals_masked, masked, shaken, whole
 from stepwell.config.options import GridOptions
 from stepwell.data.spec import InputSpec
 from stepwell.errors import UnsupportedModelError

@@ -9,10 +9,10 @@ from functools import cache
 
 import pytest
 import torch
-from tests.blocks import check_sliced_equals_masked, masked, shaken, whole
 from torch import nn
 
 import stepwell
+from blocks import check_sliced_equals_masked, masked, shaken, whole
 from stepwell.data.spec import InputSpec
 from stepwell.errors import ConfigError, ModelError, StepwellError, UnsupportedModelError
 from stepwell.measure.size import count_macs, num_params

@@ -8,12 +8,12 @@ from collections.abc import Callable, Sequence
 import pytest
 import timm
 import torch
-from tests.blocks import check_sliced_equals_masked, shaken, whole
 from timm.models.swin_transformer_v2 import WindowAttention as WindowAttentionV2
 from torch import nn
 from torchvision.models import swin_t, swin_v2_t
 from torchvision.models import swin_transformer as tv
 
+from blocks import check_sliced_equals_masked, shaken, whole
 from stepwell.config.options import GridOptions
 from stepwell.data.batches import Batch
 from stepwell.data.spec import InputSpec

@@ -9,7 +9,6 @@ from contextlib import ExitStack, contextmanager
 import pytest
 import timm
 import torch
-from tests.blocks import check_sliced_equals_masked, masked, shaken, whole
 from timm.layers import GatedMlp, GluMlp, RmsNorm, SwiGLU, SwiGLUPacked
 from timm.layers.grn import GlobalResponseNorm
 from timm.layers.mlp import ConvMlp
@@ -18,6 +17,7 @@ from timm.models.eva import Eva
 from torch import Tensor, nn
 from torchvision.models import VisionTransformer as TorchvisionViT
 
+from blocks import check_sliced_equals_masked, masked, shaken, whole
 from stepwell.data.batches import Batch
 from stepwell.data.spec import InputSpec
 from stepwell.measure.size import count_macs, num_params

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import timm
 import torch
-from tests.blocks import shaken
 from torch import nn
 
-from stepwell.config.commands import CompressConfig
-from stepwell.data.spec import InputSpec
+from blocks import shaken
 from stepwell.errors import ConfigError
 from stepwell.measure.size import num_params
 from stepwell.pruning.families import find_groups
@@ -193,18 +191,10 @@ def test_heads_and_neurons_are_still_scored_by_gradient(tmp_path):
     assert by_gradient.num_images == 4
 
 
-def test_a_model_without_filters_is_an_error():
-    model = tiny_vit()
-    teacher = SimpleNamespace(
-        model=model,
-        spec=InputSpec((16, 16), 3, (0.5,) * 3, (0.5,) * 3),
-        classes=None,
-        name="a ViT",
-        is_own_module=False,
-    )
-    data = SimpleNamespace(labelled=False, source="images")
-    config = CompressConfig(importance="l1", task_weight=0, out_dir=Path("unused"))
+def test_a_model_without_filters_is_an_error(tmp_path):
+    s = by_l1(tmp_path, tiny_vit(), task_weight=0.0)
+    unlabelled = replace(s.data, classes=())
     with pytest.raises(
         ConfigError, match="--importance l1 is for convolution filters, and this VisionTransformer"
     ):
-        prepare(config, None, teacher, data)  # pyright: ignore
+        prepare(s.config, s.run, s.teacher, unlabelled)

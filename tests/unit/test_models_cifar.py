@@ -11,10 +11,10 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from tests.blocks import check_sliced_equals_masked, masked, shaken, whole
 from torch import nn
 
 import stepwell
+from blocks import check_sliced_equals_masked, masked, shaken, whole
 from stepwell.config.options import GridOptions
 from stepwell.data.spec import InputSpec
 from stepwell.errors import ConfigError, ModelError

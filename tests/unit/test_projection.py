@@ -58,7 +58,7 @@ def run_distill(folder, student, teacher, blocks, student_blocks) -> Trained:
     )
     assert s.blocks == blocks
     ladder = Ladder(teacher=s.card({}), candidates=[Candidate(0.4, {})], scales=[0.5])
-    distill(s, ladder, "distill", [teacher_of(s)], student_below(s, ladder, teacher_of(s)), epochs=1)
+    distill(s, ladder, "distill", [teacher_of(s)], student_below(s, ladder, teacher_of(s)), epochs=1.0)
     return s.run.stages["distill"]
 
 

@@ -213,4 +213,4 @@ def test_performance_is_a_share_or_a_probability():
     assert performance(top1=87.5, log_likelihood=math.log(0.25), metric="likelihood") == pytest.approx(0.25)
     # The geometric mean of 1/2 and 1/8.
     mean_log = (math.log(1 / 2) + math.log(1 / 8)) / 2
-    assert performance(0, mean_log, "likelihood") == pytest.approx(0.25)
+    assert performance(0.0, mean_log, "likelihood") == pytest.approx(0.25)

@@ -19,7 +19,7 @@ from stepwell.paths.begin import begin
 from stepwell.report.result import Result
 from stepwell.report.table import result_table
 from stepwell.run.observer import Observer
-from stepwell.stages.deliver import deliver
+from stepwell.stages.deliver import deliver, finished_before
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def compress(
     config = make_config(CompressConfig, values)
     teacher_module, student_module = (m if isinstance(m, nn.Module) else None for m in (teacher, student))
     s = begin(config, teacher_module, student_module)
-    result = path_of(config.path).descend(s, deliver)
+    result = finished_before(s) or path_of(config.path).descend(s, deliver)
     return _compressed(config, result, teacher_module, student_module)
 
 
@@ -99,7 +99,8 @@ def run(config: CompressConfig, observer: Observer | None = None) -> Compressed:
         config: All options.
         observer: Whoever looks on.
     """
-    result = path_of(config.path).descend(begin(config, observer=observer), deliver)
+    s = begin(config, observer=observer)
+    result = finished_before(s) or path_of(config.path).descend(s, deliver)
     return _compressed(config, result)
 
 

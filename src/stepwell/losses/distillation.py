@@ -80,8 +80,12 @@ class Distillation(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that a term does not want decayed, besides norms and biases."""
-        names = getattr(cast(Any, self.feature), "no_weight_decay", set)
-        return {f"feature.{name}" for name in names()}
+        terms = {"logit": self.logit, "feature": self.feature}
+        return {
+            f"{term}.{name}"
+            for term, loss in terms.items()
+            for name in getattr(cast(Any, loss), "no_weight_decay", set)()
+        }
 
     def forward(
         self, student: Output, teacher: Output, target: Target, task: bool = True
@@ -148,17 +152,17 @@ def loss_macs(loss: Distillation, pair: Pair) -> float:
         pair: The models that it was made for.
     """
     num_images, device = len(pair.student.logits), pair.student.logits.device
-    student = _as_leaves(pair.student, loss.options.views)
-    teacher = _as_leaves(pair.teacher, loss.options.views)
+    student = _as_leaves(pair.student, loss.options.views, learns=True)
+    teacher = _as_leaves(pair.teacher, loss.options.views, learns=False)
     labels, indices = (torch.zeros(num_images, dtype=torch.int64, device=device) for _ in range(2))
     with torch.enable_grad(), FlopCounterMode(display=False) as counter:
         loss(student, teacher, Target(labels, indices, progress=0.5))["loss"].backward()
     return counter.get_total_flops() / 2 / num_images
 
 
-def _as_leaves(output: Output, views: int) -> Output:
+def _as_leaves(output: Output, views: int, *, learns: bool) -> Output:
     def leaf(tensor: Tensor) -> Tensor:
-        return torch.cat([tensor.detach()] * views).requires_grad_()
+        return torch.cat([tensor.detach()] * views).requires_grad_(learns)
 
     return Output(leaf(output.logits), [leaf(state) for state in output.states], leaf(output.features))
 

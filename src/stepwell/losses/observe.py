@@ -83,7 +83,7 @@ class Observed(nn.Module):
             images: An example; the rest is for states of images of this size.
 
         Raises:
-            ValueError: `block` is not observed.
+            ValueError: `block` is not observed, or what follows reads more than what it returns.
         """
         if block not in self.blocks:
             raise ValueError(f"{block} is not observed; observed are {', '.join(self.blocks) or 'none'}")
@@ -102,6 +102,13 @@ class Observed(nn.Module):
                 stack.enter_context(_returning(self.model.get_submodule(block), given))
                 return behind(blank.expand(num_images, *blank.shape[1:]))
 
+        # An image that is not blank shows whether anything but the state gets through to the end.
+        example = torch.linspace(-1, 1, blank.numel(), dtype=blank.dtype, device=blank.device).view_as(blank)
+        with torch.no_grad():
+            whole = self(example)
+            difference = rest(whole.states[self.blocks.index(block)]).logits - whole.logits
+        if difference.abs().max() > 1e-3 * whole.logits.abs().max():  # more than rounding
+            raise ValueError(f"what follows {block} reads more than what it returns")
         return rest
 
 

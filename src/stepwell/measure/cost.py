@@ -46,7 +46,7 @@ class Costs:
     @property
     def scoring(self) -> float:
         """Forward and backward on the scored images."""
-        return 3 * min(self.options.score_images, self.num_train)
+        return 3.0 * min(self.options.score_images, self.num_train)
 
     def evaluating(self, *scales: float) -> float:
         """Forward passes of models of `scales` on the selection images."""

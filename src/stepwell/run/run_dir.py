@@ -206,7 +206,7 @@ def _check_same(before: Mapping[str, object], config: Options, path: Path) -> No
 
 def _check_version(path: Path) -> None:
     """A run that an older version began cannot be continued: its stages do not say what they cost."""
-    if (path / "result.json").exists():
+    if (path / "result.json").exists() and (path / "student" / "stepwell.json").exists():  # it is finished
         return
     for file in (path / "stages").glob("[!.]*/result.json"):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # reported when it is read

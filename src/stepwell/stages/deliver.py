@@ -66,6 +66,15 @@ class Delivered(StageResult):
     tried: list[TriedResult]
 
 
+def finished_before(s: Setting) -> Result | None:
+    """The result, if an earlier call has written every file of the run; they stay as they are.
+
+    Asked before anything is computed: the stages of a run of an older version may have other names.
+    """
+    file = s.run.path / "result.json"
+    return Result.load(file) if file.exists() and (s.run.path / "student" / CARD).exists() else None
+
+
 def deliver(s: Setting, finished: Finished) -> Result:
     """Measure all models, hand out the better of student and control, and write every file of the run."""
     with s.run.stage("deliver", Delivered) as stage:
@@ -73,9 +82,7 @@ def deliver(s: Setting, finished: Finished) -> Result:
             stage.result = _measure_all(s, finished)
     delivered = stage.result
     handed_out = better_on_selection(delivered, s.metric)
-    file, folder = s.run.path / "result.json", s.run.path / "student"
-    if file.exists() and (folder / CARD).exists():  # finished before: the files stay as they are
-        return Result.load(file)
+    folder = s.run.path / "student"
     model = finished.control if handed_out == "control" else finished.student.model
     assert model is not None
     figures = delivered.control if handed_out == "control" and delivered.control else delivered.student
@@ -91,7 +98,7 @@ def deliver(s: Setting, finished: Finished) -> Result:
     )
     write_report(result, predictions, s.data.test.open, s.run.path / "report.html")
     # Last: a run is finished when it has its result.
-    write_atomically(file, result.to_json())
+    write_atomically(s.run.path / "result.json", result.to_json())
     return result
 
 

@@ -40,7 +40,7 @@ def select(s: Setting, ladder: Ladder, models: Iterable[nn.Module]) -> Choice:
     with s.run.stage("select", Choice) as stage:
         if stage.is_new:
             pairs = zip(ladder.candidates, models, strict=True)
-            candidates = [figures_of(s, candidate, model) for candidate, model in pairs]
+            candidates = [candidate_result(s, candidate, model) for candidate, model in pairs]
             teacher = evaluate(s.model, s.selection, "select: teacher").performance(s.metric)
             index, selection = choose(candidates, teacher, s.config, s.metric, len(s.data.selection))
             stage.result = Choice(
@@ -78,7 +78,7 @@ def select_student(s: Setting, tried: Sequence[tuple[Rung, Rung]]) -> int:
     return stage.result.index
 
 
-def figures_of(s: Setting, candidate: Candidate, model: nn.Module) -> CandidateResult:
+def candidate_result(s: Setting, candidate: Candidate, model: nn.Module) -> CandidateResult:
     """One candidate on the selection images."""
     meter = evaluate(model, s.selection, f"select: candidate {candidate.keep_ratio:g}")
     macs = count_macs(model, s.spec)

@@ -63,6 +63,8 @@ def find_groups(model: nn.Module) -> list[Group]:
         for family in FAMILIES
         for group in family.groups(name, module)
     ]
+    names = [group.name for group in groups]
+    assert len(set(names)) == len(names), "two families answer for one module"
     if not groups:
         supported = "; ".join(family.NAME for family in FAMILIES)
         raise UnsupportedModelError(
