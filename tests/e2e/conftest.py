@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -154,3 +155,29 @@ def train_fails(fails, data, tmp_path):
         return line
 
     return run
+
+
+@pytest.fixture
+def words(teacher: Path, data: Path, tmp_path: Path) -> list[str]:
+    """The command of the reference run, into a folder of this test."""
+    return [
+        "compress",
+        "--teacher",
+        str(teacher),
+        "--data",
+        str(data),
+        "--out",
+        str(tmp_path / "out"),
+        *QUICK,
+    ]
+
+
+@pytest.fixture
+def started(reference: Path, words: list[str], tmp_path: Path) -> Path:
+    """A copy of the reference run whose last stages are not done yet."""
+    out = shutil.copytree(reference, tmp_path / "out")
+    for name in ("student", "stages/distill", "stages/deliver"):
+        shutil.rmtree(out / name)
+    for name in ("result.json", "report.html"):
+        (out / name).unlink()
+    return out

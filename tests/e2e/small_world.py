@@ -174,3 +174,13 @@ def leftovers(folder: Path) -> list[str]:
         for f in folder.rglob("*")
         if "unfinished" in f.name or ".training-" in f.name
     ]
+
+
+def assert_same_run(ours: Path, theirs: Path) -> None:
+    """Equal in all that is not told by a clock, and nothing half-written left."""
+    assert_same_weights(student_weights(ours), student_weights(theirs))
+    assert figures(ours) == figures(theirs)
+    for file in (theirs / "stages").rglob("*.safetensors"):
+        same = ours / file.relative_to(theirs)
+        assert_same_weights(load_file(same), load_file(file))
+    assert not leftovers(ours)

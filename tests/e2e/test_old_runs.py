@@ -29,7 +29,7 @@ STAGES = {"score", "budget", "ladder", "plan", "joint", "select", "distill", "co
 
 
 def in_the_old_layout(run: Path) -> Path:
-    """Rewrite a finished run as the versions before 0.2 left it."""
+    """Rewrite a finished run as older versions left it."""
     stages = run / "stages"
     grid = json.loads((stages / "grid" / "result.json").read_text())["result"]
     smallest = grid["candidates"][0]
@@ -159,3 +159,17 @@ def test_an_unfinished_old_run_written_by_hand(teacher, data, finished, tmp_path
     assert_refused([str(word) for word in (*words, "equal_epochs")], run, capsys)
     assert main(["inspect", str(run)]) == 2
     assert "is not finished (stages done: score)" in capsys.readouterr().err
+
+
+def test_an_old_training_of_a_teacher_resumes(teacher, tmp_path):
+    """What it cost is on no bill, so its only stage is as good as a new one."""
+    run = shutil.copytree(teacher, tmp_path / "run")
+    file = run / "stages" / "train" / "result.json"
+    record = json.loads(file.read_text())
+    del record["result"]["passes"]
+    file.write_text(json.dumps(record))
+    shutil.rmtree(run / "teacher")
+    before = contents(run)
+    stepwell("train", "--config", run / "config.yaml", "--out", run)
+    assert contents(run / "teacher") == contents(teacher / "teacher")
+    assert before.items() <= contents(run).items()

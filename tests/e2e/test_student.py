@@ -125,7 +125,7 @@ def test_the_card_says_what_the_student_is(finished):
     assert card["provenance"]["keep_ratio"] == KEEP
 
 
-def test_a_student_goes_on_training_like_any_module(finished):
+def test_a_student_can_be_trained_like_any_module(finished):
     model = package.load(finished).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     loss = model(all_test_images(finished)).square().mean()

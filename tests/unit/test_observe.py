@@ -202,31 +202,35 @@ def test_another_state_gives_what_the_model_makes_of_it(model):
 
 
 def test_gradients_are_those_of_the_whole_model(model):
-    """Of the state, and of the parameters behind the block; those before it get none."""
-    block = blocks_of(model)[1]
+    """Of the state; and of the parameters, with what flows on through the state to those before it."""
+    blocks = blocks_of(model)
     parameters = dict(model.named_parameters())
-    logits, (state,), _ = by_hooks(model, (block,), images())
+
+    def gradients(of: Tensor, *inputs: Tensor, outputs: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        tensors = [*inputs, *parameters.values()]
+        return torch.autograd.grad(of, tensors, outputs, allow_unused=True, retain_graph=True)
+
+    logits, (state,), _ = by_hooks(model, blocks[1:2], images())
     weights = torch.linspace(1, 2, logits.numel(), dtype=torch.float64).view_as(logits)
-    expected = torch.autograd.grad((logits.sin() * weights).sum(), [state, *parameters.values()],
-                                   allow_unused=True, retain_graph=True)  # fmt: skip
+    expected = gradients((logits.sin() * weights).sum(), state)
     given = state.detach().requires_grad_()
-    found = Observed(model, (block,)).after(block, images())(given).logits
-    gradients = torch.autograd.grad((found.sin() * weights).sum(), [given, *parameters.values()],
-                                    allow_unused=True)  # fmt: skip
-    assert gradients[0].abs().sum() > 0
-    torch.testing.assert_close(gradients[0], expected[0], rtol=1e-12, atol=1e-14)
-    (of_state,) = torch.autograd.grad(state.sum(), [state])
-    before = torch.autograd.grad(
-        state, list(parameters.values()), grad_outputs=of_state, allow_unused=True, retain_graph=True
-    )
-    compared = 0
-    for name, ours, whole, of_before in zip(parameters, gradients[1:], expected[1:], before, strict=True):
-        if of_before is not None:
-            assert ours is None, f"{name} lies before {block}"
-        elif ours is not None:
-            torch.testing.assert_close(ours, whole, rtol=1e-12, atol=1e-14, msg=lambda m, n=name: f"{n}: {m}")
-            compared += 1
-    assert compared >= 2
+    found = Observed(model, blocks[1:2]).after(blocks[1], images())(given).logits
+    of_state, *behind = gradients((found.sin() * weights).sum(), given)
+    assert of_state.abs().sum() > 0
+    torch.testing.assert_close(of_state, expected[0], rtol=1e-12, atol=1e-14)
+    before = gradients(state, outputs=of_state)
+    for (name, parameter), *parts, whole in zip(
+        parameters.items(), behind, before, expected[1:], strict=True
+    ):
+        if name.startswith(tuple(f"{block}." for block in blocks[:2])):
+            assert parts[0] is None, f"{name} lies before what follows {blocks[1]}"
+        elif name.startswith(f"{blocks[2]}."):
+            assert parts[0] is not None
+        if whole is not None:
+            total = sum((part for part in parts if part is not None), start=torch.zeros_like(parameter))
+            torch.testing.assert_close(
+                total, whole, rtol=1e-10, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}"
+            )
 
 
 def test_what_lies_before_the_block_is_not_run(model):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stepwell.compare.arms import Arm
-from stepwell.config.loss_facts import feature_facts
+from stepwell.config.loss_facts import FEATURE_LOSSES, LOGIT_LOSSES, feature_facts
 from stepwell.config.options import Suite
 
 
@@ -65,8 +65,10 @@ _TABLE_7: dict[str, dict[Suite, float]] = {
     }.items()
 }
 """Table 7; DKD's row is that of its authors' code (mdistiller), with other teachers."""
-_UNPUBLISHED = ("dist", "pld", "taid", "ofa", "fsp", "nst", "cc", "review")
-"""The losses that the table does not have."""
+_UNPUBLISHED = tuple(
+    name for name in (*LOGIT_LOSSES, *FEATURE_LOSSES) if name not in _TABLE_7 and name != "states"
+)
+"""The losses that the table does not have; AMD's hidden states are a part of its row."""
 
 _IMAGENET = {
     "student alone": 69.75,
@@ -108,8 +110,6 @@ def _row_of_pair(name: str, suite: Suite, pair: Pair) -> dict[str, Any]:
             beta = {"beta": pair.dkd_beta}
             options = {**_SINGLE_STEP, "logit_loss": "dkd", "logit_args": beta, "feature_weight": 0.0}
             return {**options, "temperature": soft["temperature"]}
-        case "dist" | "pld" | "taid":
-            return {**_SINGLE_STEP, "logit_loss": name, "feature_weight": 0.0}
         case "sskd":
             return {**_SINGLE_STEP, **soft, "feature_loss": "sskd"}
         case "takd" | "dgkd":  # the paths, with the loss of "kd"
@@ -117,6 +117,8 @@ def _row_of_pair(name: str, suite: Suite, pair: Pair) -> dict[str, Any]:
             return {"path": name, "assistants": (half_way,), **soft, "feature_weight": 0.0}
         case "amd":  # and its hidden states
             return {"path": name, **soft}
+        case _ if name in LOGIT_LOSSES:
+            return {**_SINGLE_STEP, "logit_loss": name, "feature_weight": 0.0}
         case _:  # a loss on the features beside cross-entropy alone
             return {**_SINGLE_STEP, "feature_loss": name, "logit_weight": 0.0}
 
