@@ -1,8 +1,8 @@
 """AMD, from top to bottom: score -> grid -> joint -> select -> distill -> deliver.
 
-Automatic Multi-step Distillation (Han et al., ECCV 2024). Every stage is saved when it is finished, and
-read back when the same run is started again; nothing passes from stage to stage but its result, so a
-resumed run ends where an uninterrupted one does.
+Automatic Multi-step Distillation (Han et al., ECCV 2024). Every stage saves its result, and reads it back
+when the same run is started again; a stage knows nothing of the others but their results, so a resumed run
+ends where an uninterrupted one does.
 """
 
 from __future__ import annotations
@@ -22,42 +22,51 @@ from stepwell.stages.select import lower_assistants, select
 
 
 def descend(s: Setting, deliver: Deliver[R]) -> R:
-    """Walk down from teacher to student, via an assistant that is chosen on the way."""
-    # 1. Score every unit of the teacher. 2. Grid: nested candidates of the most important ones.
+    """Walk down from teacher to student, via an assistant that is chosen on the way.
+
+    Args:
+        s: The setting: teacher, images, options, run directory.
+        deliver: The last stage, `stages.deliver.deliver`; a comparison hands in one that only looks.
+    """
+    # 1. Score every unit of the teacher: attention heads, FFN neurons, filters.
     scores = score(s)
+
+    # 2. Grid: nested candidates of the most important units, the student's budget up. And the plan: epochs.
     ladder = grid(s, scores, keep_ratios)
     epochs = plan_with_joint(s, ladder)
 
-    # 3. Joint: train all candidates in one shared set of weights, against the frozen teacher.
+    # 3. Joint: train all candidates in one shared store of weights, against the frozen teacher.
     shared = joint(s, ladder, epochs.joint)
 
     # 4. Select the assistant, on images that nothing was trained on.
     choice = select(s, ladder, (shared.extract(index) for index in range(len(ladder.candidates))))
-
-    # 5. Distill: the assistant teaches the student; both are slices of the jointly trained weights. Of
-    # several assistants in a row each teaches the next, and the last one's slice is the student.
     assistants = [slice_of_store(shared, ladder, choice.index)]
-    student = student_below(s, ladder, shared)
-    for index in lower_assistants(choice, s.config, s.metric, s.config.num_assistants):
-        name, assistant = f"assistant {len(assistants) + 1}", slice_of_store(shared, ladder, index)
-        assistants.append(distill(s, ladder, name, assistants[-1:], assistant, epochs.distill))
-        student = student_below(s, ladder, assistants[-1])
+    for index in lower_assistants(s, choice):  # none, unless several in a row are wanted
+        name, lower = f"assistant {len(assistants) + 1}", slice_of_store(shared, ladder, index)
+        assistants.append(distill(s, ladder, name, assistants[-1:], lower, epochs.distill))
+
+    # 5. Distill: the assistant teaches the student, which starts as a slice of the same weights.
+    student = student_below(s, ladder, shared if len(assistants) == 1 else assistants[-1])
     student = distill(s, ladder, "distill", assistants[-1:], student, epochs.distill)
 
-    # 6. Deliver: measure everything, hand out the student with its proof; the control before, if asked for.
+    # `finish` trains the control, if asked for: the same student straight from the teacher.
     way = words(len(ladder.candidates), len(assistants))
-    return deliver(s, finish(s, ladder, epochs.distill, student, assistants, way, choice))
+    finished = finish(s, ladder, epochs.distill, student, assistants, way, choice)
+
+    # 6. Deliver: measure everything, and hand out the student with its proof.
+    return deliver(s, finished)
 
 
 def bill(costs: Costs, epochs: Epochs, options: CompressConfig) -> dict[str, float]:
     """Every candidate is trained, but together; then one student, via the middle candidate."""
-    lower = costs.step_down(epochs.distill, middle(costs) / 2, [middle(costs)])
+    # Each further assistant is taken to have half the scale of the one above it.
+    further = costs.step_down(epochs.distill, middle(costs) / 2, [middle(costs)])
     return {
         "score": costs.scoring,
         "joint": costs.joint(epochs.joint),
-        "select": costs.evaluating(1.0, *costs.scales),
+        "select": costs.evaluating(1.0, *costs.scales),  # the teacher too
         "distill": costs.step_down(epochs.distill, costs.student, [middle(costs)]),
-        "more assistants": (options.num_assistants - 1) * lower,
+        "more assistants": (options.num_assistants - 1) * further,
     }
 
 
@@ -69,4 +78,9 @@ def words(num_rungs: int, num_assistants: int) -> str:
     return f"The teacher taught a ladder of {num_rungs} nested candidates together, of which {chosen}."
 
 
-PATH = Path(rungs=keep_ratios, bill=bill, descend=descend, losses=lambda num_rungs, _: Losses(kept=num_rungs))
+def losses(num_rungs: int, _options: CompressConfig) -> Losses:
+    """One for each candidate; a step computes them one after another."""
+    return Losses(kept=num_rungs)
+
+
+PATH = Path(rungs=keep_ratios, bill=bill, descend=descend, losses=losses)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from stepwell.config.commands import CompressConfig
 from stepwell.measure.cost import Costs, Epochs
-from stepwell.measure.estimate import Losses
+from stepwell.paths import amd
 from stepwell.paths.path import Deliver, Path, R, candidates_above, finish
 from stepwell.paths.plan import plan
 from stepwell.setting.rungs import slice_of_store, student_below
@@ -57,4 +57,4 @@ def words(num_rungs: int) -> str:
     )
 
 
-PATH = Path(rungs=keep_ratios, bill=bill, descend=descend, losses=lambda num_rungs, _: Losses(kept=num_rungs))
+PATH = Path(rungs=keep_ratios, bill=bill, descend=descend, losses=amd.losses)

@@ -127,26 +127,22 @@ def choose(
     return index, selection
 
 
-def lower_assistants(choice: Choice, options: SelectOptions, metric: Metric, number: int) -> list[int]:
+def lower_assistants(s: Setting, choice: Choice) -> list[int]:
     """Indices of the second assistant and further ones: the rule again, with the one above as the teacher.
 
-    Args:
-        choice: The assistant that was chosen, and the candidates.
-        options: The rule.
-        metric: What performance means.
-        number: How many assistants are wanted in all; fewer where no candidate is left.
+    There are `num_assistants` in all, or fewer where no candidate is left.
     """
-    points = _points(choice.candidates, metric)
+    points = _points(choice.candidates, s.metric)
     chosen = [choice.index]
-    while len(chosen) < number:
+    while len(chosen) < s.config.num_assistants:
         below, top = points[: chosen[-1]], points[chosen[-1]]
         # Rounding can give candidates the student's own widths, or each other's.
         if not any(points[0].scale < point.scale < top.scale for point in below):
             say(f"select: no candidate is left for assistant {len(chosen) + 1}")
             break
-        chosen.append(pick(rule_values(below, top, options.rule)))
+        chosen.append(pick(rule_values(below, top, s.config.rule)))
         keep_ratio = choice.candidates[chosen[-1]].keep_ratio
-        say(f"select: the assistant keeps {keep_ratio:g} (rule: {options.rule})")
+        say(f"select: the assistant keeps {keep_ratio:g} (rule: {s.config.rule})")
     return chosen[1:]
 
 
