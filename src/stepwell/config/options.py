@@ -69,7 +69,7 @@ class DataOptions(Options):
 class TrainingOptions(Options):
     """How every training stage runs."""
 
-    epochs: Positive = 30
+    epochs: Positive = 30.0
     """Passes over the training images, of each training stage; need not be whole."""
     minutes: Positive | None = None
     """Wall-clock budget of all training together; sets the epochs by timing a few steps first."""
