@@ -105,7 +105,11 @@ def distillation(options: LossOptions) -> Distillation:
 
 def pair(student: Output, teacher: Output, **facts) -> Pair:
     """Two models of which only outputs are known."""
-    values = {"observed_teacher": Observed(nn.Identity(), ()), "images": TrainingImages(None, 1)}
+    values = {
+        "observed_teacher": Observed(nn.Identity(), ()),
+        "blank": torch.zeros(2, 3, 16, 16),
+        "training_images": TrainingImages(None, 1),
+    }
     return Pair(student, teacher, **{**values, **facts})
 
 

@@ -62,10 +62,8 @@ def main(argv: Sequence[str]) -> int:
     except StepwellError as error:
         print(f"stepwell: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except (
-        MemoryError,
-        RuntimeError,
-    ) as error:  # torch's OutOfMemoryError is one, and torch is not imported here
+    # torch's OutOfMemoryError is a RuntimeError; torch is not imported here.
+    except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not re.search(
             "out of memory|allocate memory|not enough memory", str(error), re.IGNORECASE
         ):

@@ -78,6 +78,7 @@ def test_it_learns_from_the_assistant(data, teacher, taught, tmp_path, quick):
     assert losses["feature"][-1] < 0.9 * losses["feature"][0]
 
 
+@pytest.mark.slow
 def test_resumed_equals_uninterrupted(data, teacher, taught, tmp_path):
     """Random weights and projections come from the seed, not from what ran before."""
     out = tmp_path / "run"

@@ -46,7 +46,7 @@ def in_the_old_layout(run: Path) -> Path:
         record["result"].pop("passes", None)
         file.write_text(json.dumps(record))
     result = json.loads((run / "result.json").read_text())
-    del result["way"]
+    del result["way"], result["decided_by"]
     (run / "result.json").write_text(json.dumps(result))
     return run
 

@@ -21,11 +21,12 @@ ONCE = Epochs(joint=1, distill=1)
 
 
 def costs(
-    scales=SCALES, num_train: int = 1, num_selection: int = 0, loss: float = 0.0, student=None, **options
-) -> Costs:
+    scales=SCALES, num_train: int = 1, num_selection: int = 0, loss: float = 0.0, student=None,
+    pretraining_loss: float = 0.0, **options,
+) -> Costs:  # fmt: skip
     config = make_config(CompressConfig, options)
     student = scales[0] if student is None else student
-    return Costs(config, scales, student, num_train, num_selection, loss)
+    return Costs(config, scales, student, num_train, num_selection, loss, pretraining_loss)
 
 
 def bill_of(found: Costs, epochs: Epochs = ONCE) -> dict[str, float]:
@@ -183,28 +184,31 @@ def test_a_teacher_of_the_pretraining_alone_costs_its_share():
 
 @pytest.mark.parametrize("loss", [0.0, 0.25])
 def test_a_pretraining_of_the_student_costs_as_much_for_each_image_as_the_training(loss):
-    found = costs(feature_loss="ab", loss=loss, num_train=50)
+    found = costs(feature_loss="ab", pretraining_loss=loss, num_train=50)
     # The loss that trains the student first is silent afterwards.
     assert found.single_step(16) == pytest.approx(50 * (16 * 1.3 + 2 * (1.3 + loss)))
     assert found.step_down(16, 0.2, [0.5]) == pytest.approx(50 * (16 * (0.5 + 0.6) + 2 * (0.5 + 0.6 + loss)))
-    everyone = costs(feature_loss="ab", loss=loss, num_train=50, sampling="all")
+    everyone = costs(feature_loss="ab", pretraining_loss=loss, num_train=50, sampling="all")
     assert everyone.joint(16) == pytest.approx(50 * (16 * 14.5 + 2 * (14.5 + 9 * loss)))
 
 
 @pytest.mark.parametrize(("name", "share", "views"), [("ft", 1 / 8, 1), ("sskd", 1 / 4, 4)])
 @pytest.mark.parametrize("loss", [0.0, 0.25])
 def test_in_a_pretraining_of_the_loss_only_the_teacher_runs(name, share, views, loss):
-    found = costs(feature_loss=name, loss=loss, num_train=50)
+    before = {"loss": loss, "pretraining_loss": 2 * loss}
+    found = costs(feature_loss=name, num_train=50, **before)
     first = 16 * share
-    assert found.single_step(16) == pytest.approx(50 * (16 * (views * 1.3 + loss) + first * (views + loss)))
+    assert found.single_step(16) == pytest.approx(
+        50 * (16 * (views * 1.3 + loss) + first * (views + 2 * loss))
+    )
     # Of three teachers, one left out: their mean, twice; a loss with each.
     taught = (1 + 0.6 + 0.3) * 2 / 3
     assert found.step_down(16, 0.1, [1.0, 0.6, 0.3], drop=1) == pytest.approx(
-        50 * (16 * (views * (taught + 0.3) + 2 * loss) + first * (views * taught + 2 * loss))
+        50 * (16 * (views * (taught + 0.3) + 2 * loss) + first * (views * taught + 2 * 2 * loss))
     )
-    everyone = costs(feature_loss=name, loss=loss, num_train=50, sampling="all")
+    everyone = costs(feature_loss=name, num_train=50, sampling="all", **before)
     assert everyone.joint(16) == pytest.approx(
-        50 * (16 * (views * 14.5 + 9 * loss) + first * (views + 9 * loss))
+        50 * (16 * (views * 14.5 + 9 * loss) + first * (views + 9 * 2 * loss))
     )
 
 

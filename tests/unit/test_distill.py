@@ -32,7 +32,9 @@ def run(folder, teacher, student, **options) -> Trained:
     ladder = Ladder(teacher=s.card({}), candidates=[Candidate(0.4, WIDTHS)], scales=[0.5])
     rung = Rung(student, 0.5, ladder.candidates[0])
     assert distill(s, ladder, "distill", [teacher_of(s)], rung, epochs=4.0) is rung
-    return s.run.stages["distill"]
+    trained = s.run.finished("distill", Trained)
+    assert trained is not None
+    return trained
 
 
 def test_a_step_leaves_the_gradient_of_the_loss_in_the_student_alone():

@@ -66,7 +66,7 @@ def options_of(name: str, **more: object) -> LossOptions:
 
 
 def pair_of(ours, theirs, **facts) -> Pair:
-    return pair(outputs(ours, 1, 2), outputs(theirs, 2, 2), **{"images": KNOWN, **facts})
+    return pair(outputs(ours, 1, 2), outputs(theirs, 2, 2), **{"training_images": KNOWN, **facts})
 
 
 def made(name: str, ours=MAPS, theirs=MAPS, **more: object) -> Distillation:
@@ -384,9 +384,12 @@ def test_what_a_loss_borrows_is_neither_trained_nor_saved(tmp_path):
 # --- what it costs
 
 
-def macs(name: str, ours=MAPS, theirs=MAPS, is_other_student: bool = False, **more: object) -> float:
+def macs(
+    name: str, ours=MAPS, theirs=MAPS, is_other_student: bool = False, phase: str = "main",
+    batch_size: int = 2, **more: object,
+) -> float:  # fmt: skip
     found = pair_of(ours, theirs, is_other_student=is_other_student)
-    return loss_macs(make_distillation(options_of(name, **more), found, seed=0), found)
+    return loss_macs(make_distillation(options_of(name, **more), found, seed=0), found, batch_size)[phase]
 
 
 @pytest.mark.parametrize("name", ["kd", "dkd", "dist", "pld", "taid", "states", "at"])
@@ -404,7 +407,8 @@ def test_projections_of_a_student_of_another_architecture():
     forward = 4 * 6 * 8 * 8 + 6 * 9 * 4 * 4 + 8 * 12 * 2 * 2
     assert macs("states", MAPS, WIDE_MAPS, is_other_student=True) == 3 * forward
     # AB's connectors, where the maps are the same.
-    assert macs("ab", MAPS, WIDE_MAPS) == 3 * forward
+    assert macs("ab", MAPS, WIDE_MAPS, phase="pretraining") == 3 * forward
+    assert macs("ab", MAPS, WIDE_MAPS) == 0  # and silent afterwards
 
 
 def test_embeddings_of_crd_and_its_memory():
@@ -422,6 +426,19 @@ def test_the_paraphraser_of_ft_only_runs_forward():
     assert macs("ft", MAPS, WIDE_MAPS) == 3 * convolutions(8, 6) + convolutions(12, 6)
 
 
+def test_the_pretraining_of_ft_is_that_of_an_auto_encoder():
+    """The teacher's map needs no gradient: the encoder's first convolution has two passes, not three."""
+    encoder, decoder = (9 * 4 * pair for pair in (12 * 12 + 12 * 6 + 6 * 6, 6 * 6 + 6 * 12 + 12 * 12))
+    expected = 3 * (encoder + decoder) - 9 * 4 * 12 * 12
+    assert macs("ft", MAPS, WIDE_MAPS, phase="pretraining") == expected
+
+
+def test_what_relates_the_images_of_a_batch_grows_with_it():
+    """SP multiplies every image's map with every other's, in both models."""
+    small, large = (macs("sp", batch_size=size) for size in (2, 64))
+    assert large == 32 * small > 0
+
+
 def test_views_count_as_images():
     """SSKD's heads see an image and its three rotations."""
     student, teacher = (dim * dim + dim * 16 for dim in (8, 12))
@@ -437,7 +454,7 @@ def test_a_loss_of_the_users_own_is_counted_too(tmp_path):
     found = pair_of(MAPS, MAPS)
     options = LossOptions(logit_weight=0, feature_loss=f"{tmp_path}/mine.py:Loss")
     loss = make_distillation(options, found, seed=0)
-    assert loss_macs(loss, found) == (3 + 2) * 8 * 8
+    assert loss_macs(loss, found, batch_size=2)["main"] == (3 + 2) * 8 * 8
 
 
 def test_no_loss_has_a_record_without_a_case_or_a_case_without_a_record():

@@ -29,7 +29,7 @@ def test_a_loss_alone_pulls_at_the_student(name):
     images = random_images(len(LABELS))
     observed = Observed(teacher, BLOCKS)
     example, known = observed(images[:2]), TrainingImages(LABELS, len(LABELS))
-    loss = make_distillation(options, Pair(example, example, observed, known), seed=0)
+    loss = make_distillation(options, Pair(example, example, observed, images[:2], known), seed=0)
     seen = loss.views(images)
     answers = [Observed(model, BLOCKS)(seen) for model in (student, teacher)]
     parts = loss(*answers, Target(LABELS, LABELS, 0.5), task=False)

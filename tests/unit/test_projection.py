@@ -59,7 +59,9 @@ def run_distill(folder, student, teacher, blocks, student_blocks) -> Trained:
     assert s.blocks == blocks
     ladder = Ladder(teacher=s.card({}), candidates=[Candidate(0.4, {})], scales=[0.5])
     distill(s, ladder, "distill", [teacher_of(s)], student_below(s, ladder, teacher_of(s)), epochs=1.0)
-    return s.run.stages["distill"]
+    trained = s.run.finished("distill", Trained)
+    assert trained is not None
+    return trained
 
 
 def test_blocks_of_the_same_name_but_another_width_are_projected(tmp_path):

@@ -93,7 +93,7 @@ def compress(
 
 
 def run(config: CompressConfig, observer: Observer | None = None) -> Compressed:
-    """The same for the command line, where models are named.
+    """`compress` for the command line, where models are named.
 
     Args:
         config: All options.

@@ -21,6 +21,7 @@ from stepwell.models.teacher import load_factory
 from stepwell.report.result import Result, SelectionResult
 from stepwell.report.table import render, result_table
 from stepwell.run.progress import progress
+from stepwell.run.run_dir import check_version
 
 
 def run(config: InspectConfig) -> str:
@@ -92,13 +93,13 @@ def not_faster(result: Result, latencies: Sequence[Latency]) -> list[str]:
 
 
 def _unfinished(run: Path) -> str:
-    stages = run / "stages"
-    if not stages.is_dir():
+    folder = run / "stages"
+    if not folder.is_dir():
         return f"{run} is not a run directory of stepwell: it has no result.json and no stages/"
-    done = sorted(p.name for p in stages.iterdir() if p.is_dir() and not p.name.startswith("."))
-    return (
-        f"{run} is not finished (stages done: {', '.join(done) or 'none'}); the same compress command goes on"
-    )
+    check_version(run)  # such a run cannot be resumed, and this says so
+    done = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    stages = ", ".join(done) or "none"
+    return f"{run} is not finished (stages done: {stages}); the same compress command resumes it"
 
 
 def _latencies(run: Path, result: Result, factory: Factory | None) -> list[Latency]:

@@ -20,7 +20,7 @@ from stepwell.config.commands import CompareConfig, CompressConfig
 from stepwell.config.files import implied, make_config
 from stepwell.config.own_code import is_own_code
 from stepwell.errors import ConfigError
-from stepwell.paths import CONTROL
+from stepwell.paths import CONTROL_PATH
 from stepwell.run.progress import say
 
 _NOT_OF_A_RUN = frozenset(CompareConfig.model_fields) - frozenset(CompressConfig.model_fields)
@@ -43,7 +43,7 @@ class Arm:
     @property
     def is_single_step(self) -> bool:
         """Whether it is its own control."""
-        return self.options.get("path") == CONTROL
+        return self.options.get("path") == CONTROL_PATH
 
 
 @dataclass(frozen=True)
@@ -104,8 +104,8 @@ def run_arms(arms: Sequence[Arm], config: CompareConfig, out: Path) -> list[Row]
         for arm in arms:
             if not arm.is_single_step:
                 epochs = searched[arm.name].epochs_of_equal_compute
-                options = {**arm.options, "path": CONTROL, "epochs": round(epochs, 2)}
-                controls[arm.name] = Arm(f"{CONTROL}, compute of {arm.name}", options)
+                options = {**arm.options, "path": CONTROL_PATH, "epochs": round(epochs, 2)}
+                controls[arm.name] = Arm(f"{CONTROL_PATH}, compute of {arm.name}", options)
         searched |= _search(list(controls.values()), config, out, searched_with, "controls")
     everyone: list[tuple[Arm, str | None]] = []
     for arm in arms:

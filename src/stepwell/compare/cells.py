@@ -165,8 +165,8 @@ def _begin(cell: Cell) -> Setting:
     """Come back to what an interrupted call has left of the run, or begin it."""
     try:
         return begin(cell.config)
-    except RunDirError:  # left with other options, such as the threads of another --jobs
-        progress.say(f"{cell.arm}, seed {cell.config.seed}: begun with other options, starts over")
+    except RunDirError as error:  # left with other options, such as the threads of another --jobs
+        progress.say(f"{cell.arm}, seed {cell.config.seed}: starts over ({error})")
         assert cell.config.out_dir is not None
         shutil.rmtree(cell.config.out_dir, ignore_errors=True)
         return begin(cell.config)

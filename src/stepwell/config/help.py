@@ -7,40 +7,29 @@ from collections.abc import Mapping
 Groups = Mapping[str, tuple[tuple[str, str], ...]]
 """By heading: flags with what they take, and one line on each."""
 
-_IMAGES = ("--data DIR", "train/CLASS/* with val/ or test/, one folder of classes, or a data set of timm")
+_IMAGES = ("--data DIR", "train/CLASS/* with val/ or test/, or a folder of classes")
+_LENGTH = (
+    ("--epochs N", "passes over the images, of each training (30)"),
+    ("--minutes M", "or: all training within this time"),
+)
 _MACHINE = (
     ("--device NAME", "cpu, cuda, mps, ...; by default the GPU if there is one"),
-    ("--precision fp32|bf16", "number format of forward passes in training"),
-    ("--seed N", "seed of everything random (0)"),
     ("--config FILE", "YAML with any of these options"),
 )
-_TRAINING = (
-    ("--epochs N", "passes over the images, of each training (30)"),
-    ("--minutes M", "or: all training within this time, by timing a few steps first"),
-    ("--lr RATE", "peak learning rate (0.001)"),
-    ("--batch-size N", "images per step (64)"),
-    ("--augment NAME", "none, affine, crop or resized-crop; by default by the size of the images"),
-)
+_TEACHER = ("--teacher MODEL", "a timm name, a run or model folder, or FILE.py:FACTORY")
 _COMPRESS: Groups = {
-    "what": (
-        ("--teacher MODEL", "a timm name, the folder of a run or a model, or FILE.py:FACTORY"),
-        _IMAGES,
-        ("--out RUN", "where results go; the same command again resumes"),
-    ),
+    "what": (_TEACHER, _IMAGES, ("--out RUN", "for the results; the same command again resumes")),
     "how small (one of these)": (
         ("--keep SHARE", "of the heads, FFN neurons and filters (0.1)"),
-        ("--macs 1.8G", "operations per image, or a share of the teacher's: 10%"),
-        ("--params 9M", "parameters, or a share of the teacher's: 10%"),
-        ("--latency-ms T", "milliseconds per image, measured before anything is trained"),
+        ("--macs 1.8G", "operations per image, or 10% of the teacher's"),
+        ("--params 9M", "parameters, or 10% of the teacher's"),
+        ("--latency-ms T", "milliseconds per image, measured before training"),
     ),
     "how": (
-        (
-            "--control NAME",
-            "equal_compute: also train the student without the assistant, and keep the better",
-        ),
+        ("--control NAME", "equal_compute: also without an assistant; the better is kept"),
         ("--student MODEL", "a student of another architecture"),
-        ("--path NAME", "another way down than amd: single-step, takd, dgkd, mmd, ..."),
-        *_TRAINING,
+        ("--path NAME", "another way down than amd, such as single-step or takd"),
+        *_LENGTH,
     ),
     "on what": _MACHINE,
 }
@@ -51,27 +40,31 @@ MAIN_OPTIONS: Mapping[str, Groups] = {
     "train": {
         "what": (
             ("--model NAME", "a timm model, such as vit_tiny_patch16_224"),
-            ("--model-args K=V ...", "its arguments, such as img_size=32 patch_size=4"),
+            ("--model-args K=V ...", "such as img_size=32 patch_size=4"),
             _IMAGES,
-            ("--out RUN", "where the teacher goes; the same command again resumes"),
+            ("--out RUN", "for the teacher; the same command again resumes"),
             ("--weights FILE", "start from these; or --no-pretrained for random ones"),
         ),
-        "how": _TRAINING,
+        "how": (
+            *_LENGTH,
+            ("--lr RATE", "peak learning rate (0.001)"),
+            ("--batch-size N", "images per step (64)"),
+        ),
         "on what": _MACHINE,
     },
     "compare": {
         "what": (
-            ("--teacher MODEL", "a timm name, the folder of a run or a model, or FILE.py:FACTORY"),
+            _TEACHER,
             _IMAGES,
-            ("--out DIR", "where cells and tables go; the same command again adds what is missing"),
+            ("--out DIR", "for cells and tables; again, it adds what is missing"),
             ("--suite NAME", "or: a published table, with teacher and data"),
         ),
         "which runs": (
             ("--paths NAME ...", "ways down (single-step amd)"),
             ("--logit-losses NAME ...", "losses on the logits, each with every path"),
-            ("--feature-losses NAME ...", "losses on hidden states or features, likewise"),
+            ("--feature-losses NAME ...", "losses on states or features, likewise"),
             ("--seeds N ...", "every row runs once with each (0 1 2)"),
-            ("--lrs RATE ...", "learning rates that every row tries with the first seed"),
+            ("--lrs RATE ...", "rates that every row tries, with one seed"),
             ("--keep SHARE", "of the units that students keep (0.1)"),
             ("--epochs N", "passes over the images, of each training (30)"),
             ("--jobs N", "runs side by side (1)"),
@@ -85,7 +78,7 @@ def first_screen(command: str, summary: str) -> str:
     """The help of a command with many options."""
     groups = MAIN_OPTIONS[command]
     width = max(len(flag) for rows in groups.values() for flag, _ in rows)
-    lines = [f"stepwell {command} - {summary}"]
+    lines = [f"stepwell {command}", f"  {summary}"]
     for heading, rows in groups.items():
         lines += ["", f"{heading}:", *(f"  {flag:<{width}}  {text}" for flag, text in rows)]
     return "\n".join([*lines, "", f"stepwell {command} --help-all lists every option."])

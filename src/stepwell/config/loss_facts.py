@@ -34,10 +34,11 @@ class LossFacts:
     Attributes:
         reads: What it is called with, of both models.
         given: What follows after that.
-        pretraining: A training that comes before the student's: of the `student` by this loss alone, which is
-            silent afterwards, or of the `loss`'s own parameters, for which only the teacher runs.
+        pretraining: A training before the student's: of the `student` by this loss alone, which is silent
+            afterwards; or of the `loss` itself, whose `pretraining_loss` gets the teacher's piece of the
+            first of `reads`, and for which only the teacher runs.
         pretraining_share: Epochs of that training as a share of those of the student's.
-        views: Images that it makes of each; both models see all of them.
+        rotations: Whether it makes four images of each, by turns of 90 degrees, which both models see.
         implied: Options that its authors use, where the user gives none.
     """
 
@@ -45,8 +46,13 @@ class LossFacts:
     given: tuple[Given, ...] = ()
     pretraining: Literal["student", "loss"] | None = None
     pretraining_share: float = 1 / 8
-    views: int = 1
+    rotations: bool = False
     implied: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def views(self) -> int:
+        """Images that both models see of each."""
+        return 4 if self.rotations else 1
 
     @property
     def needs_labels(self) -> bool:
@@ -108,7 +114,7 @@ FEATURE_LOSSES: Mapping[str, LossFacts] = {
         given=("labels",),
         pretraining="loss",
         pretraining_share=1 / 4,
-        views=4,  # an image and its three rotations
+        rotations=True,
     ),
     "ofa": LossFacts(reads=("student_states", "logits"), given=("labels",)),
 }

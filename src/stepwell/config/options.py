@@ -1,7 +1,7 @@
 """Every group of options: typed, frozen, documented with its unit, in one place.
 
-A function takes the group that it needs; commands.py puts them together for the commands. Nothing here
-imports torch: `stepwell --help` must be quick.
+A function takes the group that it needs, where one will do; commands.py puts them together for the commands.
+Nothing here imports torch: `stepwell --help` must be quick.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from stepwell.errors import did_you_mean
 Augment = Literal["auto", "none", "affine", "crop", "resized-crop"]
 Schedule = Literal["cosine", "linear", "cosine-restarts"]
 Rule = Literal["performance", "npsd", "npsd-chord-teacher", "npsd-chord-student", "lambda"]
-Metric = Literal["auto", "top1", "likelihood"]
+MetricOption = Literal["auto", "top1", "likelihood"]
 Way = Literal["amd", "amd-manual", "single-step", "takd", "dgkd", "mmd", "mmd-os"]
 
 Suite = Literal[
@@ -241,7 +241,7 @@ class SelectOptions(Options):
     """performance: the candidate that performs best; npsd: just before the steepest fall (our reading of
     AMD's NPSD); npsd-chord-*: minus the slope to teacher or student; lambda: MiniDisc's P + 0.2 (1 - S).
     Every run computes all."""
-    metric: Metric = "auto"
+    metric: MetricOption = "auto"
     """Performance P of a candidate on the selection images: `top1` / 100, or `likelihood` (geometric mean of
     the probability given to the true class); `auto` is likelihood below 2,000 images, where top1 is noise."""
     assistant: Fraction | None = None
@@ -254,8 +254,8 @@ class PathOptions(Options):
     path: Way = "amd"
     """amd: candidates trained together, one chosen as the assistant. amd-manual: the same, but a student via
     every candidate. single-step: no assistant. takd: the assistants given, one after another. dgkd:
-    likewise, each model taught by all larger ones. mmd: every candidate trained by itself, and a student by
-    way of each. mmd-os: every candidate trained by itself, one chosen."""
+    likewise, each model taught by all larger ones. mmd: every candidate trained by itself, and a student via
+    each. mmd-os: every candidate trained by itself, one chosen."""
     assistants: tuple[Fraction, ...] = (0.5,)
     """Keep ratios of the assistants of takd and dgkd."""
     num_assistants: Count = 1

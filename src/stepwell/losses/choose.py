@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from jaxtyping import Float
 from torch import Tensor
 
 from stepwell.config.loss_facts import FEATURE_LOSSES, LOGIT_LOSSES
@@ -56,16 +57,22 @@ class Pair:
     Attributes:
         student: What the student returns for two images; shapes are read from it.
         teacher: What the teacher returns for them.
-        observed_teacher: The teacher itself, for losses that send states through a part of it (`after`).
-        images: What is known of the training images, for losses with a memory.
+        observed_teacher: The teacher itself; a loss must not keep it, but what `after` returns.
+        blank: The two images, shape (2, channels, height, width), of which the outputs are.
+        training_images: What is known of them, for losses with a memory.
         is_other_student: Whether the student is of another architecture than the teacher.
     """
 
     student: Output
     teacher: Output
     observed_teacher: Observed
-    images: TrainingImages
+    blank: Float[Tensor, "two channels height width"]
+    training_images: TrainingImages
     is_other_student: bool = False
+
+    def after(self, block: str) -> Callable[[Tensor], Output]:
+        """The rest of the teacher behind `block`, borrowed: not saved, trained or decayed with the loss."""
+        return self.observed_teacher.after(block, self.blank)
 
     @property
     def has_states(self) -> bool:
@@ -149,7 +156,9 @@ def feature_loss(options: LossOptions, pair: Pair) -> Call | None:
         case "pkt":
             return made(pkt_loss)
         case "crd":
-            return made(CRD)(s_dim, t_dim, pair.images.labels_of_classes, pair.images.num_images)
+            return made(CRD)(
+                s_dim, t_dim, pair.training_images.labels_of_classes, pair.training_images.num_images
+            )
         case "sskd":
             return made(SSKD)(s_dim, t_dim)
         case "ofa":

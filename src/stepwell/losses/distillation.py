@@ -35,7 +35,7 @@ class Distillation(nn.Module):
     of a model (`Observed.after`) is a function, and no part of it.
 
     Args:
-        options: Weights, and over which share of the training the two teachers' terms rise from 0.
+        options: Weights, and over which share of the training the teacher's two terms rise from 0.
         logit: From the two models' logits; None where the weight is 0.
         feature: From their hidden states or features; None where the weight is 0, or one has no states.
     """
@@ -48,11 +48,11 @@ class Distillation(nn.Module):
     @property
     def phases(self) -> tuple[Phase, ...]:
         """The trainings that it takes, in their order."""
-        has_first = self.feature is not None and self.options.pretraining is not None
-        return ("pretraining", "main") if has_first else ("main",)
+        has_pretraining = self.feature is not None and self.options.pretraining is not None
+        return ("pretraining", "main") if has_pretraining else ("main",)
 
     def begin(self, phase: Phase) -> None:
-        """Go over to a phase; a loss that has trained the student alone is no part of the main one."""
+        """Enter a phase; a loss with a pretraining of the student is no part of the main one."""
         if phase == "main" and self.options.feature_facts.is_silent_after_pretraining:
             self.feature = None
         self.phase = phase
@@ -71,7 +71,7 @@ class Distillation(nn.Module):
         self, images: Float[Tensor, "batch channels height width"]
     ) -> Float[Tensor, "views channels height width"]:
         """The images that both models see; some losses add turned copies behind them."""
-        if self.feature is None or self.options.views == 1:
+        if self.feature is None or not self.options.feature_facts.rotations:
             return images
         try:
             return rotations(images)
@@ -139,30 +139,37 @@ def make_distillation(options: LossOptions, pair: Pair, seed: int) -> Distillati
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         logit, feature = logit_loss(options, pair), feature_loss(options, pair)
-    return Distillation(options, logit, feature).to(pair.student.logits.device)
+    loss = Distillation(options, logit, feature)
+    kept = [module for module in loss.modules() if module is pair.observed_teacher.model]
+    assert not kept, "a loss borrows of the teacher what Pair.after returns, and never keeps the teacher"
+    return loss.to(pair.student.logits.device)
 
 
-def loss_macs(loss: Distillation, pair: Pair) -> float:
-    """Multiply-accumulates of the loss itself, forward and backward, per image.
+def loss_macs(loss: Distillation, pair: Pair, batch_size: int) -> dict[Phase, float]:
+    """Multiply-accumulates of the loss itself, forward and backward, per image and by phase.
 
     Those of its projectors, heads and memories; the models' own are not among them.
 
     Args:
-        loss: One that was made for this count alone: a memory is written to.
+        loss: One that was made for this count alone: a memory is written to, and the last phase entered.
         pair: The models that it was made for.
+        batch_size: Images of a step; what relates all images of a batch grows with it.
     """
-    num_images, device = len(pair.student.logits), pair.student.logits.device
-    student = _as_leaves(pair.student, loss.options.views, learns=True)
-    teacher = _as_leaves(pair.teacher, loss.options.views, learns=False)
-    labels, indices = (torch.zeros(num_images, dtype=torch.int64, device=device) for _ in range(2))
-    with torch.enable_grad(), FlopCounterMode(display=False) as counter:
-        loss(student, teacher, Target(labels, indices, progress=0.5))["loss"].backward()
-    return counter.get_total_flops() / 2 / num_images
+    device, phases = pair.student.logits.device, {}
+    student = _as_leaves(pair.student, batch_size * loss.options.views, learns=True)
+    teacher = _as_leaves(pair.teacher, batch_size * loss.options.views, learns=False)
+    labels, indices = (torch.zeros(batch_size, dtype=torch.int64, device=device) for _ in range(2))
+    for phase in loss.phases:
+        loss.begin(phase)
+        with torch.enable_grad(), FlopCounterMode(display=False) as counter:
+            loss(student, teacher, Target(labels, indices, progress=0.5))["loss"].backward()
+        phases[phase] = counter.get_total_flops() / 2 / batch_size
+    return phases
 
 
-def _as_leaves(output: Output, views: int, *, learns: bool) -> Output:
+def _as_leaves(output: Output, num_images: int, *, learns: bool) -> Output:
     def leaf(tensor: Tensor) -> Tensor:
-        return torch.cat([tensor.detach()] * views).requires_grad_(learns)
+        return tensor[:1].detach().expand(num_images, *tensor.shape[1:]).clone().requires_grad_(learns)
 
     return Output(leaf(output.logits), [leaf(state) for state in output.states], leaf(output.features))
 

@@ -34,6 +34,7 @@ class Costs:
         num_train: Training images per epoch.
         num_selection: Images that every candidate is evaluated on.
         loss: What the loss between two models costs by itself, forward and backward, for one image.
+        pretraining_loss: The same in a pretraining.
     """
 
     options: CompressConfig
@@ -42,6 +43,7 @@ class Costs:
     num_train: int
     num_selection: int
     loss: float = 0.0
+    pretraining_loss: float = 0.0
 
     @property
     def scoring(self) -> float:
@@ -83,9 +85,9 @@ class Costs:
         return max((passes - before) / main, 0.05 * passes / main)
 
     def _training(self, epochs: float, teachers: float, students: float, num_losses: float) -> float:
-        is_taught = self.options.looks_at_teacher  # else the labels' term is all there is
-        computes = is_taught and self.options.pretraining != "student"  # which is silent afterwards
-        main = epochs * self._epoch(teachers * is_taught, students, num_losses * computes)
+        # Where no term looks at the teacher, the labels' is all there is.
+        is_taught = self.options.looks_at_teacher
+        main = epochs * self._epoch(teachers * is_taught, students, num_losses * self.loss * is_taught)
         return main + self._pretraining(epochs, teachers, students, num_losses)
 
     def _pretraining(
@@ -94,11 +96,11 @@ class Costs:
         """The pretraining of some losses; the student runs only where it is what is trained."""
         students = self.student if students is None else students
         trained = students if self.options.pretraining == "student" else 0.0
-        return self.options.pretraining_epochs(epochs) * self._epoch(teachers, trained, num_losses)
+        one_epoch = self._epoch(teachers, trained, num_losses * self.pretraining_loss)
+        return self.options.pretraining_epochs(epochs) * one_epoch
 
-    def _epoch(self, teachers: float, students: float, num_losses: float) -> float:
-        per_image = self.options.views * (teachers + 3 * students) + num_losses * self.loss
-        return self.num_train * per_image
+    def _epoch(self, teachers: float, students: float, losses: float) -> float:
+        return self.num_train * (self.options.views * (teachers + 3 * students) + losses)
 
 
 def candidates_per_step(scales: Sequence[float], options: JointOptions) -> tuple[float, float]:

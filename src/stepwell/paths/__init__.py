@@ -6,7 +6,7 @@ from stepwell.config.options import Way
 from stepwell.paths import amd, amd_manual, dgkd, mmd, mmd_os, single_step, takd
 from stepwell.paths.path import Path
 
-CONTROL: Way = "single-step"
+CONTROL_PATH: Way = "single-step"
 """The path of a control: every comparison of paths is one with it."""
 
 

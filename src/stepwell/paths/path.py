@@ -14,7 +14,7 @@ from stepwell.models.ladder import Ladder
 from stepwell.report.result import Choice
 from stepwell.setting.rungs import Rung, student_below, teacher_of
 from stepwell.setting.setting import Setting
-from stepwell.stages.deliver import CONTROL, Finished, bill_of, trainings_of
+from stepwell.stages.deliver import CONTROL_STAGE, Finished, bill_of, trainings_of
 from stepwell.stages.distill import distill
 from stepwell.stages.grid import Rungs
 
@@ -30,7 +30,7 @@ class Descend(Protocol):
     """The way down, from the first stage to the last."""
 
     def __call__(self, s: Setting, deliver: Deliver[R]) -> R:
-        """Go it."""
+        """From teacher to student; returns what `deliver` makes of it."""
         ...
 
 
@@ -75,13 +75,16 @@ def finish(
         choice: Which candidate was chosen, where one was.
         tried: Each assistant with its student, where a student was trained for each.
     """
+    # The run's stages are now exactly those of the path, so their costs are what the control may spend.
     costs, control = s.costs(ladder.scales), None
     if s.config.control != "none":
         equal = costs.equal_compute_epochs(bill_of(s.run))
         total = sum(training.epochs for training in trainings_of(s.run).values())
         length = equal if s.config.control == "equal_compute" else total
         teacher = teacher_of(s)
-        control = distill(s, ladder, CONTROL, [teacher], student_below(s, ladder, teacher), length).model
+        control = distill(
+            s, ladder, CONTROL_STAGE, [teacher], student_below(s, ladder, teacher), length
+        ).model
     return Finished(ladder, student, assistants, control, choice, tried, costs.single_step(epochs), way)
 
 

@@ -38,7 +38,7 @@ def expected_epochs(s: Setting, ladder: Ladder, bill: Bill) -> Epochs:
 
 
 def plan_with_joint(s: Setting, ladder: Ladder) -> Epochs:
-    """The same for a joint training and the steps down from it; both kinds of steps are timed."""
+    """`plan` for a joint training and the steps down from it; both kinds of steps are timed."""
     with s.run.stage("plan", Epochs) as stage:
         if stage.is_new:
             stage.result = _with_joint(s, ladder)
@@ -70,5 +70,4 @@ def _asked(s: Setting) -> Epochs:
 
 def _seconds_per_epoch(s: Setting, teacher: Rung, student: Rung) -> float:
     step = distill_step(s, [teacher], student)
-    student.model.train()
     return seconds_per_step(step, s.train) * s.train.steps_per_epoch

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from stepwell.errors import RunDirError
 from stepwell.measure.clock import Latency
 from stepwell.run.run_dir import StageResult
-from stepwell.tasks.classification import PairedTest
+from stepwell.tasks.classification import Metric, PairedTest
 
 
 class _Record(BaseModel):
@@ -83,7 +83,7 @@ class SelectionResult(_Record):
     """Which candidate became the assistant, and what every rule would have said."""
 
     rule: str
-    metric: Literal["top1", "likelihood"]
+    metric: Metric
     pick: float
     """Keep ratio of the assistant."""
     picks: dict[str, float]
@@ -168,8 +168,8 @@ class Result(_Record):
     """The same student distilled straight from the teacher, if one was trained."""
     handed_out: Literal["student", "control"]
     """Which of the two trainings is in `student/`, decided on the selection images."""
-    decided_by: Literal["top1", "likelihood"] = "likelihood"
-    """What was compared on them."""
+    decided_by: Metric | None = None
+    """What was compared on them; None in results of older versions."""
     candidates: list[CandidateResult]
     """The rungs, where they were trained and evaluated; empty where a path chooses nothing."""
     selection: SelectionResult | None

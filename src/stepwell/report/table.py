@@ -40,7 +40,7 @@ def result_table(result: Result, width: int = 110) -> str:
 
 def _why_this_one(result: Result) -> str:
     """What the star means: test images decide nothing, so the marked model need not be the best on them."""
-    if result.control is None:
+    if result.control is None or result.decided_by is None:
         return "* handed out. "
     control_kept = result.handed_out == "control"
     kept, other = (result.control, result.student) if control_kept else (result.student, result.control)

@@ -42,7 +42,7 @@ class StageResult(BaseModel):
 
     tensors: dict[str, Tensor] = Field(default_factory=dict, exclude=True, repr=False)
     passes: float = 0.0
-    """What the stage cost, in forward passes of the teacher on one image; 0 where no model ran to learn."""
+    """What the stage cost, in forward passes of the teacher on one image; 0 where that is not counted."""
     seconds: float = Field(default=0.0, exclude=True)
     """Duration, also where an earlier call has computed it."""
 
@@ -87,8 +87,8 @@ class RunDir:
         self.path = path
         self.observer = observer or Observer()
         self.stages: dict[str, StageResult] = {}
-        """The results of the stages that this call went through, in their order: what a run cost and how it
-        went is read from them."""
+        """The results of the stages that this call went through, in their order, without their tensors: what
+        a run cost and how it went is read from them."""
         self.open_stage = ""
         """Name of the stage that is being computed."""
 
@@ -108,7 +108,7 @@ class RunDir:
         if saved.exists() and stages.is_dir():
             if begun:
                 _check_same(read_yaml(saved), config, path)
-                _check_version(path)
+                check_version(path)
         elif path.exists() and (begun or not _holds_only(path, {stages, _unfinished(saved)})):
             raise RunDirError(f"{path} exists and is not a run of stepwell; choose another --out")
         with writing(path):
@@ -185,7 +185,7 @@ class RunDir:
             _save(folder, stage.result)
             shutil.rmtree(stage.checkpoints, ignore_errors=True)
             say(f"{name}: {seconds:.1f} s")
-        self.stages[name] = stage.result
+        self.stages[name] = stage.result.model_copy(update={"tensors": {}})  # which can be gigabytes
         self.observer.on_stage(name, stage.result)
 
 
@@ -204,8 +204,12 @@ def _check_same(before: Mapping[str, object], config: Options, path: Path) -> No
             )
 
 
-def _check_version(path: Path) -> None:
-    """A run that an older version began cannot be continued: its stages do not say what they cost."""
+def check_version(path: Path) -> None:
+    """Refuse an unfinished run of an older version: its stages do not say what they cost.
+
+    Raises:
+        RunDirError: It is one.
+    """
     if (path / "result.json").exists() and (path / "student" / "stepwell.json").exists():  # it is finished
         return
     for file in (path / "stages").glob("[!.]*/result.json"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from stepwell.config.commands import CompressConfig
@@ -15,7 +16,7 @@ from stepwell.data.spec import InputSpec
 from stepwell.data.splits import Data
 from stepwell.errors import ConfigError, UnsupportedModelError
 from stepwell.losses.choose import Pair
-from stepwell.losses.distillation import loss_macs, make_distillation
+from stepwell.losses.distillation import Phase, loss_macs, make_distillation
 from stepwell.losses.observe import Observed
 from stepwell.models.card import example_images
 from stepwell.models.input import check_runs
@@ -70,7 +71,12 @@ def prepare(
     names = classes or tuple(placeholders(num_classes))
     s = Setting(config, run, teacher, groups, other_student, data, names, device)
     _check_something_to_learn(s)
-    return replace(s, loss_passes=_try_losses(s))
+    macs = _try_losses(s)
+    return replace(
+        s,
+        loss_passes=macs["main"] / s.teacher_macs,
+        pretraining_passes=macs.get("pretraining", 0.0) / s.teacher_macs,
+    )
 
 
 def read_images(s: Setting) -> None:
@@ -115,39 +121,43 @@ def _check_something_to_learn(s: Setting) -> None:
         )
 
 
-def _try_losses(s: Setting) -> float:
+def _try_losses(s: Setting) -> dict[Phase, float]:
     """Make the loss and run it once: arguments that it does not take, or states that it cannot compare, show
-    now. Returns what it costs for one image, in forward passes of the teacher."""
+    now. Returns what it computes by itself for one image, in multiply-accumulates."""
     teacher = Observed(s.model, s.blocks)
     images = torch.zeros(2, s.spec.channels, *s.spec.size, device=s.device)
     with torch.no_grad():
         answer = example = teacher(images)
         if (model := s.fresh_student()) is not None and s.other_student is not None:
             example = Observed(model, s.other_student.blocks)(images)
-    pair = Pair(example, answer, teacher, s.training_images, s.other_student is not None)
+    pair = Pair(example, answer, teacher, images, s.training_images, s.other_student is not None)
     loss = make_distillation(s.config, pair, s.config.seed)
     loss.views(images)
     if s.config.feature_weight and loss.feature is None:
         say(f"--feature-loss {s.config.feature_loss} is left out: there are no hidden states to compare")
-    return loss_macs(loss, pair) / s.teacher_macs
+    return loss_macs(loss, pair, min(s.config.batch_size, len(s.data.train)))
 
 
-def proof_images(data: Data | None, spec: InputSpec, options: DataOptions) -> Tensor:
-    """A few images to prove a cut on: the first selection images, normalised, on the CPU; shape (batch,
-    channels, height, width). Random ones where there are no data."""
+def proof_images(
+    data: Data | None, spec: InputSpec, options: DataOptions
+) -> Float[Tensor, "batch channels height width"]:
+    """A few images to prove a cut on: the first selection images, normalised, on the CPU; random ones where
+    there are no data."""
     if data is None:
         return example_images(spec, 4)
     few = data.selection.subset(range(min(8, len(data.selection))))
     return next(iter(EvalBatches(few, spec, options, CPU))).images
 
 
-def proven_groups(model: nn.Module, spec: InputSpec, images: Tensor) -> list[Group]:
+def proven_groups(
+    model: nn.Module, spec: InputSpec, images: Float[Tensor, "batch channels height width"]
+) -> list[Group]:
     """The groups of a module of the user's own that are proved to be cut rightly; says what stays whole.
 
     Args:
         model: The module, in eval mode.
         spec: The images that it takes.
-        images: A few real images, shape (batch, channels, height, width), to prove it on.
+        images: A few real images, to prove it on.
 
     Raises:
         UnsupportedModelError: Nothing can be cut.

@@ -45,6 +45,7 @@ class Setting:
         device: What is computed on.
         loss_passes: What the loss between two models computes by itself for one image, forward and backward,
             in forward passes of the teacher.
+        pretraining_passes: The same in a pretraining.
     """
 
     config: CompressConfig
@@ -56,6 +57,7 @@ class Setting:
     classes: tuple[str, ...]
     device: torch.device
     loss_passes: float = 0.0
+    pretraining_passes: float = 0.0
 
     @property
     def model(self) -> nn.Module:
@@ -103,21 +105,31 @@ class Setting:
 
     def costs(self, scales: Sequence[float]) -> Costs:
         """Operation counts of a run whose candidates have these shares of the teacher's MACs."""
-        student = scales[0]
-        if self.other_student is not None:
-            student = count_macs(self.other_student.model, self.spec) / self.teacher_macs
-        sizes = {"num_train": len(self.data.train), "num_selection": len(self.data.selection)}
-        return Costs(self.config, scales, student, loss=self.loss_passes, **sizes)
+        return Costs(
+            self.config,
+            scales,
+            self.other_scale or scales[0],
+            num_train=len(self.data.train),
+            num_selection=len(self.data.selection),
+            loss=self.loss_passes,
+            pretraining_loss=self.pretraining_passes,
+        )
+
+    @cached_property
+    def other_scale(self) -> float | None:
+        """Share of the teacher's MACs of the student of another architecture, if there is one."""
+        if self.other_student is None:
+            return None
+        return count_macs(self.other_student.model, self.spec) / self.teacher_macs
 
     @cached_property
     def train(self) -> TrainBatches:
         """Training images, augmented, in random order."""
-        # Without labels none are needed: `prepare` has checked that the task's weight is 0 then.
         return TrainBatches(
             self.data.train, self.spec, self.config, self.config.seed, self.device, self._shown("training")
         )
 
-    @property
+    @cached_property
     def training_images(self) -> TrainingImages:
         """What is known of all training images, for losses that keep a memory of them."""
         return TrainingImages(torch.tensor(self.data.train.labels), len(self.data.train))

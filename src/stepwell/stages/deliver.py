@@ -27,7 +27,7 @@ from stepwell.tasks.classification import Answers, Metric, evaluate, mcnemar, pe
 from stepwell.training.loop import Trained
 from stepwell.version import __version__
 
-CONTROL = "control"
+CONTROL_STAGE = "control"
 """Stage in which the same student is trained straight from the teacher; it is no part of the path's cost."""
 
 
@@ -132,7 +132,7 @@ def better_on_selection(delivered: Delivered, metric: Metric) -> Literal["studen
 
 def bill_of(run: RunDir) -> dict[str, float]:
     """What each stage of the path cost, in forward passes of the teacher on one image."""
-    return {name: r.passes for name, r in run.stages.items() if r.passes and name != CONTROL}
+    return {name: r.passes for name, r in run.stages.items() if r.passes and name != CONTROL_STAGE}
 
 
 def trainings_of(run: RunDir) -> dict[str, Trained]:
@@ -251,7 +251,7 @@ def _result(
 def _cost(run: RunDir, finished: Finished) -> Cost:
     """Measured against the control's seconds where one was trained, else from operation counts."""
     bill, trainings = bill_of(run), trainings_of(run)
-    control = trainings.pop(CONTROL, None)
+    control = trainings.pop(CONTROL_STAGE, None)
     if control is None:
         return Cost(value=sum(bill.values()) / finished.single_step, predicted=True)
     seconds = sum(run.stages[stage].seconds for stage in bill)

@@ -48,7 +48,6 @@ def distill(
     with s.run.stage(name, Trained) as stage:
         if stage.is_new:
             step = distill_step(s, teachers, student, drop)
-            student.model.train()
             courses = step.lesson.courses(
                 stage,
                 dict(student.model.named_parameters()),
@@ -58,9 +57,8 @@ def distill(
                 no_decay=no_decay_of(student.model),
                 modules=[student.model],
             )
-            for (
-                course
-            ) in courses:  # the student learns in the last one; with some losses a pretraining comes before
+            # The student learns in the last one; with some losses a pretraining comes before.
+            for course in courses:
                 stage.result = fit(course, step, s.train, s.config)
             state = {key: tensor.detach() for key, tensor in student.model.state_dict().items()}
             scales = [teacher.scale for teacher in teachers]
@@ -111,15 +109,19 @@ def distill_step(s: Setting, teachers: Sequence[Rung], student: Rung, drop: int 
     """The step of a run; its losses are new."""
     other = s.other_student if student.is_other else None
     learner = Observed(student.model.eval(), s.blocks if other is None else other.blocks)
-    observed = [Observed(teacher.model.eval(), s.blocks) for teacher in teachers]
+    observed = [
+        Observed(teacher.model.eval().requires_grad_(False), s.blocks)  # no gradient stays in an assistant
+        for teacher in teachers
+    ]
     images = s.train.blank(teachers[0].model)
     with torch.no_grad():
         example = learner(images)
         pairs = [
-            Pair(example, teacher(images), teacher, s.training_images, student.is_other)
+            Pair(example, teacher(images), teacher, images, s.training_images, student.is_other)
             for teacher in observed
         ]
     losses = [make_distillation(s.config, pair, s.config.seed) for pair in pairs]
+    student.model.train()
     return DistillStep(Lesson(observed, losses, s.autocast), learner, s.config.seed, drop)
 
 

@@ -34,8 +34,6 @@ def joint(s: Setting, ladder: Ladder, epochs: float) -> SharedWeights:
     with s.run.stage("joint", Trained) as stage:
         if stage.is_new:
             step = joint_step(s, shared)
-            for skeleton in shared.skeletons:
-                skeleton.train()
             courses = step.lesson.courses(
                 stage,
                 shared.parameters,
@@ -45,9 +43,8 @@ def joint(s: Setting, ladder: Ladder, epochs: float) -> SharedWeights:
                 no_decay=s.no_decay,
                 modules=shared.skeletons,
             )
-            for (
-                course
-            ) in courses:  # the candidates learn in the last one; with some losses a pretraining comes before
+            # The candidates learn in the last one; with some losses a pretraining comes before.
+            for course in courses:
                 stage.result = fit(course, step, s.train, s.config)
             recalibrate_all(shared, s.scored)
             passes = s.costs(ladder.scales).joint(epochs)
@@ -113,8 +110,9 @@ def joint_step(s: Setting, shared: SharedWeights) -> JointStep:
         answer = teacher(images)
         for index, student in enumerate(students):
             example = student.with_weights(shared.weights(index), images)
-            pair = Pair(example, answer, teacher, s.training_images)
+            pair = Pair(example, answer, teacher, images, s.training_images)
             losses.append(make_distillation(s.config, pair, s.config.seed + index))
+            student.model.train()
     return JointStep(Lesson([teacher], losses, s.autocast), shared, students, s.config, s.config.seed)
 
 

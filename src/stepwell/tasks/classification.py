@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float, Int
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from stepwell.config.options import MetricOption
 from stepwell.data.batches import EvalBatches
 from stepwell.data.splits import Data
 from stepwell.errors import ConfigError, DataError
@@ -56,8 +57,8 @@ class Meter:
     Attributes:
         num_images: How many were looked at.
         num_correct: On how many the most probable class is the true one.
-        sum_log_likelihood: Of the true class; floored at 1e-12 for each, so that one image cannot rule it.
-        gaps: Shape (15,): confidence minus correctness, summed in bins of confidence.
+        sum_log_likelihood: Of the true class; at least log(1e-12) for each, so that none outweighs the rest.
+        gaps: Confidence minus correctness, summed in 15 bins of confidence.
     """
 
     num_images: int = 0
@@ -118,8 +119,8 @@ class Answers:
     """A model's answers on a set of images, kept one by one.
 
     Attributes:
-        probabilities: (images, classes), float32.
-        labels: (images,), the true classes.
+        probabilities: Of every class, in float32.
+        labels: The true classes.
     """
 
     probabilities: Float[Tensor, "images classes"]
@@ -161,7 +162,7 @@ def performance(top1: float, log_likelihood: float, metric: Metric) -> float:
     return top1 / 100 if metric == "top1" else math.exp(log_likelihood)
 
 
-def resolve_metric(metric: Literal["auto", "top1", "likelihood"], num_images: int) -> Metric:
+def resolve_metric(metric: MetricOption, num_images: int) -> Metric:
     """`auto` is the likelihood on few images, where it says more than a count of right answers."""
     if metric == "auto":
         return "likelihood" if num_images < FEW_IMAGES else "top1"
