@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from report_example import make_model, make_result
+
 from stepwell.report.table import result_table
 
 

@@ -24,6 +24,7 @@ import stepwell.zoo  # noqa: F401  (their names become names of timm)
 from stepwell.data.spec import InputSpec
 from stepwell.errors import DataError, ModelError, UnsupportedModelError
 from stepwell.models import huggingface
+from stepwell.models.arguments import refused
 from stepwell.pruning import generic
 from stepwell.pruning.families import find_groups
 from stepwell.pruning.skeleton import build_skeleton, fill
@@ -129,6 +130,8 @@ def build(architecture: Architecture, factory: Factory | None, where: Path) -> n
         )
     if architecture.source == "transformers":
         return huggingface.build(architecture.args)
+    if (reason := refused(architecture.args)) is not None:
+        raise ModelError(f"{where / CARD}: {reason}")
     if not timm.is_model(architecture.name):  # a name such as hf-hub:... would go to the network
         raise ModelError(f"{where / CARD}: this timm has no model {architecture.name!r}; is it too old?")
     try:

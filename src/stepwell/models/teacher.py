@@ -21,6 +21,7 @@ from stepwell.data.images import one_line
 from stepwell.data.spec import InputSpec
 from stepwell.errors import ConfigError, ModelError, did_you_mean
 from stepwell.models import huggingface
+from stepwell.models.arguments import refused
 from stepwell.models.card import (
     WEIGHTS,
     Architecture,
@@ -116,6 +117,8 @@ def create_timm(
     flag: str = "--model-args",
 ) -> nn.Module:
     """`timm.create_model` with our errors: unknown names, wrong arguments, unreachable weights."""
+    if (reason := refused(args)) is not None:
+        raise ConfigError(f"{flag}: {reason}")
     base = name.split(".")[0]
     if not name.startswith(_HUB) and not timm.is_model(base):
         raise ModelError(
