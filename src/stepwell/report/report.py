@@ -142,6 +142,7 @@ def _render(result: Result, predictions: TestPredictions, thumbnails: Callable[[
         candidates=plots.by_scale(result),
         verdict=wording.verdict(result, plots.handed_out(result)),
         way=result.way,
+        decision=wording.decision(result),
         table=_table(result, percent),
         rules=wording.RULES,
         stage_name=wording.stage,

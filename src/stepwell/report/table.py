@@ -9,6 +9,7 @@ from rich.table import Table
 
 from stepwell.measure.size import short_number
 from stepwell.report.result import ModelResult, Result
+from stepwell.report.wording import decision
 
 
 def result_table(result: Result, width: int = 110) -> str:
@@ -40,17 +41,11 @@ def result_table(result: Result, width: int = 110) -> str:
 
 def _why_this_one(result: Result) -> str:
     """What the star means: test images decide nothing, so the marked model need not be the best on them."""
-    if result.control is None or result.decided_by is None:
+    if not (why := decision(result)):
         return "* handed out. "
-    control_kept = result.handed_out == "control"
-    kept, other = (result.control, result.student) if control_kept else (result.student, result.control)
-    what, figures = "mean log-likelihood", [f"{m.selection_log_likelihood:.3f}" for m in (kept, other)]
-    if result.decided_by == "top1":
-        what, figures = "top1", [f"{m.selection_top1:.1f} %" for m in (kept, other)]
     return (
-        f"* handed out: its {what} on the {result.data.num_selection} selection images, which decide, is "
-        f"{figures[0]}, the other's {figures[1]}.\n  The test images above decide nothing. The control is "
-        f"the same student, trained without an assistant.\n"
+        f"* handed out: {why}.\n  The test images above decide nothing. The control is the same student, "
+        f"trained without an assistant.\n"
     )
 
 

@@ -20,6 +20,7 @@ RULES = {
 STAGES = {
     "score": "score heads, neurons and filters",
     "grid": "find the widths of all candidates",
+    "plan": "fix the epochs",
     "joint": "train all candidates together",
     "select": "choose the assistant",
     "distill": "distil the student",
@@ -35,6 +36,24 @@ def stage(name: str) -> str:
         "assistant": f"train {name}",
         "distill": f"student {name.removeprefix('distill ')}",
     }.get(name.partition(" ")[0], name)
+
+
+def decision(result: Result) -> str:
+    """Why the model that was handed out was: what was compared on the selection images, and its figures.
+
+    Empty where there was no control, or an older version did not keep what was compared.
+    """
+    if result.control is None or result.decided_by is None:
+        return ""
+    control_kept = result.handed_out == "control"
+    kept, other = (result.control, result.student) if control_kept else (result.student, result.control)
+    what, figures = "mean log-likelihood", [f"{m.selection_log_likelihood:.3f}" for m in (kept, other)]
+    if result.decided_by == "top1":
+        what, figures = "top1", [f"{m.selection_top1:.1f} %" for m in (kept, other)]
+    return (
+        f"its {what} on the {result.data.num_selection} selection images, which decide, is {figures[0]}, "
+        f"the other's {figures[1]}"
+    )
 
 
 def units(result: Result) -> str:
