@@ -4,6 +4,8 @@ The example: candidates of scale 0.1, 0.2 ... 0.9 (sum 4.5), an assistant of 0.5
 pass of the teacher costs 1 per image, a backward pass twice its forward.
 """
 
+from dataclasses import replace
+
 import pytest
 
 from stepwell.config.commands import CompressConfig
@@ -299,3 +301,24 @@ def test_minutes_become_epochs():
     # 12 s + 3 s per epoch of both: 10 minutes hold 40 of each.
     assert epochs_in(10, 12, 3) == pytest.approx(40)
     assert epochs_in(10, 15) == pytest.approx(40)
+
+
+@pytest.mark.parametrize("score_images", [4, 100])
+def test_statistics_that_are_recomputed_are_on_the_bill(score_images):
+    """One forward pass of every candidate on the scored images, where the models have BatchNorm."""
+    plain = costs(num_train=10, score_images=score_images)
+    found = replace(plain, has_statistics=True)
+    scored = min(score_images, 10)
+    assert found.joint(2) - plain.joint(2) == pytest.approx(scored * sum(SCALES))
+    assert found.single_step(2) == plain.single_step(2)
+    for path, recomputed in {
+        "takd": 0.1,
+        "dgkd": 0.1,
+        "mmd-os": 0.1,
+        "mmd": 8 * 0.1,
+        "single-step": 0,
+    }.items():
+        scales = [0.1, 0.5] if path in ("takd", "dgkd") else SCALES
+        without = costs(scales, num_train=10, score_images=score_images, path=path)
+        bills = [sum(bill_of(c).values()) for c in (replace(without, has_statistics=True), without)]
+        assert bills[0] - bills[1] == pytest.approx(scored * recomputed)

@@ -240,3 +240,10 @@ def test_mcnemar_on_thousands_of_images():
     found = mcnemar(answers([True] * 1100 + [False] * 1000), answers([False] * 1100 + [True] * 1000))
     # Two-sided normal approximation with continuity correction: z = 99 / sqrt(2100).
     assert found.p_value == pytest.approx(math.erfc(99 / math.sqrt(2100) / math.sqrt(2)), rel=0.01)
+
+
+def test_mcnemar_on_a_test_set_of_the_size_of_imagenets() -> None:
+    """17,000 images that the two disagree on: whole numbers of 17,000 bits, each made of the one before."""
+    found = mcnemar(answers([True] * 8600 + [False] * 8400), answers([False] * 8600 + [True] * 8400))
+    # The normal distribution with continuity correction: z = (200 - 1) / sqrt(17,000).
+    assert found.p_value == pytest.approx(math.erfc(199 / math.sqrt(17_000) / math.sqrt(2)), rel=1e-3)

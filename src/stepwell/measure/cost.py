@@ -35,6 +35,7 @@ class Costs:
         num_selection: Images that every candidate is evaluated on.
         loss: What the loss between two models costs by itself, forward and backward, for one image.
         pretraining_loss: The same in a pretraining.
+        has_statistics: Whether the models keep statistics of batches; they are recomputed on the scored images.
     """
 
     options: CompressConfig
@@ -44,11 +45,20 @@ class Costs:
     num_selection: int
     loss: float = 0.0
     pretraining_loss: float = 0.0
+    has_statistics: bool = False
 
     @property
     def scoring(self) -> float:
         """Forward and backward on the scored images."""
-        return 3.0 * min(self.options.score_images, self.num_train)
+        return 3.0 * self._num_scored
+
+    def recalibrating(self, *scales: float) -> float:
+        """Forward passes of models of `scales` on the scored images, if there are statistics to recompute."""
+        return self._num_scored * sum(scales) if self.has_statistics else 0.0
+
+    @property
+    def _num_scored(self) -> int:
+        return min(self.options.score_images, self.num_train)
 
     def evaluating(self, *scales: float) -> float:
         """Forward passes of models of `scales` on the selection images."""
@@ -57,7 +67,8 @@ class Costs:
     def joint(self, epochs: float) -> float:
         """Joint training."""
         scales, num_candidates = candidates_per_step(self.scales, self.options)
-        return self._training(epochs, 1.0, scales, num_candidates)
+        training = self._training(epochs, 1.0, scales, num_candidates)
+        return training + self.recalibrating(*self.scales)
 
     def step_down(self, epochs: float, student: float, teachers: Sequence[float], drop: int = 0) -> float:
         """Distilling into a model of scale `student` from models of scales `teachers`.

@@ -59,14 +59,15 @@ def descend(s: Setting, deliver: Deliver[R]) -> R:
 
 def bill(costs: Costs, epochs: Epochs, options: CompressConfig) -> dict[str, float]:
     """Every candidate is trained, but together; then one student, via the middle candidate."""
-    # Each further assistant is taken to have half the scale of the one above it.
+    # Each further assistant is taken to have half the scale of the one above it; the student is then its slice.
     further = costs.step_down(epochs.distill, middle(costs) / 2, [middle(costs)])
+    sliced = costs.recalibrating(costs.student) if options.num_assistants > 1 else 0.0
     return {
         "score": costs.scoring,
         "joint": costs.joint(epochs.joint),
         "select": costs.evaluating(1.0, *costs.scales),  # the teacher too
         "distill": costs.step_down(epochs.distill, costs.student, [middle(costs)]),
-        "more assistants": (options.num_assistants - 1) * further,
+        "more assistants": (options.num_assistants - 1) * further + sliced,
     }
 
 

@@ -37,6 +37,7 @@ def bill(costs: Costs, epochs: Epochs, options: CompressConfig) -> dict[str, flo
         "score": costs.scoring,
         **{
             f"step {i}": costs.step_down(epochs.distill, chain[i + 1], chain[: i + 1], options.drop)
+            + (i > 0) * costs.recalibrating(chain[i + 1])
             for i in range(len(chain) - 1)
         },
     }

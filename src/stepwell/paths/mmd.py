@@ -45,7 +45,8 @@ def bill(costs: Costs, epochs: Epochs, _options: CompressConfig) -> dict[str, fl
     return {
         "score": costs.scoring,
         "assistants": sum(costs.step_down(epochs.distill, scale, [1.0]) for scale in above),
-        "students": sum(costs.step_down(epochs.distill, costs.student, [scale]) for scale in above),
+        "students": sum(costs.step_down(epochs.distill, costs.student, [scale]) for scale in above)
+        + costs.recalibrating(*[costs.student] * len(above)),
         "choose": costs.evaluating(*[costs.student] * len(above)),
     }
 

@@ -40,7 +40,8 @@ def bill(costs: Costs, epochs: Epochs, _options: CompressConfig) -> dict[str, fl
         "score": costs.scoring,
         "assistants": sum(costs.step_down(epochs.distill, scale, [1.0]) for scale in costs.scales),
         "select": costs.evaluating(1.0, *costs.scales),
-        "distill": costs.step_down(epochs.distill, costs.student, [middle(costs)]),
+        "distill": costs.step_down(epochs.distill, costs.student, [middle(costs)])
+        + costs.recalibrating(costs.student),
     }
 
 

@@ -38,7 +38,9 @@ def bill(costs: Costs, epochs: Epochs, _options: CompressConfig) -> dict[str, fl
     return {
         "score": costs.scoring,
         **{
+            # Every model but the first is a slice of a trained one.
             f"step {i}": costs.step_down(epochs.distill, lower, [upper])
+            + (i > 0) * costs.recalibrating(lower)
             for i, (upper, lower) in enumerate(itertools.pairwise(chain))
         },
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -23,12 +23,14 @@ class Rung:
         scale: Its share of the teacher's MACs.
         candidate: Its keep ratio and widths; None for the teacher.
         is_other: Whether it is of another architecture, and `candidate` only the rung in its place.
+        passes: What making it has cost, in forward passes of the teacher; on the bill of its training.
     """
 
     model: nn.Module
     scale: float
     candidate: Candidate | None = None
     is_other: bool = False
+    passes: float = 0.0
 
     @property
     def keep_ratio(self) -> float:
@@ -69,7 +71,7 @@ def rung_below(s: Setting, ladder: Ladder, index: int, above: Rung) -> Rung:
     rung = slice_of_store(store, ladder, index)
     # Weights come from the model above; statistics of batches must be those of these weights.
     recalibrate(rung.model.eval(), rung.model, s.scored)
-    return rung
+    return replace(rung, passes=s.costs(ladder.scales).recalibrating(rung.scale))
 
 
 def student_below(s: Setting, ladder: Ladder, above: Rung | SharedWeights) -> Rung:

@@ -28,6 +28,7 @@ from stepwell.run.observer import Split
 from stepwell.run.run_dir import RunDir
 from stepwell.tasks.classification import Metric, predict, resolve_metric
 from stepwell.training.optimizer import no_decay_of
+from stepwell.training.statistics import norms_with_statistics
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,7 @@ class Setting:
             num_selection=len(self.data.selection),
             loss=self.loss_passes,
             pretraining_loss=self.pretraining_passes,
+            has_statistics=bool(norms_with_statistics(self.model)),
         )
 
     @cached_property

@@ -62,7 +62,7 @@ def distill(
                 stage.result = fit(course, step, s.train, s.config)
             state = {key: tensor.detach() for key, tensor in student.model.state_dict().items()}
             scales = [teacher.scale for teacher in teachers]
-            passes = s.costs(ladder.scales).step_down(epochs, student.scale, scales, drop)
+            passes = student.passes + s.costs(ladder.scales).step_down(epochs, student.scale, scales, drop)
             stage.result = stage.result.model_copy(update={"tensors": state, "passes": passes})
     student.model.load_state_dict(stage.result.tensors)
     student.model.eval()

@@ -102,7 +102,7 @@ def importance_by_gradient(
                     for name in group.gates
                 ]
                 # Several gates of a unit are one number, so what they do to the loss adds up.
-                sums[group.name] += _reduced(sum(by_gate[1:], by_gate[0]), reduction).double().cpu()
+                sums[group.name] += _reduced(sum(by_gate[1:], by_gate[0]), reduction).cpu().double()
             num_images += len(batch.labels)
             advance("")
     divisor = num_images if reduction == "sample" else 1
@@ -184,7 +184,7 @@ def filter_norms(
         of_filters = next((s for s in group.slices if s.dim == 0 and weights[s.tensor].ndim > 1), None)
         if of_filters is None:  # such as a transposed convolution: its filters lie elsewhere
             continue
-        weight = weights[of_filters.tensor].detach().double().abs().reshape(of_filters.view)
+        weight = weights[of_filters.tensor].detach().cpu().double().abs().reshape(of_filters.view)
         for other, slice_ in cuts[of_filters.tensor]:
             # Its input channels, which are the filters of a layer before; or its own, around a shortcut.
             if slice_.dim == 1 and other.name in norms:

@@ -194,7 +194,11 @@ def mcnemar(teacher: Answers, student: Answers) -> PairedTest:
     only_teacher = int((teacher.correct & ~student.correct).sum())
     only_student = int((student.correct & ~teacher.correct).sum())
     n, k = only_teacher + only_student, min(only_teacher, only_student)
-    tail = sum(math.comb(n, i) for i in range(k + 1))
+    # Exact whole numbers; each binomial comes from the one before, or a large test set would take seconds.
+    binomial = tail = 1
+    for i in range(k):
+        binomial = binomial * (n - i) // (i + 1)
+        tail += binomial
     return PairedTest(
         only_teacher_right=only_teacher,
         only_student_right=only_student,

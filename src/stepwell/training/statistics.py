@@ -11,6 +11,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from stepwell.data.batches import Batch
 
 
+def norms_with_statistics(model: nn.Module) -> list[_BatchNorm]:
+    """The BatchNorms of a model that keep a running mean and variance."""
+    return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+
+
 def recalibrate(model: nn.Module, forward: Callable[[Tensor], Tensor], batches: Iterable[Batch]) -> None:
     """Replace the running mean and variance of every BatchNorm of `model` by those of `batches`.
 
@@ -21,7 +26,7 @@ def recalibrate(model: nn.Module, forward: Callable[[Tensor], Tensor], batches: 
         forward: A function that runs `model` on images, with whatever weights.
         batches: Images as in evaluation.
     """
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    norms = norms_with_statistics(model)
     if not norms:
         return
     momenta = [norm.momentum for norm in norms]
