@@ -35,7 +35,7 @@ class Costs:
         num_selection: Images that every candidate is evaluated on.
         loss: What the loss between two models costs by itself, forward and backward, for one image.
         pretraining_loss: The same in a pretraining.
-        has_statistics: Whether the models keep statistics of batches; they are recomputed on the scored images.
+        has_statistics: Whether models keep statistics of batches, which are recomputed on the scored images.
     """
 
     options: CompressConfig

@@ -59,7 +59,7 @@ def descend(s: Setting, deliver: Deliver[R]) -> R:
 
 def bill(costs: Costs, epochs: Epochs, options: CompressConfig) -> dict[str, float]:
     """Every candidate is trained, but together; then one student, via the middle candidate."""
-    # Each further assistant is taken to have half the scale of the one above it; the student is then its slice.
+    # A further assistant is taken to have half the scale of the one above; the student is then its slice.
     further = costs.step_down(epochs.distill, middle(costs) / 2, [middle(costs)])
     sliced = costs.recalibrating(costs.student) if options.num_assistants > 1 else 0.0
     return {
