@@ -85,6 +85,7 @@ class JointStep:
                 lambda: self.students[index].with_weights(weights, images),  # noqa: B023
                 answers,
             )
+            # Where no term looks at a teacher there is no answer, and nothing reads what stands in for it.
             parts = loss(student, answers.get(0, student), target)
             trained = [parameter for parameter in loss.parameters() if parameter.requires_grad]
             # Divided, so that the step's gradient is the mean over its candidates. The candidate's slices
@@ -104,6 +105,7 @@ class JointStep:
 def joint_step(s: Setting, shared: SharedWeights) -> JointStep:
     """The step of a run; its losses are new."""
     teacher = Observed(s.model, s.blocks)
+    # In eval mode, so that blank images do not move BatchNorm statistics.
     students = [Observed(skeleton.eval(), s.blocks) for skeleton in shared.skeletons]
     images, losses = s.train.blank(s.model), []
     with torch.no_grad():
@@ -111,6 +113,7 @@ def joint_step(s: Setting, shared: SharedWeights) -> JointStep:
         for index, student in enumerate(students):
             example = student.with_weights(shared.weights(index), images)
             pair = Pair(example, answer, teacher, images, s.training_images)
+            # Another seed for each: the parameters of two losses must not start equal.
             losses.append(make_distillation(s.config, pair, s.config.seed + index))
             student.model.train()
     return JointStep(Lesson([teacher], losses, s.autocast), shared, students, s.config, s.config.seed)
