@@ -89,7 +89,7 @@ def importance_by_gradient(
                 logits = functional_call(skeleton, parameters, (batch.images,))  # (B, classes)
             # Summed: each image's gradient is its own, and none shrinks below fp16's smallest number.
             loss = loss_per_image(logits, batch.labels).sum()
-            # With respect to the units' outputs alone: no weight gets a gradient, and the model stays as it is.
+            # With respect to the units' outputs alone: no weight gets a gradient.
             gradients = dict(zip(outputs, torch.autograd.grad(loss, list(outputs.values())), strict=True))
             for group in groups:
                 by_gate = [  # each (B, units)
