@@ -58,8 +58,8 @@ class Pair:
         student: What the student returns for two images; shapes are read from it.
         teacher: What the teacher returns for them.
         observed_teacher: The teacher itself; a loss must not keep it, but what `after` returns.
-        blank: The two images, shape (2, channels, height, width), of which the outputs are.
-        training_images: What is known of them, for losses with a memory.
+        blank: The two images that the outputs are of.
+        training_images: What is known of all training images, for losses with a memory.
         is_other_student: Whether the student is of another architecture than the teacher.
     """
 
@@ -73,11 +73,6 @@ class Pair:
     def after(self, block: str) -> Callable[[Tensor], Output]:
         """The rest of the teacher behind `block`, borrowed: not saved, trained or decayed with the loss."""
         return self.observed_teacher.after(block, self.blank)
-
-    @property
-    def has_states(self) -> bool:
-        """Whether there are hidden states of both to be compared."""
-        return bool(self.student.states) and bool(self.teacher.states)
 
 
 def logit_loss(options: LossOptions, pair: Pair) -> Call | None:

@@ -71,12 +71,7 @@ def prepare(
     names = classes or tuple(placeholders(num_classes))
     s = Setting(config, run, teacher, groups, other_student, data, names, device)
     _check_something_to_learn(s)
-    macs = _try_losses(s)
-    return replace(
-        s,
-        loss_passes=macs["main"] / s.teacher_macs,
-        pretraining_passes=macs.get("pretraining", 0.0) / s.teacher_macs,
-    )
+    return replace(s, loss_macs=_try_losses(s))
 
 
 def read_images(s: Setting) -> None:

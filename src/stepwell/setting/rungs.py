@@ -84,7 +84,7 @@ def student_below(s: Setting, ladder: Ladder, above: Rung | SharedWeights) -> Ru
     """
     other = s.fresh_student()
     if other is not None:
-        return Rung(other, s.other_scale or 1.0, ladder.candidates[0], is_other=True)
+        return Rung(other, s.costs(ladder.scales).student, ladder.candidates[0], is_other=True)
     if isinstance(above, SharedWeights):
         return slice_of_store(above, ladder, 0)
     return rung_below(s, ladder, 0, above)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -15,6 +15,7 @@ from stepwell.data.batches import EvalBatches, OnBatch, TrainBatches
 from stepwell.data.images import ImageSet
 from stepwell.data.spec import InputSpec
 from stepwell.data.splits import Data
+from stepwell.losses.distillation import Phase
 from stepwell.losses.output import TrainingImages
 from stepwell.measure.cost import Costs
 from stepwell.measure.size import count_macs
@@ -44,9 +45,8 @@ class Setting:
         data: The images.
         classes: Their names.
         device: What is computed on.
-        loss_passes: What the loss between two models computes by itself for one image, forward and backward,
-            in forward passes of the teacher.
-        pretraining_passes: The same in a pretraining.
+        loss_macs: What the loss between two models computes by itself for one image, forward and backward, by
+            phase of a training.
     """
 
     config: CompressConfig
@@ -57,8 +57,7 @@ class Setting:
     data: Data
     classes: tuple[str, ...]
     device: torch.device
-    loss_passes: float = 0.0
-    pretraining_passes: float = 0.0
+    loss_macs: Mapping[Phase, float] = field(default_factory=dict)
 
     @property
     def model(self) -> nn.Module:
@@ -112,8 +111,8 @@ class Setting:
             self.other_scale or scales[0],
             num_train=len(self.data.train),
             num_selection=len(self.data.selection),
-            loss=self.loss_passes,
-            pretraining_loss=self.pretraining_passes,
+            loss=self.loss_macs.get("main", 0.0) / self.teacher_macs,
+            pretraining_loss=self.loss_macs.get("pretraining", 0.0) / self.teacher_macs,
             has_statistics=bool(norms_with_statistics(self.model)),
         )
 
