@@ -111,10 +111,15 @@ class Setting:
             self.other_scale or scales[0],
             num_train=len(self.data.train),
             num_selection=len(self.data.selection),
-            loss=self.loss_macs.get("main", 0.0) / self.teacher_macs,
-            pretraining_loss=self.loss_macs.get("pretraining", 0.0) / self.teacher_macs,
+            loss=self._loss_passes("main"),
+            pretraining_loss=self._loss_passes("pretraining"),
             has_statistics=bool(norms_with_statistics(self.model)),
         )
+
+    def _loss_passes(self, phase: Phase) -> float:
+        # Most losses compute nothing by themselves: then the teacher need not be counted either.
+        macs = self.loss_macs.get(phase, 0.0)
+        return macs / self.teacher_macs if macs else 0.0
 
     @cached_property
     def other_scale(self) -> float | None:
