@@ -151,10 +151,12 @@ class FixedTrain(TrainBatches):
         self.batch_size = len(self._fixed[0].labels)
         self.steps_per_epoch = len(self._fixed)
         self.epochs_begun: list[int] = []
+        self.trainings: set[str] = set()
         self.seed = 0
 
-    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
+    def epoch(self, epoch: int, first_step: int = 0, training: str = "") -> Iterator[Batch]:
         self.epochs_begun.append(epoch)
+        self.trainings.add(training)
         yield from self._fixed[first_step:]
 
 

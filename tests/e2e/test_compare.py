@@ -443,6 +443,16 @@ def test_paths_of_a_pair_have_the_loss_of_its_first_row():
         assert arms["dkd"]["logit_args"] == {"beta": pair.dkd_beta}
 
 
+def test_rows_have_the_temperature_and_the_rise_of_their_papers():
+    for suite in suites.PAIRS:
+        arms = {arm.name: arm.options for arm in suites.ARMS[suite]}
+        assert {arms[name]["temperature"] for name in ("kd", "dkd", "dist", "pld") if name in arms} == {
+            1.0 if suite == "imagenet-pair" else 4.0
+        }
+        rises = {arms[name].get("loss_warmup") for name in ("dkd", "review") if name in arms}
+        assert rises == ({0.01} if suite == "imagenet-pair" else {None})
+
+
 def test_every_loss_is_in_the_pairs_of_cifar():
     losses = {
         arm.options.get(name) for arm in suites.ARMS["wrn-pair"] for name in ("logit_loss", "feature_loss")

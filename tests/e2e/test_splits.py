@@ -63,6 +63,13 @@ def test_each_stage_is_shown_its_own_images_only(data, teacher, tmp_path, quick)
     assert shown["select"] == selection
     assert shown["deliver"] == selection | test
     assert shown[""] <= test  # the few on which the ONNX file is checked
+    assert_no_training_repeats_another(seen, len(images.train))
+
+
+def assert_no_training_repeats_another(seen: Recorder, num_images: int) -> None:
+    joint, last = (seen.shown[stage, "training"][:num_images] for stage in ("joint", "distill"))
+    assert sorted(joint) == sorted(last) == list(range(num_images))
+    assert joint != last
 
 
 def test_what_is_shown_by_the_name_of_a_split_are_its_images(data, teacher, tmp_path):
@@ -84,6 +91,13 @@ def test_what_is_shown_by_the_name_of_a_split_are_its_images(data, teacher, tmp_
         assert len(set(indices)) == len(indices) == len(pixels)
         plain = torch.cat([b.images for b in EvalBatches(of_split, s.spec, s.config, s.device)])
         assert torch.equal(pixels, plain[indices])
+
+
+def test_a_batch_of_scored_images_holds_all_classes(data, teacher, tmp_path):
+    """In the order of the folders it would hold one, and BatchNorm statistics would miss what is between."""
+    s = begin(config_of("--teacher", teacher, "--data", data, "--out", tmp_path / "out", *QUICK))
+    batches = [batch.labels.unique().tolist() for batch in s.scored if len(batch.labels) == 16]
+    assert batches == [[0, 1, 2]] * 3
 
 
 def test_the_teacher_was_not_trained_on_the_selection_images(finished, teacher):

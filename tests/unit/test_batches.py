@@ -181,17 +181,17 @@ def test_who_looks_on_is_told_every_batch_before_it_is_used(tmp_path):
 
 
 @pytest.mark.parametrize("augment", ["affine", "crop", "resized-crop"])
-def test_augmentation_depends_on_seed_epoch_and_image_alone(tmp_path, augment):
+def test_augmentation_depends_on_seed_training_epoch_and_image_alone(tmp_path, augment):
     images = image_set(tmp_path, 12)
 
-    def epoch(batch_size, seed=3, epoch=5):
+    def epoch(batch_size, seed=3, epoch=5, training="joint"):
         train = TrainBatches(images, COLOUR, options(augment=augment, batch_size=batch_size), seed, CPU)
-        return by_image(train.epoch(epoch))
+        return by_image(train.epoch(epoch, training=training))
 
     first = epoch(4)
     for same in (epoch(4), epoch(3), epoch(12)):
         assert all(torch.equal(first[i], same[i]) for i in range(12))
-    for other in (epoch(4, seed=4), epoch(4, epoch=6)):
+    for other in (epoch(4, seed=4), epoch(4, epoch=6), epoch(4, training="distill")):
         # With `crop` an image may draw the same of 9 * 9 * 2 cases twice; not many do.
         assert sum(torch.equal(first[i], other[i]) for i in range(12)) <= 2
 

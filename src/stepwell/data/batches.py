@@ -3,9 +3,9 @@
     small sets    decoded once into one uint8 tensor; augmentation is batched tensor arithmetic on the device
     large sets    decoded in every epoch by DataLoader workers; `resized-crop` is timm's ImageNet recipe
 
-Both keep one promise: what an image looks like in an epoch depends on (seed, epoch, image) and on nothing
-else - not on the batch size, the order, the number of workers or of machines - so a run that is resumed
-sees what the unbroken run would have seen.
+Both keep one promise: what an image looks like in an epoch depends on (seed, training, epoch, image) and on
+nothing else - not on the batch size, the order, the number of workers or of machines - so a run that is
+resumed sees what the unbroken run would have seen, and no training of a run sees what another one saw.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class TrainBatches:
         images: The training split.
         spec: What the model wants.
         options: Augmentation, batch size, workers.
-        seed: With the epoch and the image, all that randomness depends on.
+        seed: With the training's name, the epoch and the image, all that randomness depends on.
         device: Where batches go.
         on_batch: Whoever looks on.
     """
@@ -71,14 +71,21 @@ class TrainBatches:
         parameter = next(like.parameters())
         return parameter.new_zeros(2, self.spec.channels, *self.spec.size)
 
-    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
-        """The batches of one epoch, from `first_step` on; equal arguments give equal batches."""
+    def epoch(self, epoch: int, first_step: int = 0, training: str = "") -> Iterator[Batch]:
+        """The batches of one epoch of a training, from `first_step` on; equal arguments give equal batches.
+
+        Args:
+            epoch: From 0.
+            first_step: Within the epoch.
+            training: The name of the training; another one shuffles and augments otherwise.
+        """
         num_images = len(self.labels)
+        seed = f"{self.seed}:{training}"
         # Row i belongs to image i, so no batch, order or machine changes what happens to an image.
-        table = torch.rand(num_images, NUM_RANDOM, generator=generator("augment", self.seed, epoch))
-        order = torch.randperm(num_images, generator=generator("shuffle", self.seed, epoch))
+        table = torch.rand(num_images, NUM_RANDOM, generator=generator("augment", seed, epoch))
+        order = torch.randperm(num_images, generator=generator("shuffle", seed, epoch))
         chunks = order.split(self.batch_size)[first_step : self.steps_per_epoch]
-        for pixels, indices in self._feed.batches(chunks, self.seed, epoch):
+        for pixels, indices in self._feed.batches(chunks, seed, epoch):
             if self._on_batch is not None:
                 self._on_batch(indices)
             augmented = augment_batch(pixels, table[indices].to(self.device), self.augment)
@@ -117,7 +124,7 @@ class EvalBatches:
 
     def __iter__(self) -> Iterator[Batch]:
         chunks = torch.arange(len(self.labels)).split(self.batch_size)
-        for pixels, indices in self._feed.batches(chunks, seed=0, epoch=0):
+        for pixels, indices in self._feed.batches(chunks, seed="", epoch=0):
             if self._on_batch is not None:
                 self._on_batch(indices)
             yield _batch(pixels, self.labels, indices, self.spec)

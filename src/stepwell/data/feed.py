@@ -41,14 +41,14 @@ class Feed:
         self._images = replace(images, cache={})
         self._transform = transform or eval_transform(spec)
 
-    def batches(self, chunks: Sequence[Tensor], seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, chunks: Sequence[Tensor], seed: str, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Pixels on the device, and indices on the CPU, of each chunk of indices."""
         known = self._pixels
         loaded = self._load(chunks, seed, epoch) if known is None else (known[chunk] for chunk in chunks)
         for pixels, chunk in zip(loaded, chunks, strict=True):
             yield pixels.to(self._device, non_blocking=True), chunk
 
-    def _load(self, chunks: Sequence[Tensor], seed: int, epoch: int) -> Iterator[Tensor]:
+    def _load(self, chunks: Sequence[Tensor], seed: str, epoch: int) -> Iterator[Tensor]:
         loader = DataLoader(
             _Items(self._images, self._transform, seed, epoch),
             batch_sampler=[chunk.tolist() for chunk in chunks],
@@ -82,7 +82,7 @@ class _Items(Dataset[Tensor | str]):
 
     images: ImageSet
     transform: Transform
-    seed: int
+    seed: str
     epoch: int
 
     def __getitem__(self, index: int) -> Tensor | str:

@@ -12,6 +12,7 @@ Needs the index of each image among the training images; labels too, if negative
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +41,8 @@ class CRD(nn.Module):
     Raises:
         ValueError: `labels` are not one per image, or there is no image of another class.
     """
+
+    teacher_side: ClassVar = ("teacher_embed",)
 
     student_bank: Tensor
     teacher_bank: Tensor

@@ -6,7 +6,7 @@ distance of hidden states.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -145,6 +145,17 @@ def make_distillation(options: LossOptions, pair: Pair, seed: int) -> Distillati
     return loss.to(pair.student.logits.device)
 
 
+def share_teacher_side(losses: Sequence[Distillation]) -> None:
+    """Let losses of several students of one teacher use the first one's networks that look at the teacher.
+
+    A loss names them in `teacher_side`. With one for each student, those of a student that is drawn in every
+    eighth step would be trained for an eighth of the time, to encode the same teacher.
+    """
+    for loss in losses[1:]:
+        for name in getattr(loss.feature, "teacher_side", ()):
+            setattr(loss.feature, name, getattr(losses[0].feature, name))
+
+
 def loss_macs(loss: Distillation, pair: Pair, batch_size: int) -> dict[Phase, float]:
     """Multiply-accumulates of the loss itself, forward and backward, per image and by phase.
 
@@ -175,10 +186,10 @@ def _as_leaves(output: Output, num_images: int, *, learns: bool) -> Output:
 
 
 def loss_parameters(losses: Iterable[Distillation]) -> dict[str, nn.Parameter]:
-    """What the losses of a step train besides the models, by names of their own."""
-    return {
-        f"losses.{i}.{name}": parameter
-        for i, loss in enumerate(losses)
-        for name, parameter in loss.named_parameters()
-        if parameter.requires_grad
-    }
+    """What the losses of a step train besides the models, by names of their own; what they share, once."""
+    names: dict[nn.Parameter, str] = {}
+    for i, loss in enumerate(losses):
+        for name, parameter in loss.named_parameters():
+            if parameter.requires_grad:
+                names.setdefault(parameter, f"losses.{i}.{name}")
+    return {name: parameter for parameter, name in names.items()}

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,8 @@ class FT(nn.Module):
         teacher_channels: Channels of the teacher's map.
         paraphrase_rate: The factors' channels as a share of the teacher's, k in the paper.
     """
+
+    teacher_side: ClassVar = ("encoder", "decoder")
 
     def __init__(self, student_channels: int, teacher_channels: int, paraphrase_rate: float = 0.5) -> None:
         super().__init__()

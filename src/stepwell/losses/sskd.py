@@ -12,6 +12,8 @@ Needs a stage before: `pretraining_loss` trains the teacher's head (published: 6
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
@@ -47,6 +49,8 @@ class SSKD(nn.Module):
         kept_logits: Share of the rotated images kept among those that the teacher classifies wrongly, 0 to 1.
         kept_rows: The same for wrong rows of S.
     """
+
+    teacher_side: ClassVar = ("teacher_head",)
 
     def __init__(
         self,

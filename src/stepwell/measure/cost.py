@@ -67,8 +67,14 @@ class Costs:
     def joint(self, epochs: float) -> float:
         """Joint training."""
         scales, num_candidates = candidates_per_step(self.scales, self.options)
-        training = self._training(epochs, 1.0, scales, num_candidates)
-        return training + self.recalibrating(*self.scales)
+        # What is pretrained without a student is one and the same for all candidates.
+        num_pretrained = num_candidates if self.options.pretraining == "student" else 1.0
+        training = self._main(epochs, 1.0, scales, num_candidates)
+        return (
+            training
+            + self._pretraining(epochs, 1.0, scales, num_pretrained)
+            + self.recalibrating(*self.scales)
+        )
 
     def step_down(self, epochs: float, student: float, teachers: Sequence[float], drop: int = 0) -> float:
         """Distilling into a model of scale `student` from models of scales `teachers`.
@@ -80,7 +86,10 @@ class Costs:
             drop: Teachers that are left out of each step.
         """
         kept = max(1, len(teachers) - drop)
-        return self._training(epochs, sum(teachers) * kept / len(teachers), student, kept)
+        taught_by = sum(teachers) * kept / len(teachers)
+        return self._main(epochs, taught_by, student, kept) + self._pretraining(
+            epochs, taught_by, student, kept
+        )
 
     def single_step(self, epochs: float) -> float:
         """Distilling the student straight from the teacher."""
@@ -89,23 +98,20 @@ class Costs:
     def equal_compute_epochs(self, bill: Mapping[str, float]) -> float:
         """Epochs of a single step that cost as much as all of `bill` but the scores, which it needs too."""
         passes = sum(bill.values()) - bill.get("score", 0.0)
-        main, before = self.single_step(1) - self._pretraining(1), self._pretraining(1)
+        before = self._pretraining(1, 1.0, self.student, 1.0)
+        main = self.single_step(1) - before
         if self.options.first_epochs is None:
             return passes / (main + before)
         # As long before a long training as before a short one; something is left for that one.
         return max((passes - before) / main, 0.05 * passes / main)
 
-    def _training(self, epochs: float, teachers: float, students: float, num_losses: float) -> float:
+    def _main(self, epochs: float, teachers: float, students: float, num_losses: float) -> float:
         # Where no term looks at the teacher, the labels' is all there is.
         is_taught = self.options.looks_at_teacher
-        main = epochs * self._epoch(teachers * is_taught, students, num_losses * self.loss * is_taught)
-        return main + self._pretraining(epochs, teachers, students, num_losses)
+        return epochs * self._epoch(teachers * is_taught, students, num_losses * self.loss * is_taught)
 
-    def _pretraining(
-        self, epochs: float, teachers: float = 1.0, students: float | None = None, num_losses: float = 1.0
-    ) -> float:
+    def _pretraining(self, epochs: float, teachers: float, students: float, num_losses: float) -> float:
         """The pretraining of some losses; the student runs only where it is what is trained."""
-        students = self.student if students is None else students
         trained = students if self.options.pretraining == "student" else 0.0
         one_epoch = self._epoch(teachers, trained, num_losses * self.pretraining_loss)
         return self.options.pretraining_epochs(epochs) * one_epoch

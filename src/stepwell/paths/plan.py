@@ -5,15 +5,15 @@ A clock decides here, so the plan is a result that is saved: a resumed run keeps
 
 from __future__ import annotations
 
-from stepwell.measure.cost import Epochs, epochs_in
+from stepwell.measure.cost import Epochs, candidates_per_step, epochs_in
 from stepwell.models.ladder import Ladder
 from stepwell.paths.path import Bill
 from stepwell.run.progress import say
 from stepwell.setting.rungs import Rung, slice_of_store, store_of, student_below, teacher_of
 from stepwell.setting.setting import Setting
 from stepwell.stages.distill import distill_step
-from stepwell.stages.joint import joint_step
-from stepwell.training.loop import seconds_per_step
+from stepwell.stages.joint import candidates_of_step, joint_step
+from stepwell.training.loop import TIMED_STEPS, seconds_per_step
 
 
 def plan(s: Setting, ladder: Ladder, bill: Bill) -> Epochs:
@@ -52,6 +52,7 @@ def _with_joint(s: Setting, ladder: Ladder) -> Epochs:
     # A store and losses of their own: those with a memory must not remember that they were timed.
     shared = store_of(s, ladder)
     seconds = seconds_per_step(joint_step(s, shared), s.train) * s.train.steps_per_epoch
+    seconds *= _usual_step(s, ladder)
     # The middle candidate stands for the assistant, which is not chosen yet.
     assistant = slice_of_store(shared, ladder, len(ladder.candidates) // 2)
     distill_seconds = _seconds_per_epoch(s, assistant, student_below(s, ladder, shared))
@@ -62,6 +63,15 @@ def _with_joint(s: Setting, ladder: Ladder) -> Epochs:
         f"plan: {epochs:.1f} epochs of joint training and of distillation fit into {config.minutes:g} minutes"
     )
     return Epochs(joint=epochs, distill=epochs)
+
+
+def _usual_step(s: Setting, ladder: Ladder) -> float:
+    """What a joint step costs on average over the draws of candidates, as a multiple of the timed ones."""
+    taught = float(s.config.looks_at_teacher)
+    usual, _ = candidates_per_step(ladder.scales, s.config)
+    draws = [candidates_of_step(len(ladder.scales), s.config, s.config.seed, n) for n in TIMED_STEPS]
+    timed = sum(ladder.scales[i] for drawn in draws for i in drawn) / len(draws)
+    return (taught + 3 * usual) / (taught + 3 * timed)
 
 
 def _asked(s: Setting) -> Epochs:

@@ -2,8 +2,8 @@
 
 One safetensors file, replaced whole: everything that the training changes (weights, statistics, memories of
 losses), the optimizer's state, the sums of the log, torch's random state. What an image looks like depends on
-(seed, epoch, image), what a step does on (seed, step): the number of the step is all that is missing, and a
-training that was resumed ends with the very weights of one that was not.
+(seed, training, epoch, image), what a step does on (seed, step): the number of the step is all that is
+missing, and a training that was resumed ends with the very weights of one that was not.
 """
 
 from __future__ import annotations

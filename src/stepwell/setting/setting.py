@@ -142,13 +142,17 @@ class Setting:
 
     @cached_property
     def scored(self) -> EvalBatches:
-        """The first `score_images` training images in the order of a seeded shuffle, as they are."""
+        """The first `score_images` training images in the order of a seeded shuffle, as they are.
+
+        They stay in that order: sorted, a batch would hold images of one class, and lack the variance
+        between classes where BatchNorm statistics are recomputed.
+        """
         order = torch.randperm(
             len(self.data.train), generator=torch.Generator().manual_seed(self.config.seed)
-        ).tolist()
-        chosen = sorted(order[: self.config.score_images])
+        )
+        chosen = order[: self.config.score_images]
         shown = self._shown("training")
-        return self._plain(self.data.train.subset(chosen), lambda i: shown(torch.tensor(chosen)[i]))
+        return self._plain(self.data.train.subset(chosen.tolist()), lambda i: shown(chosen[i]))
 
     @cached_property
     def selection(self) -> EvalBatches:

@@ -17,7 +17,7 @@ from torch.func import functional_call
 from stepwell.config.options import JointOptions
 from stepwell.data.batches import Batch, EvalBatches
 from stepwell.losses.choose import Pair
-from stepwell.losses.distillation import make_distillation
+from stepwell.losses.distillation import make_distillation, share_teacher_side
 from stepwell.losses.observe import Observed
 from stepwell.models.ladder import Ladder
 from stepwell.pruning.shared import SharedWeights
@@ -58,7 +58,8 @@ class JointStep:
     """One step of joint training: call it with a batch, and it leaves gradients in the shared weights.
 
     Attributes:
-        lesson: The frozen teacher, and one loss for each candidate, with parameters and state of its own.
+        lesson: The frozen teacher, and one loss for each candidate, with parameters and state of its own but
+            for the networks that look at the teacher alone, which all share.
         shared: The store and its skeletons.
         students: The skeletons, observed.
         options: How many candidates run in a step.
@@ -77,6 +78,8 @@ class JointStep:
         answers = self.lesson.answers(images)
         # From large to small: the step's peak of memory comes first.
         chosen = candidates_of_step(len(self.students), self.options, self.seed, step)
+        if not self.lesson.losses[0].runs_student:
+            chosen = [0]  # what is trained looks at the teacher alone, and is the same for all
         total: dict[str, Tensor] = {}
         for index in chosen:
             weights, loss = self.shared.weights(index), self.lesson.losses[index]
@@ -94,12 +97,17 @@ class JointStep:
                 parts["loss"] / len(chosen), [*weights.values(), *trained], allow_unused=True
             )
             self.shared.add_gradients(index, dict(zip(weights, gradients[: len(weights)], strict=True)))
-            # Not added up: every candidate has a loss of its own, and runs once in a step.
             for parameter, gradient in zip(trained, gradients[len(weights) :], strict=True):
-                parameter.grad = gradient
+                _add_gradient(parameter, gradient)
             for name, value in parts.items():
                 total[name] = total.get(name, torch.zeros_like(value)) + value.detach() / len(chosen)
         return total
+
+
+def _add_gradient(parameter: Tensor, gradient: Tensor | None) -> None:
+    """As `backward` would; None where the loss does not depend on the parameter."""
+    if gradient is not None:
+        parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
 
 
 def joint_step(s: Setting, shared: SharedWeights) -> JointStep:
@@ -116,6 +124,7 @@ def joint_step(s: Setting, shared: SharedWeights) -> JointStep:
             # Another seed for each: the parameters of two losses must not start equal.
             losses.append(make_distillation(s.config, pair, s.config.seed + index))
             student.model.train()
+    share_teacher_side(losses)
     return JointStep(Lesson([teacher], losses, s.autocast), shared, students, s.config, s.config.seed)
 
 

@@ -31,6 +31,8 @@ Step = Callable[[Batch, int, float], Mapping[str, Tensor]]
 parameters, returns detached losses, `loss` among them."""
 
 
+TIMED_STEPS = range(1, 6)
+"""Which steps say how long one takes; the first of all is slower."""
 _CHECK_EVERY = 10  # steps; reading a loss waits for the device, so not every step is looked at
 
 
@@ -51,7 +53,7 @@ class Course:
     """One training: what is trained, for how long, and where its state is kept.
 
     Attributes:
-        name: For progress and errors; what draws numbers (dropout) is seeded by it.
+        name: For progress and errors; what draws numbers (augmentation, dropout) is seeded by it.
         parameters: What is trained, by name.
         epochs: Passes over the images; a fraction ends within an epoch.
         lr: Peak learning rate.
@@ -101,7 +103,7 @@ def fit(course: Course, step: Step, batches: TrainBatches, options: TrainingOpti
     scheduler = make_scheduler(optimizer, num_steps, options)
     start = time.monotonic()
     with progress(course.name, num_steps - done) as advance:
-        coming = itertools.islice(_endless(batches, done), num_steps - done)
+        coming = itertools.islice(_endless(batches, done, course.name), num_steps - done)
         for number, batch in enumerate(coming, start=done):
             scheduler.step_update(number)
             optimizer.zero_grad(set_to_none=True)
@@ -127,21 +129,21 @@ def fit(course: Course, step: Step, batches: TrainBatches, options: TrainingOpti
     )
 
 
-def _endless(batches: TrainBatches, done: int = 0) -> Iterator[Batch]:
+def _endless(batches: TrainBatches, done: int = 0, training: str = "") -> Iterator[Batch]:
     epoch, step = divmod(done, batches.steps_per_epoch)
-    yield from batches.epoch(epoch, step)
+    yield from batches.epoch(epoch, step, training)
     for later in itertools.count(epoch + 1):
-        yield from batches.epoch(later)
+        yield from batches.epoch(later, training=training)
 
 
 def seconds_per_step(step: Step, batches: TrainBatches) -> float:
-    """Time a few steps without an update, the first of them not counted; gradients are left behind."""
+    """Time `TIMED_STEPS` without an update; gradients are left behind."""
     seconds = []
-    for number, batch in enumerate(itertools.islice(_endless(batches), 6)):
+    for number, batch in enumerate(itertools.islice(_endless(batches), TIMED_STEPS.stop)):
         start = time.monotonic()
         float(step(batch, number, 0.0)["loss"])  # waits for the device
         seconds.append(time.monotonic() - start)
-    return sum(seconds[1:]) / len(seconds[1:])
+    return sum(seconds[TIMED_STEPS.start :]) / len(TIMED_STEPS)
 
 
 class _Log:

@@ -51,12 +51,15 @@ def make_optimizer(
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, num_steps: int, options: TrainingOptions) -> Scheduler:
-    """Linear warm-up, then a cosine, a line, or four cosines in a row, down to 0 at the last step."""
+    """Linear warm-up, then a cosine, a line, or four cosines in a row, down to 0 at the last step.
+
+    Step n of a warm-up of w has (n + 1) / (w + 1) of the peak: none is wasted on a rate of 0.
+    """
     warmup = int(options.warmup * num_steps)
     rest = num_steps - warmup
     common = {
         "warmup_t": warmup,
-        "warmup_lr_init": 0.0,
+        "warmup_lr_init": optimizer.param_groups[0]["lr"] / (warmup + 1),
         "warmup_prefix": True,
         "t_in_epochs": False,
         "initialize": True,
