@@ -8,7 +8,7 @@ import torch
 
 from stepwell.data.spec import InputSpec
 from stepwell.errors import ConfigError
-from stepwell.losses.output import as_map
+from stepwell.losses.output import as_maps
 from stepwell.losses.projection import Projections
 from stepwell.models.card import Architecture
 from stepwell.models.ladder import Ladder
@@ -27,10 +27,21 @@ SPEC = InputSpec((32, 32), 3, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 def test_every_layout_becomes_the_same_map():
     image = torch.randn(2, 5, 4, 4)
     tokens = image.flatten(2).transpose(1, 2)
-    assert torch.equal(as_map(image), image)
-    assert torch.equal(as_map(image.permute(0, 2, 3, 1)), image)
-    assert torch.equal(as_map(tokens), image)
-    assert torch.equal(as_map(torch.cat([torch.randn(2, 1, 5), tokens], dim=1)), image)
+    states = (image, image.permute(0, 2, 3, 1), tokens, torch.cat([torch.randn(2, 1, 5), tokens], dim=1))
+    for state in states:
+        (found,) = as_maps([state])
+        assert torch.equal(found, image)
+
+
+def test_as_many_channels_as_rows_lie_like_the_models_other_states():
+    """As in a Swin at 384 pixels: 96 channels on 96 x 96."""
+    cube, small = torch.randn(2, 4, 4, 4), torch.randn(2, 2, 2, 8)
+    first, second = as_maps([cube, small])
+    assert torch.equal(first, cube.permute(0, 3, 1, 2))
+    assert torch.equal(second, small.permute(0, 3, 1, 2))
+    first, second = as_maps([cube, small.permute(0, 3, 1, 2)])
+    assert torch.equal(first, cube)
+    assert torch.equal(second, small.permute(0, 3, 1, 2))
 
 
 def test_states_are_paired_from_the_end_on_the_smaller_grid():
@@ -41,8 +52,9 @@ def test_states_are_paired_from_the_end_on_the_smaller_grid():
     assert (
         [tuple(x.shape) for x in ours] == [tuple(x.shape) for x in theirs] == [(2, 10, 4, 4), (2, 10, 2, 2)]
     )
-    assert torch.equal(theirs[0], as_map(teacher[0]))
-    torch.testing.assert_close(theirs[1][:, :, 0, 0], as_map(teacher[1])[:, :, :2, :2].mean((2, 3)))
+    first, second = as_maps(teacher)
+    assert torch.equal(theirs[0], first)
+    torch.testing.assert_close(theirs[1][:, :, 0, 0], second[:, :, :2, :2].mean((2, 3)))
 
 
 def run_distill(folder, student, teacher, blocks, student_blocks) -> Trained:

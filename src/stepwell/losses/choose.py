@@ -115,6 +115,8 @@ def feature_loss(options: LossOptions, pair: Pair) -> Call | None:
         return None
     if facts.needs_teacher_states and not teacher.states:
         return None
+    if facts.needs_maps or name == "ofa" or (name == "states" and pair.is_other_student):
+        _check_square(name, pair)
     made = partial(_made, name, "--feature-args", options.feature_args)
     s_dim, t_dim = student.features.shape[1], teacher.features.shape[1]
     s_channels = [m.shape[1] for m in maps(student, teacher)] if facts.needs_maps else []
@@ -161,6 +163,18 @@ def feature_loss(options: LossOptions, pair: Pair) -> Call | None:
         case _:
             assert name not in FEATURE_LOSSES, f"{name} has a record, but no case here"
             return made(load_function(name, "--feature-loss"))(student, teacher)
+
+
+def _check_square(name: str, pair: Pair) -> None:
+    """Of images that are not square, states that are no maps (B, C, H, W) do not say how they lie."""
+    height, width = pair.blank.shape[2:]
+    for state in (*pair.student.states, *pair.teacher.states):
+        shape = state.shape
+        if height != width and (len(shape) != 4 or round(shape[2] * width / height) != shape[3]):
+            raise ConfigError(
+                f"--feature-loss {name} compares maps, and of images of {height} x {width} it cannot be told "
+                f"how states of shape {tuple(shape[1:])} lie: take another loss, or square images"
+            )
 
 
 def memory_bytes(options: LossOptions, num_images: int, batch_size: int) -> tuple[int, int]:

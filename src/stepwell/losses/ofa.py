@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from stepwell.losses.output import as_map
+from stepwell.losses.output import as_maps
 
 SMALLEST_GRID = 7
 MOST_BLOCKS = 3
@@ -75,10 +75,10 @@ class OFA(nn.Module):
     ) -> None:
         super().__init__()
         self.epsilon, self.temperature = epsilon, temperature
-        as_maps = [tuple(as_map(torch.empty(1, *shape, device="meta")).shape[1:]) for shape in shapes]
-        width, last_size, _ = as_maps[-1]
+        maps = [tuple(m.shape[1:]) for m in as_maps([torch.empty(1, *s, device="meta") for s in shapes])]
+        width, last_size, _ = maps[-1]
         heads = []
-        for stage, (shape, (channels, size, _)) in enumerate(zip(shapes, as_maps, strict=True), start=1):
+        for stage, (shape, (channels, size, _)) in enumerate(zip(shapes, maps, strict=True), start=1):
             if len(shape) == 2:
                 num_blocks = min(max(len(shapes) - stage, 1), MOST_BLOCKS)
                 layers = _on_tokens(channels, width, size, num_blocks)
@@ -102,7 +102,7 @@ class OFA(nn.Module):
             teacher_logits: Logits of the model it learns from; no gradient flows there.
             labels: The target class of each image.
         """
-        exits = [head(as_map(state).float()) for head, state in zip(self.heads, student_states, strict=True)]
+        exits = [head(m.float()) for head, m in zip(self.heads, as_maps(student_states), strict=True)]
         terms = [
             ofa_term(logits, teacher_logits, labels, self.epsilon, self.temperature)
             for logits in (*exits, student_logits)

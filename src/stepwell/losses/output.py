@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from stepwell.config.loss_facts import Given, LossFacts, Reads
@@ -97,18 +97,25 @@ def _given(what: Given, target: Target) -> object:
 def maps(one: Output, other: Output) -> list[Float[Tensor, "batch channels height width"]]:
     """The states of `one` as maps, as many as both have: paired from the end, where the classifiers read."""
     count = min(len(one.states), len(other.states))
-    return [as_map(state) for state in one.states[len(one.states) - count :]]
+    return as_maps(one.states)[len(one.states) - count :]
 
 
-def as_map(state: Shaped[Tensor, "batch ..."]) -> Shaped[Tensor, "batch channels height width"]:
-    """A hidden state of any layout as a map; class tokens and registers are left out.
+def as_maps(states: Sequence[Tensor]) -> list[Float[Tensor, "batch channels height width"]]:
+    """The hidden states of one model as maps, whatever their layout; class tokens and registers are left out.
 
-    Tokens (B, N, C) are laid out in rows on the largest square that they fill, the last of them: prefix
-    tokens come first. Of four dimensions the two equal ones are height and width, so (B, H, H, C), as Swin
-    has it, is told from (B, C, H, H).
+    They are of square images (`feature_loss` refuses others). Tokens (B, N, C) are laid out in rows on the
+    largest square that they fill, the last of them: prefix tokens come first. Of four dimensions the two
+    equal ones are height and width, so (B, H, H, C), as Swin has it, is told from (B, C, H, H); where all
+    three are equal, the other states of the model decide.
     """
+    have_channels_last = any(
+        state.ndim == 4 and state.shape[1] == state.shape[2] != state.shape[3] for state in states
+    )
+    return [_as_map(state, have_channels_last) for state in states]
+
+
+def _as_map(state: Tensor, has_channels_last: bool) -> Tensor:
     if state.ndim == 3:
         side = math.isqrt(state.shape[1])
         return state[:, -side * side :].transpose(1, 2).unflatten(2, (side, side))
-    channels_last = state.shape[1] == state.shape[2] and state.shape[2] != state.shape[3]
-    return state.permute(0, 3, 1, 2) if channels_last else state
+    return state.permute(0, 3, 1, 2) if has_channels_last and state.shape[1] == state.shape[2] else state

@@ -6,7 +6,7 @@ channels to the teacher's, on maps averaged to the smaller grid of the two.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 from jaxtyping import Float
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from stepwell.losses.feature import state_loss
 from stepwell.losses.maps import at_smaller_size
-from stepwell.losses.output import as_map
+from stepwell.losses.output import as_maps
 
 
 class Projections(nn.Module):
@@ -30,9 +30,8 @@ class Projections(nn.Module):
     def __init__(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> None:
         super().__init__()
         self.num_pairs = min(len(student), len(teacher))
-        pairs = zip(student[-self.num_pairs :], teacher[-self.num_pairs :], strict=True)
         self.convs = nn.ModuleList(
-            nn.Conv2d(as_map(s).shape[1], as_map(t).shape[1], kernel_size=1) for s, t in pairs
+            nn.Conv2d(s.shape[1], t.shape[1], kernel_size=1) for s, t in self._pairs(student, teacher)
         )
 
     def forward(
@@ -40,13 +39,15 @@ class Projections(nn.Module):
     ) -> tuple[list[Tensor], list[Tensor]]:
         """The states of both as maps of equal shapes (batch, teacher's channels, height, width)."""
         projected, targets = [], []
-        for conv, s, t in zip(
-            self.convs, student[-self.num_pairs :], teacher[-self.num_pairs :], strict=True
-        ):
-            ours, theirs = at_smaller_size(as_map(s), as_map(t))
+        for conv, (s, t) in zip(self.convs, self._pairs(student, teacher), strict=True):
+            ours, theirs = at_smaller_size(s, t)
             projected.append(conv(ours))
             targets.append(theirs)
         return projected, targets
+
+    def _pairs(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        ours, theirs = as_maps(student), as_maps(teacher)
+        return zip(ours[-self.num_pairs :], theirs[-self.num_pairs :], strict=True)
 
 
 class ProjectedStates(nn.Module):
