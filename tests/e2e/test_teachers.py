@@ -6,9 +6,7 @@ import copy
 import shutil
 
 import pytest
-import timm
 import torch
-from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from small_world import (
     KEEP,
@@ -123,10 +121,6 @@ def test_a_timm_name_with_weights(data, teacher, reference, tmp_path, quick):
     assert "may have seen it" in result_of(tmp_path / "out").data.teacher_saw_selection
 
 
-@pytest.mark.skipif(
-    Version(timm.__version__) < Version("1.0.31"),
-    reason="timm 1.0.23 opens such a folder by torch.load, which these tests forbid; 1.0.31 does not",
-)
 def test_a_model_of_the_hub_that_lies_on_disk(data, teacher, reference, tmp_path, quick):
     """Its student needs neither the hub nor that folder."""
     folder = tmp_path / "of.mine"

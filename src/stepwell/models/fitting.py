@@ -74,7 +74,7 @@ def find_fit(checkpoint: Checkpoint, model: nn.Module, key: str | None = None, f
     best = min(fit.rank for fit in fits)
     fits = _different([fit for fit in fits if fit.rank == best])
     if len(fits) == 1:
-        return replace(fits[0], choice=_left_out(checkpoint, fits[0]))
+        return fits[0] if key is not None else replace(fits[0], choice=_left_out(checkpoint, fits[0]))
     # A teacher beside its student is an average of it (DINO), and what DINO's own evaluation takes.
     averaged = [fit for fit in fits if fit.is_averaged] or [fit for fit in fits if "teacher" in fit.parts]
     if len(averaged) != 1:
@@ -196,7 +196,7 @@ def _contents(checkpoint: Checkpoint) -> str:
         label, names = ".".join(found.path), list(found.tensors)
         more = f", ... ({len(names)})" if len(names) > 2 else ""
         texts.append(f"{f'{label}: ' if label else ''}{', '.join(names[:2])}{more}")
-    return "; ".join(texts)
+    return " ".join("; ".join(texts).split())  # a key may hold anything
 
 
 def _words(dtype: torch.dtype) -> str:
