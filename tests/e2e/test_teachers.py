@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import shutil
 
@@ -119,6 +120,24 @@ def test_a_timm_name_with_weights(data, teacher, reference, tmp_path, quick):
     assert_same_weights(student_weights(tmp_path / "out"), student_weights(reference))
     assert_same_weights(package.load(tmp_path / "out").state_dict(), student_weights(reference))
     assert "may have seen it" in result_of(tmp_path / "out").data.teacher_saw_selection
+
+
+@pytest.mark.brings(
+    "checkpoint", "a .pth.tar of timm's train.py, to compress", "the run of its averaged weights"
+)
+def test_a_checkpoint_of_timms_training_script(
+    data, teacher, reference, tmp_path, quick, monkeypatch, capsys
+):
+    tensors, file = load_file(teacher / "teacher" / "model.safetensors"), tmp_path / "last.pth.tar"
+    args = argparse.Namespace(model="vit_tiny_patch16_224", output=tmp_path)
+    raw = {name: torch.zeros_like(t) for name, t in tensors.items()}
+    torch.save({"arch": args.model, "args": args, "state_dict": raw, "state_dict_ema": tensors}, file)
+    monkeypatch.undo()  # this pickle is the user's own
+    without_files(monkeypatch)
+    words = ("--teacher", "vit_tiny_patch16_224", "--teacher-weights", file, *MODEL)
+    stepwell("compress", *words, "--data", data, "--out", tmp_path / "out", *QUICK)
+    assert_same_weights(student_weights(tmp_path / "out"), student_weights(reference))
+    assert "taken is state_dict_ema; these are averaged" in capsys.readouterr().err
 
 
 def test_a_model_of_the_hub_that_lies_on_disk(data, teacher, reference, tmp_path, quick):

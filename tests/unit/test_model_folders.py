@@ -63,6 +63,13 @@ def test_weights_in_another_form(tmp_path, written):
     assert load(folder).digest == found.digest
 
 
+def test_a_training_state_is_no_model(tmp_path):
+    folder = save(tmp_path)
+    torch.save({"model": load_file(folder / "model.safetensors")}, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    assert "not as save_pretrained writes it: its tensors lie under model" in one_line_of(ModelError, folder)
+
+
 @pytest.mark.brings("folder", "an index of shards that names a file elsewhere", "refused; it is not opened")
 def test_an_index_opens_nothing_outside_of_its_folder(tmp_path):
     folder = save(tmp_path / "inside")
@@ -144,7 +151,7 @@ def test_checkpoints_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 def hub_folder(folder: Path, **config: object) -> Path:
-    save_for_hf(tiny_vit(), folder, model_args=dict(ARGS), safe_serialization=True)
+    save_for_hf(tiny_vit(), str(folder), model_args=dict(ARGS), safe_serialization=True)
     file = folder / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **config}))
     return folder

@@ -19,10 +19,14 @@ from safetensors.torch import save_file
 from timm.utils import CheckpointSaver, ModelEmaV3
 from torch import Tensor, nn
 
-from stepwell.errors import ModelError
+from stepwell.commands import doctor
+from stepwell.config.commands import CompressConfig, TrainConfig
+from stepwell.config.files import make_config
+from stepwell.errors import ConfigError, ModelError
 from stepwell.models.fitting import find_fit, load_start, load_whole
 from stepwell.models.teacher import load_teacher
 from stepwell.models.weights import read_weights
+from stepwell.paths.from_labels import _start
 from tiny import ARGS, tiny_vit
 
 Weights = Mapping[str, Tensor]
@@ -139,7 +143,9 @@ def test_what_timms_training_script_saves(tmp_path: Path, said: Callable[[], str
     optimizer.step()
     raw = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     args = argparse.Namespace(model="vit_tiny_patch16_224", lr=0.1, output=Path("x"), clip_grad=None)
-    saver = CheckpointSaver(model, optimizer, args, average, checkpoint_dir=tmp_path, recovery_dir=tmp_path)
+    saver = CheckpointSaver(
+        model, optimizer, args, average, checkpoint_dir=str(tmp_path), recovery_dir=str(tmp_path)
+    )
     saver.save_checkpoint(0, metric=np.float64(71.5))
     file = tmp_path / "last.pth.tar"
     found = load_teacher("vit_tiny_patch16_224", file, {k: str(v) for k, v in ARGS.items()}, 5)
@@ -237,6 +243,28 @@ def test_several_that_fit(tmp_path: Path) -> None:
     assert is_filled_with(model, AVERAGED)
     with pytest.raises(ModelError, match=r"--weights-key best: no such .* there are: base, momentum, again"):
         load_whole(fresh(), file, "best")
+
+
+def test_a_teacher_is_an_average_only_of_a_student(tmp_path: Path) -> None:
+    torch.save({"teacher": RAW, "other": AVERAGED}, tmp_path / "weights.pth")
+    with pytest.raises(ModelError, match=r"several weights that fit \(teacher, other\)"):
+        load_whole(fresh(), tmp_path / "weights.pth")
+
+
+def test_one_of_many(tmp_path: Path) -> None:
+    torch.save({f"fold{i}": weights(i) for i in range(8)}, tmp_path / "weights.pth")
+    load_whole(model := fresh(), tmp_path / "weights.pth", "fold6")
+    assert is_filled_with(model, weights(6))
+    save_file(under("a.", RAW) | under("b.c.", AVERAGED), tmp_path / "weights.safetensors")
+    load_whole(model, tmp_path / "weights.safetensors", "c")
+    assert is_filled_with(model, AVERAGED)
+
+
+def test_a_key_needs_a_file() -> None:
+    with pytest.raises(ConfigError, match="name it with --teacher-weights"):
+        load_teacher("resnet18", None, {}, 5, "model_ema")
+    with pytest.raises(ConfigError, match="name the file with --weights"):
+        make_config(TrainConfig, {"weights_key": "model_ema"})
 
 
 @brings("prefixes of DataParallel, torch.compile, FSDP and of one's own classes", "left out, and said")
@@ -349,7 +377,7 @@ def test_without_a_classifier(tmp_path: Path, said: Callable[[], str]) -> None:
     assert (
         "taken is teacher.backbone; these are averaged (--weights-key student.module.backbone takes" in line
     )
-    assert "there is no classifier, so head.weight, head.bias starts fresh" in line
+    assert "there is no classifier, so it starts fresh (head.weight, head.bias)" in line
     with pytest.raises(
         ModelError, match=r"no classifier \(head\.weight, head\.bias\).*stepwell train --weights"
     ):
@@ -367,7 +395,10 @@ def test_another_number_of_classes(tmp_path: Path, said: Callable[[], str]) -> N
     load_start(model, file)
     assert torch.equal(model.state_dict()["head.weight"], before)
     assert torch.equal(model.state_dict()["cls_token"], RAW["cls_token"])
-    assert "the classifier is for another number of classes, so head.weight, head.bias starts fresh" in said()
+    assert (
+        "the classifier is for another number of classes, so it starts fresh (head.weight, head.bias)"
+        in said()
+    )
     with pytest.raises(ModelError, match=r"head\.bias \(5,\) for \(7,\)"):
         load_whole(fresh(num_classes=7), file)
     args = {k: str(v) for k, v in ARGS.items() if k != "num_classes"}
@@ -382,7 +413,7 @@ def test_another_image_size(tmp_path: Path, said: Callable[[], str]) -> None:
     file = tmp_path / "weights.pth"
     torch.save({"model": large}, file)
     load_start(model := fresh(), file)
-    expected = timm.models.vision_transformer.checkpoint_filter_fn(dict(large), fresh())
+    expected = timm.models.vision_transformer.checkpoint_filter_fn(dict(large), tiny_vit())
     assert is_filled_with(model, expected)
     assert "resampled to this image size as timm does it: pos_embed\n" in said()
     args = {k: str(v) for k, v in ARGS.items()}
@@ -439,3 +470,33 @@ def test_only_names_and_shapes_of_the_model_are_looked_at(tmp_path: Path) -> Non
     with torch.device("meta"):
         model = fresh()
     assert find_fit(read_weights(tmp_path / "weights.pth"), model).tensors.keys() == RAW.keys()
+
+
+# --- where the command line leads
+
+
+def test_training_starts_from_the_weights_that_are_asked_for(tmp_path: Path, said: Callable[[], str]) -> None:
+    file = tmp_path / "weights.pth"
+    torch.save({"model": RAW, "model_ema": AVERAGED}, file)
+    args = {name: str(value) for name, value in ARGS.items() if name != "num_classes"}
+    for key, expected in ((None, AVERAGED), ("model", RAW)):
+        config = TrainConfig(model="vit_tiny_patch16_224", model_args=args, weights=file, weights_key=key)
+        model = _start(config, 5)
+        assert is_filled_with(model, expected)
+        assert "taken is model" in said()
+
+
+@brings("weights that do not fit, to doctor", "the same line as from compress")
+def test_doctor_looks_at_weights(tmp_path: Path) -> None:
+    file = tmp_path / "weights.pth"
+    args = {name: str(value) for name, value in ARGS.items()}
+    config = CompressConfig(
+        teacher="vit_tiny_patch16_224", teacher_weights=file, model_args=args, num_candidates=2
+    )
+    with pytest.raises(ModelError, match=r"no weights at .*weights\.pth"):
+        doctor.run(config)
+    torch.save({"model": {n: t for n, t in RAW.items() if n != "norm.bias"}}, file)
+    with pytest.raises(ModelError, match=r"1 missing: norm\.bias"):
+        doctor.run(config)
+    torch.save({"model": RAW}, file)
+    assert "vit_tiny_patch16_224: supported" in doctor.run(config)

@@ -65,3 +65,11 @@ class StartOptions(Options):
     weights_key: str | None = None
     """Which of the weights in that file, if it holds several, such as state_dict or teacher; by default the
     averaged ones, as timm takes them."""
+
+    @model_validator(mode="after")
+    def _key_of_weights(self) -> Self:
+        if self.weights_key is not None and self.weights is None:
+            raise ValueError(
+                "--weights-key says which weights of a file to take: name the file with --weights"
+            )
+        return self

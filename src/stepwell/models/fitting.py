@@ -75,8 +75,10 @@ def find_fit(checkpoint: Checkpoint, model: nn.Module, key: str | None = None, f
     fits = _different([fit for fit in fits if fit.rank == best])
     if len(fits) == 1:
         return fits[0] if key is not None else replace(fits[0], choice=_left_out(checkpoint, fits[0]))
-    # A teacher beside its student is an average of it (DINO), and what DINO's own evaluation takes.
-    averaged = [fit for fit in fits if fit.is_averaged] or [fit for fit in fits if "teacher" in fit.parts]
+    averaged = [fit for fit in fits if fit.is_averaged]
+    if not averaged and any("student" in fit.parts for fit in fits):
+        # A teacher beside its student is an average of it (DINO), and what DINO's own evaluation takes.
+        averaged = [fit for fit in fits if "teacher" in fit.parts]
     if len(averaged) != 1:
         labels = ", ".join(_called(fit) for fit in fits)
         raise ModelError(f"{checkpoint.file} holds several weights that fit ({labels}): choose with {flag}")
@@ -122,7 +124,7 @@ def load_fit(model: nn.Module, fit: Fit, checkpoint: Checkpoint) -> None:
     if fit.fresh:
         absent = any(name not in fit.tensors for name in fit.fresh)
         why = "there is no classifier" if absent else "the classifier is for another number of classes"
-        remarks.append(f"{why}, so {', '.join(fit.fresh[:2])} starts fresh")
+        remarks.append(f"{why}, so it starts fresh ({', '.join(fit.fresh[:2])})")
     if remarks:
         say(f"weights in {checkpoint.file}: {'; '.join(remarks)}")
 
@@ -158,7 +160,8 @@ def _left_out(checkpoint: Checkpoint, taken: Fit) -> str:
     words = [word for found in checkpoint.state_dicts for word in found.path]
     words += [word for path in checkpoint.nameless for word in path.split(".")]
     words += [name.partition(".")[0] for found in checkpoint.state_dicts for name in found.tensors]
-    unused = next((word for word in words if AVERAGED.search(word) and word not in taken.parts), None)
+    known = {*taken.parts, *(name.partition(".")[0] for name in taken.tensors)}
+    unused = next((word for word in words if AVERAGED.search(word) and word not in known), None)
     return f"{unused}, which may be averaged, does not fit and is left out" if unused else ""
 
 

@@ -122,7 +122,12 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
             f"{folder} holds no {FILES[0]}, {FILES[2]} or index of several: save the model again with "
             f"save_pretrained"
         )
-    tensors = read_weights(file).state_dicts[0].tensors
+    found = read_weights(file).state_dicts[0]
+    if found.path:
+        raise ModelError(
+            f"{file} is not as save_pretrained writes it: its tensors lie under {'.'.join(found.path)}"
+        )
+    tensors = found.tensors
     formats = {str(t.dtype).removeprefix("torch.") for t in tensors.values() if t.is_floating_point()}
     if others := sorted(formats - {"float32"}):
         say(f"weights in {file}: {' and '.join(others)} is read as float32")

@@ -66,7 +66,8 @@ class Fit:
 def classifier_names(model: nn.Module) -> tuple[str, ...]:
     """Names of the tensors that turn features into classes: as timm or transformers call them, else those of
     the last layer."""
-    given = (getattr(model, "pretrained_cfg", None) or {}).get("classifier")
+    record = getattr(model, "pretrained_cfg", None)
+    given = record.get("classifier") if isinstance(record, Mapping) else None
     layers = {name: m for name, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
     if given is None:
         known = ("model.classifier", "model.cls_classifier", "model.distillation_classifier")
@@ -95,11 +96,15 @@ def readings(found: StateDict, wanted: Mapping[str, Tensor]) -> Iterator[tuple[s
         return
     names = {_WRAPPERS.sub("", name): name for name in wanted}
     clean = {_WRAPPERS.sub("", name): name for name in found.tensors}
+    if len(clean) < len(found.tensors):  # the same tensor with and without its wrapper
+        clean = {name: name for name in found.tensors}
     first = {name.partition(".")[0] + "." for name in names}
     for root in ("", *(first if len(first) == 1 else ())):
         short = {name.removeprefix(root): full for name, full in names.items()}
         votes = Counter(prefix for name in clean for prefix in _prefixes(name, short))
-        for prefix, _ in [*votes.most_common(4), *([] if "" in votes else [("", 0)])]:
+        best = votes.most_common(16)
+        likely = [prefix for prefix, count in best if 2 * count >= len(wanted)]
+        for prefix in likely or dict.fromkeys(["", *(prefix for prefix, _ in best[:1])]):
             inner = {
                 name.removeprefix(prefix): full for name, full in clean.items() if name.startswith(prefix)
             }
@@ -143,14 +148,12 @@ def _converted(
 ) -> Fit | None:
     """What timm itself makes of weights in the names of a model's authors, or for images of another size."""
     module = sys.modules.get(type(model).__module__)
-    convert = getattr(module, "checkpoint_filter_fn", None) if type(model).__module__[:5] == "timm." else None
-    if convert is None:
+    convert = getattr(module, "checkpoint_filter_fn", None)
+    if convert is None or not type(model).__module__.startswith("timm."):
         return None
     made: object = None
-    with (
-        contextlib.suppress(Exception),
-        torch.no_grad(),
-    ):  # whatever it does with weights that it does not know
+    # Of weights that it does not know it may make anything.
+    with contextlib.suppress(Exception), torch.no_grad():
         made = convert(dict(tensors), model)
     if not isinstance(made, dict) or not all(isinstance(value, Tensor) for value in made.values()):
         return None

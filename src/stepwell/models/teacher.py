@@ -86,6 +86,11 @@ def load_teacher(
         ModelError: It does not exist, has no weights, or the weights do not fit.
     """
     args = parse_model_args(model_args)
+    has_file = weights is not None or source.startswith(LOCAL) or is_timm_folder(Path(source))
+    if weights_key is not None and not has_file:
+        raise ConfigError(
+            "--weights-key says which weights of a file to take: name it with --teacher-weights"
+        )
     if ".py:" in source:
         return _from_file(source, weights, weights_key)
     if source.startswith(LOCAL):
