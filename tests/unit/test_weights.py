@@ -447,6 +447,53 @@ def test_names_of_the_authors(tmp_path: Path, said: Callable[[], str]) -> None:
     assert "taken is model; names translated as timm does it" in said()
 
 
+# --- what is no checkpoint
+
+
+@brings("a pointer of Git LFS, a web page, TorchScript, ONNX, arrays of JAX", "one line says what it is")
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "x.safetensors",
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:abc",
+            "Git LFS: fetch the",
+        ),
+        ("x.pth", b"\n<!DOCTYPE html><html>", "is a web page, probably of a download that failed"),
+        ("x.npz", b"PK", "is arrays of NumPy or JAX, not a checkpoint of PyTorch"),
+        ("x.onnx", b"\x08", "is an ONNX graph, not a checkpoint"),
+    ],
+)
+def test_files_that_are_no_checkpoint(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ModelError, match=message):
+        read_weights(tmp_path / name)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_torchscript(tmp_path: Path) -> None:
+    torch.jit.save(torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2)), tmp_path / "x.pt")
+    with pytest.raises(ModelError, match=r"a TorchScript program: open it with torch\.jit\.load"):
+        read_weights(tmp_path / "x.pt")
+
+
+def test_safetensors_by_another_name(tmp_path: Path) -> None:
+    save_file(RAW, tmp_path / "pytorch_model.bin")
+    load_whole(model := fresh(), tmp_path)
+    assert is_filled_with(model, RAW)
+
+
+def test_no_safetensors_are_taken_for_a_web_page(tmp_path: Path) -> None:
+    """A header of 0x3c20 bytes begins with a space and a `<`."""
+    file = tmp_path / "x.safetensors"
+    for length in range(15_200, 15_400):
+        save_file({"a": torch.zeros(1)}, file, metadata={"note": "x" * length})
+        if file.read_bytes()[:2] == b" <":
+            break
+    assert file.read_bytes()[:2] == b" <"
+    assert read_weights(file).state_dicts[0].tensors.keys() == {"a"}
+
+
 # --- shards
 
 

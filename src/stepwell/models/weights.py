@@ -127,9 +127,24 @@ def weights_in(folder: Path) -> Path | None:
     return next((folder / name for name in FILES if (folder / name).is_file()), None)
 
 
+_NO_CHECKPOINT = {
+    ".npz": "arrays of NumPy or JAX", ".npy": "an array of NumPy", ".h5": "a model of Keras",
+    ".keras": "a model of Keras", ".msgpack": "a model of Flax", ".onnx": "an ONNX graph",
+    ".pt2": "a program of torch.export", ".gguf": "weights for llama.cpp", ".tflite": "a model of TFLite",
+}  # fmt: skip
+
+
 def _read(file: Path) -> Any:  # noqa: ANN401  (whatever was saved)
     try:
-        if file.suffix == ".safetensors":
+        with file.open("rb") as opened:
+            start = opened.read(64)
+    except OSError as error:
+        raise ModelError(f"cannot read weights from {file}: {one_line(error)}") from None
+    is_safe = _is_safetensors(file, start)
+    if not is_safe and (other := _other_than_weights(file, start)) is not None:
+        raise ModelError(f"{file} is {other}")
+    try:
+        if is_safe or file.suffix == ".safetensors":
             return load_file(file)
         with warnings.catch_warnings(), torch.serialization.safe_globals(_DATA_CLASSES):
             warnings.simplefilter("ignore")  # of a pickle that torch did not write; it is refused anyway
@@ -137,9 +152,29 @@ def _read(file: Path) -> Any:  # noqa: ANN401  (whatever was saved)
     except pickle.UnpicklingError as error:
         raise ModelError(_refusal(file, str(error))) from None
     except (SafetensorError, RuntimeError, OSError, EOFError, ValueError, TypeError, KeyError) as error:
+        if "TorchScript" in str(error):
+            raise ModelError(
+                f"{file} is a TorchScript program: open it with torch.jit.load, and save its state_dict()"
+            ) from None
         raise ModelError(f"cannot read weights from {file}: {one_line(error)[:200]}") from None
     except (AttributeError, IndexError, AssertionError, NotImplementedError) as error:  # of a damaged pickle
         raise ModelError(f"{file} is damaged: {type(error).__name__}: {one_line(error)[:200]}") from None
+
+
+def _is_safetensors(file: Path, start: bytes) -> bool:
+    """By its contents: the length of a JSON header, and the header."""
+    return start[8:9] == b"{" and int.from_bytes(start[:8], "little") < file.stat().st_size
+
+
+def _other_than_weights(file: Path, start: bytes) -> str | None:
+    """What a file is that is often taken for weights, and what to do; None if it may hold some."""
+    if start.startswith(b"version https://git-lfs"):
+        return "only a pointer of Git LFS: fetch the weights themselves with git lfs pull"
+    if start.lstrip()[:1] == b"<":
+        return "a web page, probably of a download that failed: download the weights again"
+    if (kind := _NO_CHECKPOINT.get(file.suffix.lower())) is not None:
+        return f"{kind}, not a checkpoint of PyTorch: save the model's state_dict() from PyTorch"
+    return None
 
 
 def _refusal(file: Path, reason: str) -> str:
