@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -123,13 +124,10 @@ def test_what_does_not_fit_ends_in_one_line(
     tensors |= {name: torch.zeros(7, 7) for name in reshaped} | {name: torch.zeros(2) for name in extra}
     content = wrapped(tensors, prefixes, words, dtype)
     if lost | reshaped | extra - {"total_ops"}:
-        try:
+        with pytest.raises(StepwellError) as caught:
             loaded(content)
-        except StepwellError as error:
-            assert "\n" not in str(error)
-            assert len(str(error)) < 500
-        else:
-            raise AssertionError("it loaded")
+        assert "\n" not in str(caught.value)
+        assert len(str(caught.value)) < 500
     else:
         assert_same(loaded(content), TRAINED)
 
@@ -146,9 +144,6 @@ anything = st.recursive(
 @given(content=anything)
 @settings(max_examples=20)
 def test_anything_else_ends_in_one_line(content: object) -> None:
-    try:
+    with pytest.raises(StepwellError) as caught:
         loaded(content)
-    except StepwellError as error:
-        assert "\n" not in str(error)
-    else:
-        raise AssertionError("it loaded")
+    assert "\n" not in str(caught.value)
