@@ -24,6 +24,9 @@ def test_weights_that_cannot_be_reached(compress_fails, train_fails, tmp_path, m
     line = train_fails()
     assert "--weights" in line
     assert "--no-pretrained" in line
+    line = compress_fails("--student", "resnet10t", "--student-pretrained")
+    assert "resnet10t" in line
+    assert "--student-weights" in line
 
 
 def test_weights_that_do_not_fit(compress_fails, train_fails, teacher, tmp_path):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import shutil
 
 import pytest
-import timm
 import torch
-from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from small_world import (
     KEEP,
@@ -123,10 +122,24 @@ def test_a_timm_name_with_weights(data, teacher, reference, tmp_path, quick):
     assert "may have seen it" in result_of(tmp_path / "out").data.teacher_saw_selection
 
 
-@pytest.mark.skipif(
-    Version(timm.__version__) < Version("1.0.31"),
-    reason="timm 1.0.23 opens such a folder by torch.load, which these tests forbid; 1.0.31 does not",
+@pytest.mark.brings(
+    "checkpoint", "a .pth.tar of timm's train.py, to compress", "the run of its averaged weights"
 )
+def test_a_checkpoint_of_timms_training_script(
+    data, teacher, reference, tmp_path, quick, monkeypatch, capsys
+):
+    tensors, file = load_file(teacher / "teacher" / "model.safetensors"), tmp_path / "last.pth.tar"
+    args = argparse.Namespace(model="vit_tiny_patch16_224", output=tmp_path)
+    raw = {name: torch.zeros_like(t) for name, t in tensors.items()}
+    torch.save({"arch": args.model, "args": args, "state_dict": raw, "state_dict_ema": tensors}, file)
+    monkeypatch.undo()  # this pickle is the user's own
+    without_files(monkeypatch)
+    words = ("--teacher", "vit_tiny_patch16_224", "--teacher-weights", file, *MODEL)
+    stepwell("compress", *words, "--data", data, "--out", tmp_path / "out", *QUICK)
+    assert_same_weights(student_weights(tmp_path / "out"), student_weights(reference))
+    assert "taken is state_dict_ema; these are averaged" in capsys.readouterr().err
+
+
 def test_a_model_of_the_hub_that_lies_on_disk(data, teacher, reference, tmp_path, quick):
     """Its student needs neither the hub nor that folder."""
     folder = tmp_path / "of.mine"

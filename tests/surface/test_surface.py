@@ -44,12 +44,13 @@ COMPRESS = TRAINING | {
     "--min-heads-per-layer", "--num-candidates", "--num-random", "--preset", "--round-to", "--rule",
     "--sampling", "--score-images", "--score-reduction", "--task-weight", "--teacher", "--teacher-weights",
     "--temperature", "--macs", "--params", "--latency-ms", "--importance",
-    "--student", "--student-args", "--student-init",
+    "--student", "--student-args", "--student-init", "--student-pretrained", "--student-weights",
+    "--student-weights-key", "--weights-key",
     "--path", "--assistants", "--num-assistants", "--drop", "--logit-loss", "--feature-loss", "--logit-args",
     "--feature-args", "--loss-warmup", "--first-epochs",
 }  # fmt: skip
 FLAGS = {
-    "train": TRAINING | {"--label-smoothing", "--model", "--pretrained", "--weights"},
+    "train": TRAINING | {"--label-smoothing", "--model", "--pretrained", "--weights", "--weights-key"},
     "compress": COMPRESS,
     "compare": COMPRESS | {
         "--paths", "--logit-losses", "--feature-losses", "--seeds", "--lrs", "--controls", "--jobs",

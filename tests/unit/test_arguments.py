@@ -13,7 +13,7 @@ import stepwell
 from stepwell.errors import ConfigError, ModelError
 from stepwell.models.arguments import refused
 from stepwell.models.card import Architecture, Card, save_model
-from stepwell.models.teacher import create_timm
+from stepwell.models.timm_models import create_timm
 from tiny import ARGS, SPEC, tiny_vit
 
 BAD: list[dict[str, Any]] = [

@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 
+from stepwell.config.model_options import StudentOptions
 from stepwell.data.spec import InputSpec
 from stepwell.errors import ConfigError
 from stepwell.losses.output import as_maps
@@ -22,6 +23,7 @@ from stepwell.training.loop import Trained
 from tiny import random_batches, random_images, setting, tiny_vit
 
 SPEC = InputSpec((32, 32), 3, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+RESNET = StudentOptions(student="cifar_resnet20")
 
 
 def test_every_layout_becomes_the_same_map():
@@ -92,9 +94,11 @@ def test_where_one_has_no_blocks_the_logits_teach_alone(tmp_path, blocks, studen
 
 
 def test_a_student_is_built_for_the_teachers_images():
-    vit = build_student("vit_tiny_patch16_224", {"depth": "1"}, 5, SPEC, 0, None)
+    vit = build_student(
+        StudentOptions(student="vit_tiny_patch16_224", student_args={"depth": "1"}), 5, SPEC, 0
+    )
     assert vit.model.patch_embed.img_size == (32, 32)
-    any_size = build_student("cifar_resnet20", {}, 5, SPEC, 0, None)
+    any_size = build_student(RESNET, 5, SPEC, 0)
     assert any_size.model(random_images(2, size=32)).shape == (2, 5)
     assert any_size.blocks == compared_blocks(find_groups(any_size.model))
 
@@ -108,20 +112,18 @@ def test_a_student_is_built_for_the_teachers_images():
 )
 def test_a_student_that_does_not_fit(name, args, said):
     with pytest.raises(ConfigError) as caught:
-        build_student(name, args, 5, SPEC, 0, None)
+        build_student(StudentOptions(student=name, student_args=args), 5, SPEC, 0)
     assert said in str(caught.value)
 
 
 def test_oblong_images_are_refused():
     oblong = InputSpec((32, 64), 3, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     with pytest.raises(ConfigError, match="--student needs square images"):
-        build_student("cifar_resnet20", {}, 5, oblong, 0, None)
+        build_student(RESNET, 5, oblong, 0)
 
 
 def test_the_seed_says_which_weights_a_student_starts_from():
-    weights = [
-        build_student("cifar_resnet20", {}, 5, SPEC, seed, None).model.conv1.weight for seed in (0, 0, 1)
-    ]
+    weights = [build_student(RESNET, 5, SPEC, seed).model.conv1.weight for seed in (0, 0, 1)]
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
     assert timm.is_model("cifar_resnet20")

@@ -36,7 +36,9 @@ def run(config: CompareConfig) -> str:
     with writing(out):
         (out / "stages").mkdir(parents=True, exist_ok=True)
     data = resolve_data(config)
-    teacher = load_teacher(config.teacher, config.teacher_weights, config.model_args, len(data.classes))
+    teacher = load_teacher(
+        config.teacher, config.teacher_weights, config.model_args, len(data.classes), config.weights_key
+    )
     RunDir(out).check_identity({"teacher": teacher.digest, "data": data.fingerprint})
     rows = run_arms(arms, config, out)
     shutil.rmtree(out / "unfinished", ignore_errors=True)

@@ -22,7 +22,9 @@ from stepwell.measure.estimate import memory_and_disk, seconds_of
 from stepwell.measure.size import count_macs, num_params, short_number
 from stepwell.models.input import check_runs, input_spec, with_image_size
 from stepwell.models.student import build_student
-from stepwell.models.teacher import create_timm, create_without_memory, load_teacher, parse_model_args
+from stepwell.models.teacher import load_teacher
+from stepwell.models.timm_folder import LOCAL
+from stepwell.models.timm_models import create_timm, create_without_memory, parse_model_args
 from stepwell.paths import path_of
 from stepwell.paths.begin import require
 from stepwell.pruning import generic
@@ -111,13 +113,13 @@ def _classes_differ(model: nn.Module, data: Data | None) -> list[str]:
 def _model(config: CompressConfig, data: Data | None) -> tuple[nn.Module, InputSpec, bool]:
     """The model, its input, and whether it is a module of the user's own."""
     num_classes = len(data.classes) if data else 0
-    if is_own_code(config.teacher) or Path(config.teacher).exists():
-        teacher = load_teacher(config.teacher, config.teacher_weights, config.model_args, num_classes)
+    on_disk = Path(config.teacher).exists() or config.teacher.startswith(LOCAL)
+    if on_disk or is_own_code(config.teacher) or config.teacher_weights is not None:
+        teacher = load_teacher(
+            config.teacher, config.teacher_weights, config.model_args, num_classes, config.weights_key
+        )
         return teacher.model, teacher.spec, teacher.is_own_module
     args = parse_model_args(config.model_args)
-    # Without weights of the user's, timm's own count of classes holds.
-    if num_classes and config.teacher_weights:
-        args = {"num_classes": num_classes, **args}
     # Shapes are enough to count, but not to time.
     create = create_without_memory if config.latency_ms is None else create_timm
     model = create(config.teacher, args, pretrained=False)
@@ -132,7 +134,8 @@ def _student(config: CompressConfig, teacher: nn.Module, spec: InputSpec) -> nn.
     classes = getattr(teacher, "num_classes", None)
     if classes is None:
         classes = check_runs(teacher, spec, config.teacher, "--image-size")
-    return build_student(config.student, config.student_args, classes, spec, config.seed).model
+    options = config.model_copy(update={"student_pretrained": False})  # nothing is downloaded
+    return build_student(options, classes, spec, config.seed).model
 
 
 def _found_by(model: nn.Module, groups: Sequence[Group]) -> list[str]:

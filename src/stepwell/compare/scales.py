@@ -27,7 +27,7 @@ from stepwell.errors import ConfigError
 from stepwell.measure.cost import Costs, Epochs
 from stepwell.measure.size import count_macs
 from stepwell.models.input import input_spec
-from stepwell.models.teacher import create_without_memory, parse_model_args
+from stepwell.models.timm_models import create_without_memory, parse_model_args
 from stepwell.paths import path_of
 from stepwell.paths.from_labels import train
 from stepwell.pruning.families import find_groups

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from stepwell.config.base import Count, Fraction, Positive, Seed
+from stepwell.config.model_options import StartOptions, StudentOptions
 from stepwell.config.options import (
     DataOptions,
     GridOptions,
@@ -20,8 +21,6 @@ from stepwell.config.options import (
     PathOptions,
     ScoreOptions,
     SelectOptions,
-    StartOptions,
-    StudentOptions,
     Suite,
     TaskOptions,
     TrainingOptions,

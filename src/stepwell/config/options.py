@@ -264,19 +264,6 @@ class PathOptions(Options):
     """Teachers that dgkd leaves out of each step, drawn again for each; one always stays."""
 
 
-class StudentOptions(Options):
-    """A student of another architecture."""
-
-    student: str | None = None
-    """A timm model, or FILE.py:FACTORY, that becomes the student instead of the smallest candidate: the
-    assistant teaches it, its hidden states through learned projections."""
-    student_args: dict[str, str] = {}
-    """Arguments of timm's create_model for the student, as key=value."""
-    student_init: Literal["random", "teacher"] = "random"
-    """`teacher` copies every tensor of the teacher that the student has too, by name and shape: of a student
-    with fewer layers (--student-args depth=2) these are the teacher's first ones."""
-
-
 class TaskOptions(Options):
     """What is to be done, and where the result goes."""
 
@@ -284,7 +271,11 @@ class TaskOptions(Options):
     """What to compress: a timm model name (its pretrained weights are downloaded), the folder of a finished
     run or of a student, or FILE.py:FACTORY, a function that returns the module."""
     teacher_weights: Path | None = None
-    """Weights for the teacher: .safetensors, or a .pth that holds plain tensors."""
+    """Weights for the teacher: a file of safetensors or of torch.save (nothing in it is executed), an index
+    of several files, or a folder with one of these."""
+    weights_key: str | None = None
+    """Which of the weights in that file, if it holds several, such as state_dict or teacher; by default the
+    averaged ones, as timm takes them."""
     model_args: dict[str, str] = {}
     """Arguments of timm's create_model as key=value, such as img_size=32 patch_size=4."""
     keep_ratio: Fraction | None = None
@@ -307,18 +298,3 @@ class TaskOptions(Options):
             flags = " and ".join(flag_of(name) for name in given)
             raise ValueError(f"{flags} are each a budget: give one of them")
         return self
-
-
-class StartOptions(Options):
-    """Which model is trained, from which weights, and where it goes."""
-
-    model: str = ""
-    """A timm model name, such as vit_tiny_patch16_224."""
-    model_args: dict[str, str] = {}
-    """Arguments of timm's create_model as key=value, such as img_size=32 patch_size=4."""
-    out_dir: Path | None = None
-    """Where the teacher goes; the same command on an unfinished one resumes where it stopped."""
-    pretrained: bool = True
-    """Start from timm's pretrained weights (downloaded); --no-pretrained starts from random ones."""
-    weights: Path | None = None
-    """Start from this .safetensors or .pth file instead; a head of another size is left out."""

@@ -1,4 +1,5 @@
-"""Which arguments of timm's `create_model` describe an architecture; a user or a card may give no others.
+"""Which arguments of timm's `create_model`, and which of a configuration of transformers, describe an
+architecture; a user or a card may give no others.
 
 The others say where weights come from. Some of them make timm open a file, which older versions unpickle, so
 a card from a stranger could run code with them.
@@ -6,12 +7,13 @@ a card from a stranger could run code with them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 # Parameters of create_model itself, and of the functions that it hands them on to.
 _NOT_ARCHITECTURE = {
-    "pretrained": "--no-pretrained, --weights or --teacher-weights",
+    "pretrained": "--pretrained, --no-pretrained, --weights or --teacher-weights",
     "checkpoint_path": "--weights or --teacher-weights",
     "pretrained_cfg": "--weights or --teacher-weights",
     "pretrained_cfg_overlay": "--weights or --teacher-weights",
@@ -26,11 +28,18 @@ _NOT_ARCHITECTURE = {
 }
 
 
-def refused(args: Mapping[str, Any]) -> str | None:
-    """Why `args` cannot be taken, in words that follow the place where they stand; None if they can."""
+def refused(args: Mapping[str, Any], of_student: bool = False) -> str | None:
+    """Why `args` cannot be taken, in words that follow the place where they stand; None if they can.
+
+    Args:
+        args: Arguments of create_model.
+        of_student: Whether they were given for an other student, whose options have other names.
+    """
     for name, value in args.items():
         if name in _NOT_ARCHITECTURE or name.startswith("pretrained"):
             instead = _NOT_ARCHITECTURE.get(name)
+            if of_student and instead and name != "cache_dir":
+                instead = "--student-pretrained or --student-weights"
             return f"{name} is no part of an architecture; " + (
                 f"use {instead}" if instead else "leave it out"
             )
@@ -38,9 +47,48 @@ def refused(args: Mapping[str, Any]) -> str | None:
             return (
                 f"{name} is a {type(value).__name__}; only numbers, words and lists of them describe a model"
             )
-        if isinstance(value, str) and ("/" in value or "\\" in value or ":" in value):
+        if isinstance(value, str) and _is_address(value):
             return f"{name} names a file or an address ({value}), which describes no architecture"
     return None
+
+
+# What a configuration of transformers holds beside its architecture: where it lay, code, number formats.
+_NO_CONFIGURATION = re.compile(
+    r"^_|^auto_map$|backbone|quantization|^adapter|^peft|_file$|_path$|^trust_remote_code$"
+)
+_NAMES_OF_CLASSES = ("id2label", "label2id")
+
+
+def refused_configuration(args: Mapping[str, Any]) -> str | None:
+    """The same of a configuration of transformers, as `to_json_string` writes it."""
+    for name, value in args.items():
+        if value in (None, False, "") or name in _NAMES_OF_CLASSES or (name[0] == "_" and value is True):
+            continue
+        if _NO_CONFIGURATION.search(name):
+            return f"{name} is no part of an architecture; leave it out"
+        if any(map(_is_address, _texts(value))):
+            return f"{name} names a file or an address, which describes no architecture"
+    return None
+
+
+def architecture_only(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration without what is not the architecture's, of the user's own folder: there it is usual."""
+    return {name: value for name, value in config.items() if not _NO_CONFIGURATION.search(name)}
+
+
+def _is_address(value: str) -> bool:
+    return "/" in value or "\\" in value or ":" in value
+
+
+def _texts(value: object) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _texts(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _texts(item)
 
 
 def _is_plain(value: object) -> bool:

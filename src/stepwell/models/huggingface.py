@@ -15,20 +15,20 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from stepwell.data.images import one_line
 from stepwell.data.spec import InputSpec
 from stepwell.errors import ModelError, UnsupportedModelError
+from stepwell.models.arguments import architecture_only, refused_configuration
 from stepwell.models.image_processor import PROCESSOR, read_json, read_spec
-from stepwell.run.progress import console
+from stepwell.models.weights import FILES, read_weights, weights_in
+from stepwell.run.progress import console, say
 
 SUPPORTED = ("deit", "swin", "vit")
 """As `model_type` in a config. Others are not even built: some of transformers' types fetch from the hub."""
 
 CONFIG = "config.json"
-_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 _OLDEST = (5, 10)  # the first that names layers as pruning/families/huggingface.py does
 
 
@@ -86,37 +86,69 @@ def is_folder(path: Path) -> bool:
 
 
 def load_folder(folder: Path) -> Classifier:
-    """Load what `save_pretrained` has written.
+    """Load what `save_pretrained` has written; nothing outside of the folder is read.
 
     Raises:
-        ModelError: It is no image classifier that we support, or its weights are missing, do not fit or are
-            pickled; or transformers is not installed.
+        ModelError: It is no image classifier that we support, or its weights are missing, do not fit or would
+            run code; or transformers is not installed.
     """
     transformers = _transformers()
-    _check_type(read_json(folder / CONFIG).get("model_type"), str(folder))
-    if not any((folder / name).is_file() for name in _WEIGHTS):
-        pickled = next((file.name for file in sorted(folder.glob("*.bin"))), None)
-        found = f" but {pickled}, a pickle, which would run code when loaded" if pickled else ""
-        raise ModelError(f"{folder} holds no {_WEIGHTS[0]}{found}: save the model again with save_pretrained")
+    config = architecture_only(read_json(folder / CONFIG))
+    _check_type(config.get("model_type"), str(folder))
+    if (reason := refused_configuration(config)) is not None:
+        raise ModelError(f"{folder / CONFIG}: {reason}")
+    tensors = _tensors(folder)
     try:
         with _quiet(transformers):
-            model, report = transformers.AutoModelForImageClassification.from_pretrained(
-                folder,
-                local_files_only=True,
-                use_safetensors=True,
-                trust_remote_code=False,
-                attn_implementation="sdpa",
-                output_loading_info=True,
-            )
-    except (OSError, ValueError, RuntimeError, TypeError, AttributeError, SafetensorError) as error:
+            model, report = _filled(transformers, config, tensors)
+    except (OSError, ValueError, RuntimeError, TypeError, AttributeError, KeyError) as error:
         raise ModelError(f"transformers cannot load {folder}: {one_line(error)[:200]}") from None
-    missing = sorted(report["missing_keys"])
+    missing, left_over = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
     if missing:  # transformers would leave them random
         raise ModelError(
             f"{folder} has no weights for {len(missing)} tensors of the {type(model).__name__}, the first is "
             f"{missing[0]}: it was not saved from an image classifier"
         )
+    if left_over:
+        say(f"note: {len(left_over)} tensors of {folder} are not the model's, the first is {left_over[0]}")
     return cast(Classifier, wrapped(model.eval()))
+
+
+def _tensors(folder: Path) -> dict[str, Tensor]:
+    """The weights of a folder; says so if they are not in our number format."""
+    file = weights_in(folder)
+    if file is None:
+        raise ModelError(
+            f"{folder} holds no {FILES[0]}, {FILES[2]} or index of several: save the model again with "
+            f"save_pretrained"
+        )
+    found = read_weights(file).state_dicts[0]
+    if found.path:
+        raise ModelError(
+            f"{file} is not as save_pretrained writes it: its tensors lie under {'.'.join(found.path)}"
+        )
+    tensors = found.tensors
+    formats = {str(t.dtype).removeprefix("torch.") for t in tensors.values() if t.is_floating_point()}
+    if others := sorted(formats - {"float32"}):
+        say(f"weights in {file}: {' and '.join(others)} is read as float32")
+    return tensors
+
+
+def _filled(transformers: Any, config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[Any, Any]:  # noqa: ANN401
+    """A classifier with weights, which transformers may rename, and its report on them."""
+    kind = type(transformers.AutoConfig.for_model(config["model_type"]))
+    settings = kind.from_dict(config)
+    with torch.device("meta"):  # only to learn which class it is: DeiT has two
+        empty = transformers.AutoModelForImageClassification.from_config(settings, trust_remote_code=False)
+    # By state_dict= and without a path: a path would let an index or an adapter name other files.
+    return type(empty).from_pretrained(
+        None,
+        config=settings,
+        state_dict=tensors,
+        dtype=torch.float32,
+        attn_implementation="sdpa",
+        output_loading_info=True,
+    )
 
 
 def recipe(model: nn.Module) -> tuple[str, dict[str, Any]] | None:
@@ -128,7 +160,7 @@ def recipe(model: nn.Module) -> tuple[str, dict[str, Any]] | None:
         return None
     args = json.loads(model.config.to_json_string(use_diff=False))
     # Where it lay on this machine is nobody's business; the number format is ours.
-    args = {key: value for key, value in args.items() if key not in ("_name_or_path", "dtype", "auto_map")}
+    args = {key: value for key, value in architecture_only(args).items() if key != "dtype"}
     name = type(model.model).__name__
     args["architectures"] = [name]  # DeiT has two
     try:
@@ -152,6 +184,8 @@ def build(args: Mapping[str, Any]) -> Classifier:
     """
     transformers = _transformers()
     _check_type(args.get("model_type"), "the configuration")
+    if (reason := refused_configuration(args)) is not None:
+        raise ModelError(f"the configuration of a {args['model_type']}: {reason}")
     try:
         config = transformers.AutoConfig.for_model(**args)
         model = transformers.AutoModelForImageClassification.from_config(

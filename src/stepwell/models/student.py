@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from stepwell.config.model_options import StudentOptions
+from stepwell.config.own_code import is_own_code
 from stepwell.data.spec import InputSpec
 from stepwell.errors import ConfigError, UnsupportedModelError
 from stepwell.models.card import Architecture
+from stepwell.models.fitting import load_start
 from stepwell.models.input import check_runs, has_one_size, input_spec
-from stepwell.models.teacher import create_timm, load_factory, parse_model_args, timm_architecture
+from stepwell.models.teacher import load_factory
+from stepwell.models.timm_models import create_timm, parse_model_args, timm_architecture
 from stepwell.pruning.blocks import compared_blocks
 from stepwell.pruning.families import find_groups
 from stepwell.run.progress import say
@@ -24,7 +27,7 @@ class OtherStudent:
     """A student that is no slice of the teacher.
 
     Attributes:
-        model: With random weights, in eval mode, on the CPU.
+        model: In eval mode, on the CPU; with random weights if none were asked for.
         architecture: How to build it.
         blocks: The blocks whose states are compared with the assistant's; none if we know none of them.
         name: For people.
@@ -37,25 +40,25 @@ class OtherStudent:
 
 
 def build_student(
-    source: str | nn.Module,
-    args: Mapping[str, str],
+    options: StudentOptions,
     num_classes: int,
     spec: InputSpec,
     seed: int,
+    module: nn.Module | None = None,
     like: nn.Module | None = None,
 ) -> OtherStudent:
     """Build the student that `--student` names.
 
     Args:
-        source: A timm model, FILE.py:FACTORY, or a module (a copy is taken).
-        args: Arguments of timm's create_model.
+        options: What it is, and which weights it starts from.
         num_classes: Those of the teacher.
         spec: The teacher's input: the student gets the same images.
         seed: Of the random weights.
-        like: Where to copy weights from, by name and shape; None leaves the student its own.
+        module: The module that `--student` stands for, where the caller built it; a copy is taken.
+        like: Where to copy weights from, by name and shape, with `--student-init teacher`.
 
     Raises:
-        ModelError: There is no such model.
+        ModelError: There is no such model, or the weights do not fit it.
         ConfigError: It does not take images of this size, or has other classes.
     """
     if spec.size[0] != spec.size[1]:
@@ -63,20 +66,25 @@ def build_student(
             f"--student needs square images, and the teacher's are {spec.size[0]} x {spec.size[1]}: the "
             f"hidden states of two architectures are matched on square maps"
         )
-    name = source if isinstance(source, str) else type(source).__name__
+    if module is not None and options.student_pretrained:
+        raise ConfigError("--student-pretrained is for timm names: the module brings its own weights")
+    assert options.student is not None
+    name = options.student if module is None else type(module).__name__
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if isinstance(source, nn.Module):
-            model, architecture = copy.deepcopy(source).cpu(), Architecture(source="factory", name=name)
-        elif ".py:" in source:
-            model, architecture = load_factory(source)(), Architecture(source="factory", name=name)
+        if module is not None:
+            model, architecture = copy.deepcopy(module).cpu(), Architecture(source="factory", name=name)
+        elif is_own_code(name):
+            model, architecture = load_factory(name)(), Architecture(source="factory", name=name)
         else:
-            model, architecture = _from_timm(source, args, num_classes, spec)
+            model, architecture = _from_timm(options, num_classes, spec)
+    if options.student_weights is not None:
+        load_start(model, options.student_weights, options.student_weights_key, "--student-weights-key")
     model = model.eval()
     classes = check_runs(model, spec, f"--student {name}", "--student-args or another student")
     if classes != num_classes:
         raise ConfigError(f"--student {name} has {classes} classes, the teacher has {num_classes}")
-    if like is not None:
+    if like is not None and options.student_init == "teacher":
         _copy(like, model, name)
     try:
         blocks = compared_blocks(find_groups(model))
@@ -85,14 +93,17 @@ def build_student(
     return OtherStudent(model, architecture, blocks, name)
 
 
-def _from_timm(
-    name: str, args: Mapping[str, str], num_classes: int, spec: InputSpec
-) -> tuple[nn.Module, Architecture]:
-    given = {"num_classes": num_classes, "in_chans": spec.channels, **parse_model_args(args)}
-    model = create_timm(name, given, pretrained=False, flag="--student-args")
+def _from_timm(options: StudentOptions, num_classes: int, spec: InputSpec) -> tuple[nn.Module, Architecture]:
+    name, flag = str(options.student), "--student-args"
+    given = {"num_classes": num_classes, "in_chans": spec.channels, **parse_model_args(options.student_args)}
+    model = create_timm(name, given, pretrained=False, flag=flag)
     if has_one_size(model) and input_spec(model).size != spec.size and "img_size" not in given:
         given |= {"img_size": spec.size}
-        model = create_timm(name, given, pretrained=False, flag="--student-args")
+        model = create_timm(name, given, pretrained=False, flag=flag)
+    if options.student_pretrained:
+        way_out = "pass --student-weights FILE"
+        model = create_timm(name, given, pretrained=True, way_out=way_out, flag=flag)
+        say(f"student: starts from timm's pretrained weights of {name}, with a new head where classes differ")
     return model, timm_architecture(name, model.eval(), given)
 
 

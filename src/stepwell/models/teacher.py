@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import ast
-import contextlib
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import timm
-import torch
-from timm.layers.helpers import to_2tuple
-from torch import Tensor, nn
+from torch import nn
 
-import stepwell.zoo  # noqa: F401  (their names become names of timm)
 from stepwell.config.own_code import load_function
-from stepwell.data.images import one_line
 from stepwell.data.spec import InputSpec
-from stepwell.errors import ConfigError, ModelError, did_you_mean
+from stepwell.errors import ConfigError, ModelError
 from stepwell.models import huggingface
-from stepwell.models.arguments import refused
 from stepwell.models.card import (
     WEIGHTS,
     Architecture,
@@ -30,12 +22,17 @@ from stepwell.models.card import (
     build,
     digest,
     find_model_dir,
-    load_strictly,
     narrow_and_load,
     read_card,
 )
+from stepwell.models.fitting import load_whole
 from stepwell.models.input import input_spec
-from stepwell.models.weights import read_weights
+from stepwell.models.recognise import recognise
+from stepwell.models.timm_folder import LOCAL, create_from_folder, is_timm_folder
+from stepwell.models.timm_folder import class_names as timm_class_names
+from stepwell.models.timm_models import create_timm, create_with_weights, parse_model_args, timm_architecture
+from stepwell.models.weights import weights_in
+from stepwell.run.progress import say
 
 
 @dataclass(frozen=True)
@@ -69,26 +66,49 @@ class Teacher:
 
 
 def load_teacher(
-    source: str, weights: Path | None, model_args: Mapping[str, str], num_classes: int
+    source: str,
+    weights: Path | None,
+    model_args: Mapping[str, str],
+    num_classes: int,
+    weights_key: str | None = None,
 ) -> Teacher:
     """Load the teacher that `--teacher` names.
 
     Args:
-        source: A timm model name, a run or model directory, a folder of transformers, or FILE.py:FACTORY.
+        source: A timm model name, a run or model directory, a folder of transformers or timm, or
+            FILE.py:FACTORY.
         weights: Weights to load into it, instead of timm's pretrained ones or the factory's own.
         model_args: Arguments of timm's create_model.
         num_classes: Classes of the data; used where neither weights nor source say.
+        weights_key: Which of the weights in that file, if it holds several.
 
     Raises:
         ModelError: It does not exist, has no weights, or the weights do not fit.
     """
     args = parse_model_args(model_args)
+    has_file = weights is not None or source.startswith(LOCAL) or is_timm_folder(Path(source))
+    if weights_key is not None and not has_file:
+        raise ConfigError(
+            "--weights-key says which weights of a file to take: name it with --teacher-weights"
+        )
     if ".py:" in source:
-        return _from_file(source, weights)
+        return _from_file(source, weights, weights_key)
+    if source.startswith(LOCAL):
+        return _from_timm_folder(Path(source.removeprefix(LOCAL)), weights, weights_key, args)
     path = Path(source)
-    if path.exists():
-        return _from_directory(path, weights, args)
-    return _from_timm(source, weights, args, num_classes)
+    if path.is_dir():
+        return _from_directory(path, weights, weights_key, args)
+    if path.is_file():
+        raise ModelError(
+            f"--teacher {path} is a file; if it holds weights, pass it as --teacher-weights, and as "
+            f"--teacher the timm name or the FILE.py:FACTORY that builds the model"
+        )
+    if weights is None:
+        model = create_timm(source, args, pretrained=True)
+    else:
+        model = create_with_weights(source, weights, weights_key, args, num_classes)
+    args = {"num_classes": model.num_classes, **args}
+    return _teacher(model, timm_architecture(source, model.eval(), args), source)
 
 
 def teacher_from_module(module: nn.Module, classes: tuple[str, ...] | None) -> Teacher:
@@ -100,99 +120,17 @@ def teacher_from_module(module: nn.Module, classes: tuple[str, ...] | None) -> T
     model = huggingface.wrapped(copy.deepcopy(module).cpu().eval())
     _check_numbers(model, f"a {type(module).__name__}")
     spec = input_spec(model)
-    architecture = _recognise(model, spec) or Architecture(source="factory", name=type(module).__name__)
+    architecture = recognise(model, spec) or Architecture(source="factory", name=type(module).__name__)
     classes = huggingface.class_names(model) or classes
     return Teacher(model, architecture, spec, classes, {}, architecture.name, digest(model))
 
 
-_HUB = ("hf-hub:", "hf_hub:", "local-dir:")
-
-
-def create_timm(
-    name: str,
-    args: Mapping[str, Any],
-    *,
-    pretrained: bool,
-    way_out: str = "pass --teacher-weights FILE",
-    flag: str = "--model-args",
-) -> nn.Module:
-    """`timm.create_model` with our errors: unknown names, wrong arguments, unreachable weights."""
-    if (reason := refused(args)) is not None:
-        raise ConfigError(f"{flag}: {reason}")
-    base = name.split(".")[0]
-    if not name.startswith(_HUB) and not timm.is_model(base):
-        raise ModelError(
-            f"{name!r} is neither a model of timm nor an existing folder"
-            f"{did_you_mean(base, timm.list_models())}"
-        )
-    try:
-        return timm.create_model(name, **{**args, "pretrained": pretrained})
-    except TypeError as error:
-        raise ConfigError(f"{flag} {dict(args)} do not suit {name}: {one_line(error)}") from None
-    except Exception as error:
-        if not pretrained:
-            if not args:
-                raise
-            raise ConfigError(f"{flag} {dict(args)} do not suit {name}: {one_line(error)}") from None
-        # Whatever the hub's client raises (no network, no such file, no weights): the way out is the same.
-        raise ModelError(
-            f"no pretrained weights can be reached for {name} ({one_line(error)[:120]}); {way_out}"
-        ) from None
-
-
-def create_without_memory(name: str, args: Mapping[str, Any], *, pretrained: bool = False) -> nn.Module:
-    """As `create_timm`, on the meta device if the model can be built there: for counting, without weights."""
-    # A constructor may want the values of tensors, which have none there (RegNet in older versions of timm).
-    with contextlib.suppress(ConfigError, RuntimeError), torch.device("meta"):
-        return create_timm(name, args, pretrained=pretrained)
-    return create_timm(name, args, pretrained=pretrained)
-
-
-def parse_model_args(model_args: Mapping[str, str]) -> dict[str, Any]:
-    """`{"img_size": "32"}` -> `{"img_size": 32}`; what is no Python literal stays text."""
-    parsed = {}
-    for name, text in model_args.items():
-        try:
-            parsed[name] = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            parsed[name] = text
-    return parsed
-
-
-def _from_timm(name: str, weights: Path | None, args: dict[str, Any], num_classes: int) -> Teacher:
-    if weights is None:
-        model = create_timm(name, args, pretrained=True)
-    else:
-        tensors = read_weights(weights)
-        args = {"num_classes": _classes_in(tensors, name, num_classes), **args}
-        model = create_timm(name, args, pretrained=False)
-        load_strictly(model, tensors, str(weights))
-    args = {"num_classes": model.num_classes, **args}
-    return _teacher(model, timm_architecture(name, model.eval(), args), name)
-
-
-def timm_architecture(name: str, model: nn.Module, args: Mapping[str, Any]) -> Architecture:
-    """How to build `model`, which timm made of `name`, without the hub and without its weights."""
-    if name.startswith(_HUB):  # its arguments stand in a file there
-        plain = copy.deepcopy(model).cpu().eval()
-        return _recognise(plain, input_spec(plain)) or Architecture(source="factory", name=name)
-    return Architecture(source="timm", name=name.split(".")[0], args=dict(args))
-
-
-def _classes_in(tensors: Mapping[str, Tensor], name: str, default: int) -> int:
-    """The classifier's size as the weights have it: they know better than the data folder."""
-    config = timm.get_pretrained_cfg(name, allow_unregistered=True)
-    classifier = getattr(config, "classifier", None) or "head"
-    weight = tensors.get(f"{classifier}.weight") if isinstance(classifier, str) else None
-    return default if weight is None else weight.shape[0]
-
-
-def _from_directory(path: Path, weights: Path | None, args: Mapping[str, Any]) -> Teacher:
+def _from_directory(path: Path, weights: Path | None, key: str | None, args: Mapping[str, Any]) -> Teacher:
     folder = find_model_dir(path)
+    if folder is None and is_timm_folder(path):
+        return _from_timm_folder(path, weights, key, args)
     if folder is None and not huggingface.is_folder(path):
-        raise ModelError(
-            f"{path} holds no finished model: no stepwell.json in it, its student/ or its teacher/"
-        )
+        return _from_checkpoints(path, weights, key, args)
     if args:
         raise ConfigError(f"--model-args are for timm names; {folder or path} has its own")
     if folder is None:
@@ -201,7 +139,7 @@ def _from_directory(path: Path, weights: Path | None, args: Mapping[str, Any]) -
     model = build(card.architecture, None, folder)
     model = narrow_and_load(model, card.widths, folder / WEIGHTS)
     if weights is not None:
-        load_strictly(model, read_weights(weights), str(weights))
+        load_whole(model, weights, key)
     teacher = _teacher(model, card.architecture, str(path))
     return replace(
         teacher,
@@ -213,13 +151,49 @@ def _from_directory(path: Path, weights: Path | None, args: Mapping[str, Any]) -
     )
 
 
+def _from_checkpoints(path: Path, weights: Path | None, key: str | None, args: Mapping[str, Any]) -> Teacher:
+    """The only checkpoint in the folder of a transformers Trainer that has not saved its last model."""
+    checkpoints = sorted(path.glob("checkpoint-*/"), key=lambda folder: (len(folder.name), folder.name))
+    checkpoints = [folder for folder in checkpoints if huggingface.is_folder(folder)]
+    if len(checkpoints) == 1:
+        say(f"{path}: taken is {checkpoints[0].name}, the only model in it")
+        return _from_directory(checkpoints[0], weights, key, args)
+    if checkpoints:
+        names = ", ".join(folder.name for folder in checkpoints[:6])
+        raise ModelError(
+            f"{path} holds checkpoints of a training ({names}) and no final model: give one of them, such as "
+            f"--teacher {checkpoints[-1]}"
+        )
+    found = weights_in(path)
+    if found is not None:
+        raise ModelError(
+            f"{path} holds weights, and nothing that says of which model: give them as --teacher-weights "
+            f"{found}, and with --teacher the timm name or FILE.py:FACTORY that builds it"
+        )
+    raise ModelError(
+        f"{path} holds no finished model: no stepwell.json in it, its student/ or its teacher/, and no "
+        f"config.json"
+    )
+
+
+def _from_timm_folder(
+    folder: Path, weights: Path | None, key: str | None, args: Mapping[str, Any]
+) -> Teacher:
+    model = create_from_folder(folder, args)
+    load_whole(model, weights or folder, key)
+    name = f"{LOCAL}{folder}"
+    teacher = _teacher(model, timm_architecture(name, model.eval(), args), name)
+    classes = timm_class_names(folder)
+    return replace(teacher, classes=classes if classes and len(classes) == model.num_classes else None)
+
+
 def _from_transformers(folder: Path, weights: Path | None) -> Teacher:
     if weights is not None:
         raise ConfigError(f"--teacher-weights do not go with {folder}, which has its own")
     model = huggingface.load_folder(folder)
     spec, classes = huggingface.input_spec(model, folder), huggingface.class_names(model)
     _check_numbers(model, str(folder))
-    architecture = _recognise(model, spec) or Architecture(source="factory", name=str(folder))
+    architecture = recognise(model, spec) or Architecture(source="factory", name=str(folder))
     return Teacher(model, architecture, spec, classes, {}, str(folder), digest(model))
 
 
@@ -228,10 +202,10 @@ def placeholders(num_classes: int) -> list[str]:
     return [f"class {i}" for i in range(num_classes)]
 
 
-def _from_file(source: str, weights: Path | None) -> Teacher:
+def _from_file(source: str, weights: Path | None, key: str | None) -> Teacher:
     model = huggingface.wrapped(load_factory(source)())
     if weights is not None:
-        load_strictly(model, read_weights(weights), str(weights))
+        load_whole(model, weights, key)
     function = source.rpartition(":")[2]
     return _teacher(model.eval(), Architecture(source="factory", name=function), source)
 
@@ -263,32 +237,3 @@ def _check_numbers(model: nn.Module, name: str) -> None:
             raise ModelError(
                 f"{name} cannot teach: {key} holds NaN or infinite values; take an earlier checkpoint"
             )
-
-
-def _recognise(model: nn.Module, spec: InputSpec) -> Architecture | None:
-    """What builds `model` again with timm or transformers, if it can be found and proved."""
-    if (found := huggingface.recipe(model)) is not None:
-        return Architecture(source="transformers", name=found[0], args=found[1])
-    name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
-    if name is None or not timm.is_model(name):
-        return None
-    common: dict[str, Any] = {"num_classes": model.num_classes, "in_chans": spec.channels}
-    size = spec.size[0] if spec.size[0] == spec.size[1] else spec.size
-    guesses = [common, {**common, "img_size": size}]
-    blocks, embed = getattr(model, "blocks", None), getattr(model, "patch_embed", None)
-    if blocks is not None and embed is not None and hasattr(getattr(blocks[0], "attn", None), "num_heads"):
-        patch_size = to_2tuple(embed.patch_size)[0]
-        vit = {"patch_size": patch_size, "embed_dim": model.embed_dim, "depth": len(blocks)}
-        guesses.append({**guesses[1], **vit, "num_heads": blocks[0].attn.num_heads})
-    images = torch.randn(2, spec.channels, *spec.size, generator=torch.Generator().manual_seed(0))
-    for args in guesses:
-        try:
-            twin = timm.create_model(name, pretrained=False, **args)
-            twin.load_state_dict(model.state_dict())
-            with torch.no_grad():
-                same = torch.equal(twin.eval()(images), model(images))
-        except (TypeError, RuntimeError, AssertionError):
-            continue
-        if same:
-            return Architecture(source="timm", name=name, args=args)
-    return None

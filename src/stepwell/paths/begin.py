@@ -43,7 +43,9 @@ def begin(
     if module is not None:
         teacher = teacher_from_module(module, data.classes or None)
     else:
-        teacher = load_teacher(config.teacher, config.teacher_weights, config.model_args, len(data.classes))
+        teacher = load_teacher(
+            config.teacher, config.teacher_weights, config.model_args, len(data.classes), config.weights_key
+        )
     teacher = replace(teacher, spec=with_image_size(teacher.spec, teacher.model, config.image_size))
     # Every check comes before the folder is made.
     s = prepare(config, RunDir(config.out_dir, observer), teacher, data, student)

@@ -14,10 +14,10 @@ from stepwell.data.splits import resolve_data
 from stepwell.errors import ConfigError
 from stepwell.measure.cost import epochs_in
 from stepwell.measure.size import num_params
-from stepwell.models.card import Card, find_model_dir, load_strictly, save_model
+from stepwell.models.card import Card, find_model_dir, save_model
+from stepwell.models.fitting import load_start
 from stepwell.models.input import input_spec, with_image_size
-from stepwell.models.teacher import create_timm, parse_model_args, timm_architecture
-from stepwell.models.weights import read_weights
+from stepwell.models.timm_models import create_timm, parse_model_args, timm_architecture
 from stepwell.paths.begin import require
 from stepwell.run.device import autocast_of, set_up_torch
 from stepwell.run.progress import say
@@ -106,23 +106,8 @@ def _start(config: TrainConfig, num_classes: int) -> nn.Module:
         way_out = "pass --weights FILE, or --no-pretrained to start from random ones"
         return create_timm(config.model, args, pretrained=config.pretrained, way_out=way_out)
     model = create_timm(config.model, args, pretrained=False)
-    tensors = read_weights(config.weights)
-    head = {f"{name}.{leaf}" for name in _classifiers(model) for leaf in ("weight", "bias")}
-    state = model.state_dict()
-    fresh = {
-        name: state[name]
-        for name in head & state.keys() & tensors.keys()
-        if state[name].shape != tensors[name].shape
-    }
-    if fresh:
-        say(f"{config.weights} has another number of classes: the classifier starts fresh")
-    load_strictly(model, {**tensors, **fresh}, str(config.weights))
+    load_start(model, config.weights, config.weights_key)
     return model
-
-
-def _classifiers(model: nn.Module) -> tuple[str, ...]:
-    names = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or "head"
-    return (names,) if isinstance(names, str) else tuple(names)
 
 
 def _fit(

@@ -100,9 +100,7 @@ def _other_student(
 ) -> OtherStudent | None:
     if config.student is None:
         return None
-    like = teacher.model if config.student_init == "teacher" else None
-    source = student or config.student
-    return build_student(source, config.student_args, num_classes, teacher.spec, config.seed, like)
+    return build_student(config, num_classes, teacher.spec, config.seed, student, teacher.model)
 
 
 def _check_something_to_learn(s: Setting) -> None:
