@@ -111,17 +111,15 @@ def _classes_differ(model: nn.Module, data: Data | None) -> list[str]:
 def _model(config: CompressConfig, data: Data | None) -> tuple[nn.Module, InputSpec, bool]:
     """The model, its input, and whether it is a module of the user's own."""
     num_classes = len(data.classes) if data else 0
-    if is_own_code(config.teacher) or Path(config.teacher).exists():
+    # Weights of the user's are loaded: whether they fit is what is asked.
+    if is_own_code(config.teacher) or Path(config.teacher).exists() or config.teacher_weights:
         teacher = load_teacher(config.teacher, config.teacher_weights, config.model_args, num_classes)
         return teacher.model, teacher.spec, teacher.is_own_module
     args = parse_model_args(config.model_args)
-    # Without weights of the user's, timm's own count of classes holds.
-    if num_classes and config.teacher_weights:
-        args = {"num_classes": num_classes, **args}
     # Shapes are enough to count, but not to time.
     create = create_without_memory if config.latency_ms is None else create_timm
     model = create(config.teacher, args, pretrained=False)
-    return model.eval(), input_spec(model), False
+    return model.eval(), input_spec(model, args), False
 
 
 def _student(config: CompressConfig, teacher: nn.Module, spec: InputSpec) -> nn.Module | None:

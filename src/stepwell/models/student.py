@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import copy
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from stepwell.config.own_code import is_own_code
 from stepwell.data.spec import InputSpec
 from stepwell.errors import ConfigError, UnsupportedModelError
+from stepwell.models import own_module
 from stepwell.models.card import Architecture
-from stepwell.models.input import check_runs, has_one_size, input_spec
+from stepwell.models.input import check_runs, has_one_size, input_spec, runs
 from stepwell.models.teacher import create_timm, load_factory, parse_model_args, timm_architecture
 from stepwell.pruning.blocks import compared_blocks
 from stepwell.pruning.families import find_groups
@@ -67,12 +69,15 @@ def build_student(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if isinstance(source, nn.Module):
-            model, architecture = copy.deepcopy(source).cpu(), Architecture(source="factory", name=name)
-        elif ".py:" in source:
-            model, architecture = load_factory(source)(), Architecture(source="factory", name=name)
+            model = own_module.plain(own_module.copied(source), f"--student: a {name}")
+            architecture = Architecture(source="factory", name=name)
+        elif is_own_code(source):
+            model = own_module.plain(load_factory(source)(), f"--student {name}")
+            architecture = Architecture(source="factory", name=name)
         else:
             model, architecture = _from_timm(source, args, num_classes, spec)
-    model = model.eval()
+    # A slice of the teacher is trained as a whole, and so is this.
+    model = model.eval().requires_grad_(True)
     classes = check_runs(model, spec, f"--student {name}", "--student-args or another student")
     if classes != num_classes:
         raise ConfigError(f"--student {name} has {classes} classes, the teacher has {num_classes}")
@@ -90,9 +95,13 @@ def _from_timm(
 ) -> tuple[nn.Module, Architecture]:
     given = {"num_classes": num_classes, "in_chans": spec.channels, **parse_model_args(args)}
     model = create_timm(name, given, pretrained=False, flag="--student-args")
-    if has_one_size(model) and input_spec(model).size != spec.size and "img_size" not in given:
-        given |= {"img_size": spec.size}
-        model = create_timm(name, given, pretrained=False, flag="--student-args")
+    wrong = (has_one_size(model) and input_spec(model).size != spec.size) or not runs(model, spec)
+    if wrong and "img_size" not in given:
+        with contextlib.suppress(ConfigError):  # a model that takes no size fails, in words, where it is run
+            model = create_timm(
+                name, {**given, "img_size": spec.size}, pretrained=False, flag="--student-args"
+            )
+            given |= {"img_size": spec.size}
     return model, timm_architecture(name, model.eval(), given)
 
 

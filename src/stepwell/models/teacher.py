@@ -16,11 +16,11 @@ from timm.layers.helpers import to_2tuple
 from torch import Tensor, nn
 
 import stepwell.zoo  # noqa: F401  (their names become names of timm)
-from stepwell.config.own_code import load_function
+from stepwell.config.own_code import line_of, load_function
 from stepwell.data.images import one_line
 from stepwell.data.spec import InputSpec
 from stepwell.errors import ConfigError, ModelError, did_you_mean
-from stepwell.models import huggingface
+from stepwell.models import huggingface, own_module
 from stepwell.models.arguments import refused
 from stepwell.models.card import (
     WEIGHTS,
@@ -97,10 +97,12 @@ def teacher_from_module(module: nn.Module, classes: tuple[str, ...] | None) -> T
     A module keeps no record of how it was built. If it is a timm model that can be built again from what it
     shows (proved by equal outputs), the student will load without help; else `load` asks for `factory=`.
     """
-    model = huggingface.wrapped(copy.deepcopy(module).cpu().eval())
-    _check_numbers(model, f"a {type(module).__name__}")
+    name = f"a {type(module).__name__}"
+    model = own_module.plain(own_module.copied(module), name).eval()
+    _check_numbers(model, name)
     spec = input_spec(model)
-    architecture = _recognise(model, spec) or Architecture(source="factory", name=type(module).__name__)
+    inner = own_module.unwrapped(module)
+    architecture = _recognise(model, spec) or Architecture(source="factory", name=type(inner).__name__)
     classes = huggingface.class_names(model) or classes
     return Teacher(model, architecture, spec, classes, {}, architecture.name, digest(model))
 
@@ -168,7 +170,7 @@ def _from_timm(name: str, weights: Path | None, args: dict[str, Any], num_classe
         model = create_timm(name, args, pretrained=False)
         load_strictly(model, tensors, str(weights))
     args = {"num_classes": model.num_classes, **args}
-    return _teacher(model, timm_architecture(name, model.eval(), args), name)
+    return _teacher(model, timm_architecture(name, model.eval(), args), name, args)
 
 
 def timm_architecture(name: str, model: nn.Module, args: Mapping[str, Any]) -> Architecture:
@@ -229,9 +231,10 @@ def placeholders(num_classes: int) -> list[str]:
 
 
 def _from_file(source: str, weights: Path | None) -> Teacher:
-    model = huggingface.wrapped(load_factory(source)())
-    if weights is not None:
-        load_strictly(model, read_weights(weights), str(weights))
+    module = own_module.unwrapped(load_factory(source)())
+    if weights is not None:  # first: they are the file's own, before anything is folded into them
+        load_strictly(module, read_weights(weights), str(weights))
+    model = own_module.plain(module, source)
     function = source.rpartition(":")[2]
     return _teacher(model.eval(), Architecture(source="factory", name=function), source)
 
@@ -243,8 +246,8 @@ def load_factory(source: str) -> Factory:
     def build() -> nn.Module:
         try:
             model = factory()
-        except Exception as error:
-            raise ModelError(f"{source} failed: {type(error).__name__}: {error}") from error
+        except (Exception, SystemExit) as error:
+            raise ModelError(f"{source} failed: {type(error).__name__}: {error}{line_of(error)}") from error
         if not isinstance(model, nn.Module):
             raise ModelError(f"{source} returned a {type(model).__name__}, not a torch.nn.Module")
         return model
@@ -252,9 +255,11 @@ def load_factory(source: str) -> Factory:
     return build
 
 
-def _teacher(model: nn.Module, architecture: Architecture, name: str) -> Teacher:
+def _teacher(
+    model: nn.Module, architecture: Architecture, name: str, args: Mapping[str, Any] | None = None
+) -> Teacher:
     _check_numbers(model, name)
-    return Teacher(model, architecture, input_spec(model), None, {}, name, digest(model))
+    return Teacher(model, architecture, input_spec(model, args), None, {}, name, digest(model))
 
 
 def _check_numbers(model: nn.Module, name: str) -> None:
@@ -270,7 +275,7 @@ def _recognise(model: nn.Module, spec: InputSpec) -> Architecture | None:
     if (found := huggingface.recipe(model)) is not None:
         return Architecture(source="transformers", name=found[0], args=found[1])
     name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
-    if name is None or not timm.is_model(name):
+    if name is None or not timm.is_model(name) or not hasattr(model, "num_classes"):
         return None
     common: dict[str, Any] = {"num_classes": model.num_classes, "in_chans": spec.channels}
     size = spec.size[0] if spec.size[0] == spec.size[1] else spec.size
