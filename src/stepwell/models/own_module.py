@@ -34,11 +34,24 @@ _QUANTISED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch
 FACTORY = "pass FILE.py:FACTORY, a function that builds it"
 
 
-def copied(module: nn.Module) -> nn.Module:
-    """A copy of the caller's module on the CPU, without what is wrapped around it.
+def taken(module: nn.Module, name: str) -> nn.Module:
+    """A copy of the caller's module, made plain; the caller's own is never changed.
+
+    Args:
+        module: In memory.
+        name: For what is said.
 
     Raises:
         ModelError: It cannot be copied, or is of a kind that cannot be trained.
+    """
+    return _plain(copied(module), name, _taken_out_of(module), quiet=False)
+
+
+def copied(module: nn.Module) -> nn.Module:
+    """A copy on the CPU, without what is wrapped around the module.
+
+    Raises:
+        ModelError: As in `taken`.
     """
     name = f"a {type(module).__name__}"
     inner = unwrapped(module)
@@ -54,14 +67,16 @@ def plain(module: nn.Module, name: str, *, quiet: bool = False) -> nn.Module:
 
     Args:
         module: One that nobody else uses.
-        name: For errors.
+        name: For what is said.
         quiet: Say nothing of what was done.
 
     Raises:
         ModelError: It is of a kind that cannot be trained.
     """
-    inner = unwrapped(module)
-    notes = [] if inner is module else [f"taken out of its {type(module).__name__}"]
+    return _plain(unwrapped(module), name, _taken_out_of(module), quiet=quiet)
+
+
+def _plain(inner: nn.Module, name: str, notes: list[str], *, quiet: bool) -> nn.Module:
     _unwrap_inside(inner)
     _check_kind(inner, name)
     if folded := _fold(inner):
@@ -76,6 +91,10 @@ def plain(module: nn.Module, name: str, *, quiet: bool = False) -> nn.Module:
     if model is inner and _only_logits not in inner._forward_hooks.values():
         inner.register_forward_hook(_only_logits)
     return model
+
+
+def _taken_out_of(module: nn.Module) -> list[str]:
+    return [] if unwrapped(module) is module else [f"taken out of its {type(module).__name__}"]
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
@@ -132,7 +151,8 @@ def _check_kind(model: nn.Module, name: str) -> None:
                 f"was made of, and quantise the student afterwards"
             )
         forward = vars(part).get("forward")
-        if forward is not None and not (isinstance(forward, MethodType) and forward.__self__ in modules):
+        moves_along = isinstance(forward, MethodType) and forward.__self__ in modules
+        if forward is not None and not moves_along and _inside(part) is None:
             raise ModelError(
                 f"{name}: forward of a {type(part).__name__} was replaced on the object, and a copy would "
                 f"still compute with this one's weights: make it a method of a class"
@@ -163,6 +183,10 @@ def _fold(model: nn.Module) -> list[str]:
     folded: dict[str, None] = {}
     for part in list(model.modules()):
         if parametrize.is_parametrized(part):
+            # Taking them off changes the class, which a copy shares with the module that it was made from.
+            shared = type(part)
+            own = {k: v for k, v in vars(shared).items() if k not in ("__dict__", "__weakref__")}
+            part.__class__ = type(shared.__name__, shared.__bases__, own)
             for name, chain in list(cast(nn.ModuleDict, part.parametrizations).items()):
                 kinds = [type(step).__name__.strip("_") for step in cast(nn.ModuleList, chain)]
                 folded |= dict.fromkeys(kinds)

@@ -69,7 +69,7 @@ def build_student(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if isinstance(source, nn.Module):
-            model = own_module.plain(own_module.copied(source), f"--student: a {name}")
+            model = own_module.taken(source, f"--student: a {name}")
             architecture = Architecture(source="factory", name=name)
         elif is_own_code(source):
             model = own_module.plain(load_factory(source)(), f"--student {name}")

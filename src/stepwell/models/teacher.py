@@ -98,7 +98,7 @@ def teacher_from_module(module: nn.Module, classes: tuple[str, ...] | None) -> T
     shows (proved by equal outputs), the student will load without help; else `load` asks for `factory=`.
     """
     name = f"a {type(module).__name__}"
-    model = own_module.plain(own_module.copied(module), name).eval()
+    model = own_module.taken(module, name).eval()
     _check_numbers(model, name)
     spec = input_spec(model)
     inner = own_module.unwrapped(module)
