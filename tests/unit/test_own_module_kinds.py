@@ -1,4 +1,4 @@
-"""Modules as users have them: what is taken off and made plain, with the outputs of the user's own; what is refused."""
+"""Modules as users have them: made plain, with the outputs of the user's own, or refused."""
 
 from __future__ import annotations
 
@@ -121,9 +121,7 @@ def test_logits_are_found_in_what_a_module_returns(what):
 def test_what_is_returned_is_the_same_after_loading(tmp_path):
     module = Net(lambda logits: {"logits": logits})
     model = taken(module)
-    card = Card(
-        architecture=Architecture(source="factory", name="Net"), classes=list("abcde"), input=SPEC
-    )
+    card = Card(architecture=Architecture(source="factory", name="Net"), classes=list("abcde"), input=SPEC)
     save_model(tmp_path, model, card)
     again = load(tmp_path, factory=lambda: nn.DataParallel(Net(lambda logits: {"logits": logits})))
     assert isinstance(again, Net)
@@ -136,7 +134,9 @@ def test_forwards_of_any_signature_are_exported(module, tmp_path):
     assert export_onnx(taken(module), SPEC, tmp_path / "model.onnx", IMAGES) < 1e-6
 
 
-@pytest.mark.brings("model", "A module with bfloat16 autocast on its forward", "runs; its logits become float32")
+@pytest.mark.brings(
+    "model", "A module with bfloat16 autocast on its forward", "runs; its logits become float32"
+)
 def test_autocast_on_forward():
     module = Autocast()
     model = taken(module)
@@ -326,14 +326,19 @@ COMPUTED = {
     "WeightNorm.parametrized": (lambda: changed(parametrizations.weight_norm), "weight_norm"),
     "SpectralNorm": (lambda: changed(spectral_norm), "the old spectral_norm"),
     "SpectralNorm.parametrized": (lambda: changed(parametrizations.spectral_norm), "spectral_norm"),
-    "L1Unstructured": (lambda: changed(lambda conv: prune.l1_unstructured(conv, "weight", 0.5)), "masks of prune"),
+    "L1Unstructured": (
+        lambda: changed(lambda conv: prune.l1_unstructured(conv, "weight", 0.5)),
+        "masks of prune",
+    ),
 }
 
 
 @pytest.mark.parametrize(
     "kind",
     [
-        pytest.param(kind, marks=pytest.mark.brings("model", f"Weights under {what}", "folded into the weights"))
+        pytest.param(
+            kind, marks=pytest.mark.brings("model", f"Weights under {what}", "folded into the weights")
+        )
         for kind, (_, what) in COMPUTED.items()
     ],
 )
@@ -414,7 +419,10 @@ REFUSED = {
         lambda: torch.ao.quantization.quantize_dynamic(Net(), {nn.Linear}),
         r"is quantised \(Linear\).*quantise the student afterwards",
     ),
-    "a module on the meta device": (lambda: Net().to("meta"), "has no weights: stem.weight is on the meta device"),
+    "a module on the meta device": (
+        lambda: Net().to("meta"),
+        "has no weights: stem.weight is on the meta device",
+    ),
     "a lazy module that has not run": (
         lambda: nn.Sequential(nn.Flatten(), nn.LazyLinear(5)),
         "is not built yet: 1.weight has no shape before its first run; run it once",
@@ -424,7 +432,10 @@ REFUSED = {
         Locked,
         r"a Locked cannot be copied \(.*generator.*\): pass FILE.py:FACTORY, a function that builds it",
     ),
-    "a module whose forward was replaced on the object": (replaced, "forward of a Net was replaced on the object"),
+    "a module whose forward was replaced on the object": (
+        replaced,
+        "forward of a Net was replaced on the object",
+    ),
 }
 
 

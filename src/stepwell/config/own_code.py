@@ -68,7 +68,7 @@ def load_function(source: str, option: str) -> Callable[..., Any]:
 
 
 def line_of(error: BaseException) -> str:
-    """`` (FILE.py, line 3)``, the last line of the user's own that led to an error; empty if there is none."""
+    """`` (FILE.py, line 3)``, the last line of the user's own that led to an error; or nothing."""
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)

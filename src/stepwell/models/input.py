@@ -111,7 +111,7 @@ def _channels(model: nn.Module, size: tuple[int, int], recorded: int) -> int:
             if reached.given == reached.wanted:
                 return channels
             wanted.insert(0, reached.wanted)
-        except Exception:  # noqa: S112  (whatever its forward pass raises on images that it is not for)
+        except Exception:  # whatever its forward pass raises on images that it is not for
             continue
     return wanted[0] if wanted else recorded
 

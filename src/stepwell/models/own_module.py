@@ -147,8 +147,8 @@ def _check_kind(model: nn.Module, name: str) -> None:
             raise ModelError(f"{name} is a ScriptModule, which cannot be cut: pass the module it was made of")
         if kind.startswith(_QUANTISED):
             raise ModelError(
-                f"{name} is quantised ({type(part).__name__}), which cannot be trained: pass the model that it "
-                f"was made of, and quantise the student afterwards"
+                f"{name} is quantised ({type(part).__name__}), which cannot be trained: pass the model "
+                f"that it was made of, and quantise the student afterwards"
             )
         forward = vars(part).get("forward")
         moves_along = isinstance(forward, MethodType) and forward.__self__ in modules

@@ -140,8 +140,8 @@ def _try_losses(s: Setting) -> dict[Phase, float]:
         if not too_few(error):
             raise
         raise ConfigError(
-            f"--batch-size 1: --feature-loss {s.config.feature_loss} has a BatchNorm that sees one image with "
-            f"maps of 1 x 1, which have no variance; give --batch-size 2 or more"
+            f"--batch-size 1: --feature-loss {s.config.feature_loss} has a BatchNorm that sees maps of 1 x 1 "
+            f"of one image, which have no variance; give --batch-size 2 or more"
         ) from None
 
 
