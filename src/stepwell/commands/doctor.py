@@ -22,7 +22,13 @@ from stepwell.measure.estimate import memory_and_disk, seconds_of
 from stepwell.measure.size import count_macs, num_params, short_number
 from stepwell.models.input import check_runs, input_spec, with_image_size
 from stepwell.models.student import build_student
-from stepwell.models.teacher import create_timm, create_without_memory, load_teacher, parse_model_args
+from stepwell.models.teacher import (
+    LOCAL,
+    create_timm,
+    create_without_memory,
+    load_teacher,
+    parse_model_args,
+)
 from stepwell.paths import path_of
 from stepwell.paths.begin import require
 from stepwell.pruning import generic
@@ -111,8 +117,9 @@ def _classes_differ(model: nn.Module, data: Data | None) -> list[str]:
 def _model(config: CompressConfig, data: Data | None) -> tuple[nn.Module, InputSpec, bool]:
     """The model, its input, and whether it is a module of the user's own."""
     num_classes = len(data.classes) if data else 0
-    # Weights of the user's are loaded: whether they fit is what is asked.
-    if is_own_code(config.teacher) or Path(config.teacher).exists() or config.teacher_weights:
+    source = config.teacher
+    # Weights that are here are loaded: whether they fit is what is asked.
+    if is_own_code(source) or Path(source).exists() or source.startswith(LOCAL) or config.teacher_weights:
         teacher = load_teacher(config.teacher, config.teacher_weights, config.model_args, num_classes)
         return teacher.model, teacher.spec, teacher.is_own_module
     args = parse_model_args(config.model_args)

@@ -107,7 +107,8 @@ def teacher_from_module(module: nn.Module, classes: tuple[str, ...] | None) -> T
     return Teacher(model, architecture, spec, classes, {}, architecture.name, digest(model))
 
 
-_HUB = ("hf-hub:", "hf_hub:", "local-dir:")
+LOCAL = "local-dir:"
+_HUB = ("hf-hub:", "hf_hub:", LOCAL)
 
 
 def create_timm(
@@ -231,9 +232,9 @@ def placeholders(num_classes: int) -> list[str]:
 
 
 def _from_file(source: str, weights: Path | None) -> Teacher:
-    module = own_module.unwrapped(load_factory(source)())
+    module = load_factory(source)()
     if weights is not None:  # first: they are the file's own, before anything is folded into them
-        load_strictly(module, read_weights(weights), str(weights))
+        load_strictly(own_module.unwrapped(module), read_weights(weights), str(weights))
     model = own_module.plain(module, source)
     function = source.rpartition(":")[2]
     return _teacher(model.eval(), Architecture(source="factory", name=function), source)
