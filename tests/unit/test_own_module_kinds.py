@@ -358,6 +358,7 @@ class Remembers(Net):
 
     def forward(self, images):
         self.last = self.logits(images)
+        self.all = [*getattr(self, "all", []), {"logits": self.last}]
         return self.last
 
 
@@ -366,8 +367,13 @@ def test_a_module_that_remembers():
     module = Remembers()
     module(IMAGES)
     assert module.last.grad_fn is not None
+    model = taken(module)
     with torch.no_grad():
-        assert torch.equal(taken(module)(IMAGES), own_logits(module))
+        assert torch.equal(model(IMAGES), own_logits(module))
+    model.train()(IMAGES).sum().backward()  # what is returned still knows how it was computed
+    assert model.head.weight.grad is not None
+    again = copy.deepcopy(model)  # and what is kept does not
+    assert torch.equal(again.all[-1]["logits"], again.last)
 
 
 @pytest.mark.brings("model", "A module with hooks of the user's own", "the hooks run in the copy too")
@@ -430,7 +436,7 @@ REFUSED = {
     "a module without parameters": (nn.Flatten, "a Flatten has no parameters"),
     "a module that cannot be copied": (
         Locked,
-        r"a Locked cannot be copied \(.*generator.*\): pass FILE.py:FACTORY, a function that builds it",
+        r"a Locked cannot be copied \(.*generator.*\): pass FILE.py:FACTORY, a function that",
     ),
     "a module whose forward was replaced on the object": (
         replaced,
@@ -453,6 +459,13 @@ def test_kinds_that_are_refused(what):
     with pytest.raises(ModelError, match=message) as caught:
         taken(module)
     assert "\n" not in str(caught.value)
+
+
+def test_a_factory_whose_module_cannot_be_copied():
+    with pytest.raises(
+        ModelError, match=r"mine.py:build cannot be copied \(.*\): keep what cannot be copied out"
+    ):
+        own_module.plain(Locked(), "mine.py:build")
 
 
 def test_an_output_that_is_none_of_these_is_refused_where_the_module_is_run():

@@ -31,7 +31,6 @@ from stepwell.run.progress import say
 _AROUND = (nn.DataParallel, DistributedDataParallel, AveragedModel, ModelEmaV2, ModelEmaV3)
 """Hold the model as `module`."""
 _QUANTISED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.nn.quantized")
-FACTORY = "pass FILE.py:FACTORY, a function that builds it"
 
 
 def taken(module: nn.Module, name: str) -> nn.Module:
@@ -56,10 +55,8 @@ def copied(module: nn.Module) -> nn.Module:
     name = f"a {type(module).__name__}"
     inner = unwrapped(module)
     _check_kind(inner, name)
-    try:
-        return copy.deepcopy(inner, _computed(inner)).cpu()
-    except Exception as error:  # whatever an object in it says against being copied
-        raise ModelError(f"{name} cannot be copied ({one_line(error)[:160]}): {FACTORY}") from None
+    way_out = "pass FILE.py:FACTORY, a function that builds it without what cannot be copied"
+    return _copy(inner, {}, name, way_out).cpu()
 
 
 def plain(module: nn.Module, name: str, *, quiet: bool = False) -> nn.Module:
@@ -87,9 +84,13 @@ def _plain(inner: nn.Module, name: str, notes: list[str], *, quiet: bool) -> nn.
     if notes and not quiet:
         say(f"{name}: {'; '.join(notes)}")
     inner._compiled_call_impl = None  # of `module.compile()`: it holds the forward pass of this one object
+    # Weights are left out of this copy: it shows whether slices can be made.
+    weights = {id(p): p for p in inner.parameters()}
+    _copy(inner, weights, name, "keep what cannot be copied out of it")
     model = huggingface.wrapped(inner)
     if model is inner and _only_logits not in inner._forward_hooks.values():
         inner.register_forward_hook(_only_logits)
+        inner.register_forward_hook(_without_graph)
     return model
 
 
@@ -171,11 +172,43 @@ def _check_kind(model: nn.Module, name: str) -> None:
             )
 
 
-def _computed(model: nn.Module) -> dict[int, Any]:
-    """For deepcopy, which refuses tensors that know how they were computed: those that modules have kept of
-    their last pass, and weights that a hook computes before each."""
-    kept = [value for part in model.modules() for value in vars(part).values() if isinstance(value, Tensor)]
-    return {id(value): value.detach().clone() for value in kept if not value.is_leaf}
+def _copy(model: nn.Module, memo: dict[int, Any], name: str, way_out: str) -> nn.Module:
+    """Deepcopy, which refuses tensors that know how they were computed: those that modules have kept of their
+    last pass, and weights that a hook computes before each."""
+    kept = [tensor for part in model.modules() for tensor in _tensors_in(vars(part))]
+    memo |= {id(tensor): tensor.detach().clone() for tensor in kept if not tensor.is_leaf}
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:  # whatever an object in it says against being copied
+        raise ModelError(f"{name} cannot be copied ({one_line(error)[:160]}): {way_out}") from None
+
+
+def _tensors_in(value: object) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (dict, list, tuple)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors_in(item)
+
+
+def _without_graph(model: nn.Module, _images: object, _output: object) -> None:
+    """A hook: activations that modules keep of a pass in training are kept without what computed them, or no
+    copy could be made of a model that has been trained."""
+    if not torch.is_grad_enabled():
+        return
+    for part in model.modules():
+        for name, value in vars(part).items():
+            # While a candidate runs, its parameters are computed from the store's.
+            if name not in ("_parameters", "_buffers") and any(not t.is_leaf for t in _tensors_in(value)):
+                vars(part)[name] = _detached(value)
+
+
+def _detached(value: Any) -> Any:  # noqa: ANN401  (whatever a module has kept)
+    if isinstance(value, Tensor):
+        return value.detach()
+    if isinstance(value, dict):
+        return {key: _detached(item) for key, item in value.items()}
+    return [_detached(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _fold(model: nn.Module) -> list[str]:
@@ -186,7 +219,7 @@ def _fold(model: nn.Module) -> list[str]:
             # Taking them off changes the class, which a copy shares with the module that it was made from.
             shared = type(part)
             own = {k: v for k, v in vars(shared).items() if k not in ("__dict__", "__weakref__")}
-            part.__class__ = type(shared.__name__, shared.__bases__, own)
+            cast(Any, part).__class__ = type(shared.__name__, shared.__bases__, own)
             for name, chain in list(cast(nn.ModuleDict, part.parametrizations).items()):
                 kinds = [type(step).__name__.strip("_") for step in cast(nn.ModuleList, chain)]
                 folded |= dict.fromkeys(kinds)
