@@ -200,6 +200,21 @@ def test_one_image_at_a_time():
     assert model[2].num_batches_tracked == 0
 
 
+class Silent(Own):
+    @torch.no_grad()
+    def forward(self, images):
+        return super().forward(images)
+
+
+@pytest.mark.brings(
+    "model", "A module with torch.no_grad on its forward", "refused before anything is trained"
+)
+def test_a_forward_pass_without_gradients():
+    check_trains(Own().requires_grad_(False), SPEC, "mine", 8)
+    with pytest.raises(ModelError, match="mine cannot be trained: its forward pass hands on no gradients"):
+        check_trains(Silent(), SPEC, "mine", 8)
+
+
 @pytest.mark.brings("model", "A module that fails in training mode", "refused before anything is trained")
 def test_a_forward_pass_that_fails_in_training_mode():
     with pytest.raises(

@@ -135,15 +135,24 @@ def test_forwards_of_any_signature_are_exported(module, tmp_path):
 
 
 @pytest.mark.brings(
-    "model", "A module with bfloat16 autocast on its forward", "runs; its logits become float32"
+    "model", "A module with autocast as a decorator of its forward", "the autocast is taken off"
 )
-def test_autocast_on_forward():
+def test_autocast_on_forward(tmp_path, capsys):
     module = Autocast()
     model = taken(module)
+    assert "autocast is taken off its forward" in said(capsys)
     with torch.no_grad():
-        ours, theirs = model(IMAGES), module.eval()(IMAGES)
-    assert (ours.dtype, theirs.dtype) == (torch.float32, torch.bfloat16)
-    assert torch.equal(ours, theirs.float())
+        assert torch.equal(model(IMAGES), own_logits(module))
+        assert module(IMAGES).dtype == torch.bfloat16  # the caller's is as it was
+    assert export_onnx(model, SPEC, tmp_path / "model.onnx", IMAGES) < 1e-6
+    assert copy.deepcopy(model).forward.__self__ is not model
+
+
+@pytest.mark.brings("model", "A module with autocast inside of its forward", "its logits become float32")
+def test_autocast_inside():
+    module = Net(lambda logits: logits.bfloat16())
+    with torch.no_grad():
+        assert torch.equal(taken(module)(IMAGES), own_logits(module).bfloat16().float())
 
 
 # --- what is wrapped around a module for training

@@ -20,7 +20,7 @@ from stepwell.measure.budget import student_widths
 from stepwell.measure.cost import Costs, Epochs
 from stepwell.measure.estimate import memory_and_disk, seconds_of
 from stepwell.measure.size import count_macs, num_params, short_number
-from stepwell.models.input import check_runs, input_spec, with_image_size
+from stepwell.models.input import check_runs, check_trains, input_spec, with_image_size
 from stepwell.models.student import build_student
 from stepwell.models.teacher import (
     LOCAL,
@@ -53,6 +53,7 @@ def run(config: CompressConfig) -> str:
     spec = with_image_size(spec, model, config.image_size)
     if is_own_module:
         check_runs(model, spec, config.teacher, "--image-size")
+        check_trains(model, spec, config.teacher, config.batch_size)
         groups = proven_groups(model, spec, proof_images(data, spec, config))
     else:
         groups = find_groups(model)

@@ -111,7 +111,8 @@ def _importing_beside(path: Path) -> Iterator[None]:
     before = dict(sys.modules)
     for name, module in before.items():
         # Of the same name from elsewhere; but installed packages stay what they are.
-        if name.partition(".")[0] in beside and _is_of_a_user(module) and not _is_in(module, root):
+        is_beside = name.partition(".")[0] in beside and name != "__main__"
+        if is_beside and _is_of_a_user(module) and not _is_in(module, root):
             del sys.modules[name]
     sys.path.insert(0, str(root))
     importlib.invalidate_caches()  # a file that was written a moment ago counts

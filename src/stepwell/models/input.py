@@ -179,13 +179,14 @@ def check_trains(model: nn.Module, spec: InputSpec, name: str, batch_size: int) 
 
     Raises:
         ConfigError: One image at a time is too few for its BatchNorm.
-        ModelError: Its forward pass fails in training mode.
+        ModelError: Its forward pass fails in training mode, or hands on no gradients.
     """
-    # Weights are shared with the copy, statistics are not.
-    trial = copy.deepcopy(model, {id(p): p for p in model.parameters()}).train()
+    # The copy has the same weights, which take no memory again; none is frozen, and statistics are its own.
+    memo: dict[int, Any] = {id(p): nn.Parameter(p.detach()) for p in model.parameters()}
+    trial = copy.deepcopy(model, memo).train()
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            trial(_blank(model, (spec.channels, *spec.size), min(batch_size, 2)))
+        with torch.random.fork_rng(devices=[]):
+            output = trial(_blank(model, (spec.channels, *spec.size), min(batch_size, 2)))
     except Exception as error:  # whatever its forward pass raises
         if batch_size == 1 and too_few(error):
             raise ConfigError(
@@ -196,6 +197,11 @@ def check_trains(model: nn.Module, spec: InputSpec, name: str, batch_size: int) 
             f"{name} runs in eval mode, but not in training mode ({one_line(error)[:160]}{line_of(error)}): "
             f"its forward pass must work with images alone there too"
         ) from None
+    if isinstance(output, Tensor) and not output.requires_grad:
+        raise ModelError(
+            f"{name} cannot be trained: its forward pass hands on no gradients (torch.no_grad, detach or "
+            f".data in it?)"
+        )
 
 
 def too_few(error: Exception) -> bool:

@@ -81,6 +81,8 @@ def _plain(inner: nn.Module, name: str, notes: list[str], *, quiet: bool) -> nn.
     if dtypes := {str(p.dtype).removeprefix("torch.") for p in inner.parameters()} - {"float32"}:
         notes.append(f"{' and '.join(sorted(dtypes))} weights are taken in float32")
         inner.float()
+    if _without_autocast(inner):
+        notes.append("autocast is taken off its forward (--precision bf16 trains with it)")
     if notes and not quiet:
         say(f"{name}: {'; '.join(notes)}")
     inner._compiled_call_impl = None  # of `module.compile()`: it holds the forward pass of this one object
@@ -239,6 +241,19 @@ def _fold(model: nn.Module) -> list[str]:
                 continue
             folded |= {type(hook).__name__: None}
     return list(folded)
+
+
+def _without_autocast(model: nn.Module) -> bool:
+    """Take `@torch.autocast(...)` off every forward: no runtime of ONNX reads what it would become."""
+    decorated = [
+        part
+        for part in model.modules()
+        if "autocast" in getattr(type(part).forward, "__script_unsupported", "")
+        and not isinstance(vars(part).get("forward"), MethodType)
+    ]
+    for part in decorated:
+        part.forward = MethodType(cast(Any, type(part).forward).__wrapped__, part)
+    return bool(decorated)
 
 
 def _only_logits(_module: nn.Module, _images: object, output: object) -> Tensor | None:
