@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from small_world import QUICK, assert_same_weights, stepwell, student_weights
+from small_world import QUICK, TIMM, assert_same_weights, stepwell, student_weights
 from timm.utils.model_ema import ModelEmaV3
 from torch import nn
 
@@ -115,6 +115,19 @@ def test_train_at_the_size_that_was_given(data, tmp_path, train_fails):
     out = tmp_path / "trained"
     stepwell("train", "--model", "gmlp_s16_224", *GMLP, "--data", data, "--out", out, "--epochs", 1)
     assert package.models.card.read_card(out / "teacher").input.size == (16, 16)
+
+
+@pytest.mark.brings("model", "A model for images that are not square", "trained and compressed at its size")
+def test_images_that_are_not_square(data, tmp_path, capsys):
+    out, size = (
+        tmp_path / "trained",
+        ("img_size=(16, 8)", "patch_size=8", "embed_dim=24", "depth=2", "num_heads=4"),
+    )
+    words = ("--no-pretrained", "--data", data, "--epochs", 1, "--batch-size", 16, "--out", out)
+    stepwell("train", "--model", TIMM, "--model-args", *size, *words)
+    stepwell("doctor", "--teacher", out, "--data", data, *QUICK[:4])
+    assert "input 16 x 8 x 3" in capsys.readouterr().out
+    assert package.load(out)(torch.zeros(2, 3, 16, 8)).shape == (2, 3)
 
 
 @pytest.mark.brings("model", "train --batch-size 1 with BatchNorm on 1 x 1 maps", "refused in one line")
