@@ -33,7 +33,8 @@ class Net(nn.Module):
 
     def forward(self, *args, **kwargs):
         logits = self.head(self.body(self.stem(args[0])).mean((2, 3)))
-        return {"logits": logits, "nothing": None}
+        self.last = {"logits": logits, "nothing": None}
+        return self.last
 
 def build():
     torch.manual_seed(0)

@@ -129,9 +129,8 @@ def test_what_is_returned_is_the_same_after_loading(tmp_path):
         assert torch.equal(again(IMAGES), own_logits(module))
 
 
-@pytest.mark.parametrize("module", [Args(), Targets()], ids=["args", "targets"])
-def test_forwards_of_any_signature_are_exported(module, tmp_path):
-    assert export_onnx(taken(module), SPEC, tmp_path / "model.onnx", IMAGES) < 1e-6
+def test_a_forward_of_any_arguments_is_exported(tmp_path):
+    assert export_onnx(taken(Args()), SPEC, tmp_path / "model.onnx", IMAGES) < 1e-6
 
 
 @pytest.mark.brings(

@@ -30,6 +30,9 @@ from stepwell.run.progress import say
 
 _AROUND = (nn.DataParallel, DistributedDataParallel, AveragedModel, ModelEmaV2, ModelEmaV3)
 """Hold the model as `module`."""
+_MANY = 1000
+"""Such containers hold labels or the like: to look through them in each pass would take time."""
+_OF_EVERY_MODULE = vars(nn.Module()).keys()
 _QUANTISED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.nn.quantized")
 
 
@@ -188,21 +191,26 @@ def _copy(model: nn.Module, memo: dict[int, Any], name: str, way_out: str) -> nn
 def _tensors_in(value: object) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, (dict, list, tuple)):
+    elif isinstance(value, (dict, list, tuple)) and len(value) < _MANY:
         for item in value.values() if isinstance(value, dict) else value:
             yield from _tensors_in(item)
 
 
-def _without_graph(model: nn.Module, _images: object, _output: object) -> None:
+def _without_graph(model: nn.Module, _images: object, output: object) -> None:
     """A hook: activations that modules keep of a pass in training are kept without what computed them, or no
     copy could be made of a model that has been trained."""
-    if not torch.is_grad_enabled():
+    if not isinstance(output, Tensor) or not output.requires_grad:
         return
+    keeps = False
     for part in model.modules():
-        for name, value in vars(part).items():
-            # While a candidate runs, its parameters are computed from the store's.
-            if name not in ("_parameters", "_buffers") and any(not t.is_leaf for t in _tensors_in(value)):
-                vars(part)[name] = _detached(value)
+        # Not torch's: while a candidate runs, its parameters are computed from the store's.
+        for name in vars(part).keys() - _OF_EVERY_MODULE:
+            if any(not tensor.is_leaf for tensor in _tensors_in(vars(part)[name])):
+                vars(part)[name], keeps = _detached(vars(part)[name]), True
+    if not keeps:  # nor will it: to look in each pass would take time
+        hooks = model._forward_hooks
+        for key in [key for key, hook in hooks.items() if hook is _without_graph]:
+            del hooks[key]
 
 
 def _detached(value: Any) -> Any:  # noqa: ANN401  (whatever a module has kept)
@@ -210,7 +218,10 @@ def _detached(value: Any) -> Any:  # noqa: ANN401  (whatever a module has kept)
         return value.detach()
     if isinstance(value, dict):
         return {key: _detached(item) for key, item in value.items()}
-    return [_detached(item) for item in value] if isinstance(value, (list, tuple)) else value
+    if isinstance(value, (list, tuple)):
+        items = [_detached(item) for item in value]
+        return tuple(items) if type(value) is tuple else items
+    return value
 
 
 def _fold(model: nn.Module) -> list[str]:
