@@ -82,6 +82,20 @@ def test_all_tokens_are_counted(variant, tokens):
     assert count_macs(model, SPEC) == macs_by_formula(group_sizes(model), tokens)
 
 
+class Branching(torch.nn.Sequential):
+    """Asks for a value of its images, which have none on the meta device."""
+
+    def forward(self, images):
+        return super().forward(images if images.mean() > -1 else -images)
+
+
+@pytest.mark.brings("model", "A forward pass with a branch on values of the image", "counted on the CPU")
+def test_a_branch_on_values_is_counted():
+    layers = (torch.nn.Conv2d(3, 4, 1), torch.nn.Flatten(), torch.nn.Linear(4 * 256, 5))
+    skeleton = build_skeleton(Branching(*layers), [], {})
+    assert count_macs(skeleton, SPEC) == 3 * 4 * 256 + 4 * 256 * 5
+
+
 def test_counting_leaves_the_model_as_it_was():
     model = tiny_vit().train()
     pointers = [p.data_ptr() for p in model.parameters()]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +11,7 @@ from torch import nn
 from stepwell.config.commands import CompressConfig
 from stepwell.config.files import make_config
 from stepwell.config.own_code import is_own_code
+from stepwell.models import own_module
 from stepwell.models.card import Factory, load
 from stepwell.models.teacher import load_factory
 from stepwell.paths import path_of
@@ -111,7 +111,7 @@ def _compressed(
     source, module = (config.teacher, teacher) if config.student is None else (config.student, student)
     factory = load_factory(source) if is_own_code(source) else None
     return Compressed(
-        result, config.out_dir, factory if module is None else lambda: copy.deepcopy(module).cpu()
+        result, config.out_dir, factory if module is None else lambda: own_module.copied(module)
     )
 
 

@@ -20,7 +20,7 @@ from stepwell.measure.budget import student_widths
 from stepwell.measure.cost import Costs, Epochs
 from stepwell.measure.estimate import memory_and_disk, seconds_of
 from stepwell.measure.size import count_macs, num_params, short_number
-from stepwell.models.input import check_runs, input_spec, with_image_size
+from stepwell.models.input import check_runs, check_trains, input_spec, with_image_size
 from stepwell.models.student import build_student
 from stepwell.models.teacher import load_teacher
 from stepwell.models.timm_folder import LOCAL
@@ -49,6 +49,7 @@ def run(config: CompressConfig) -> str:
     spec = with_image_size(spec, model, config.image_size)
     if is_own_module:
         check_runs(model, spec, config.teacher, "--image-size")
+        check_trains(model, spec, config.teacher, config.batch_size)
         groups = proven_groups(model, spec, proof_images(data, spec, config))
     else:
         groups = find_groups(model)
@@ -113,17 +114,18 @@ def _classes_differ(model: nn.Module, data: Data | None) -> list[str]:
 def _model(config: CompressConfig, data: Data | None) -> tuple[nn.Module, InputSpec, bool]:
     """The model, its input, and whether it is a module of the user's own."""
     num_classes = len(data.classes) if data else 0
-    on_disk = Path(config.teacher).exists() or config.teacher.startswith(LOCAL)
-    if on_disk or is_own_code(config.teacher) or config.teacher_weights is not None:
+    source = config.teacher
+    # Weights that are here are loaded: whether they fit is what is asked.
+    if is_own_code(source) or Path(source).exists() or source.startswith(LOCAL) or config.teacher_weights:
         teacher = load_teacher(
-            config.teacher, config.teacher_weights, config.model_args, num_classes, config.weights_key
+            source, config.teacher_weights, config.model_args, num_classes, config.weights_key
         )
         return teacher.model, teacher.spec, teacher.is_own_module
     args = parse_model_args(config.model_args)
     # Shapes are enough to count, but not to time.
     create = create_without_memory if config.latency_ms is None else create_timm
     model = create(config.teacher, args, pretrained=False)
-    return model.eval(), input_spec(model), False
+    return model.eval(), input_spec(model, args), False
 
 
 def _student(config: CompressConfig, teacher: nn.Module, spec: InputSpec) -> nn.Module | None:

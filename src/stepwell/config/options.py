@@ -90,7 +90,8 @@ class TrainingOptions(Options):
     precision: Literal["fp32", "bf16"] = "fp32"
     """Number format of forward passes in training; weights stay fp32."""
     device: str = "auto"
-    """cpu, cuda, cuda:1, mps, ...; `auto` takes the GPU if there is one."""
+    """cpu, cuda, cuda:1, mps, ...; `auto` takes a CUDA GPU if there is one. Never mps, which lacks double
+    precision and is untried: name it."""
     threads: Count | None = None
     """CPU threads of torch; torch's own choice if not given. Very small models are fastest on 1."""
 

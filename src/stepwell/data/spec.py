@@ -31,5 +31,8 @@ class InputSpec:
 
     def __post_init__(self) -> None:
         if self.channels not in (1, 3):
-            raise DataError(f"images are read with 1 or 3 channels, but the model takes {self.channels}")
+            raise DataError(
+                f"images are read with 1 or 3 channels, but the model takes {self.channels}: take one whose "
+                f"first layer is for 1 or 3"
+            )
         assert len(self.mean) == len(self.std) == self.channels

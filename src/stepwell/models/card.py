@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import stepwell.zoo  # noqa: F401  (their names become names of timm)
 from stepwell.data.spec import InputSpec
 from stepwell.errors import DataError, ModelError, UnsupportedModelError
-from stepwell.models import huggingface
+from stepwell.models import huggingface, own_module
 from stepwell.models.arguments import refused
 from stepwell.pruning import generic
 from stepwell.pruning.families import find_groups
@@ -122,7 +122,7 @@ def load(path: str | Path, factory: Factory | None = None) -> nn.Module:
 def build(architecture: Architecture, factory: Factory | None, where: Path) -> nn.Module:
     """The full-width module with whatever weights its constructor gives it."""
     if factory is not None:
-        return huggingface.wrapped(factory())
+        return own_module.plain(factory(), architecture.name, quiet=True)
     if architecture.source == "factory":
         raise ModelError(
             f"{where} was made from {architecture.name}, which is not stored: "

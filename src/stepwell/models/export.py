@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import io
 import logging
 import os
@@ -64,7 +65,7 @@ def write_onnx(model: nn.Module, spec: InputSpec, file: Path) -> None:
             (_example(spec),),
             str(file),
             dynamo=True,
-            dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
+            dynamic_shapes=_dynamic_batch(model),
             input_names=["images"],
             output_names=["logits"],
             external_data=False,
@@ -106,8 +107,7 @@ def export_program(model: nn.Module, spec: InputSpec, file: Path, images: Tensor
     model = copy.deepcopy(model).cpu().float().eval()
     with _unfinished(file, ".pt2") as unfinished:
         with _quiet():
-            dynamic = ({0: torch.export.Dim.DYNAMIC},)
-            program = torch.export.export(model, (_example(spec),), dynamic_shapes=dynamic)
+            program = torch.export.export(model, (_example(spec),), dynamic_shapes=_dynamic_batch(model))
             for node in program.graph.nodes:
                 node.meta.pop("stack_trace", None)  # see _forget_sources
             buffer = io.BytesIO()  # torch's own file writer aborts the process when the disk is full
@@ -124,6 +124,13 @@ def export_program(model: nn.Module, spec: InputSpec, file: Path, images: Tensor
 def _example(spec: InputSpec) -> Tensor:
     """A batch of 2 to trace with: torch.export takes a size of 1 for a constant."""
     return torch.zeros(2, spec.channels, *spec.size)
+
+
+def _dynamic_batch(model: nn.Module) -> tuple[object, ...]:
+    """That the batch may have any size, in the shape of the arguments: forward(images), or forward(*args)."""
+    free = {0: torch.export.Dim.DYNAMIC}
+    first = next(iter(inspect.signature(model.forward).parameters.values()))
+    return ((free,),) if first.kind is inspect.Parameter.VAR_POSITIONAL else (free,)
 
 
 def _check(file: Path, difference: float, tolerance: float) -> None:

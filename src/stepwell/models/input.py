@@ -2,39 +2,44 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from timm.data.config import resolve_data_config
-from torch import nn
+from torch import Tensor, nn
 
+from stepwell.config.own_code import line_of
 from stepwell.data.images import one_line
 from stepwell.data.spec import InputSpec
-from stepwell.errors import ConfigError
+from stepwell.errors import ConfigError, ModelError
 from stepwell.models import huggingface
 from stepwell.tasks.classification import check_output
 
 
-def input_spec(model: nn.Module) -> InputSpec:
+def input_spec(model: nn.Module, args: Mapping[str, Any] | None = None) -> InputSpec:
     """What images `model` wants: size and channels from the module itself, the rest from timm's record.
 
-    timm's record of the size is wrong for a model that was built with `img_size=`, so the module wins.
+    timm's record of the size is wrong for a model that was built with `img_size=`: the module wins, and where
+    it does not say its size, what it was built with.
+
+    Args:
+        model: On any device.
+        args: What timm's create_model was given.
     """
     if isinstance(model, huggingface.Classifier):
         return huggingface.input_spec(model)
     config = resolve_data_config(model=model, verbose=False)
-    channels, *size = config["input_size"]
-    own_size = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    if own_size is not None:
-        size = own_size
-    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-    if first is not None:
-        channels = first.in_channels
+    recorded, *size = config["input_size"]
+    size = _of_patches(model) or _pair((args or {}).get("img_size")) or _own(model) or tuple(size)
+    channels = _channels(model, size, recorded)
     mean, std = tuple(config["mean"]), tuple(config["std"])
     if len(mean) != channels:
         mean, std = (sum(mean) / len(mean),) * channels, (sum(std) / len(std),) * channels
     return InputSpec(
-        size=(int(size[0]), int(size[1])),
+        size=size,
         channels=channels,
         mean=mean,
         std=std,
@@ -52,32 +57,153 @@ def with_image_size(spec: InputSpec, model: nn.Module, image_size: int | None) -
     """
     if image_size is None or (image_size, image_size) == spec.size:
         return spec
-    if has_one_size(model):
+    wanted = replace(spec, size=(image_size, image_size))
+    if has_one_size(model) and not runs(model, wanted):
         raise ConfigError(
             f"--image-size {image_size}: this {type(model).__name__} was built for {spec.size[0]} x "
             f"{spec.size[1]}; train one with --model-args img_size={image_size}"
         )
-    return replace(spec, size=(image_size, image_size))
+    return wanted
 
 
 def has_one_size(model: nn.Module) -> bool:
-    """Whether the model was built for images of one size."""
-    return getattr(getattr(model, "patch_embed", None), "img_size", None) is not None
+    """Whether the model says that it was built for images of one size; it may take others all the same."""
+    return (_of_patches(model) or _own(model)) is not None
+
+
+def _of_patches(model: nn.Module) -> tuple[int, int] | None:
+    """The size that the first layer was built for: timm's is a pair, DINO's and DeiT's a number."""
+    embed = getattr(model, "patch_embed", None)
+    if embed is None and isinstance(several := getattr(model, "patch_embeds", None), nn.ModuleList):
+        embed = next(iter(several), None)
+    return _pair(getattr(embed, "img_size", None))
+
+
+def _own(model: nn.Module) -> tuple[int, int] | None:
+    return _pair(getattr(model, "img_size", None)) or _pair(getattr(model, "image_size", None))
+
+
+def _pair(size: object) -> tuple[int, int] | None:
+    if isinstance(size, int) and size > 0:
+        return size, size
+    if isinstance(size, (tuple, list)) and len(size) == 2 and all(isinstance(side, int) for side in size):
+        return size[0], size[1]
+    return None
+
+
+class _ReachedError(BaseException):
+    """Leaves a forward pass at its first convolution; no `except Exception` on the way may stop it."""
+
+    def __init__(self, given: int, wanted: int) -> None:
+        self.given, self.wanted = given, wanted
+
+
+def _channels(model: nn.Module, size: tuple[int, int], recorded: int) -> int:
+    """Channels with which the model gets through its first convolution: the first that runs, which need not
+    be the first that it holds, and may come after a rearrangement of pixels."""
+    convs = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    wanted = [conv.in_channels for conv in convs[:1]]
+    for channels in dict.fromkeys([recorded, *wanted, 3, 1]):
+        try:
+            _run_to_first(model, convs, _blank(model, (channels, *size)))
+            return channels  # through a model without convolutions
+        except _ReachedError as reached:
+            if reached.given == reached.wanted:
+                return channels
+            wanted.insert(0, reached.wanted)
+        except Exception:  # whatever its forward pass raises on images that it is not for
+            continue
+    return wanted[0] if wanted else recorded
+
+
+def _run_to_first(model: nn.Module, convs: list[nn.Conv2d], images: Tensor) -> None:
+    def leave(conv: nn.Conv2d, inputs: tuple[Tensor, ...]) -> None:
+        raise _ReachedError(inputs[0].shape[-3], conv.in_channels)
+
+    handles = [conv.register_forward_pre_hook(leave) for conv in convs]
+    try:
+        _forward(model, images)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _blank(model: nn.Module, shape: tuple[int, int, int], num: int = 1) -> Tensor:
+    like = next(model.parameters(), torch.zeros(0))
+    return torch.zeros(num, *shape, device=like.device)
+
+
+def _forward(model: nn.Module, images: Tensor) -> object:
+    was_training = model.training
+    try:
+        with torch.no_grad():
+            return model.eval()(images)
+    finally:
+        model.train(was_training)
+
+
+def runs(model: nn.Module, spec: InputSpec) -> bool:
+    """Whether a model takes images of this size, tried on an empty one."""
+    try:
+        _forward(model, _blank(model, (spec.channels, *spec.size)))
+    except Exception:  # whatever its forward pass raises
+        return False
+    return True
 
 
 def check_runs(model: nn.Module, spec: InputSpec, name: str, flag: str) -> int:
-    """Run a model once on an empty image; returns the number of its classes.
+    """Run a model once on an empty image, in eval mode; returns the number of its classes.
 
     Raises:
         ConfigError: It cannot run on images of this size, or does not return logits (batch, classes).
     """
     size = f"{spec.size[0]} x {spec.size[1]} x {spec.channels}"
-    device = next(model.parameters()).device
     try:
-        with torch.no_grad():
-            output = model.eval()(torch.zeros(1, spec.channels, *spec.size, device=device))
+        output = _forward(model, _blank(model, (spec.channels, *spec.size)))
     except Exception as error:  # whatever its forward pass raises
         raise ConfigError(
-            f"{name} cannot run on images of {size} ({one_line(error)[:160]}); give another {flag}"
+            f"{name} cannot run on images of {size} ({one_line(error)[:160]}{line_of(error)}); "
+            f"give another {flag}"
         ) from None
     return check_output(output, name)
+
+
+def check_trains(model: nn.Module, spec: InputSpec, name: str, batch_size: int) -> None:
+    """Run a model once in training mode, on as few images as the smallest batch has.
+
+    Args:
+        model: It stays as it is, its BatchNorm statistics too.
+        spec: Its input.
+        name: For errors.
+        batch_size: Images of a step; two show what more would.
+
+    Raises:
+        ConfigError: One image at a time is too few for its BatchNorm.
+        ModelError: Its forward pass fails in training mode, or hands on no gradients.
+    """
+    # The copy has the same weights, which take no memory again; none is frozen, and statistics are its own.
+    memo: dict[int, Any] = {id(p): nn.Parameter(p.detach()) for p in model.parameters()}
+    trial = copy.deepcopy(model, memo).train()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            output = trial(_blank(model, (spec.channels, *spec.size), min(batch_size, 2)))
+    except Exception as error:  # whatever its forward pass raises
+        if batch_size == 1 and too_few(error):
+            raise ConfigError(
+                f"--batch-size 1: {name} cannot be trained on one image at a time, since a BatchNorm in it "
+                f"sees maps of 1 x 1, which have no variance; give --batch-size 2 or more"
+            ) from None
+        raise ModelError(
+            f"{name} runs in eval mode, but not in training mode ({one_line(error)[:160]}{line_of(error)}): "
+            f"its forward pass must work with images alone there too"
+        ) from None
+    if isinstance(output, Tensor) and not output.requires_grad:
+        raise ModelError(
+            f"{name} cannot be trained: its forward pass hands on no gradients (torch.no_grad, detach or "
+            f".data in it?)"
+        )
+
+
+def too_few(error: Exception) -> bool:
+    """Whether it is BatchNorm's complaint about a single value."""
+    return isinstance(error, ValueError) and "more than 1 value per channel" in str(error)

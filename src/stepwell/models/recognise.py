@@ -28,7 +28,7 @@ def recognise(
     if (found := huggingface.recipe(model)) is not None:
         return Architecture(source="transformers", name=found[0], args=found[1])
     name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
-    if name is None or not timm.is_model(name):
+    if name is None or not timm.is_model(name) or not hasattr(model, "num_classes"):
         return None
     common: dict[str, Any] = {"num_classes": model.num_classes, "in_chans": spec.channels}
     size = spec.size[0] if spec.size[0] == spec.size[1] else spec.size

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import contextlib
 from dataclasses import dataclass
 
 import torch
@@ -12,9 +12,10 @@ from stepwell.config.model_options import StudentOptions
 from stepwell.config.own_code import is_own_code
 from stepwell.data.spec import InputSpec
 from stepwell.errors import ConfigError, UnsupportedModelError
+from stepwell.models import own_module
 from stepwell.models.card import Architecture
 from stepwell.models.fitting import load_start
-from stepwell.models.input import check_runs, has_one_size, input_spec
+from stepwell.models.input import check_runs, has_one_size, input_spec, runs
 from stepwell.models.teacher import load_factory
 from stepwell.models.timm_models import create_timm, parse_model_args, timm_architecture
 from stepwell.pruning.blocks import compared_blocks
@@ -73,14 +74,19 @@ def build_student(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if module is not None:
-            model, architecture = copy.deepcopy(module).cpu(), Architecture(source="factory", name=name)
+            model = own_module.taken(module, f"--student: a {name}")
+            architecture = Architecture(source="factory", name=name)
         elif is_own_code(name):
             model, architecture = load_factory(name)(), Architecture(source="factory", name=name)
         else:
             model, architecture = _from_timm(options, num_classes, spec)
-    if options.student_weights is not None:
-        load_start(model, options.student_weights, options.student_weights_key, "--student-weights-key")
-    model = model.eval()
+    if options.student_weights is not None:  # first: they are the file's own, before anything is folded
+        whole = own_module.unwrapped(model)
+        load_start(whole, options.student_weights, options.student_weights_key, "--student-weights-key")
+    if architecture.source == "factory":
+        model = own_module.plain(model, f"--student {name}")
+    # A slice of the teacher is trained as a whole, and so is this.
+    model = model.eval().requires_grad_(True)
     classes = check_runs(model, spec, f"--student {name}", "--student-args or another student")
     if classes != num_classes:
         raise ConfigError(f"--student {name} has {classes} classes, the teacher has {num_classes}")
@@ -97,9 +103,11 @@ def _from_timm(options: StudentOptions, num_classes: int, spec: InputSpec) -> tu
     name, flag = str(options.student), "--student-args"
     given = {"num_classes": num_classes, "in_chans": spec.channels, **parse_model_args(options.student_args)}
     model = create_timm(name, given, pretrained=False, flag=flag)
-    if has_one_size(model) and input_spec(model).size != spec.size and "img_size" not in given:
-        given |= {"img_size": spec.size}
-        model = create_timm(name, given, pretrained=False, flag=flag)
+    wrong = (has_one_size(model) and input_spec(model).size != spec.size) or not runs(model, spec)
+    if wrong and "img_size" not in given:
+        with contextlib.suppress(ConfigError):  # a model that takes no size fails, in words, where it is run
+            model = create_timm(name, {**given, "img_size": spec.size}, pretrained=False, flag=flag)
+            given |= {"img_size": spec.size}
     if options.student_pretrained:
         way_out = "pass --student-weights FILE"
         model = create_timm(name, given, pretrained=True, way_out=way_out, flag=flag)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,10 +9,10 @@ from typing import Any
 
 from torch import nn
 
-from stepwell.config.own_code import load_function
+from stepwell.config.own_code import line_of, load_function
 from stepwell.data.spec import InputSpec
 from stepwell.errors import ConfigError, ModelError
-from stepwell.models import huggingface
+from stepwell.models import huggingface, own_module
 from stepwell.models.card import (
     WEIGHTS,
     Architecture,
@@ -28,7 +27,7 @@ from stepwell.models.card import (
 from stepwell.models.fitting import load_whole
 from stepwell.models.input import input_spec
 from stepwell.models.recognise import recognise
-from stepwell.models.timm_folder import LOCAL, create_from_folder, is_timm_folder
+from stepwell.models.timm_folder import LOCAL, create_from_folder, is_timm_folder, read_config
 from stepwell.models.timm_folder import class_names as timm_class_names
 from stepwell.models.timm_models import create_timm, create_with_weights, parse_model_args, timm_architecture
 from stepwell.models.weights import weights_in
@@ -108,7 +107,7 @@ def load_teacher(
     else:
         model = create_with_weights(source, weights, weights_key, args, num_classes)
     args = {"num_classes": model.num_classes, **args}
-    return _teacher(model, timm_architecture(source, model.eval(), args), source)
+    return _teacher(model, timm_architecture(source, model.eval(), args), source, args)
 
 
 def teacher_from_module(module: nn.Module, classes: tuple[str, ...] | None) -> Teacher:
@@ -117,10 +116,12 @@ def teacher_from_module(module: nn.Module, classes: tuple[str, ...] | None) -> T
     A module keeps no record of how it was built. If it is a timm model that can be built again from what it
     shows (proved by equal outputs), the student will load without help; else `load` asks for `factory=`.
     """
-    model = huggingface.wrapped(copy.deepcopy(module).cpu().eval())
-    _check_numbers(model, f"a {type(module).__name__}")
+    name = f"a {type(module).__name__}"
+    model = own_module.taken(module, name).eval()
+    _check_numbers(model, name)
     spec = input_spec(model)
-    architecture = recognise(model, spec) or Architecture(source="factory", name=type(module).__name__)
+    inner = own_module.unwrapped(module)
+    architecture = recognise(model, spec) or Architecture(source="factory", name=type(inner).__name__)
     classes = huggingface.class_names(model) or classes
     return Teacher(model, architecture, spec, classes, {}, architecture.name, digest(model))
 
@@ -182,7 +183,8 @@ def _from_timm_folder(
     model = create_from_folder(folder, args)
     load_whole(model, weights or folder, key)
     name = f"{LOCAL}{folder}"
-    teacher = _teacher(model, timm_architecture(name, model.eval(), args), name)
+    args = {**read_config(folder)[1], **args}
+    teacher = _teacher(model, timm_architecture(name, model.eval(), args), name, args)
     classes = timm_class_names(folder)
     return replace(teacher, classes=classes if classes and len(classes) == model.num_classes else None)
 
@@ -203,9 +205,10 @@ def placeholders(num_classes: int) -> list[str]:
 
 
 def _from_file(source: str, weights: Path | None, key: str | None) -> Teacher:
-    model = huggingface.wrapped(load_factory(source)())
-    if weights is not None:
-        load_whole(model, weights, key)
+    module = load_factory(source)()
+    if weights is not None:  # first: they are the file's own, before anything is folded into them
+        load_whole(own_module.unwrapped(module), weights, key)
+    model = own_module.plain(module, source)
     function = source.rpartition(":")[2]
     return _teacher(model.eval(), Architecture(source="factory", name=function), source)
 
@@ -217,8 +220,8 @@ def load_factory(source: str) -> Factory:
     def build() -> nn.Module:
         try:
             model = factory()
-        except Exception as error:
-            raise ModelError(f"{source} failed: {type(error).__name__}: {error}") from error
+        except (Exception, SystemExit) as error:
+            raise ModelError(f"{source} failed: {type(error).__name__}: {error}{line_of(error)}") from error
         if not isinstance(model, nn.Module):
             raise ModelError(f"{source} returned a {type(model).__name__}, not a torch.nn.Module")
         return model
@@ -226,9 +229,11 @@ def load_factory(source: str) -> Factory:
     return build
 
 
-def _teacher(model: nn.Module, architecture: Architecture, name: str) -> Teacher:
+def _teacher(
+    model: nn.Module, architecture: Architecture, name: str, args: Mapping[str, Any] | None = None
+) -> Teacher:
     _check_numbers(model, name)
-    return Teacher(model, architecture, input_spec(model), None, {}, name, digest(model))
+    return Teacher(model, architecture, input_spec(model, args), None, {}, name, digest(model))
 
 
 def _check_numbers(model: nn.Module, name: str) -> None:

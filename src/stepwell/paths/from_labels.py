@@ -16,7 +16,7 @@ from stepwell.measure.cost import epochs_in
 from stepwell.measure.size import num_params
 from stepwell.models.card import Card, find_model_dir, save_model
 from stepwell.models.fitting import load_start
-from stepwell.models.input import input_spec, with_image_size
+from stepwell.models.input import check_runs, check_trains, input_spec, with_image_size
 from stepwell.models.timm_models import create_timm, parse_model_args, timm_architecture
 from stepwell.paths.begin import require
 from stepwell.run.device import autocast_of, set_up_torch
@@ -59,7 +59,10 @@ def train(config: TrainConfig) -> str:
         )
     device = set_up_torch(config)
     model = _start(config, len(data.classes)).to(device).train()
-    spec = with_image_size(input_spec(model), model, config.image_size)
+    args = {"num_classes": len(data.classes), **parse_model_args(config.model_args)}
+    spec = with_image_size(input_spec(model, args), model, config.image_size)
+    check_runs(model, spec, config.model, "--image-size, or --model-args img_size=")
+    check_trains(model, spec, config.model, min(config.batch_size, len(data.train)))
     # Decoded now: a bad image is an error before the folder is made.
     batches = TrainBatches(data.train, spec, config, config.seed, device)
     test = EvalBatches(data.test, spec, config, device)
@@ -74,7 +77,6 @@ def train(config: TrainConfig) -> str:
     model.eval()
 
     meter = evaluate(model, test, "test images")
-    args = {"num_classes": len(data.classes), **parse_model_args(config.model_args)}
     card = Card(
         architecture=timm_architecture(config.model, model, args),
         classes=list(data.classes),

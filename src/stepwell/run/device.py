@@ -17,13 +17,13 @@ def set_up_torch(options: TrainingOptions) -> torch.device:
 
 
 def find_device(name: str) -> torch.device:
-    """`auto` is the GPU if there is one.
+    """`auto` is the CUDA GPU if there is one; mps has no double precision, and is taken only by name.
 
     Raises:
         ConfigError: torch cannot use the device.
     """
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         probe = torch.zeros(1, device=name)
         probe.item()  # `meta` can be named, but not computed on

@@ -19,7 +19,7 @@ from stepwell.losses.choose import Pair
 from stepwell.losses.distillation import Phase, loss_macs, make_distillation
 from stepwell.losses.observe import Observed
 from stepwell.models.card import example_images
-from stepwell.models.input import check_runs
+from stepwell.models.input import check_runs, check_trains, too_few
 from stepwell.models.student import OtherStudent, build_student
 from stepwell.models.teacher import Teacher, placeholders
 from stepwell.pruning.families import find_groups
@@ -58,6 +58,10 @@ def prepare(
     if not data.labelled:
         _check_no_labels_needed(config, data.source)
     other_student = _other_student(config, teacher, num_classes, student)
+    batch_size = min(config.batch_size, len(data.train))
+    check_trains(teacher.model, teacher.spec, teacher.name, batch_size)  # its slices will be trained
+    if other_student is not None:
+        check_trains(other_student.model, teacher.spec, f"--student {other_student.name}", batch_size)
     # Last of the checks: of a module of the user's own every group is tried.
     if teacher.is_own_module:
         groups = proven_groups(teacher.model, teacher.spec, proof_images(data, teacher.spec, config))
@@ -128,7 +132,15 @@ def _try_losses(s: Setting) -> dict[Phase, float]:
     loss.views(images)
     if s.config.feature_weight and loss.feature is None:
         say(f"--feature-loss {s.config.feature_loss} is left out: there are no hidden states to compare")
-    return loss_macs(loss, pair, min(s.config.batch_size, len(s.data.train)))
+    try:
+        return loss_macs(loss, pair, min(s.config.batch_size, len(s.data.train)))
+    except ValueError as error:
+        if not too_few(error):
+            raise
+        raise ConfigError(
+            f"--batch-size 1: --feature-loss {s.config.feature_loss} has a BatchNorm that sees maps of 1 x 1 "
+            f"of one image, which have no variance; give --batch-size 2 or more"
+        ) from None
 
 
 def proof_images(
