@@ -52,9 +52,12 @@ def written(rows: list[Row]) -> str:
     for kind, title in KINDS.items():
         of_kind = [row for row in rows if row.kind == kind]
         lines = [
-            f"| {row.what} | {row.happens} | [{row.file}](../tests/{row.file}) `{row.test}` |" for row in of_kind
+            f"| {row.what} | {row.happens} | [{row.file}](../tests/{row.file}) `{row.test}` |"
+            for row in of_kind
         ]
-        parts.append("\n".join([f"## {title}", "", "| you bring | what happens | shown by |", "|---|---|---|", *lines]))
+        parts.append(
+            "\n".join([f"## {title}", "", "| you bring | what happens | shown by |", "|---|---|---|", *lines])
+        )
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
