@@ -26,11 +26,11 @@ from stepwell.pruning.families import find_groups
 from stepwell.pruning.generic import propose
 from stepwell.pruning.prove import proven
 from stepwell.pruning.units import Group
-from stepwell.run.device import set_up_torch
+from stepwell.run.device import find_device, set_up_torch
 from stepwell.run.progress import say
 from stepwell.run.run_dir import RunDir
+from stepwell.setting.classes import settle
 from stepwell.setting.setting import Setting
-from stepwell.tasks.classification import check_classes
 
 CPU = torch.device("cpu")
 
@@ -49,14 +49,15 @@ def prepare(
 
     Raises:
         UnsupportedModelError: No family can cut the teacher.
-        DataError: The classes of teacher and data differ.
+        DataError: The classes of teacher and data differ; see `settle`.
         ConfigError: There is no such device; or no labels, but a loss that needs them; or no filters, but a
             score that is for them.
     """
-    num_classes = check_runs(teacher.model, teacher.spec, teacher.name, "--image-size")
-    classes = check_classes(num_classes, teacher.classes, teacher.name, data)
     if not data.labelled:
         _check_no_labels_needed(config, data.source)
+    teacher, data = settle(teacher, data, config, find_device(config.device))
+    teacher.model.cpu()
+    num_classes = check_runs(teacher.model, teacher.spec, teacher.name, "--image-size")
     other_student = _other_student(config, teacher, num_classes, student)
     # Last of the checks: of a module of the user's own every group is tried.
     if teacher.is_own_module:
@@ -68,7 +69,7 @@ def prepare(
         raise ConfigError(f"--importance l1 is for convolution filters, and this {name} has none to cut")
     device = set_up_torch(config)
     teacher.model.to(device).eval().requires_grad_(False)
-    names = classes or tuple(placeholders(num_classes))
+    names = data.classes or teacher.classes or tuple(placeholders(num_classes))
     s = Setting(config, run, teacher, groups, other_student, data, names, device)
     _check_something_to_learn(s)
     return replace(s, loss_macs=_try_losses(s))
