@@ -74,7 +74,7 @@ def usual_orders(names: Sequence[str]) -> dict[str, tuple[str, ...]]:
     orders = {
         "as they are read": tuple(names),
         "sorted by string": tuple(sorted(names)),
-        "natural order (1, 2, 10), as timm reads folders": tuple(sorted(names, key=_natural)),
+        "natural order, 9 before 10, as timm reads folders": tuple(sorted(names, key=_natural)),
         "sorted without regard to case": tuple(sorted(names, key=str.casefold)),
     }
     if len(names) == 2:

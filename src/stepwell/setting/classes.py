@@ -29,7 +29,7 @@ from stepwell.tasks.order import MANY, Fit, best_fit, disputed, fits_of, majorit
 from stepwell.tasks.outputs import IN_WORDS, as_logits, last_operation, logits_of, meaning_of
 
 ASKED = 256
-"""Training images that the teacher answers; up to half as many more are of classes whose place is in doubt."""
+"""Training images that the teacher answers; up to half as many more of classes whose place is in doubt."""
 
 
 @dataclass(frozen=True)

@@ -78,11 +78,11 @@ def fits_of(
         orders: Other orders of them, by what they are called.
     """
     place = {name: i for i, name in enumerate(classes)}
-    share = torch.bincount(labels, minlength=len(classes)) / len(labels)
+    share = torch.bincount(labels, minlength=len(classes)).double() / len(labels)
     found = []
     for words, order in orders.items():
         meant = torch.tensor([place[name] for name in order])[answers]
-        expected = torch.bincount(meant, minlength=len(classes)) / len(meant) @ share
+        expected = torch.bincount(meant, minlength=len(classes)).double() / len(meant) @ share
         top1 = 100 * (meant == labels).double().mean().item()
         found.append(Fit(tuple(order), words, top1, 100 * expected.item(), len(labels)))
     return found
