@@ -22,6 +22,7 @@ from stepwell.paths.begin import require
 from stepwell.run.device import autocast_of, set_up_torch
 from stepwell.run.progress import say
 from stepwell.run.run_dir import RunDir, Stage, writing
+from stepwell.setting.classes import in_order_of_model
 from stepwell.tasks.classification import evaluate, in_words, loss_per_image
 from stepwell.training.loop import Course, Trained, fit, seconds_per_step
 from stepwell.training.optimizer import no_decay_of
@@ -58,8 +59,12 @@ def train(config: TrainConfig) -> str:
             f"{config.data} has no class folders: sort the images into train/CLASS/ to train on them"
         )
     device = set_up_torch(config)
-    model = _start(config, len(data.classes)).to(device).train()
+    model, keeps_head = _start(config, len(data.classes))
+    model = model.to(device)
     spec = with_image_size(input_spec(model), model, config.image_size)
+    if keeps_head and config.class_order is None:
+        data = in_order_of_model(model.eval(), spec, data, config, device)
+    model.train()
     # Decoded now: a bad image is an error before the folder is made.
     batches = TrainBatches(data.train, spec, config, config.seed, device)
     test = EvalBatches(data.test, spec, config, device)
@@ -95,7 +100,8 @@ def train(config: TrainConfig) -> str:
     return f"{folder}: {in_words(meter, data.test_from)}, {num_params(model):,} parameters"
 
 
-def _start(config: TrainConfig, num_classes: int) -> nn.Module:
+def _start(config: TrainConfig, num_classes: int) -> tuple[nn.Module, bool]:
+    """The model to begin with, and whether its classifier was trained already."""
     args = {"num_classes": num_classes, **parse_model_args(config.model_args)}
     if args["num_classes"] != num_classes:
         raise ConfigError(
@@ -104,7 +110,9 @@ def _start(config: TrainConfig, num_classes: int) -> nn.Module:
         )
     if config.weights is None:
         way_out = "pass --weights FILE, or --no-pretrained to start from random ones"
-        return create_timm(config.model, args, pretrained=config.pretrained, way_out=way_out)
+        model = create_timm(config.model, args, pretrained=config.pretrained, way_out=way_out)
+        known = (getattr(model, "pretrained_cfg", None) or {}).get("num_classes")
+        return model, config.pretrained and known == num_classes
     model = create_timm(config.model, args, pretrained=False)
     tensors = read_weights(config.weights)
     head = {f"{name}.{leaf}" for name in _classifiers(model) for leaf in ("weight", "bias")}
@@ -117,7 +125,7 @@ def _start(config: TrainConfig, num_classes: int) -> nn.Module:
     if fresh:
         say(f"{config.weights} has another number of classes: the classifier starts fresh")
     load_strictly(model, {**tensors, **fresh}, str(config.weights))
-    return model
+    return model, not fresh
 
 
 def _classifiers(model: nn.Module) -> tuple[str, ...]:

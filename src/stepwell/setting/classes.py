@@ -12,18 +12,21 @@ from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from stepwell.config.options import DataOptions
 from stepwell.data.batches import EvalBatches
 from stepwell.data.class_names import WAY_OUT, in_order_of, read_class_order, usual_orders
 from stepwell.data.images import ImageSet
 from stepwell.data.sources import join
+from stepwell.data.spec import InputSpec
 from stepwell.data.splits import Data, in_order
 from stepwell.errors import DataError, ModelError
 from stepwell.models import huggingface
+from stepwell.models.card import Architecture
 from stepwell.models.input import check_runs
 from stepwell.models.teacher import Teacher
+from stepwell.run.progress import say
 from stepwell.tasks.classification import check_classes
 from stepwell.tasks.order import MANY, Fit, best_fit, disputed, fits_of, majority_order
 from stepwell.tasks.outputs import IN_WORDS, as_logits, last_operation, logits_of, meaning_of
@@ -93,6 +96,25 @@ def settle(teacher: Teacher, data: Data, options: DataOptions, device: torch.dev
     notes = [note, _near_chance(predicted, answers, teacher, data, order)]
     teacher = replace(teacher, notes=(*teacher.notes, *filter(None, notes)))
     return teacher, in_order(data, order)
+
+
+def in_order_of_model(
+    model: nn.Module, spec: InputSpec, data: Data, options: DataOptions, device: torch.device
+) -> Data:
+    """The images with the labels in the order that a model has which is to be trained further; says so.
+
+    An order that is none of the usual ones is as good as any for a classifier that is about to change, and so
+    is one that nothing is known of.
+    """
+    teacher = Teacher(
+        model, Architecture(source="factory", name="the model"), spec, None, {}, "the model", ""
+    )
+    check_runs(model, spec, "the model", "--image-size")
+    answers = _ask(teacher, data, options, device)
+    best = _usual(answers.numbers.argmax(dim=1), answers, data)
+    if best.order != data.classes:
+        say(f"the classes are numbered as the weights have them ({best.words}: {_right(best)})")
+    return in_order(data, best.order)
 
 
 def _check_has_classifier(teacher: Teacher, num_outputs: int, data: Data) -> None:
@@ -166,11 +188,7 @@ def _by_trying(predicted: Int[Tensor, " images"], answers: Answers, teacher: Tea
     Raises:
         DataError: An unusual one fits clearly, and well.
     """
-    labels, orders = torch.tensor(answers.images.labels), usual_orders(data.classes)
-    # Images of classes that all orders number alike say nothing.
-    telling = torch.isin(labels, torch.tensor(disputed(data.classes)))
-    fits = fits_of(predicted[telling], labels[telling], data.classes, orders) if telling.any() else []
-    best = best_fit(fits or fits_of(predicted, labels, data.classes, orders))
+    best, labels = _usual(predicted, answers, data), torch.tensor(answers.images.labels)
     unusual = majority_order(predicted, labels, data.classes)
     if unusual is not None:
         usual, other = fits_of(
@@ -183,6 +201,14 @@ def _by_trying(predicted: Int[Tensor, " images"], answers: Answers, teacher: Tea
                 f"{listed} on {other.top1:.1f} %. If this is its order, {WAY_OUT}"
             )
     return best
+
+
+def _usual(predicted: Int[Tensor, " images"], answers: Answers, data: Data) -> Fit:
+    """The usual order that fits the teacher's answers, and the folders' own where no other fits clearly."""
+    labels = torch.tensor(answers.images.labels)
+    # Images of classes that all orders number alike say nothing.
+    telling = torch.isin(labels, torch.tensor(disputed(data.classes)))
+    return best_fit(fits_of(predicted[telling], labels[telling], data.classes, usual_orders(data.classes)))
 
 
 def _near_chance(
