@@ -17,7 +17,7 @@ from stepwell.models.card import Architecture, build
 from stepwell.models.teacher import teacher_from_module
 from stepwell.setting.classes import settle
 from stepwell.tasks.classification import check_output
-from stepwell.tasks.outputs import AsLogits, last_operation, logits_of, main_output
+from stepwell.tasks.outputs import AsLogits, last_operation, logits_of
 
 NAMES = ("a", "b", "c")
 
@@ -230,15 +230,3 @@ def test_outputs_that_are_no_logits(output, said):
         ConfigError, match=rf"own must return logits \(batch, classes\), not {said} for one image"
     ):
         check_output(output, "own")
-
-
-def test_the_main_output():
-    logits, other = torch.zeros(2, 3), torch.ones(2, 3)
-
-    class Answer:
-        def __init__(self) -> None:
-            self.logits = logits
-
-    for output in (logits, (logits, other), [logits, other], {"logits": logits, "aux": other}, Answer()):
-        assert main_output(output) is logits
-    assert main_output({"out": logits}) is logits

@@ -31,6 +31,7 @@ from stepwell.run.progress import say
 from stepwell.run.run_dir import RunDir
 from stepwell.setting.classes import settle
 from stepwell.setting.setting import Setting
+from stepwell.setting.training_mode import check_training_mode, trainable_groups
 
 CPU = torch.device("cpu")
 
@@ -72,6 +73,10 @@ def prepare(
     names = data.classes or teacher.classes or tuple(placeholders(num_classes))
     s = Setting(config, run, teacher, groups, other_student, data, names, device)
     _check_something_to_learn(s)
+    facts = config.feature_facts if config.feature_weight else None
+    note = check_training_mode(teacher.model, s.blocks, s.spec, teacher.name, facts)
+    if note:
+        s = replace(s, teacher=replace(teacher, notes=(*teacher.notes, note)))
     return replace(s, loss_macs=_try_losses(s))
 
 
@@ -170,6 +175,15 @@ def proven_groups(
         )
     for name in refused:
         say(f"stays whole: {name} (cutting it is not the same as masking its units)")
+    good, proved = trainable_groups(model, good, images), good
+    if not good:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is not supported: with fewer units in any of its layers it does not run "
+            f"in training mode"
+        )
+    for group in proved:
+        if group not in good:
+            say(f"stays whole: {group.name} (in training mode something else reads it)")
     for name, reason in proposal.whole.items():
         say(f"stays whole: {name} ({reason})")
     return good

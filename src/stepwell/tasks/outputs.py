@@ -94,19 +94,6 @@ def _log(probabilities: Tensor) -> Tensor:
     return probabilities.clamp_min(torch.finfo(probabilities.dtype).tiny).log()
 
 
-def main_output(output: Any) -> Any:  # noqa: ANN401  (whatever a forward pass returns)
-    """What a forward pass that returns several things says first: in training mode many return what auxiliary
-    heads say beside the logits, as (logits, auxiliary), `{"logits": ...}` or an object with `.logits`."""
-    if isinstance(output, Mapping):
-        for name in ("logits", "out"):
-            if name in output:
-                return output[name]
-        return output
-    if isinstance(output, Tensor) or not isinstance(output, tuple | list):
-        return getattr(output, "logits", output)
-    return getattr(output, "logits", output[0] if output else output)
-
-
 def last_operation(output: Tensor) -> str:
     """The operation that made `output`, such as `Sigmoid` or `Softmax`, without those that change no number;
     empty where no gradients were recorded."""
