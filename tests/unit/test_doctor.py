@@ -20,7 +20,7 @@ from stepwell.paths import path_of
 
 
 def devices_of(config: CompressConfig, data: object = None) -> set[str]:
-    model, _, _ = doctor._model(config, data)
+    model = doctor._model(config, data).model
     return {parameter.device.type for parameter in model.parameters()}
 
 

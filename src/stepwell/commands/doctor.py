@@ -56,7 +56,7 @@ def run(config: CompressConfig) -> str:
     path = path_of(config.path)
     path.check(config)
     data = resolve_data(config) if config.data else None
-    teacher = _teacher(config, data)
+    teacher = _model(config, data)
     spec = with_image_size(teacher.spec, teacher.model, config.image_size)
     teacher, class_lines = _classes(replace(teacher, spec=spec), data, config)
     model = teacher.model
@@ -129,7 +129,7 @@ def _classes(teacher: Teacher, data: Data | None, config: CompressConfig) -> tup
     return teacher, [*order, *teacher.notes]
 
 
-def _teacher(config: CompressConfig, data: Data | None) -> Teacher:
+def _model(config: CompressConfig, data: Data | None) -> Teacher:
     """What is looked at; a model of timm by name is built without its weights, and has no digest."""
     num_classes = len(data.classes) if data else 0
     if is_own_code(config.teacher) or Path(config.teacher).exists():
