@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from grey import CPU, ReadsGrey, grey_images, settled
 from stepwell.config.commands import CompressConfig
+from stepwell.data import splits
 from stepwell.data.batches import EvalBatches
 from stepwell.data.class_names import in_order_of, read_class_order, usual_orders
-from stepwell.data.splits import Data, in_order, resolve_data
+from stepwell.data.sources import Found
+from stepwell.data.splits import Data, in_order, relabelled, resolve_data
 from stepwell.errors import DataError
 from stepwell.models.teacher import Teacher, teacher_from_module
 from stepwell.tasks.classification import evaluate
@@ -242,3 +244,16 @@ def test_the_order_of_the_majority():
     assert majority_order(torch.tensor([2, 2, 0, 0, 0, 0, 1, 1, 1]), labels, "abc") == ("b", "c", "a")
     assert majority_order(torch.tensor([2, 2, 0, 2, 2, 0, 1, 1, 1]), labels, "abc") is None  # both are 2
     assert majority_order(torch.tensor([2, 1, 0, 0, 0, 0, 1, 1, 1]), labels, "abc") is None  # no majority
+
+
+def test_selection_images_are_numbered_as_the_training_images(tmp_path, monkeypatch):
+    """A data set of timm has its own order; a folder beside it is read by name."""
+    folder = grey_images(tmp_path / "train", ("b", "a"))
+    selection = grey_images(tmp_path / "selection", ("b", "a"), num_each=3)
+    by_name = resolve_data(CompressConfig(data=str(folder)))
+    train = relabelled(by_name.train, ("a", "b"), ("b", "a"))
+    monkeypatch.setattr(splits, "find", lambda options: Found(("b", "a"), train))
+    data = resolve_data(CompressConfig(data="hfds/x", selection_data=selection))
+    assert data.classes == ("b", "a")
+    for images in (data.train, data.selection, data.test):
+        assert [data.classes[i] for i in images.labels] == [key.split("/")[0] for key in images.keys]

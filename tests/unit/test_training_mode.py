@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import timm
 import torch
 from timm.layers import Mlp
 from torch import Tensor, nn
@@ -48,7 +49,7 @@ class Net(nn.Module):
 
 def checked(quirk: str, facts=STATES) -> str:
     torch.manual_seed(0)
-    return check_training_mode(Net(quirk).eval(), ("first", "second"), SPEC, "Net", facts)
+    return check_training_mode(Net(quirk).eval(), ("first", "second"), SPEC, "Net", facts, cut=True)
 
 
 def test_a_module_that_does_the_same():
@@ -63,7 +64,7 @@ def test_randomness_is_said_and_leaves_no_trace():
     net = Net("noise").eval()
     state = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     before = torch.random.get_rng_state()
-    note = check_training_mode(net, ("first",), SPEC, "Net", STATES)
+    note = check_training_mode(net, ("first",), SPEC, "Net", STATES, cut=True)
     assert note.startswith("Net answers the same images differently each time in training mode")
     assert torch.equal(torch.random.get_rng_state(), before)
     assert all(torch.equal(tensor, state[name]) for name, tensor in net.state_dict().items())
@@ -106,3 +107,22 @@ def test_what_an_auxiliary_head_reads_stays_whole(capsys):
     assert [group.name for group in proven_groups(net, SPEC, IMAGES)] == ["second"]
     assert "stays whole: first (in training mode something else reads it)" in capsys.readouterr().err
     assert not net.training
+
+
+def test_another_student_that_drops_tokens():
+    student = timm.create_model(
+        "vit_tiny_patch16_224",
+        img_size=16,
+        patch_size=4,
+        embed_dim=24,
+        depth=2,
+        num_heads=2,
+        patch_drop_rate=0.5,
+    )
+    spec = InputSpec((16, 16), 3, (0.5,) * 3, (0.5,) * 3)
+    with pytest.raises(
+        ConfigError, match=r"--student x has hidden states \(4, 9, 24\) in training mode and \(4, 17"
+    ):
+        check_training_mode(student.eval(), ("blocks.0",), spec, "--student x", STATES, cut=False)
+    # As a teacher its slices drop nothing.
+    assert check_training_mode(student, ("blocks.0",), spec, "vit", STATES, cut=True) == ""

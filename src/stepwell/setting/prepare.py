@@ -74,7 +74,9 @@ def prepare(
     s = Setting(config, run, teacher, groups, other_student, data, names, device)
     _check_something_to_learn(s)
     facts = config.feature_facts if config.feature_weight else None
-    note = check_training_mode(teacher.model, s.blocks, s.spec, teacher.name, facts)
+    note = check_training_mode(teacher.model, s.blocks, s.spec, teacher.name, facts, cut=True)
+    if (other := other_student) is not None:
+        check_training_mode(other.model, other.blocks, s.spec, f"--student {other.name}", facts, cut=False)
     if note:
         s = replace(s, teacher=replace(teacher, notes=(*teacher.notes, note)))
     return replace(s, loss_macs=_try_losses(s))

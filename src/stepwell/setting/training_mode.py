@@ -12,6 +12,7 @@ drop-path are off in slices. Teachers answer in eval mode, and everything is mea
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
@@ -64,26 +65,30 @@ def _runs(model: nn.Module, groups: Sequence[Group], images: Tensor) -> bool:
 
 
 def check_training_mode(
-    model: nn.Module, blocks: Sequence[str], spec: InputSpec, name: str, facts: LossFacts | None
+    model: nn.Module, blocks: Sequence[str], spec: InputSpec, name: str, facts: LossFacts | None, *, cut: bool
 ) -> str:
-    """Run a slice of full width as in training; returns what is to be said of it, or nothing.
+    """Run a model as in training; returns what is to be said of it, or nothing.
 
     Args:
-        model: The teacher, in eval mode; it stays as it is.
+        model: The teacher or another student, in eval mode; it stays as it is.
         blocks: Those whose states are compared.
         spec: The images that it takes.
         name: Its name, for people.
         facts: What the loss on states or features looks at; None where it has no weight.
+        cut: Whether slices of it are trained, which have no dropout.
 
     Raises:
         ConfigError: It returns something else than logits there, or what would be compared has another shape.
     """
     images = example_images(spec, 4).to(next(model.parameters()).device)
     weights = dict(model.named_parameters())
-    skeleton = build_skeleton(model, [], {})
+    # Buffers, BatchNorm's statistics among them, are the copy's own.
+    trial = (
+        build_skeleton(model, [], {}) if cut else copy.deepcopy(model, {id(p): p for p in weights.values()})
+    )
     with torch.no_grad(), _same_randomness(images):
-        here = Observed(skeleton.eval(), blocks).with_weights(weights, images)
-        learner = Observed(skeleton.train(), blocks)
+        here = Observed(trial.eval(), blocks).with_weights(weights, images)
+        learner = Observed(trial.train(), blocks)
         try:
             there, again = (learner.with_weights(weights, images) for _ in range(2))
         except Exception as error:  # whatever its forward pass raises
@@ -98,7 +103,7 @@ def check_training_mode(
         compared = (here.states, there.states) if facts.needs_states else ([here.features], [there.features])
         for one, other in zip(*compared, strict=True):
             _check_shapes(one, other, name, "hidden states" if facts.needs_states else "features")
-    return f"{name} {_RANDOM}" if _differ(there, again) else ""
+    return f"{name} {_RANDOM}" if cut and _differ(there, again) else ""
 
 
 def _check_shapes(here: Tensor, there: Tensor, name: str, what: str) -> None:
