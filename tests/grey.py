@@ -50,7 +50,7 @@ class ReadsGrey(nn.Module):
         return -(grey[:, None] - self.greys).abs()
 
 
-def settled(folder: Path, module: nn.Module, **options) -> tuple[Teacher, Data]:
+def settled(folder: Path, module: nn.Module | Teacher, **options) -> tuple[Teacher, Data]:
     """What a run would make of a teacher and images."""
     config = CompressConfig(data=str(folder), **options)
     teacher = module if isinstance(module, Teacher) else teacher_from_module(module, None)

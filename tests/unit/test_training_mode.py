@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import timm
 import torch
 from timm.layers import Mlp
 from torch import Tensor, nn
 
-from stepwell.config.loss_facts import feature_facts
+from stepwell.config.loss_facts import LossFacts, feature_facts
 from stepwell.data.spec import InputSpec
 from stepwell.errors import ConfigError
 from stepwell.pruning.families import find_groups
@@ -47,7 +49,7 @@ class Net(nn.Module):
         return (logits, logits) if quirk == "tuple" else logits
 
 
-def checked(quirk: str, facts=STATES) -> str:
+def checked(quirk: str, facts: LossFacts | None = STATES) -> str:
     torch.manual_seed(0)
     return check_training_mode(Net(quirk).eval(), ("first", "second"), SPEC, "Net", facts, cut=True)
 
@@ -110,19 +112,10 @@ def test_what_an_auxiliary_head_reads_stays_whole(capsys):
 
 
 def test_another_student_that_drops_tokens():
-    student = timm.create_model(
-        "vit_tiny_patch16_224",
-        img_size=16,
-        patch_size=4,
-        embed_dim=24,
-        depth=2,
-        num_heads=2,
-        patch_drop_rate=0.5,
-    )
+    shape: dict[str, Any] = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2}
+    student = timm.create_model("vit_tiny_patch16_224", patch_drop_rate=0.5, **shape).eval()
     spec = InputSpec((16, 16), 3, (0.5,) * 3, (0.5,) * 3)
-    with pytest.raises(
-        ConfigError, match=r"--student x has hidden states \(4, 9, 24\) in training mode and \(4, 17"
-    ):
-        check_training_mode(student.eval(), ("blocks.0",), spec, "--student x", STATES, cut=False)
+    with pytest.raises(ConfigError, match=r"has hidden states \(4, 9, 24\) in training mode and \(4, 17"):
+        check_training_mode(student, ("blocks.0",), spec, "--student x", STATES, cut=False)
     # As a teacher its slices drop nothing.
     assert check_training_mode(student, ("blocks.0",), spec, "vit", STATES, cut=True) == ""

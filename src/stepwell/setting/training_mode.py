@@ -83,9 +83,8 @@ def check_training_mode(
     images = example_images(spec, 4).to(next(model.parameters()).device)
     weights = dict(model.named_parameters())
     # Buffers, BatchNorm's statistics among them, are the copy's own.
-    trial = (
-        build_skeleton(model, [], {}) if cut else copy.deepcopy(model, {id(p): p for p in weights.values()})
-    )
+    shared: dict[int, object] = {id(parameter): parameter for parameter in weights.values()}
+    trial = build_skeleton(model, [], {}) if cut else copy.deepcopy(model, shared)
     with torch.no_grad(), _same_randomness(images):
         here = Observed(trial.eval(), blocks).with_weights(weights, images)
         learner = Observed(trial.train(), blocks)

@@ -12,8 +12,8 @@ returns logits, and so are its students; else there is one line that says what t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Float
@@ -62,7 +62,8 @@ class AsLogits(nn.Module):
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that the model does not want decayed."""
         excepted = getattr(self.model, "no_weight_decay", None)
-        return {f"model.{name}" for name in excepted()} if callable(excepted) else set()
+        names = cast(Iterable[str], excepted()) if callable(excepted) else ()
+        return {f"model.{name}" for name in names}
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (batch, channels, height, width) to logits (batch, classes)."""
