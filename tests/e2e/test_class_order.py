@@ -10,9 +10,9 @@ import torch
 from small_world import TIMM, StopAfter, result_of, stepwell, watched
 
 import stepwell as package
-from grey import grey_images
+from grey import grey_images, settled
 from stepwell.models.card import read_card
-from stepwell.models.teacher import load_factory
+from stepwell.models.teacher import load_factory, load_teacher
 
 NUMBERS = tuple(str(i) for i in range(12))
 READER = '''
@@ -135,6 +135,12 @@ def test_training_goes_on_in_the_order_of_the_weights(twelve, tmp_path, capsys):
     stepwell("train", *small, *more, "--out", tmp_path / "second")
     assert "the classes are numbered as the weights have them (natural order" in capsys.readouterr().err
     assert read_card(tmp_path / "second" / "teacher").classes == list(NUMBERS)
+
+    # The same weights as a teacher whose card is lost: a model of timm with weights from a file.
+    args = dict(word.split("=") for word in shape)
+    teacher, found = settled(twelve, load_teacher(TIMM, weights, args, 12))
+    assert found.classes == NUMBERS
+    assert "natural order" in teacher.notes[0]
 
 
 def test_a_student_of_one_logit(tmp_path, quick):

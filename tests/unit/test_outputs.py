@@ -150,6 +150,9 @@ def test_one_logit_without_labels(tmp_path):
     assert not data.labelled
     assert answers(teacher.model, torch.rand(5, 3, 4, 4)).shape == (5, 2)
     assert teacher.classes is None
+    assert len(teacher.notes) == 1
+    always, _ = settled(folder, Ends(2, lambda z: difference(z).exp()))  # a number, but no logit
+    assert always.notes[1].startswith("WARNING: Ends names the same class for all of ")
     (tmp_path / "names.txt").write_text("bad\ngood\n")
     named, _ = settled(folder, Ends(2, difference), class_order=tmp_path / "names.txt")
     assert named.classes == ("bad", "good")

@@ -79,9 +79,10 @@ def settle(teacher: Teacher, data: Data, options: DataOptions, device: torch.dev
         return teacher, in_order(data, _by_name(teacher, data))  # trained here: nothing to find out
     answers = _ask(teacher, data, options, device)
     teacher, logits = _understood(teacher, answers)
-    if not data.labelled:
-        return replace(teacher, classes=_names(given, logits.shape[1], teacher)), data
     predicted = logits.argmax(dim=1)
+    if not data.labelled:
+        notes = (*teacher.notes, *_one_answer(predicted, teacher))
+        return replace(teacher, classes=_names(given, logits.shape[1], teacher), notes=notes), data
     if given is not None:
         order, note = data.classes, _other_names(teacher, data)
     elif teacher.classes is not None:
@@ -165,6 +166,16 @@ def _names(given: Sequence[str] | None, num_classes: int, teacher: Teacher) -> t
     if len(given) != num_classes:
         raise DataError(f"--class-order names {len(given)} classes, and {teacher.name} has {num_classes}")
     return tuple(given)
+
+
+def _one_answer(predicted: Int[Tensor, " images"], teacher: Teacher) -> list[str]:
+    """A warning where the teacher names one class for all images, and nobody says that it should not."""
+    if len(predicted) < 2 or len(predicted.unique()) > 1:
+        return []
+    return [
+        f"WARNING: {teacher.name} names the same class for all of {len(predicted)} training images, so "
+        f"agreement with it says nothing: are they what it was trained on, and are its outputs logits?"
+    ]
 
 
 def _by_name(teacher: Teacher, data: Data) -> tuple[str, ...]:
