@@ -35,7 +35,7 @@ TRAINING = {
     "--augment", "--batch-size", "--clip-norm", "--data", "--data-root", "--device", "--epochs",
     "--image-size", "--lr",
     "--minutes", "--model-args", "--optimizer", "--out", "--precision", "--schedule", "--seed",
-    "--selection-data",
+    "--class-order", "--selection-data",
     "--skip-bad-images", "--threads", "--warmup", "--weight-decay", "--workers", "--config",
 }  # fmt: skip
 COMPRESS = TRAINING | {

@@ -18,7 +18,7 @@ from stepwell.paths import path_of
 
 
 def devices_of(config: CompressConfig) -> set[str]:
-    model, _, _ = doctor._model(config, None)
+    model = doctor._model(config, None).model
     return {parameter.device.type for parameter in model.parameters()}
 
 

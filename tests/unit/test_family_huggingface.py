@@ -14,8 +14,9 @@ from torch import nn
 
 import stepwell
 from blocks import check_sliced_equals_masked, masked, shaken, whole
+from grey import grey_images, settled
 from stepwell.data.spec import InputSpec
-from stepwell.errors import ConfigError, ModelError, StepwellError, UnsupportedModelError
+from stepwell.errors import ConfigError, DataError, ModelError, StepwellError, UnsupportedModelError
 from stepwell.measure.size import count_macs, num_params
 from stepwell.models import huggingface
 from stepwell.models.card import Architecture, Card, narrow_and_load, save_model
@@ -341,3 +342,41 @@ def test_starting_does_not_import_transformers():
         "sys.exit('transformers' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=False).returncode == 0
+
+
+# --- what its classes are
+
+
+def named(names: tuple[str, ...]) -> dict:
+    """Arguments that give the classes these names."""
+    labels = dict(enumerate(names))
+    return {"num_labels": len(names), "id2label": labels, "label2id": {v: k for k, v in labels.items()}}
+
+
+@pytest.mark.brings(
+    "model",
+    "a transformers folder whose id2label is in another order than the class folders",
+    "the labels follow id2label, by name; said",
+)
+def test_id2label_in_another_order(tmp_path):
+    names = ("Dog", "cat", "ship", "tree_frog")
+    folder = save(tmp_path / "model", "vit", **named(names))
+    found = load_teacher(str(folder), None, {}, 4)
+    images = grey_images(tmp_path / "images", ("cat", "dog", "ship", "tree frog"), size=16)
+    found, data = settled(images, found)
+    assert data.classes == ("dog", "cat", "ship", "tree frog")
+    assert found.notes[0] == f"the classes are numbered as {folder} has them (matched by name)"
+    others = grey_images(tmp_path / "others", ("cat", "dog", "ship", "toad"), size=16)
+    with pytest.raises(DataError, match="has tree_frog; only the images have toad"):
+        settled(others, found)
+
+
+@pytest.mark.brings("model", "a transformers model of problem_type multi_label_classification", "refused")
+def test_several_classes_in_one_image(tmp_path):
+    folder = save(tmp_path / "model", "vit", problem_type="multi_label_classification")
+    images = grey_images(tmp_path / "images", tuple("abcde"), num_each=3, size=16)
+    with pytest.raises(UnsupportedModelError, match=r"several classes in one image \(problem_type"):
+        settled(images, load_teacher(str(folder), None, {}, 5))
+    folder = save(tmp_path / "number", "vit", num_labels=1)
+    with pytest.raises(UnsupportedModelError, match="returns a number, no classes"):
+        settled(images, load_teacher(str(folder), None, {}, 5))

@@ -7,22 +7,27 @@ the candidates assume that all layers matter alike, which scoring will correct.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+import torch
 from rich.table import Table
 from torch import nn
 
 from stepwell.config.commands import CompressConfig
 from stepwell.config.own_code import is_own_code
+from stepwell.data.sources import join
 from stepwell.data.spec import InputSpec
 from stepwell.data.splits import Data, resolve_data
+from stepwell.errors import DataError
 from stepwell.measure.budget import student_widths
 from stepwell.measure.cost import Costs, Epochs
 from stepwell.measure.estimate import memory_and_disk, seconds_of
 from stepwell.measure.size import count_macs, num_params, short_number
+from stepwell.models.card import Architecture
 from stepwell.models.input import check_runs, check_trains, input_spec, with_image_size
 from stepwell.models.student import build_student
-from stepwell.models.teacher import load_teacher
+from stepwell.models.teacher import Teacher, load_teacher
 from stepwell.models.timm_folder import LOCAL
 from stepwell.models.timm_models import create_timm, create_without_memory, parse_model_args
 from stepwell.paths import path_of
@@ -35,8 +40,10 @@ from stepwell.pruning.units import Candidate, Group
 from stepwell.report.table import render
 from stepwell.run.device import find_device
 from stepwell.run.progress import progress
+from stepwell.setting.classes import settle
 from stepwell.setting.prepare import proof_images, proven_groups
 from stepwell.stages.grid import make_grid
+from stepwell.tasks.classification import check_classes
 
 
 def run(config: CompressConfig) -> str:
@@ -45,9 +52,11 @@ def run(config: CompressConfig) -> str:
     path = path_of(config.path)
     path.check(config)
     data = resolve_data(config) if config.data else None
-    model, spec, is_own_module = _model(config, data)
-    spec = with_image_size(spec, model, config.image_size)
-    if is_own_module:
+    teacher = _model(config, data)
+    spec = with_image_size(teacher.spec, teacher.model, config.image_size)
+    teacher, class_lines = _classes(replace(teacher, spec=spec), data, config)
+    model = teacher.model
+    if teacher.is_own_module:
         check_runs(model, spec, config.teacher, "--image-size")
         check_trains(model, spec, config.teacher, config.batch_size)
         groups = proven_groups(model, spec, proof_images(data, spec, config))
@@ -75,7 +84,7 @@ def run(config: CompressConfig) -> str:
         *_student_line(config, student, model, spec),
         "",
         *_estimate(config, data, model, skeletons, student, spec),
-        *_classes_differ(model, data),
+        *class_lines,
         *(f"warning: {text}" for text in warnings_for(groups, candidates[0])),
     ]
     return "\n".join(lines)
@@ -101,31 +110,37 @@ def warnings_for(groups: Sequence[Group], student: Candidate) -> list[str]:
     return texts
 
 
-def _classes_differ(model: nn.Module, data: Data | None) -> list[str]:
-    classes = getattr(model, "num_classes", None)
-    if data is None or not data.labelled or classes is None or classes == len(data.classes):
-        return []
-    return [
-        f"warning: the model has {classes} classes, {data.source} has {len(data.classes)}: fine-tune it "
-        f"first (stepwell train --model ... --data {data.source})"
-    ]
+def _classes(teacher: Teacher, data: Data | None, config: CompressConfig) -> tuple[Teacher, list[str]]:
+    """The teacher as a run would have it, and what is found out of its outputs and its order of classes."""
+    if data is None:
+        return teacher, []
+    try:
+        if not teacher.digest:  # no weights, so it can be asked for nothing but their number
+            classes = getattr(teacher.model, "num_classes", None) or len(data.classes)
+            check_classes(classes, "the model", data)
+            return teacher, []
+        teacher, data = settle(teacher, data, config, torch.device("cpu"))
+    except DataError as error:
+        return teacher, [f"warning: {error}"]
+    order = [f"classes, as the teacher numbers them: {join(data.classes, most=12)}"] if data.labelled else []
+    return teacher, [*order, *teacher.notes]
 
 
-def _model(config: CompressConfig, data: Data | None) -> tuple[nn.Module, InputSpec, bool]:
-    """The model, its input, and whether it is a module of the user's own."""
+def _model(config: CompressConfig, data: Data | None) -> Teacher:
+    """What is looked at; a model of timm by name is built without its weights, and has no digest."""
     num_classes = len(data.classes) if data else 0
     source = config.teacher
     # Weights that are here are loaded: whether they fit is what is asked.
     if is_own_code(source) or Path(source).exists() or source.startswith(LOCAL) or config.teacher_weights:
-        teacher = load_teacher(
+        return load_teacher(
             source, config.teacher_weights, config.model_args, num_classes, config.weights_key
         )
-        return teacher.model, teacher.spec, teacher.is_own_module
     args = parse_model_args(config.model_args)
     # Shapes are enough to count, but not to time.
     create = create_without_memory if config.latency_ms is None else create_timm
-    model = create(config.teacher, args, pretrained=False)
-    return model.eval(), input_spec(model, args), False
+    model = create(config.teacher, args, pretrained=False).eval()
+    architecture = Architecture(source="timm", name=config.teacher, args=args)
+    return Teacher(model, architecture, input_spec(model, args), None, {}, config.teacher, digest="")
 
 
 def _student(config: CompressConfig, teacher: nn.Module, spec: InputSpec) -> nn.Module | None:

@@ -138,9 +138,12 @@ class Cell:
 
 
 def options_of(config: CompressConfig) -> dict[str, Any]:
-    """What says what a cell computes; where it lies and on which device is not part of it."""
+    """What says what a cell computes; where it lies and on which device is not part of it.
+
+    What teacher, images and their classes are is held by the comparison's own identity.
+    """
     options = config.model_dump(mode="json")
-    for name in ("out_dir", "device", "workers", "threads", "data", "teacher"):
+    for name in ("out_dir", "device", "workers", "threads", "data", "teacher", "class_order"):
         del options[name]
     for name in ("logit_loss", "feature_loss"):
         if is_own_code(options[name]):

@@ -52,6 +52,9 @@ class DataOptions(Options):
     """Where a data set of timm lies on disk (torch/cifar10 and the like)."""
     selection_data: Path | None = None
     """A folder of classes to choose the assistant on, instead of a tenth of the training images."""
+    class_order: Path | None = None
+    """A file with the names of the classes in the teacher's order, one a line, where that is not found out
+    by names or by trying the usual orders; `train` numbers the classes in this order."""
     skip_bad_images: bool = False
     """Leave out images that cannot be decoded, and count them, instead of stopping at the first."""
     augment: Augment = "auto"

@@ -9,15 +9,16 @@ and after more images were added. What a source holds is in sources.py, how imag
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 
 from stepwell.config.options import DataOptions
+from stepwell.data.class_names import in_order_of, read_class_order
 from stepwell.data.images import ImageSet, in_threads, num_cpus
 from stepwell.data.sources import check_same_classes, existing_folder, find, join, read_folder
 from stepwell.errors import DataError
 
-__all__ = ["SELECTION_BY_HASH", "TEST_BY_HASH", "Data", "ImageSet", "resolve_data"]
+__all__ = ["SELECTION_BY_HASH", "TEST_BY_HASH", "Data", "ImageSet", "in_order", "resolve_data"]
 
 HELD_OUT = 0.1
 TEST_BY_HASH = "a tenth by hash of the file name"
@@ -29,7 +30,8 @@ class Data:
     """Three disjoint splits, and how they came about.
 
     Attributes:
-        classes: Class names in the order of the labels; empty for unlabelled images.
+        classes: Class names in the order of the labels; empty for unlabelled images. They are read in the
+            order of their names, or of `--class-order`; see `in_order`.
         train: What weights are fitted to.
         selection: What the assistant is chosen on.
         test: Touched once, at the end.
@@ -70,6 +72,8 @@ def resolve_data(options: DataOptions) -> Data:
         folder = existing_folder(options.selection_data, "--selection-data")
         selection_classes, selection = read_folder(folder)
         check_same_classes(found.classes, selection_classes, selection_from)
+        # A data set of timm numbers its classes as it likes, folders are numbered by their names.
+        selection = relabelled(selection, selection_classes, found.classes)
     num_given = sum(len(images) for images in (train, test, selection) if images)
     if options.skip_bad_images:
         # Before anything is carved, so that every class is sure to keep an image that can be read.
@@ -83,7 +87,7 @@ def resolve_data(options: DataOptions) -> Data:
         train, selection = _carve(train, "selection")
     splits = {"training": train, "selection": selection, "test": test}
     _check_disjoint(splits)
-    return Data(
+    data = Data(
         classes=found.classes,
         train=train,
         selection=selection,
@@ -94,6 +98,42 @@ def resolve_data(options: DataOptions) -> Data:
         num_bad_images=num_given - num_good,
         fingerprint=_fingerprint(found.classes, splits),
     )
+    if options.class_order is None or not data.labelled:
+        return data
+    given = read_class_order(options.class_order)
+    return in_order(
+        data, in_order_of(given, data.classes, f"--class-order {options.class_order}", data.source)
+    )
+
+
+def in_order(data: Data, classes: Sequence[str]) -> Data:
+    """The same images in the same splits, with the classes in another order and the labels to go with it.
+
+    Who belongs to which split is not asked again: it depends on no order.
+    """
+    if tuple(classes) == data.classes:
+        return data
+    splits = {
+        name: relabelled(images, data.classes, classes)
+        for name, images in (("training", data.train), ("selection", data.selection), ("test", data.test))
+    }
+    return replace(
+        data,
+        classes=tuple(classes),
+        train=splits["training"],
+        selection=splits["selection"],
+        test=splits["test"],
+        fingerprint=_fingerprint(classes, splits),
+    )
+
+
+def relabelled(images: ImageSet, before: Sequence[str], after: Sequence[str]) -> ImageSet:
+    """The same images with the labels that their classes have in the order `after`."""
+    if tuple(before) == tuple(after):
+        return images
+    place = {name: i for i, name in enumerate(after)}
+    # The cache of decoded images is the same: it knows no labels.
+    return replace(images, labels=tuple(place[before[label]] for label in images.labels))
 
 
 def _carve(images: ImageSet, name: str) -> tuple[ImageSet, ImageSet]:

@@ -30,6 +30,7 @@ from stepwell.pruning.families import find_groups
 from stepwell.pruning.skeleton import build_skeleton, fill
 from stepwell.pruning.units import Group
 from stepwell.run.run_dir import plain_tensors, write_atomically
+from stepwell.tasks.outputs import Outputs, as_logits
 
 WEIGHTS, CARD, ONNX = "model.safetensors", "stepwell.json", "model.onnx"
 
@@ -47,6 +48,8 @@ class Architecture(BaseModel):
     """timm's model name, transformers' class, or the factory's; a factory's code is never stored and never
     found by its name."""
     args: dict[str, Any] = {}
+    outputs: Outputs = "logits"
+    """What it returns; the model of the card returns logits, see tasks/outputs.py."""
 
 
 class Card(BaseModel):
@@ -120,7 +123,11 @@ def load(path: str | Path, factory: Factory | None = None) -> nn.Module:
 
 
 def build(architecture: Architecture, factory: Factory | None, where: Path) -> nn.Module:
-    """The full-width module with whatever weights its constructor gives it."""
+    """The full-width module with whatever weights its constructor gives it; returns logits."""
+    return as_logits(_build(architecture, factory, where), architecture.outputs)
+
+
+def _build(architecture: Architecture, factory: Factory | None, where: Path) -> nn.Module:
     if factory is not None:
         return own_module.plain(factory(), architecture.name, quiet=True)
     if architecture.source == "factory":

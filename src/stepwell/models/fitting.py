@@ -44,11 +44,13 @@ def load_whole(model: nn.Module, file: Path, key: str | None = None, flag: str =
     load_fit(model, fit, checkpoint)
 
 
-def load_start(model: nn.Module, file: Path, key: str | None = None, flag: str = FLAG) -> None:
+def load_start(model: nn.Module, file: Path, key: str | None = None, flag: str = FLAG) -> Fit:
     """Load weights to start a training from. As `load_whole`, but a classifier for other classes is left out,
-    and tables for images of another size are resampled as timm does it."""
+    and tables for images of another size are resampled as timm does it; returns what was loaded."""
     checkpoint = read_weights(file)
-    load_fit(model, find_fit(checkpoint, model, key, flag), checkpoint)
+    fit = find_fit(checkpoint, model, key, flag)
+    load_fit(model, fit, checkpoint)
+    return fit
 
 
 def find_fit(checkpoint: Checkpoint, model: nn.Module, key: str | None = None, flag: str = FLAG) -> Fit:

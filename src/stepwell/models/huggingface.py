@@ -211,6 +211,24 @@ def class_names(model: nn.Module) -> tuple[str, ...] | None:
     return None if default or len(set(names)) < len(names) else names
 
 
+def check_exclusive_classes(model: nn.Module, name: str) -> None:
+    """Refuse a model that was trained for several classes in one image, or for a number.
+
+    Raises:
+        UnsupportedModelError: Its configuration says so.
+    """
+    if not isinstance(model, Classifier):
+        return
+    kind = getattr(model.config, "problem_type", None)
+    if kind == "multi_label_classification":
+        raise UnsupportedModelError(
+            f"{name} was trained for several classes in one image (problem_type: {kind}): only classes that "
+            f"exclude each other are supported"
+        )
+    if kind == "regression" or model.num_classes == 1:
+        raise UnsupportedModelError(f"{name} returns a number, no classes (problem_type: regression)")
+
+
 def input_spec(model: Classifier, folder: Path | None = None) -> InputSpec:
     """What images a classifier wants: size from its configuration, the rest from its image processor.
 

@@ -47,6 +47,7 @@ class Teacher:
         name: For people.
         digest: Fingerprint of its weights.
         trained_on: Fingerprint of the data that stepwell trained it on, or None.
+        notes: What was found out about it that a careful reader should be told.
     """
 
     model: nn.Module
@@ -57,6 +58,7 @@ class Teacher:
     name: str
     digest: str
     trained_on: str | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def is_own_module(self) -> bool:

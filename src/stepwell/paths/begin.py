@@ -17,6 +17,7 @@ from stepwell.models.input import with_image_size
 from stepwell.models.teacher import load_teacher, teacher_from_module
 from stepwell.paths import path_of
 from stepwell.run.observer import Observer
+from stepwell.run.progress import say
 from stepwell.run.run_dir import RunDir
 from stepwell.setting.prepare import prepare, read_images
 from stepwell.setting.setting import Setting
@@ -41,7 +42,7 @@ def begin(
     path_of(config.path).check(config)
     data = resolve_data(config)
     if module is not None:
-        teacher = teacher_from_module(module, data.classes or None)
+        teacher = teacher_from_module(module, None)
     else:
         teacher = load_teacher(
             config.teacher, config.teacher_weights, config.model_args, len(data.classes), config.weights_key
@@ -53,6 +54,8 @@ def begin(
         read_images(s)
     RunDir.open(config.out_dir, config)
     s.run.check_identity(_identity(s))
+    for note in s.teacher.notes:
+        say(note)
     return s
 
 

@@ -22,6 +22,7 @@ from stepwell.paths.begin import require
 from stepwell.run.device import autocast_of, set_up_torch
 from stepwell.run.progress import say
 from stepwell.run.run_dir import RunDir, Stage, writing
+from stepwell.setting.classes import in_order_of_model
 from stepwell.tasks.classification import evaluate, in_words, loss_per_image
 from stepwell.training.loop import Course, Trained, fit, seconds_per_step
 from stepwell.training.optimizer import no_decay_of
@@ -58,11 +59,15 @@ def train(config: TrainConfig) -> str:
             f"{config.data} has no class folders: sort the images into train/CLASS/ to train on them"
         )
     device = set_up_torch(config)
-    model = _start(config, len(data.classes)).to(device).train()
+    model, keeps_head = _start(config, len(data.classes))
+    model = model.to(device)
     args = {"num_classes": len(data.classes), **parse_model_args(config.model_args)}
     spec = with_image_size(input_spec(model, args), model, config.image_size)
     check_runs(model, spec, config.model, "--image-size, or --model-args img_size=")
     check_trains(model, spec, config.model, min(config.batch_size, len(data.train)))
+    if keeps_head and config.class_order is None:
+        data = in_order_of_model(model.eval(), spec, data, config, device)
+    model.train()
     # Decoded now: a bad image is an error before the folder is made.
     batches = TrainBatches(data.train, spec, config, config.seed, device)
     test = EvalBatches(data.test, spec, config, device)
@@ -97,7 +102,8 @@ def train(config: TrainConfig) -> str:
     return f"{folder}: {in_words(meter, data.test_from)}, {num_params(model):,} parameters"
 
 
-def _start(config: TrainConfig, num_classes: int) -> nn.Module:
+def _start(config: TrainConfig, num_classes: int) -> tuple[nn.Module, bool]:
+    """The model to begin with, and whether its classifier was trained already."""
     args = {"num_classes": num_classes, **parse_model_args(config.model_args)}
     if args["num_classes"] != num_classes:
         raise ConfigError(
@@ -106,10 +112,12 @@ def _start(config: TrainConfig, num_classes: int) -> nn.Module:
         )
     if config.weights is None:
         way_out = "pass --weights FILE, or --no-pretrained to start from random ones"
-        return create_timm(config.model, args, pretrained=config.pretrained, way_out=way_out)
+        model = create_timm(config.model, args, pretrained=config.pretrained, way_out=way_out)
+        known = (getattr(model, "pretrained_cfg", None) or {}).get("num_classes")
+        return model, config.pretrained and known == num_classes
     model = create_timm(config.model, args, pretrained=False)
-    load_start(model, config.weights, config.weights_key)
-    return model
+    fit = load_start(model, config.weights, config.weights_key)
+    return model, not fit.fresh
 
 
 def _fit(

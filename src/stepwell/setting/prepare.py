@@ -26,11 +26,12 @@ from stepwell.pruning.families import find_groups
 from stepwell.pruning.generic import propose
 from stepwell.pruning.prove import proven
 from stepwell.pruning.units import Group
-from stepwell.run.device import set_up_torch
+from stepwell.run.device import find_device, set_up_torch
 from stepwell.run.progress import say
 from stepwell.run.run_dir import RunDir
+from stepwell.setting.classes import settle
 from stepwell.setting.setting import Setting
-from stepwell.tasks.classification import check_classes
+from stepwell.setting.training_mode import check_training_mode, trainable_groups
 
 CPU = torch.device("cpu")
 
@@ -49,14 +50,15 @@ def prepare(
 
     Raises:
         UnsupportedModelError: No family can cut the teacher.
-        DataError: The classes of teacher and data differ.
+        DataError: The classes of teacher and data differ; see `settle`.
         ConfigError: There is no such device; or no labels, but a loss that needs them; or no filters, but a
             score that is for them.
     """
-    num_classes = check_runs(teacher.model, teacher.spec, teacher.name, "--image-size")
-    classes = check_classes(num_classes, teacher.classes, teacher.name, data)
     if not data.labelled:
         _check_no_labels_needed(config, data.source)
+    teacher, data = settle(teacher, data, config, find_device(config.device))
+    teacher.model.cpu()
+    num_classes = check_runs(teacher.model, teacher.spec, teacher.name, "--image-size")
     other_student = _other_student(config, teacher, num_classes, student)
     batch_size = min(config.batch_size, len(data.train))
     check_trains(teacher.model, teacher.spec, teacher.name, batch_size)  # its slices will be trained
@@ -72,9 +74,15 @@ def prepare(
         raise ConfigError(f"--importance l1 is for convolution filters, and this {name} has none to cut")
     device = set_up_torch(config)
     teacher.model.to(device).eval().requires_grad_(False)
-    names = classes or tuple(placeholders(num_classes))
+    names = data.classes or teacher.classes or tuple(placeholders(num_classes))
     s = Setting(config, run, teacher, groups, other_student, data, names, device)
     _check_something_to_learn(s)
+    facts = config.feature_facts if config.feature_weight else None
+    note = check_training_mode(teacher.model, s.blocks, s.spec, teacher.name, facts, cut=True)
+    if (other := other_student) is not None:
+        check_training_mode(other.model, other.blocks, s.spec, f"--student {other.name}", facts, cut=False)
+    if note:
+        s = replace(s, teacher=replace(teacher, notes=(*teacher.notes, note)))
     return replace(s, loss_macs=_try_losses(s))
 
 
@@ -179,6 +187,15 @@ def proven_groups(
         )
     for name in refused:
         say(f"stays whole: {name} (cutting it is not the same as masking its units)")
+    good, proved = trainable_groups(model, good, images), good
+    if not good:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is not supported: with fewer units in any of its layers it does not run "
+            f"in training mode"
+        )
+    for group in proved:
+        if group not in good:
+            say(f"stays whole: {group.name} (in training mode something else reads it)")
     for name, reason in proposal.whole.items():
         say(f"stays whole: {name} ({reason})")
     return good

@@ -3,14 +3,14 @@
 loss_per_image   cross-entropy with the labels
 Meter            sums over images that give top1, log-likelihood, calibration; sums of parts add up
 check_output     logits (batch, classes) are what a model must return
-check_classes    the classes of teacher and images must agree
+check_classes    teacher and images must have as many classes; their order is found in order.py
 in_words         how good a model is, for people
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -207,44 +207,36 @@ def mcnemar(teacher: Answers, student: Answers) -> PairedTest:
 
 
 def check_output(output: object, name: str) -> int:
-    """Check that a model returned logits; returns the number of its classes.
+    """Check that a model returned logits for one image; returns how many numbers it returned.
+
+    A binary classifier may return one number, also without a dimension of its own: see outputs.py.
 
     Raises:
         ConfigError: It returned something else.
     """
-    if not isinstance(output, Tensor) or output.ndim != 2:
-        raise ConfigError(f"{name} must return logits (batch, classes), not a {type(output).__name__}")
-    return output.shape[1]
+    if isinstance(output, Tensor) and (output.ndim == 2 or output.shape == (1,)):
+        return output.shape[-1]
+    found = f"a tensor {tuple(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
+    raise ConfigError(f"{name} must return logits (batch, classes), not {found} for one image")
 
 
-def check_classes(
-    num_outputs: int, names: Sequence[str] | None, teacher: str, data: Data
-) -> tuple[str, ...] | None:
-    """The classes that teacher and images agree on; None where neither says their names.
+def check_classes(num_outputs: int, teacher: str, data: Data) -> None:
+    """Check that teacher and images have as many classes; one number stands for two classes.
 
     Args:
-        num_outputs: Classes that the teacher tells apart.
-        names: What the teacher calls them, if it says so.
+        num_outputs: Numbers that the teacher returns for an image.
         teacher: Its name, for errors.
         data: The images.
 
     Raises:
-        DataError: Number or names differ.
+        DataError: They have not.
     """
-    if not data.labelled:
-        return tuple(names) if names else None
-    if num_outputs != len(data.classes):
+    if data.labelled and max(2, num_outputs) != len(data.classes):
+        has = "one output, for two classes" if num_outputs == 1 else f"{num_outputs} classes"
         raise DataError(
-            f"{teacher} has {num_outputs} classes, {data.source} has {len(data.classes)}: "
+            f"{teacher} has {has}, {data.source} has {len(data.classes)}: "
             f"fine-tune it first (stepwell train --model ... --data {data.source})"
         )
-    for i, (ours, theirs) in enumerate(zip(data.classes, names or data.classes, strict=True)):
-        if ours != theirs:
-            raise DataError(
-                f"class {i} is {ours!r} in {data.source}, but {theirs!r} for {teacher}: "
-                f"name the folders as the teacher was trained"
-            )
-    return data.classes
 
 
 def in_words(meter: Meter, test_from: str) -> str:

@@ -1,0 +1,153 @@
+"""What the numbers mean that a model returns: logits of exclusive classes are wanted.
+
+Many a forward pass ends in something else. Where it is clear what is meant, the model is wrapped so that it
+returns logits, and so are its students; else there is one line that says what to change.
+
+    softmax                   its logarithm; logits are defined up to a constant
+    one number                a binary classifier: the logits are 0 and that number
+    one number, of a sigmoid  log(1 - p) and log p
+    a sigmoid per class       refused: classes that do not exclude each other are another task
+    an embedding              refused: no classes
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from stepwell.errors import ConfigError, ModelError
+
+Outputs = Literal["logits", "probabilities", "one logit", "one probability"]
+
+IN_WORDS: Mapping[Outputs, str] = {
+    "probabilities": "returns probabilities (a softmax at its end): their logarithms are taken for logits, "
+    "and the student returns those",
+    "one logit": "returns one number: it is read as the logit of the second class, and the student returns "
+    "two logits, 0 and that number",
+    "one probability": "returns one probability (a sigmoid at its end): it is read as that of the second "
+    "class, and the student returns two logits, log(1 - p) and log p",
+}
+"""What is done with outputs that are no logits, for people."""
+
+_SAME = 1e-6
+"""Relative difference below which the answers to two images are rounding of the same."""
+_ON_THE_WAY = frozenset(
+    {"View", "Squeeze", "Unsqueeze", "Reshape", "Clone", "Select", "Slice", "ToCopy", "Expand"}
+)
+"""Operations that change no number."""
+
+
+class AsLogits(nn.Module):
+    """Makes a model return logits (batch, classes).
+
+    Args:
+        model: Kept as attribute `model`, so its parameters are named `model.NAME` here.
+        outputs: What it returns.
+    """
+
+    def __init__(self, model: nn.Module, outputs: Outputs) -> None:
+        super().__init__()
+        self.model = model
+        self.outputs: Outputs = outputs
+
+    @property
+    def pretrained_cfg(self) -> Any:  # noqa: ANN401  (as timm has it)
+        """What the model says of itself to timm."""
+        return getattr(self.model, "pretrained_cfg", None)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that the model does not want decayed."""
+        excepted = getattr(self.model, "no_weight_decay", None)
+        names = cast(Iterable[str], excepted()) if callable(excepted) else ()
+        return {f"model.{name}" for name in names}
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (batch, channels, height, width) to logits (batch, classes)."""
+        return logits_of(self.model(images), self.outputs)
+
+
+def as_logits(model: nn.Module, outputs: Outputs) -> nn.Module:
+    """`model` itself, where it returns logits."""
+    return model if outputs == "logits" else AsLogits(model, outputs)
+
+
+def logits_of(numbers: Float[Tensor, "batch ..."], outputs: Outputs) -> Float[Tensor, "batch classes"]:
+    """What a model returned, as logits."""
+    match outputs:
+        case "logits":
+            return numbers
+        case "probabilities":
+            return _log(numbers)
+        case "one logit":
+            number = numbers.reshape(-1, 1)
+            return torch.cat([torch.zeros_like(number), number], dim=1)
+        case "one probability":
+            number = numbers.reshape(-1, 1)
+            return torch.cat([_log(1 - number), _log(number)], dim=1)
+
+
+def _log(probabilities: Tensor) -> Tensor:
+    # A probability of exactly 0 is rounding; its logarithm must stay a number, with a gradient.
+    return probabilities.clamp_min(torch.finfo(probabilities.dtype).tiny).log()
+
+
+def last_operation(output: Tensor) -> str:
+    """The operation that made `output`, such as `Sigmoid` or `Softmax`, without those that change no number;
+    empty where no gradients were recorded."""
+    node = output.grad_fn
+    while node is not None:
+        name = node.name().removeprefix("torch::autograd::").rstrip("0123456789").removesuffix("Backward")
+        if name.strip("_") not in _ON_THE_WAY and not name.endswith("View"):
+            return name
+        node = node.next_functions[0][0] if node.next_functions else None
+    return ""
+
+
+def meaning_of(
+    numbers: Float[Tensor, "images ..."], operation: str, name: str, keys: Sequence[str]
+) -> Outputs:
+    """What the numbers mean that a model returned for some images that differ.
+
+    Args:
+        numbers: As they were returned.
+        operation: The last operation of the forward pass, as `last_operation` has it.
+        name: The model's, for errors.
+        keys: The images', likewise.
+
+    Raises:
+        ModelError: Some are NaN or infinite, or the same for all images.
+        ConfigError: They cannot be understood as logits of exclusive classes.
+    """
+    rows = numbers.reshape(len(numbers), -1).double()
+    if len(bad := (~rows.isfinite().all(dim=1)).nonzero()):
+        raise ModelError(
+            f"{name} returns NaN or infinite numbers for {len(bad)} of {len(rows)} training images, the "
+            f"first is {keys[int(bad[0])]}: it cannot teach; "
+            f" is there a division or a logarithm in its forward pass?"
+        )
+    spread = (rows.amax(dim=0) - rows.amin(dim=0)).max()
+    if len(rows) > 1 and spread <= _SAME * rows.abs().max():
+        raise ModelError(
+            f"{name} returns the same for all of {len(rows)} training images: it cannot teach; are its "
+            f"weights loaded, and its classifier trained?"
+        )
+    in_unit = bool((rows >= 0).all() and (rows <= 1).all())
+    if rows.shape[1] == 1:
+        return "one probability" if in_unit and operation == "Sigmoid" else "one logit"
+    if in_unit and (rows.sum(dim=1) - 1).abs().max() < 1e-3:
+        return "probabilities"
+    if operation == "Sigmoid":
+        raise ConfigError(
+            f"{name} ends in a sigmoid for each class, as where one image has several: classes that do not "
+            f"exclude each other are not supported; if each image has one class, return the logits before it"
+        )
+    if (rows.norm(dim=1) - 1).abs().max() < 1e-3:
+        raise ConfigError(
+            f"{name} returns {rows.shape[1]} numbers of length 1, an embedding and no classes: give it a "
+            f"classifier first (stepwell train --model ... on images in class folders)"
+        )
+    return "logits"

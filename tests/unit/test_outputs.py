@@ -1,0 +1,235 @@
+"""What a teacher's outputs mean: logits, probabilities, one number, a sigmoid per class, an embedding."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+from grey import CPU, ReadsGrey, grey_images, settled
+from stepwell.config.commands import CompressConfig
+from stepwell.data.splits import resolve_data
+from stepwell.errors import ConfigError, DataError, ModelError
+from stepwell.models.card import Architecture, build
+from stepwell.models.teacher import teacher_from_module
+from stepwell.setting.classes import settle
+from stepwell.tasks.classification import check_output
+from stepwell.tasks.outputs import AsLogits, last_operation, logits_of
+
+NAMES = ("a", "b", "c")
+
+
+class Ends(ReadsGrey):
+    """Reads the class off the pixels, and ends in `end`."""
+
+    def __init__(self, num_classes: int, end) -> None:
+        super().__init__(num_classes)
+        self.end = end
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.end(super().forward(images))
+
+
+def difference(z: Tensor) -> Tensor:
+    """One logit: how much more the second class."""
+    return z[:, 1:] - z[:, :1]
+
+
+@pytest.fixture
+def three(tmp_path: Path) -> Path:
+    return grey_images(tmp_path / "three", NAMES)
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> Path:
+    return grey_images(tmp_path / "two", NAMES[:2])
+
+
+def answers(module: nn.Module, images: Tensor) -> Tensor:
+    with torch.no_grad():
+        return module(images)
+
+
+@pytest.mark.brings("model", "a softmax at the end of forward", "its logarithm is taken for the logits; said")
+def test_a_softmax_at_the_end(three):
+    module = Ends(3, lambda z: (z / 10).softmax(1))
+    teacher, _ = settled(three, module)
+    assert isinstance(teacher.model, AsLogits)
+    assert teacher.architecture.outputs == "probabilities"
+    assert teacher.notes == (
+        "Ends returns probabilities (a softmax at its end): their logarithms are taken for logits, and the "
+        "student returns those",
+    )
+    images = torch.rand(5, 3, 4, 4)
+    assert torch.allclose(answers(teacher.model, images).softmax(1), answers(module, images))
+    assert [name for name, _ in teacher.model.named_parameters()] == ["model.greys"]
+
+
+def test_a_softmax_that_rounds_to_0_stays_a_number():
+    logits = logits_of(torch.tensor([[1.0, 0.0]], requires_grad=True), "probabilities")
+    logits.sum().backward()
+    assert logits.isfinite().all()
+    assert logits.softmax(1)[0, 1] < 1e-37
+
+
+@pytest.mark.brings("model", "a log_softmax at the end of forward", "logits, up to a constant: nothing to do")
+def test_a_log_softmax_at_the_end(three):
+    teacher, _ = settled(three, Ends(3, lambda z: z.log_softmax(1)))
+    assert isinstance(teacher.model, Ends)
+    assert teacher.notes == ()
+
+
+@pytest.mark.brings("model", "a sigmoid per class (several classes in one image)", "refused")
+@pytest.mark.parametrize("end", [torch.sigmoid, nn.Sigmoid(), lambda z: z.sigmoid().view(-1, 3)])
+def test_a_sigmoid_per_class(three, end):
+    with pytest.raises(ConfigError) as error:
+        settled(three, Ends(3, end))
+    assert str(error.value) == (
+        "Ends ends in a sigmoid for each class, as where one image has several: classes that do not exclude "
+        "each other are not supported; if each image has one class, return the logits before it"
+    )
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        pytest.param(
+            difference,
+            marks=pytest.mark.brings(
+                "model",
+                "one logit, (batch, 1) or (batch,), and two classes",
+                "read as 0 and that logit; said",
+            ),
+        ),
+        lambda z: difference(z).squeeze(1),
+    ],
+)
+def test_one_logit_and_two_classes(two, end):
+    module = Ends(2, end)
+    teacher, data = settled(two, module)
+    assert data.classes == ("a", "b")
+    assert teacher.notes == (
+        "Ends returns one number: it is read as the logit of the second class, and the student returns two "
+        "logits, 0 and that number",
+    )
+    images = torch.rand(5, 3, 4, 4)
+    logits = answers(teacher.model, images)
+    assert logits.shape == (5, 2)
+    assert torch.equal(logits[:, 1], answers(module, images).flatten())
+    assert not logits[:, 0].any()
+
+
+@pytest.mark.brings("model", "one sigmoid, and two classes", "read as the probability of the second; said")
+def test_one_probability_and_two_classes(two):
+    module = Ends(2, lambda z: (difference(z) / 10).sigmoid())
+    teacher, _ = settled(two, module)
+    assert teacher.architecture.outputs == "one probability"
+    images = torch.rand(5, 3, 4, 4)
+    probabilities = answers(teacher.model, images).softmax(1)
+    assert torch.allclose(probabilities[:, 1:], answers(module, images))
+
+
+def test_one_logit_and_three_classes(three):
+    with pytest.raises(DataError, match=r"Ends has one output, for two classes, .*three has 3: fine-tune it"):
+        settled(three, Ends(2, difference))
+
+
+@pytest.mark.brings(
+    "model", "one logit, and images without labels", "two classes: agreement can be measured, and is taught"
+)
+def test_one_logit_without_labels(tmp_path):
+    folder = tmp_path / "flat"
+    grey_images(tmp_path / "sorted", NAMES[:2])
+    folder.mkdir()
+    for file in (tmp_path / "sorted").rglob("*.png"):
+        file.rename(folder / f"{file.parent.name}{file.name}")
+    teacher, data = settled(folder, Ends(2, difference))
+    assert not data.labelled
+    assert answers(teacher.model, torch.rand(5, 3, 4, 4)).shape == (5, 2)
+    assert teacher.classes is None
+    assert len(teacher.notes) == 1
+    always, _ = settled(folder, Ends(2, lambda z: difference(z).exp()))  # a number, but no logit
+    assert always.notes[1].startswith("WARNING: Ends names the same class for all of ")
+    (tmp_path / "names.txt").write_text("bad\ngood\n")
+    named, _ = settled(folder, Ends(2, difference), class_order=tmp_path / "names.txt")
+    assert named.classes == ("bad", "good")
+    with pytest.raises(DataError, match="--class-order names 2 classes, and ReadsGrey has 3"):
+        settled(folder, ReadsGrey(3), class_order=tmp_path / "names.txt")
+
+
+@pytest.mark.brings(
+    "model", "an embedding: unit vectors, or num_classes=0 of timm", "refused: it needs a classifier"
+)
+def test_an_embedding(three):
+    with pytest.raises(ConfigError, match="Ends returns 3 numbers of length 1, an embedding and no classes"):
+        settled(three, Ends(3, nn.functional.normalize))
+    bare = timm.create_model("test_resnet", num_classes=0)
+    teacher = teacher_from_module(bare, None)
+    config = CompressConfig(data=str(three))
+    with pytest.raises(
+        ModelError, match=r"has no classifier \(num_classes=0\): the \d+ numbers .* fine-tune it"
+    ):
+        settle(teacher, resolve_data(config), config, CPU)
+
+
+@pytest.mark.brings("model", "outputs that are NaN on real images", "refused, with the first image")
+def test_nan_on_real_images(three):
+    def nan_if_bright(z: Tensor) -> Tensor:
+        return torch.where((z.argmax(1) == 2)[:, None], torch.nan, z)
+
+    with pytest.raises(ModelError) as error:
+        settled(three, Ends(3, nan_if_bright))
+    assert str(error.value).startswith("Ends returns NaN or infinite numbers for ")
+    assert "training images, the first is c/" in str(error.value)
+
+
+@pytest.mark.brings("model", "outputs that are the same for all images", "refused")
+def test_the_same_for_all_images(three):
+    with pytest.raises(
+        ModelError, match="Ends returns the same for all of 26 training images: it cannot teach"
+    ):
+        settled(three, Ends(3, lambda z: z * 0 + torch.tensor([1.0, 2.0, 3.0])))
+
+
+def test_the_card_says_how_to_get_logits_again():
+    module = Ends(2, difference)
+    architecture = Architecture(source="factory", name="Ends", outputs="one logit")
+    again = build(architecture, lambda: module, Path("student"))
+    images = torch.rand(2, 3, 4, 4)
+    assert torch.equal(answers(again, images), logits_of(answers(module, images), "one logit"))
+    assert build(Architecture(source="factory", name="Ends"), lambda: module, Path("student")) is module
+
+
+def test_what_the_wrapper_passes_on():
+    vit = timm.create_model("test_vit", num_classes=1)
+    wrapped = AsLogits(vit, "one logit")
+    assert wrapped.pretrained_cfg is vit.pretrained_cfg
+    assert {"model.pos_embed", "model.cls_token"} <= wrapped.no_weight_decay()
+    assert AsLogits(nn.Identity(), "one logit").no_weight_decay() == set()
+
+
+def test_the_last_operation():
+    x = torch.rand(2, 3, requires_grad=True)
+    assert last_operation(x.sigmoid().view(3, 2).unsqueeze(0)) == "Sigmoid"
+    assert last_operation(x.softmax(1)) == "Softmax"
+    assert last_operation(x.detach()) == ""
+    assert last_operation(x.sigmoid() * 2) == "Mul"
+
+
+@pytest.mark.parametrize(
+    ("output", "said"),
+    [
+        ((torch.zeros(1, 2), torch.zeros(1, 2)), "a tuple"),
+        (torch.zeros(3), r"a tensor \(3,\)"),
+        (torch.zeros(()), r"a tensor \(\)"),
+        (torch.zeros(1, 2, 4, 4), r"a tensor \(1, 2, 4, 4\)"),
+    ],
+)
+def test_outputs_that_are_no_logits(output, said):
+    with pytest.raises(
+        ConfigError, match=rf"own must return logits \(batch, classes\), not {said} for one image"
+    ):
+        check_output(output, "own")
