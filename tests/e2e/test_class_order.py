@@ -137,7 +137,7 @@ def test_training_goes_on_in_the_order_of_the_weights(twelve, tmp_path, capsys):
     assert read_card(tmp_path / "second" / "teacher").classes == list(NUMBERS)
 
     # The same weights as a teacher whose card is lost: a model of timm with weights from a file.
-    args = dict(word.split("=") for word in shape)
+    args = {name: value for name, _, value in (word.partition("=") for word in shape)}
     teacher, found = settled(twelve, load_teacher(TIMM, weights, args, 12))
     assert found.classes == NUMBERS
     assert "natural order" in teacher.notes[0]
