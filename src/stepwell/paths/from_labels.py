@@ -59,7 +59,7 @@ def train(config: TrainConfig) -> str:
         )
     device = set_up_torch(config)
     model = _start(config, len(data.classes)).to(device).train()
-    spec = with_image_size(input_spec(model), model, config.image_size)
+    spec = with_image_size(input_spec(model), model, config.image_size).for_images(data.white_level)
     # Decoded now: a bad image is an error before the folder is made.
     batches = TrainBatches(data.train, spec, config, config.seed, device)
     test = EvalBatches(data.test, spec, config, device)

@@ -20,6 +20,7 @@ import numpy as np
 from markupsafe import Markup
 from PIL import Image
 
+from stepwell.data.images import readable
 from stepwell.errors import RunDirError
 from stepwell.report import plots, wording
 from stepwell.report.result import Result
@@ -279,7 +280,7 @@ def _disagreement(
     ]
     small = max(image.size) < THUMBNAIL_SIZE
     truth = names[int(predictions.labels[i])]
-    return _Disagreement(predictions.keys[i], _data_uri(image), small, truth, said[0], said[1])
+    return _Disagreement(readable(predictions.keys[i]), _data_uri(image), small, truth, said[0], said[1])
 
 
 def _data_uri(image: Image.Image) -> str:
