@@ -6,6 +6,7 @@ the candidates assume that all layers matter alike, which scoring will correct.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -67,6 +68,7 @@ def run(config: CompressConfig) -> str:
         f"  can be cut: {_cut(groups)}",
         f"  stays whole: {_whole(model, groups)}",
         *_normed(groups),
+        *_images(data),
         "",
         _table(groups, candidates, skeletons, model, spec),
         *_student_line(config, student, model, spec),
@@ -106,6 +108,28 @@ def _classes_differ(model: nn.Module, data: Data | None) -> list[str]:
         f"warning: the model has {classes} classes, {data.source} has {len(data.classes)}: fine-tune it "
         f"first (stepwell train --model ... --data {data.source})"
     ]
+
+
+def _images(data: Data | None) -> list[str]:
+    """How many images each split has and where it comes from, and how large the classes are."""
+    if data is None:
+        return []
+    lines = [
+        f"images: {data.source}",
+        f"  {len(data.train):,} to train on",
+        f"  {len(data.selection):,} to choose the assistant on ({data.selection_from})",
+        f"  {len(data.test):,} to test on ({data.test_from})",
+    ]
+    if data.labelled:
+        counts = Counter(data.train.labels)
+        fewest, most = min(counts.values()), max(counts.values())
+        each = f"{most:,}" if fewest == most else f"{fewest:,} to {most:,}"
+        lines.append(f"  {len(data.classes):,} classes with {each} training images each")
+    else:
+        lines.append("  without labels")
+    if data.white_level is not None:
+        lines.append(f"  white is {data.white_level:g}")
+    return lines
 
 
 def _model(config: CompressConfig, data: Data | None) -> tuple[nn.Module, InputSpec, bool]:

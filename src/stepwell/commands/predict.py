@@ -66,5 +66,5 @@ def _open(file: Path, white_level: float | None) -> Image.Image:
     image = to_8_bits(image, white_level)
     if brightest(image) < DARK:
         name = readable(str(file))
-        say(f"warning: {name} looks nearly black: no pixel is above {brightest(image):g} of 255")
+        say(f"warning: {name} looks nearly black: no pixel is above {brightest(image)} of 255")
     return image

@@ -46,9 +46,9 @@ def value_range(image: Image.Image) -> tuple[float, float]:
     return low, high
 
 
-def brightest(image: Image.Image) -> float:
+def brightest(image: Image.Image) -> int:
     """The largest value of an image of 8 bits, over all channels."""
-    return max(high for _, high in image.convert("RGB").getextrema())
+    return int(np.asarray(image.convert("RGB")).max())
 
 
 def declared_white(image: Image.Image) -> float | None:

@@ -158,11 +158,15 @@ def readable(name: str) -> str:
     Linux allows any bytes: what is no UTF-8 (Latin-1 of an old disk) comes as surrogates, which neither JSON
     nor HTML holds. macOS takes accents apart, so the same name may be spelt in two ways.
     """
+    return "/".join(unicodedata.normalize("NFC", _decoded(part)) for part in name.split("/"))
+
+
+def _decoded(part: str) -> str:
     try:
-        name.encode()
+        part.encode()
     except UnicodeEncodeError:
-        name = os.fsencode(name).decode("latin-1")
-    return unicodedata.normalize("NFC", name)
+        return os.fsencode(part).decode("latin-1")
+    return part
 
 
 def one_line(error: Exception) -> str:

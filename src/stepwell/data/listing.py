@@ -145,8 +145,8 @@ def check_no_masks(folder: Path, keys: Sequence[str]) -> None:
     mask_folders, photos = _named(top, _MASK_FOLDERS), _named(top, _PHOTO_FOLDERS)
     if mask_folders and photos:
         raise DataError(
-            f"{folder} holds {photos[0]}/ beside {mask_folders[0]}/: masks are no class; sort the images into a "
-            f"folder for each class, or pass {folder / photos[0]} alone"
+            f"{folder} holds {photos[0]}/ beside {mask_folders[0]}/: masks are no class; sort the images "
+            f"into a folder for each class, or pass {folder / photos[0]} alone"
         )
     below = {part for key in keys for part in key.split("/")[1:-1]}
     if inner := _named(below, _MASK_FOLDERS):
@@ -165,7 +165,7 @@ def check_no_masks(folder: Path, keys: Sequence[str]) -> None:
         key, suffix = masks[0]
         raise DataError(
             f"{len(masks)} images such as {folder / key} may be masks, by their names: pass --skip-names "
-            f"'*{suffix}*' to leave them out, or rename them if these are photographs"
+            f"'*{suffix}*{os.path.splitext(key)[1]}' to leave them out, or rename photographs"
         )
 
 

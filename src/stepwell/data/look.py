@@ -46,17 +46,19 @@ def white_level_of(images: ImageSet, source: str) -> float | None:
 
 def warn_if_dark(images: ImageSet, source: str) -> None:
     """Say so where no pixel of the images looked at is brighter than an eighth of white."""
-    most = 0.0
+    most = None
     for index in _spread(len(images), NUM_DECODED):
         try:
-            most = max(most, brightest(images.open(index)))
+            most = max(most or 0, brightest(images.open(index)))
         except DataError:  # whoever reads all images says so
             continue
         if most >= DARK:
             return
+    if most is None:
+        return
     say(
         f"warning: {source} looks nearly black: no pixel of {min(len(images), NUM_DECODED)} training images "
-        f"is above {most:g} of 255; deep colour images are read by their upper 8 bits: save them with 8"
+        f"is above {most} of 255; deep colour images are read by their upper 8 bits: save them with 8"
     )
 
 

@@ -152,12 +152,12 @@ def _of_kind(kinds: Mapping[str, str], kind: str) -> list[str]:
 
 
 def _features(options: DataOptions, name: str) -> Mapping[str, object]:
-    """The types of the columns, as far as the set says them without its rows."""
+    """The types of the columns. Often they are known from the rows only, which timm then opens once more."""
     import datasets  # type: ignore[import-not-found]  # late: it is optional
 
     root = None if options.data_root is None else str(options.data_root.expanduser())
     try:
-        return datasets.load_dataset_builder(name, cache_dir=root).info.features or {}
+        return datasets.load_dataset(name, split="train", cache_dir=root).features or {}
     except Exception as error:  # each kind of data set raises its own
         raise DataError(
             f"cannot open {options.data} in {root or 'the default cache'} ({one_line(error)}): pass the "

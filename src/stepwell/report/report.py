@@ -20,6 +20,7 @@ import numpy as np
 from markupsafe import Markup
 from PIL import Image
 
+from stepwell.data.folders import join
 from stepwell.data.images import readable
 from stepwell.errors import RunDirError
 from stepwell.report import plots, wording
@@ -152,6 +153,7 @@ def _render(result: Result, predictions: TestPredictions, thumbnails: Callable[[
         changes=shown,
         change_axis=_axis([change.change for change in shown]),
         num_changes=len(changes),
+        untested="" if unlabelled else join(_untested(predictions, result.data.classes), SHOWN_CLASSES),
         shown_classes=SHOWN_CLASSES,
         num_lost=len(lost),
         num_won=len(won),
@@ -242,6 +244,12 @@ def _heat_maps(result: Result) -> list[_HeatMap]:
         kept = [candidate.widths.get(group, 0) for candidate in candidates]
         kinds.setdefault(kind, []).append((shown, num_units, kept))
     return [_HeatMap(kind, rows) for kind, rows in kinds.items()]
+
+
+def _untested(predictions: TestPredictions, names: Sequence[str]) -> list[str]:
+    """Classes without a test image."""
+    count = np.bincount(predictions.labels, minlength=len(names))
+    return [names[i] for i, n in enumerate(count) if not n]
 
 
 def _class_changes(predictions: TestPredictions, names: Sequence[str]) -> list[_ClassChange]:
