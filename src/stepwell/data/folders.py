@@ -60,7 +60,7 @@ def read_folder(folder: Path, skip: Sequence[str], is_split: bool = False) -> Im
         DataError: It holds no images, or images in no order that makes sense.
     """
     listing = list_images(folder, skip)
-    files, told = listing.images, left_out(listing.others)
+    files, told = listing.images, left_out(key for key in listing.others if not tables.is_table(key))
     if not files:
         there = f" ({told})" if told else ""
         raise DataError(f"no images in {folder}{there}: expected CLASS/*.jpg, or what else Pillow reads")
@@ -124,11 +124,9 @@ def images_like(folder: ImageFolder, classes: Sequence[str]) -> ImageSet:
         DataError: It holds other classes, or only one of the two has labels.
     """
     if bool(classes) != bool(folder.names):
-        has, lacks = ("the training images", folder.path) if classes else (folder.path, "the training images")
-        raise DataError(
-            f"{has} lie in class folders but {lacks} do not: sort both by class, or neither "
-            "(a table of labels serves as well)"
-        )
+        has = f"the training images have labels but {folder.path} does not"
+        lacks = f"{folder.path} has labels but the training images do not"
+        raise DataError(f"{has if classes else lacks}: give both labels, or neither")
     present = set(folder.names)
     if extra := sorted(present - set(classes)):
         raise DataError(

@@ -128,7 +128,8 @@ def left_out(others: Iterable[str]) -> str:
     endings = Counter(_ending(key) or "without an ending" for key in others)
     if endings.total() <= _FEW and _MAY_BE_IMAGES.isdisjoint(endings):
         return ""
-    most = endings.most_common(4)
+    ranked = sorted(endings.items(), key=lambda each: (each[0] not in _MAY_BE_IMAGES, -each[1], each[0]))
+    most = ranked[:4]
     shown = ", ".join(f"{ending} ({count})" for ending, count in most)
     rest = endings.total() - sum(count for _, count in most)
     number = "1 file" if endings.total() == 1 else f"{endings.total():,} files"

@@ -83,6 +83,11 @@ def _tables_in(place: Path, split: str | None) -> list[Path]:
     return sorted(files, key=lambda path: not _is_known(path, split or ""))
 
 
+def is_table(key: str) -> bool:
+    """Whether a file, by its name, says labels."""
+    return _is_known(Path(key), "")
+
+
 def _is_known(path: Path, split: str) -> bool:
     stem = path.stem.lower()
     return path.suffix.lower() in _ENDINGS and stem in (
@@ -137,12 +142,14 @@ def _json_lines(text: str) -> list[dict[str, object]]:
 
 def _labels(table: Table, folder: Path, keys: Sequence[str]) -> list[str] | None:
     known = _names_of(keys, folder)
+    rows = [(name.replace("\\", "/").removeprefix("./"), label) for name, label in table.rows]
+    lasts = [name.rpartition("/")[2] for name, _ in rows]
+    if not any(name in known for name, _ in rows) and len(set(lasts)) == len(lasts):
+        rows = [(last, label) for last, (_, label) in zip(lasts, rows, strict=True)]
     found: dict[str, str] = {}
-    for name, label in table.rows:
-        key = known.get(name.replace("\\", "/").removeprefix("./"))
-        if key is None:
-            continue
-        if found.setdefault(key, label) != label:
+    for name, label in rows:
+        key = known.get(name)
+        if key is not None and found.setdefault(key, label) != label:
             raise DataError(
                 f"{table.path} gives {key} two labels, {found[key]} and {label}: one class for each image"
             )
@@ -184,8 +191,6 @@ def _check_classes(path: Path, labels: Sequence[str]) -> None:
         raise DataError(
             f"{path} holds numbers such as {min(values, key=len)}, no classes: give each image one"
         )
-    if len(values) == len(labels) > 2:
-        raise DataError(f"{path} gives every image a class of its own: which column holds the labels?")
 
 
 def class_order(names: Iterable[str]) -> tuple[str, ...]:

@@ -153,7 +153,7 @@ def _render(result: Result, predictions: TestPredictions, thumbnails: Callable[[
         changes=shown,
         change_axis=_axis([change.change for change in shown]),
         num_changes=len(changes),
-        untested="" if unlabelled else join(_untested(predictions, result.data.classes), SHOWN_CLASSES),
+        untested=join(_untested(predictions, result.data.classes), SHOWN_CLASSES),
         shown_classes=SHOWN_CLASSES,
         num_lost=len(lost),
         num_won=len(won),
