@@ -19,7 +19,7 @@ GREYS = np.rint(255 * RAMP)
 
 
 def write_set(folder: Path, values: np.ndarray, ending: str, num_images: int = 6) -> Path:
-    """Two classes of equal images; the last of each is darker, so that no image says what is white by itself."""
+    """Two classes of equal images; the last of each is darker: no image says what is white by itself."""
     for name in "ab":
         (folder / name).mkdir(parents=True)
         for i in range(num_images):

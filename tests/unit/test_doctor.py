@@ -5,9 +5,9 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
-from PIL import Image
 import timm
 import torch
+from PIL import Image
 from torch import nn
 
 from stepwell.commands import doctor

@@ -125,8 +125,8 @@ def test_masks_in_a_folder_of_their_own(tmp_path, masks):
             write_image(tmp_path / name / "images" / f"{i}.png", i)
             write_image(tmp_path / name / masks / f"{i}.png", i)
     assert error_of(tmp_path) == (
-        f"{tmp_path / 'a' / masks / '0.png'} may be a mask, by the name of its folder: pass --skip-names {masks} "
-        "to leave such folders out, or rename them if these are photographs"
+        f"{tmp_path / 'a' / masks / '0.png'} may be a mask, by the name of its folder: pass --skip-names "
+        f"{masks} to leave such folders out, or rename them if these are photographs"
     )
     data = resolve(tmp_path, skip_names=(masks,))
     assert sum(sizes(data)) == 12
@@ -143,8 +143,8 @@ def test_masks_beside_their_images(tmp_path):
     for i in range(6):
         write_image(tmp_path / "a" / f"{i:04d}_mask_1.png", i)
     assert error_of(tmp_path) == (
-        f"6 images such as {tmp_path / 'a' / '0000_mask_1.png'} may be masks, by their names: pass --skip-names "
-        "'*_mask*.png' to leave them out, or rename photographs"
+        f"6 images such as {tmp_path / 'a' / '0000_mask_1.png'} may be masks, by their names: pass "
+        "--skip-names '*_mask*.png' to leave them out, or rename photographs"
     )
     assert sum(sizes(resolve(tmp_path, skip_names=("*_mask*.png",)))) == 12
 
@@ -198,7 +198,7 @@ TABLES = {
 )
 def test_labels_in_a_table(tmp_path, capsys, name, below):
     files = write_flat(tmp_path / below)
-    rows = [(file, "cat dog cow".split()[i % 3]) for i, file in enumerate(files)]
+    rows = [(file, ["cat", "dog", "cow"][i % 3]) for i, file in enumerate(files)]
     (tmp_path / below / name).write_text(TABLES[name](rows), encoding="utf-8")
     data = resolve(tmp_path)
     assert data.classes == ("cat", "cow", "dog")
@@ -236,10 +236,6 @@ def test_one_table_for_images_in_a_folder_of_their_own(tmp_path):
             "gives 000.png two labels, a and b: one class for each image",
         ),
         ("file_name,label\n" + "".join(f"{i:03d}.png,{i / 7}\n" for i in range(12)), "holds numbers such as"),
-        (
-            "file_name,label\n" + "".join(f"{i:03d}.png,c{i}\n" for i in range(12)),
-            "gives every image a class of",
-        ),
     ],
 )
 def test_tables_that_cannot_be_used(tmp_path, text, message):

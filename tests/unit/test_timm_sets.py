@@ -144,7 +144,8 @@ def test_columns_that_are_asked_for(capsys):
     with pytest.raises(DataError) as caught:
         columns(features, image_column="imag")
     assert str(caught.value) == (
-        "--image-column imag: hfds/a has no such column (did you mean image?); its columns are image, label, breed"
+        "--image-column imag: hfds/a has no such column (did you mean image?); its columns are image, "
+        "label, breed"
     )
 
 
@@ -153,12 +154,13 @@ def test_columns_that_are_asked_for(capsys):
     [
         (
             {"left": Image(), "right": Image(), "label": ClassLabel()},
-            "say which column of hfds/a to read with --image-column: left, right would do; its columns are left, "
-            "right, label",
+            "say which column of hfds/a to read with --image-column: left, right would do; its columns are "
+            "left, right, label",
         ),
         (
             {"image": Image(), "caption": Value("string")},
-            "say which column of hfds/a to read with --label-column: none would do; its columns are image, caption",
+            "say which column of hfds/a to read with --label-column: none would do; its columns are image, "
+            "caption",
         ),
     ],
 )
