@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -53,6 +54,8 @@ def test_twelve_bits_are_seen_alike_in_training_and_by_predict(tmp_path, capsys,
     white = tmp_path / "white.png"
     Image.fromarray(pixels * 15).save(white)
     assert "but 4095 is white; --white-level sets another" in fails("predict", run, white)
+    stepwell("predict", run, white, "--white-level", 4095 * 15)
+    assert capsys.readouterr().out.split(maxsplit=1)[1].strip() == answers[0]
 
 
 def test_predict_says_what_it_took_for_white(teacher, tmp_path, capsys):
@@ -89,3 +92,8 @@ def test_latin_1_from_folder_to_predict(tmp_path: Path, capsys, monkeypatch):
     out = capsys.readouterr().out
     assert out.startswith(f"{tmp_path}/Bilder für/test/Säge/0.png  ")
     assert out.count("Säge") == 2
+    ascii_only = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", ascii_only)
+    stepwell("predict", run / "c", os.fsdecode(image), "--top", 3)
+    ascii_only.flush()
+    assert ascii_only.buffer.getvalue().count(rb"S\xe4ge") == 2

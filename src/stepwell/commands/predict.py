@@ -31,7 +31,7 @@ def run(config: PredictConfig) -> str:
     pixels = []
     for file in config.images:
         try:
-            pixels.append(transform(_open(file, card.input.white_level)))
+            pixels.append(transform(_open(file, config.white_level or card.input.white_level)))
         except FileNotFoundError:
             raise DataError(f"no image {file}") from None
         except Exception as error:  # decoders raise nearly anything on broken bytes

@@ -9,6 +9,7 @@ Read only where no class folders say the labels; what is not understood is said 
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -46,22 +47,16 @@ def labels_from_tables(folder: Path, keys: Sequence[str], is_split: bool) -> lis
     Raises:
         DataError: A table is damaged, names only a part of the images, or contradicts itself.
     """
-    places = [(folder, True), *([(folder.parent, False)] if is_split else [])]
-    unread: list[Path] = []
-    for place, only_for_this in places:
-        for path in _tables_in(place, folder.name if not only_for_this else None):
-            if not _is_known(path, folder.name):
-                unread.append(path)
-                continue
-            table = _read(path)
-            found = None if table is None else _labels(table, folder, keys)
-            if found is not None:
-                say(f"labels are read from {path}")
-                return found
-            unread.append(path)
-    if unread:
+    files = _tables_in(folder) + (_tables_in(folder.parent) if is_split else [])
+    for path in files:
+        table = _read(path) if _is_known(path, folder.name) else None
+        found = None if table is None else _labels(table, folder, keys)
+        if found is not None:
+            say(f"labels are read from {path}")
+            return found
+    if files:
         say(
-            f"not read: {', '.join(map(str, unread[:3]))}; labels in a table are read from labels.csv or "
+            f"not read: {', '.join(map(str, files[:3]))}; labels in a table are read from labels.csv or "
             "metadata.csv, columns file_name and label"
         )
     return None
@@ -69,18 +64,14 @@ def labels_from_tables(folder: Path, keys: Sequence[str], is_split: bool) -> lis
 
 def say_that_folders_win(folder: Path) -> None:
     """One line where a table lies beside class folders."""
-    for path in _tables_in(folder, None):
-        if path.stem.lower() in ("metadata", "labels"):
+    for path in _tables_in(folder):
+        if is_table(path.name):
             say(f"{path} is not read: the names of the folders are the classes")
 
 
-def _tables_in(place: Path, split: str | None) -> list[Path]:
-    """Files that may say labels; those made for it first."""
-    try:
-        files = sorted(path for path in place.iterdir() if path.suffix.lower() in (*_ENDINGS, *_UNREAD))
-    except OSError:
-        return []
-    return sorted(files, key=lambda path: not _is_known(path, split or ""))
+def _tables_in(folder: Path) -> list[Path]:
+    """Files that may say labels."""
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in (*_ENDINGS, *_UNREAD))
 
 
 def is_table(key: str) -> bool:
@@ -90,12 +81,8 @@ def is_table(key: str) -> bool:
 
 def _is_known(path: Path, split: str) -> bool:
     stem = path.stem.lower()
-    return path.suffix.lower() in _ENDINGS and stem in (
-        "metadata",
-        "labels",
-        split.lower(),
-        f"{split}_labels",
-    )
+    names = ("metadata", "labels", split.lower(), f"{split.lower()}_labels")
+    return path.suffix.lower() in _ENDINGS and stem in names
 
 
 def _read(path: Path) -> Table | None:
@@ -129,12 +116,12 @@ def _column(columns: Iterable[str], known: Sequence[str]) -> str | None:
 def _csv(text: str) -> list[dict[str, object]]:
     header = text.partition("\n")[0]
     delimiter = max(",;\t", key=header.count)
-    rows = csv.DictReader(text.splitlines(), delimiter=delimiter)
+    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
     return [{key: value for key, value in row.items() if key is not None} for row in rows]
 
 
 def _json_lines(text: str) -> list[dict[str, object]]:
-    records = [json.loads(line) for line in text.splitlines() if line.strip()]
+    records = [json.loads(line) for line in text.split("\n") if line.strip()]
     if not all(isinstance(record, dict) for record in records):
         raise ValueError("a line is no JSON object")
     return records
