@@ -143,7 +143,7 @@ def test_floats_beside_integers(tmp_path):
 
 
 def test_an_image_beyond_white_is_refused_not_clipped():
-    image = Image.fromarray(np.uint16([[0, 60000]]))
+    image = Image.fromarray(np.array([[0, 60000]], np.uint16))
     with pytest.raises(DataError) as caught:
         to_8_bits(image, 4095)
     assert str(caught.value) == (

@@ -39,7 +39,7 @@ _PHOTO_FOLDERS = frozenset((
     "originals",
 ))  # fmt: skip
 _MASK_FILE = re.compile(
-    r"(.+?)([ _-]+(?:mask|seg|segmentation|gt|groundtruth|annotation|label)s?)(?:[ _-]*\d+)?", re.IGNORECASE
+    r"([ _-]+(?:mask|seg|segmentation|gt|groundtruth|annotation|label)s?)(?:[ _-]*\d+)?\.\w+$", re.IGNORECASE
 )
 
 
@@ -142,28 +142,27 @@ def check_no_masks(folder: Path, keys: Sequence[str]) -> None:
     Raises:
         DataError: Says how to leave them out.
     """
-    top = {key.split("/", 1)[0] for key in keys if "/" in key}
+    folders = {key.rpartition("/")[0] for key in keys}
+    top = {each.split("/", 1)[0] for each in folders}
     mask_folders, photos = _named(top, _MASK_FOLDERS), _named(top, _PHOTO_FOLDERS)
     if mask_folders and photos:
         raise DataError(
             f"{folder} holds {photos[0]}/ beside {mask_folders[0]}/: masks are no class; sort the images "
             f"into a folder for each class, or pass {folder / photos[0]} alone"
         )
-    below = {part for key in keys for part in key.split("/")[1:-1]}
+    below = {part for each in folders for part in each.split("/")[1:]}
     if inner := _named(below, _MASK_FOLDERS):
         example = next(key for key in keys if inner[0] in key.split("/")[1:-1])
         raise DataError(
             f"{folder / example} may be a mask, by the name of its folder: pass --skip-names {inner[0]} to "
             "leave such folders out, or rename them if these are photographs"
         )
-    stems = {os.path.splitext(key)[0] for key in keys}
-    masks = [
-        (key, match.group(2))
-        for key in keys
-        if (match := _MASK_FILE.fullmatch(os.path.splitext(key)[0])) and match.group(1) in stems
-    ]
+    named = [key for key in keys if _MASK_FILE.search(key)]
+    stems = {os.path.splitext(key)[0] for key in keys} if named else set[str]()
+    masks = [key for key in named if _MASK_FILE.split(key)[0] in stems]
     if masks:
-        key, suffix = masks[0]
+        key = masks[0]
+        _, suffix, _ = _MASK_FILE.split(key)
         raise DataError(
             f"{len(masks)} images such as {folder / key} may be masks, by their names: pass --skip-names "
             f"'*{suffix}*{os.path.splitext(key)[1]}' to leave them out, or rename photographs"
