@@ -57,6 +57,9 @@ COMMANDS: dict[str, tuple[type[Options], str]] = {
 
 def main(argv: Sequence[str]) -> int:
     """Run one command; returns the exit code: 0, 2 for an error of the user's, 130 when interrupted."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Names of folders and classes may hold what a terminal cannot show; that must not cost the answer.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return _run(argv)
     except StepwellError as error:

@@ -33,7 +33,7 @@ PUBLIC = {"Compressed", "StepwellError", "__version__", "compress", "load"}
 
 TRAINING = {
     "--augment", "--batch-size", "--clip-norm", "--data", "--data-root", "--device", "--epochs",
-    "--image-size", "--lr",
+    "--image-column", "--image-size", "--label-column", "--lr", "--skip-names", "--white-level",
     "--minutes", "--model-args", "--optimizer", "--out", "--precision", "--schedule", "--seed",
     "--class-order", "--selection-data",
     "--skip-bad-images", "--threads", "--warmup", "--weight-decay", "--workers", "--config",
@@ -59,7 +59,7 @@ FLAGS = {
     "doctor": COMPRESS,
     "inspect": {"--all", "--json", "--teacher"},
     "export": {"--all", "--format", "--keep", "--out", "--teacher"},
-    "predict": {"--teacher", "--top"},
+    "predict": {"--teacher", "--top", "--white-level"},
     "demo": {"--device", "--effort", "--out", "--seed"},
 }  # fmt: skip
 

@@ -1,6 +1,7 @@
 """What a batch holds: the right pixels, the right labels, and the same again for the same seed."""
 
 import math
+import os
 import random
 from pathlib import Path
 
@@ -101,17 +102,19 @@ def test_small_images_of_the_right_size_are_not_cropped():
     assert torch.equal(eval_transform(COLOUR)(image), torch.from_numpy(np.array(image)).permute(2, 0, 1))
 
 
-@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L", "1", "CMYK", "I;16"])
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "P", "L", "1", "CMYK", "I;16"])
 @pytest.mark.parametrize("spec", [COLOUR, InputSpec((32, 32), 1, (0.5,), (0.5,))])
 def test_every_kind_of_file_loads(tmp_path, mode, spec):
     image = photo(32, 32)
     grey = np.array(image.convert("L"))
     if mode == "I;16":
-        Image.fromarray(grey.astype(np.uint16) * 256).save(tmp_path / "0.png")
+        Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "0.png")
+    elif mode == "PA":  # which no format writes
+        image.convert("P").save(tmp_path / "0.png", transparency=bytes(range(256)))
     else:
         image.convert(mode).save(tmp_path / ("0.tif" if mode == "CMYK" else "0.png"))
     key = next(tmp_path.iterdir()).name
-    pixels = eval_transform(spec)(ImageSet((key,), (0,), FolderReader(tmp_path)).open(0))
+    pixels = eval_transform(spec)(ImageSet((key,), (0,), FolderReader(tmp_path), 65535).open(0))
     assert pixels.shape == (spec.channels, 32, 32)
     if mode != "1":
         # A palette of 256 colours is the coarsest of these.
@@ -343,6 +346,36 @@ def test_lazy_images_equal_those_in_memory(tmp_path, monkeypatch, augment):
     assert images.cache == {}
     assert all(torch.equal(train[i], lazy[i]) for i in range(8))
     assert all(torch.equal(evaluated[i], lazy_evaluated[i]) for i in range(8))
+
+
+@pytest.mark.brings(
+    "machine",
+    "small shared memory (a container's 64 MB)",
+    "Workers send images through pipes, so training runs as it does elsewhere.",
+)
+def test_workers_need_no_shared_memory(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise RuntimeError("unable to allocate shared memory(shm): No space left on device (28)")
+
+    monkeypatch.setattr(feed, "MEMORY_LIMIT", 0)
+    for name in ("_share_fd_cpu_", "_share_filename_cpu_"):
+        monkeypatch.setattr(torch.UntypedStorage, name, refuse)  # forked workers have it too
+    images = image_set(tmp_path)
+    batches = list(EvalBatches(images, COLOUR, options(workers=1), CPU))
+    expected = [int(np.asarray(images.open(i), dtype=np.int64).sum()) for i in range(10)]
+    mean, std = (np.array(each)[:, None, None] for each in (COLOUR.mean, COLOUR.std))
+    found = [int(np.rint((pixels.numpy() * std + mean) * 255).sum()) for b in batches for pixels in b.images]
+    assert found == expected
+
+
+def test_a_worker_that_dies_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(feed, "MEMORY_LIMIT", 0)
+    monkeypatch.setattr(FolderReader, "open", lambda self, key: os._exit(1))
+    with pytest.raises(DataError) as caught:
+        list(EvalBatches(image_set(tmp_path), COLOUR, options(workers=1), CPU))
+    line = str(caught.value)
+    assert line.startswith("the processes that decode images failed (DataLoader worker (pid")
+    assert line.endswith("fewer --workers need less memory, and with --workers 0 the run itself decodes")
 
 
 def test_workers_change_nothing(tmp_path):

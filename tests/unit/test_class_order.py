@@ -14,7 +14,7 @@ from stepwell.config.commands import CompressConfig
 from stepwell.data import splits
 from stepwell.data.batches import EvalBatches
 from stepwell.data.class_names import in_order_of, read_class_order, usual_orders
-from stepwell.data.sources import Found
+from stepwell.data.found import Found
 from stepwell.data.splits import Data, in_order, relabelled, resolve_data
 from stepwell.errors import DataError
 from stepwell.models.teacher import Teacher, teacher_from_module

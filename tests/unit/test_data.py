@@ -1,16 +1,12 @@
 """Which images land in which split, and what each unusable folder is told."""
 
 import os
-import struct
 from pathlib import Path
-from types import MappingProxyType, SimpleNamespace
 
-import numpy as np
 import pytest
 from PIL import Image
 
 from stepwell.config.options import DataOptions
-from stepwell.data import sources
 from stepwell.data.splits import Data, resolve_data
 from stepwell.errors import DataError
 
@@ -77,14 +73,47 @@ def test_val_is_the_test_split_where_there_is_no_test(tmp_path, name):
     assert len(data.test) == 4
 
 
-def test_test_comes_before_val(tmp_path):
+@pytest.mark.brings(
+    "folder",
+    "`train/`, `val/` (or `validation/`, `valid/`) and `test/`",
+    "The validation images choose the assistant; training images stay whole.",
+)
+@pytest.mark.parametrize("name", ["val", "validation", "valid"])
+def test_val_beside_test_selects(tmp_path, name):
     write_classes(tmp_path / "train")
-    write_classes(tmp_path / "val", num_images=2)
+    write_classes(tmp_path / name, num_images=2)
     write_classes(tmp_path / "test", num_images=3)
     data = resolve(tmp_path)
-    assert data.test_from == "test/"
-    assert len(data.test) == 6
-    assert len(data.train) + len(data.selection) == 40
+    assert (data.test_from, data.selection_from) == ("test/", f"{name}/")
+    assert sizes(data) == (40, 4, 6)
+    assert data.selection.reader.identity(data.selection.keys[0]) == str(tmp_path / name / "a" / "0000.png")
+
+
+def test_selection_data_wins_over_val(tmp_path, capsys):
+    write_classes(tmp_path / "data" / "train")
+    write_classes(tmp_path / "data" / "val", num_images=2)
+    write_classes(tmp_path / "data" / "test", num_images=3)
+    write_classes(tmp_path / "more", num_images=4)
+    data = resolve(tmp_path / "data", selection_data=tmp_path / "more")
+    assert sizes(data) == (40, 8, 6)
+    told = f"not read: val/ of {tmp_path / 'data'}, since --selection-data was given"
+    assert told in capsys.readouterr().err
+
+
+def test_two_validation_folders(tmp_path):
+    for name in ("train", "val", "valid", "test"):
+        write_classes(tmp_path / name, num_images=2)
+    assert (
+        error_of(tmp_path) == f"{tmp_path} holds val, valid: leave one of them, or move their images together"
+    )
+
+
+def test_folders_beside_train_that_are_not_read_are_named(tmp_path, capsys):
+    for name in ("train", "eval", "holdout"):
+        write_classes(tmp_path / name, num_images=4)
+    assert resolve(tmp_path).test_from == "a tenth by hash of the file name"
+    told = f"not read: eval, holdout in {tmp_path}; of its folders train, val and test are"
+    assert told in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("below", ["", "train"])
@@ -267,14 +296,34 @@ def test_test_classes_differ(tmp_path):
     write_classes(tmp_path / "test", "ax")
     message = error_of(tmp_path)
     assert f"the classes of {tmp_path / 'test'} are not those of the training images" in message
-    assert "it lacks b, c, d and 1 more and adds x" in message
+    assert message.endswith("it adds x; rename or remove them")
+
+
+@pytest.mark.brings(
+    "folder",
+    "a class without images in `test/` or `val/`",
+    "A warning names it, and the report lists it as untested.",
+)
+@pytest.mark.parametrize("empty_folder", [True, False])
+def test_a_class_that_test_lacks_is_a_warning(tmp_path, capsys, empty_folder):
+    write_classes(tmp_path / "train", "abc")
+    write_classes(tmp_path / "test", "c", num_images=3)
+    if empty_folder:
+        (tmp_path / "test" / "a").mkdir()
+    data = resolve(tmp_path)
+    assert data.classes == ("a", "b", "c")
+    assert data.test.labels == (2, 2, 2)
+    told = f"warning: no image of class a, b in {tmp_path / 'test'}: nothing is known of it there"
+    assert told in capsys.readouterr().err
 
 
 def test_classes_in_one_split_only(tmp_path):
     write_classes(tmp_path / "train")
     write_image(tmp_path / "test" / "x.png")
     message = error_of(tmp_path)
-    assert message.startswith(f"the training images lie in class folders but {tmp_path / 'test'} do not")
+    assert message == (
+        f"the training images have labels but {tmp_path / 'test'} does not: give both labels, or neither"
+    )
 
 
 def test_splits_without_train(tmp_path):
@@ -352,89 +401,6 @@ def test_skip_bad_images_that_leaves_a_class_empty(tmp_path):
     (tmp_path / "c" / "bad.png").write_bytes(b"no png")
     message = error_of(tmp_path, skip_bad_images=True)
     assert message.startswith(f"no image of class c beside {tmp_path / 'c' / 'bad.png'} can be decoded")
-
-
-# --- data sets of timm
-
-
-def write_mnist(root: Path, num_train: int = 100, num_test: int = 12) -> None:
-    folder = root / "MNIST" / "raw"
-    folder.mkdir(parents=True)
-    for name, count in (("train", num_train), ("t10k", num_test)):
-        pixels = np.arange(count * 28 * 28, dtype=np.uint32).astype(np.uint8)
-        header = struct.pack(">4i", 2051, count, 28, 28)
-        (folder / f"{name}-images-idx3-ubyte").write_bytes(header + pixels.tobytes())
-        labels = np.arange(count, dtype=np.uint8) % 10
-        (folder / f"{name}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 2049, count) + labels.tobytes())
-
-
-def test_torch_mnist(tmp_path):
-    write_mnist(tmp_path)
-    data = resolve("torch/mnist", data_root=tmp_path)
-    assert data.classes[:2] == ("0 - zero", "1 - one")
-    assert data.test_from == "test"
-    assert data.test.keys == tuple(str(i) for i in range(12))
-    assert data.test.labels == (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1)
-    assert len(data.train) + len(data.selection) == 100
-    assert len(data.selection) >= 1
-    assert data.train.labels == tuple(int(key) % 10 for key in data.train.keys)
-    image = data.test.open(3)
-    assert image.size == (28, 28)
-    assert image.getpixel((1, 0)) == (3 * 784 + 1) % 256
-
-
-def test_torch_data_that_is_not_there(tmp_path):
-    message = error_of("torch/cifar10", data_root=tmp_path)
-    assert message.startswith(
-        f"cannot open the train split of torch/cifar10 in {tmp_path} (Dataset not found"
-    )
-    assert message.endswith("pass the folder that holds it as --data-root")
-    assert error_of("torch/cifar10") == "say where torch/cifar10 lies on disk: --data-root DIR"
-    assert error_of("torch/cifar1") == "unknown data set torch/cifar1 (did you mean cifar10?)"
-
-
-@pytest.mark.parametrize("source", ["wds/imagenet", "tfds/mnist", "hfids/beans"])
-def test_streams(source):
-    assert error_of(source).startswith(f"streams are not supported yet: {source}; unpack it to a folder")
-
-
-def test_hugging_face_without_its_package(monkeypatch):
-    monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: None)
-    assert error_of("hfds/beans") == "hfds/beans needs the package datasets: pip install datasets"
-
-
-def test_hugging_face_takes_the_first_split_with_labels(monkeypatch):
-    """A stand-in for timm's reader: `test` is there but unlabelled, as in ImageNet."""
-    labels = {"train": [i % 3 for i in range(60)], "test": [-1] * 5, "validation": [0, 1, 2]}
-    opened = []
-
-    class Rows:
-        label_key = "label"
-        class_to_idx = MappingProxyType({"cat": 1, "ant": 0, "dog": 2})
-
-        def __init__(self, split):
-            self.dataset = Table(label=labels[split])
-
-    class Table(dict):
-        info = SimpleNamespace(splits=dict.fromkeys(labels))
-
-    def create_dataset(name, root, split, download):
-        assert not download
-        opened.append(split)
-        return SimpleNamespace(reader=Rows(split))
-
-    monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr("timm.data.dataset_factory.create_dataset", create_dataset)
-    data = resolve("hfds/some/animals")
-    assert data.classes == ("ant", "cat", "dog")
-    assert data.test_from == "validation"
-    assert data.test.labels == (0, 1, 2)
-    assert opened == ["train", "test", "validation"]
-    del labels["test"], labels["validation"]
-    Table.info.splits = {"train": None}
-    data = resolve("hfds/some/animals")
-    assert data.test_from == "a tenth by hash of the file name"
-    assert sum(sizes(data)) == 60
 
 
 def test_a_folder_that_is_called_like_a_data_set_of_timm(tmp_path, monkeypatch):

@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
+from PIL import Image
 from torch import nn
 
 from stepwell.commands import doctor
 from stepwell.config.commands import CompressConfig
 from stepwell.data.spec import InputSpec
+from stepwell.data.splits import resolve_data
 from stepwell.errors import ConfigError
 from stepwell.losses.choose import memory_bytes
 from stepwell.losses.crd import CRD
@@ -125,6 +127,22 @@ def test_memory_knows_the_rotations_of_sskd():
 
     weights = 20 * sum(p.numel() for p in model.parameters())  # teacher, store, gradients, AdamW
     assert memory(feature_loss="sskd") - weights == pytest.approx(4 * (memory() - weights), rel=0.15)
+
+
+def test_doctor_says_where_images_come_from(tmp_path):
+    for split, num_images in (("train", 5), ("val", 2), ("test", 3)):
+        for name, more in (("ant", 0), ("bee", 1)):
+            for i in range(num_images + more):
+                file = tmp_path / split / name / f"{i}.png"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                Image.new("L", (8, 8), 200).save(file)
+    assert doctor._images(resolve_data(CompressConfig(data=str(tmp_path)))) == [
+        f"images: {tmp_path}",
+        "  11 to train on",
+        "  5 to choose the assistant on (val/)",
+        "  7 to test on (test/)",
+        "  2 classes with 5 to 6 training images each",
+    ]
 
 
 def test_doctor_says_that_four_views_take_the_memory_of_four_times_as_many_images():

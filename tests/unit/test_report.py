@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -231,6 +233,23 @@ def test_a_thousand_classes_show_the_ends_of_the_list(write):
     assert f"of {num_present} classes, the worst 15 and the best 15 are shown" in page.text
     assert page.values("class").count("bar") == 30
     assert len(page.values("src")) == report.MAX_THUMBNAILS
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_classes_without_a_test_image_are_listed(write):
+    predictions = make_predictions(500, 10)
+    text = Page(write(make_result(), predictions)).text
+    assert "No test image" not in text
+    predictions = replace(predictions, labels=predictions.labels.clip(0, 7))
+    text = Page(write(make_result(), predictions)).text
+    assert "No test image: ship, truck. Nothing is known of how well these classes are told apart." in text
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_names_of_images_in_old_encodings(write):
+    predictions = make_predictions(500, 10)
+    keys = [os.fsdecode(b"S\xe4ge/%d.jpg" % i) for i in range(500)]
+    assert "Säge/" in write(make_result(), replace(predictions, keys=keys))
 
 
 def test_a_rule_that_is_nowhere_defined_and_an_assistant_set_by_hand(write):

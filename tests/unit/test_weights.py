@@ -528,7 +528,7 @@ def test_training_starts_from_the_weights_that_are_asked_for(tmp_path: Path, sai
     args = {name: str(value) for name, value in ARGS.items() if name != "num_classes"}
     for key, expected in ((None, AVERAGED), ("model", RAW)):
         config = TrainConfig(model="vit_tiny_patch16_224", model_args=args, weights=file, weights_key=key)
-        model = _start(config, 5)
+        model = _start(config, 5)[0]
         assert is_filled_with(model, expected)
         assert "taken is model" in said()
 

@@ -6,6 +6,7 @@ the candidates assume that all layers matter alike, which scoring will correct.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import nn
 
 from stepwell.config.commands import CompressConfig
 from stepwell.config.own_code import is_own_code
-from stepwell.data.sources import join
+from stepwell.data.folders import join
 from stepwell.data.spec import InputSpec
 from stepwell.data.splits import Data, resolve_data
 from stepwell.errors import DataError
@@ -54,6 +55,7 @@ def run(config: CompressConfig) -> str:
     data = resolve_data(config) if config.data else None
     teacher = _model(config, data)
     spec = with_image_size(teacher.spec, teacher.model, config.image_size)
+    spec = spec.for_images(data.white_level if data else None)
     teacher, class_lines = _classes(replace(teacher, spec=spec), data, config)
     model = teacher.model
     if teacher.is_own_module:
@@ -79,6 +81,7 @@ def run(config: CompressConfig) -> str:
         f"  can be cut: {_cut(groups)}",
         f"  stays whole: {_whole(model, groups)}",
         *_normed(groups),
+        *_images(data),
         "",
         _table(groups, candidates, skeletons, model, spec),
         *_student_line(config, student, model, spec),
@@ -124,6 +127,28 @@ def _classes(teacher: Teacher, data: Data | None, config: CompressConfig) -> tup
         return teacher, [f"warning: {error}"]
     order = [f"classes, as the teacher numbers them: {join(data.classes, most=12)}"] if data.labelled else []
     return teacher, [*order, *teacher.notes]
+
+
+def _images(data: Data | None) -> list[str]:
+    """How many images each split has and where it comes from, and how large the classes are."""
+    if data is None:
+        return []
+    lines = [
+        f"images: {data.source}",
+        f"  {len(data.train):,} to train on",
+        f"  {len(data.selection):,} to choose the assistant on ({data.selection_from})",
+        f"  {len(data.test):,} to test on ({data.test_from})",
+    ]
+    if data.labelled:
+        counts = Counter(data.train.labels)
+        fewest, most = min(counts.values()), max(counts.values())
+        each = f"{most:,}" if fewest == most else f"{fewest:,} to {most:,}"
+        lines.append(f"  {len(data.classes):,} classes with {each} training images each")
+    else:
+        lines.append("  without labels")
+    if data.white_level is not None:
+        lines.append(f"  white is {data.white_level:g}")
+    return lines
 
 
 def _model(config: CompressConfig, data: Data | None) -> Teacher:

@@ -144,5 +144,7 @@ class PredictConfig(Options):
     """Image files."""
     top: Count = 3
     """How many classes to name per image."""
+    white_level: Positive | None = None
+    """Value of white in images of more than 8 bits or of floats; that of the training images if not given."""
     teacher: str = ""
     """FILE.py:FACTORY that builds the full-width model, where it is not timm's."""

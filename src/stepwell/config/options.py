@@ -47,14 +47,24 @@ class DataOptions(Options):
 
     data: str = ""
     """Image folder (train/CLASS/* with val/ and/or test/, or one folder of classes, or a flat folder of
-    unlabelled images), or a data set of timm such as torch/cifar10 or hfds/NAME."""
+    images with metadata.csv or without labels), or a data set of timm such as torch/cifar10 or hfds/NAME."""
     data_root: Path | None = None
     """Where a data set of timm lies on disk (torch/cifar10 and the like)."""
     selection_data: Path | None = None
-    """A folder of classes to choose the assistant on, instead of a tenth of the training images."""
+    """A folder of classes to choose the assistant on, instead of val/ beside test/, or of a tenth of the
+    training images."""
     class_order: Path | None = None
     """A file with the names of the classes in the teacher's order, one a line, where that is not found out
     by names or by trying the usual orders; `train` numbers the classes in this order."""
+    image_column: str | None = None
+    """Column of the images in hfds/NAME; found by its type if not given."""
+    label_column: str | None = None
+    """Column of the labels in hfds/NAME; found by its type if not given."""
+    white_level: Positive | None = None
+    """Value of white in images of more than 8 bits or of floats, such as 4095 for 12 bits; found on the
+    training images if not given."""
+    skip_names: tuple[str, ...] = ()
+    """Names of folders and files to leave out, such as masks or '*_mask.png'."""
     skip_bad_images: bool = False
     """Leave out images that cannot be decoded, and count them, instead of stopping at the first."""
     augment: Augment = "auto"

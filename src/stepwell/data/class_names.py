@@ -11,8 +11,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from stepwell.data.folders import join
 from stepwell.data.images import one_line
-from stepwell.data.sources import join
 from stepwell.errors import DataError
 
 WAY_OUT = (

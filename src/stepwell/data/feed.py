@@ -7,12 +7,13 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from stepwell.config.options import DataOptions
-from stepwell.data.images import ImageSet, in_threads, num_cpus
+from stepwell.data.images import ImageSet, in_threads, num_cpus, one_line
 from stepwell.data.randomness import seeded
 from stepwell.data.spec import InputSpec
 from stepwell.data.transforms import Transform, eval_transform
@@ -58,15 +59,21 @@ class Feed:
             worker_init_fn=_use_real_stderr,
             generator=torch.Generator(),  # otherwise every epoch would draw from the global generator
         )
-        with warnings.catch_warnings():
-            # Python 3.12 warns of every fork beside threads; workers only decode and take no lock of theirs.
-            warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
-            batches = iter(loader)
+        batches: Iterator[_Sent | Tensor] | None = None
         try:
-            for pixels in batches:
-                if isinstance(pixels, str):
-                    raise DataError(pixels)
-                yield pixels
+            with warnings.catch_warnings():
+                # Python 3.12 warns of every fork beside threads; workers only decode and take no lock.
+                warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
+                batches = iter(loader)
+            for sent in batches:
+                yield sent if isinstance(sent, Tensor) else sent.unpacked()
+        except (RuntimeError, OSError) as error:
+            if self._num_workers == 0 or "out of memory" in str(error):
+                raise
+            raise DataError(
+                f"the processes that decode images failed ({one_line(error)[:200]}): fewer --workers need "
+                "less memory, and with --workers 0 the run itself decodes"
+            ) from None
         finally:
             del batches  # ends the workers now, even if a traceback keeps this frame
 
@@ -94,11 +101,37 @@ class _Items(Dataset[Tensor | str]):
             return self.transform(image)
 
 
-def _stack(items: list[Tensor | str]) -> Tensor | str:
+@dataclass(frozen=True)
+class _Sent:
+    """What a worker sends: pixels, or what is wrong with an image.
+
+    A plain array goes through a pipe. A tensor would go through shared memory, of which containers often have
+    64 MB: where it ran out, workers died and the run waited for them for ever.
+    """
+
+    pixels: np.ndarray | None
+    message: str = ""
+
+    def unpacked(self) -> Tensor:
+        """The pixels as a tensor.
+
+        Raises:
+            DataError: An image was bad.
+        """
+        if self.pixels is None:
+            raise DataError(self.message)
+        return torch.from_numpy(self.pixels)
+
+    def pin_memory(self) -> _Sent | Tensor:
+        """Called by torch, in a thread of its own, where batches go on to a GPU."""
+        return self if self.pixels is None else self.unpacked().pin_memory()
+
+
+def _stack(items: list[Tensor | str]) -> _Sent:
     pixels = [item for item in items if isinstance(item, Tensor)]
     if len(pixels) == len(items):
-        return torch.stack(pixels)
-    return next(item for item in items if isinstance(item, str))
+        return _Sent(torch.stack(pixels).numpy())
+    return _Sent(None, next(item for item in items if isinstance(item, str)))
 
 
 def num_workers(options: DataOptions) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from PIL import Image
 
+from stepwell.data.depth import is_deep, to_8_bits
 from stepwell.errors import DataError
 from stepwell.run.progress import progress
 
@@ -23,6 +25,10 @@ class Reader(Protocol):
 
     def open(self, key: str) -> Image.Image:
         """Decode one image."""
+        ...
+
+    def deep(self, key: str) -> Image.Image | None:
+        """Decode one image if it has more than 8 bits a value; of others, no more than the header is read."""
         ...
 
     def identity(self, key: str) -> str:
@@ -43,6 +49,14 @@ class FolderReader:
             image.load()
         return image
 
+    def deep(self, key: str) -> Image.Image | None:
+        """Decode one file, if it has more than 8 bits a value."""
+        with Image.open(self.root / key) as image:
+            if not is_deep(image):
+                return None
+            image.load()
+        return image
+
     def identity(self, key: str) -> str:
         """The true path of the file."""
         return self.links.get(key) or os.path.join(self.root, key)
@@ -57,11 +71,21 @@ class TimmReader:
 
     def open(self, key: str) -> Image.Image:
         """Decode one row."""
-        image = self.rows[int(key)][0]
-        if not isinstance(image, Image.Image):
-            image = Image.open(image)
+        image = self._row(key)
         image.load()
         return image
+
+    def deep(self, key: str) -> Image.Image | None:
+        """Decode one row, if it has more than 8 bits a value."""
+        image = self._row(key)
+        if not is_deep(image):
+            return None
+        image.load()
+        return image
+
+    def _row(self, key: str) -> Image.Image:
+        image = self.rows[int(key)][0]
+        return image if isinstance(image, Image.Image) else Image.open(image)
 
     def identity(self, key: str) -> str:
         """Data set, split and index."""
@@ -76,25 +100,27 @@ class ImageSet:
         keys: Stable names such as `CLASS/0001.jpg`, relative to the split's folder.
         labels: Class index of each image; -1 means no label.
         reader: Opens an image by its key.
+        white_level: The value that is white in images of more than 8 bits or of floats; see depth.py.
         cache: Decoded images, by input size; filled by batches.py so that a run decodes them once.
     """
 
     keys: tuple[str, ...]
     labels: tuple[int, ...]
     reader: Reader = field(repr=False)
+    white_level: float | None = None
     cache: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def open(self, index: int) -> Image.Image:
-        """Decode one image.
+        """Decode one image, to 8 bits a value.
 
         Raises:
             DataError: It cannot be decoded; the message names the file.
         """
         try:
-            return self.reader.open(self.keys[index])
+            return to_8_bits(self.reader.open(self.keys[index]), self.white_level)
         except Exception as error:  # decoders raise nearly anything on broken bytes
             raise DataError(
                 f"cannot decode image {self.reader.identity(self.keys[index])} ({one_line(error)}): "
@@ -105,7 +131,7 @@ class ImageSet:
         """The images at `indices`, in that order."""
         indices = tuple(int(index) for index in indices)
         keys, labels = tuple(self.keys[i] for i in indices), tuple(self.labels[i] for i in indices)
-        return ImageSet(keys, labels, self.reader)
+        return ImageSet(keys, labels, self.reader, self.white_level)
 
 
 def num_cpus() -> int:
@@ -124,6 +150,23 @@ def in_threads(work: Callable[[int], T], count: int, title: str, num_threads: in
             for result in results:
                 yield result
                 advance("")
+
+
+def readable(name: str) -> str:
+    """The name of a file or folder as text that can be written anywhere, in one form.
+
+    Linux allows any bytes: what is no UTF-8 (Latin-1 of an old disk) comes as surrogates, which neither JSON
+    nor HTML holds. macOS takes accents apart, so the same name may be spelt in two ways.
+    """
+    return "/".join(unicodedata.normalize("NFC", _decoded(part)) for part in name.split("/"))
+
+
+def _decoded(part: str) -> str:
+    try:
+        part.encode()
+    except UnicodeEncodeError:
+        return os.fsencode(part).decode("latin-1")
+    return part
 
 
 def one_line(error: Exception) -> str:

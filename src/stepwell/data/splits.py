@@ -1,7 +1,8 @@
 """Which images: three disjoint splits of what the user gave.
 
-The selection split, on which the assistant is chosen, is always a tenth of the training images, unless the
-user names a folder; where the source has no test split, that is a tenth too. Who belongs to a tenth is
+The selection split, on which the assistant is chosen, is the validation split of a source that has a test
+split beside it, or a folder that the user names, or else a tenth of the training images; where the source has
+no test split, that is a tenth too. Who belongs to a tenth is
 decided by a hash of the image's own name: the same image lands in the same split in `train`, in `compress`,
 and after more images were added. What a source holds is in sources.py, how images are fed in batches.py.
 """
@@ -14,9 +15,13 @@ from hashlib import blake2b
 
 from stepwell.config.options import DataOptions
 from stepwell.data.class_names import in_order_of, read_class_order
-from stepwell.data.images import ImageSet, in_threads, num_cpus
-from stepwell.data.sources import check_same_classes, existing_folder, find, join, read_folder
+from stepwell.data.folders import existing_folder, images_like, join, read_folder
+from stepwell.data.found import Found
+from stepwell.data.images import ImageSet, in_threads, num_cpus, readable
+from stepwell.data.look import warn_if_dark, white_level_of
+from stepwell.data.sources import find
 from stepwell.errors import DataError
+from stepwell.run.progress import say
 
 __all__ = ["SELECTION_BY_HASH", "TEST_BY_HASH", "Data", "ImageSet", "in_order", "resolve_data"]
 
@@ -41,6 +46,7 @@ class Data:
         num_bad_images: Images left out because they cannot be decoded.
         fingerprint: Hash over all keys, labels and splits: equal means the same files, by name, with the same
             labels in the same splits.
+        white_level: The value of white in images of more than 8 bits; None where they have 8, or say it.
     """
 
     classes: tuple[str, ...]
@@ -52,6 +58,7 @@ class Data:
     selection_from: str
     num_bad_images: int
     fingerprint: str
+    white_level: float | None = None
 
     @property
     def labelled(self) -> bool:
@@ -65,22 +72,20 @@ def resolve_data(options: DataOptions) -> Data:
     Raises:
         DataError: The folder or data set cannot be used, or is too small; the message says what to do.
     """
-    found = find(options)
-    train, test, selection, selection_from = found.train, found.test, None, SELECTION_BY_HASH
-    if options.selection_data is not None:
-        selection_from = str(options.selection_data)
-        folder = existing_folder(options.selection_data, "--selection-data")
-        selection_classes, selection = read_folder(folder)
-        check_same_classes(found.classes, selection_classes, selection_from)
-        # A data set of timm numbers its classes as it likes, folders are numbered by their names.
-        selection = relabelled(selection, selection_classes, found.classes)
-    num_given = sum(len(images) for images in (train, test, selection) if images)
+    found = _with_selection_data(find(options), options)
+    source = readable(options.data)
+    white_level = options.white_level or white_level_of(found.train, source)
+    given = {"train": found.train, "test": found.test, "selection": found.selection}
+    given = {
+        name: replace(images, white_level=white_level) for name, images in given.items() if images is not None
+    }
+    num_given = sum(map(len, given.values()))
     if options.skip_bad_images:
         # Before anything is carved, so that every class is sure to keep an image that can be read.
-        train = _without_bad(train, found.classes)
-        test = test and _without_bad(test, found.classes)
-        selection = selection and _without_bad(selection, found.classes)
-    num_good = sum(len(images) for images in (train, test, selection) if images)
+        given = {name: _without_bad(images, found.classes, name) for name, images in given.items()}
+    num_good = sum(map(len, given.values()))
+    train, test, selection = given["train"], given.get("test"), given.get("selection")
+    warn_if_dark(train, source)
     if test is None:
         train, test = _carve(train, "test")
     if selection is None:
@@ -92,17 +97,18 @@ def resolve_data(options: DataOptions) -> Data:
         train=train,
         selection=selection,
         test=test,
-        source=options.data,
+        source=source,
         test_from=found.test_from or TEST_BY_HASH,
-        selection_from=selection_from,
+        selection_from=found.selection_from or SELECTION_BY_HASH,
         num_bad_images=num_given - num_good,
         fingerprint=_fingerprint(found.classes, splits),
+        white_level=white_level,
     )
     if options.class_order is None or not data.labelled:
         return data
-    given = read_class_order(options.class_order)
+    theirs = read_class_order(options.class_order)
     return in_order(
-        data, in_order_of(given, data.classes, f"--class-order {options.class_order}", data.source)
+        data, in_order_of(theirs, data.classes, f"--class-order {options.class_order}", data.source)
     )
 
 
@@ -134,6 +140,16 @@ def relabelled(images: ImageSet, before: Sequence[str], after: Sequence[str]) ->
     place = {name: i for i, name in enumerate(after)}
     # The cache of decoded images is the same: it knows no labels.
     return replace(images, labels=tuple(place[before[label]] for label in images.labels))
+
+
+def _with_selection_data(found: Found, options: DataOptions) -> Found:
+    if options.selection_data is None:
+        return found
+    if found.selection is not None:
+        say(f"not read: {found.selection_from} of {readable(options.data)}, since --selection-data was given")
+    folder = existing_folder(options.selection_data, "--selection-data")
+    selection = images_like(read_folder(folder, options.skip_names), found.classes)
+    return replace(found, selection=selection, selection_from=readable(str(options.selection_data)))
 
 
 def _carve(images: ImageSet, name: str) -> tuple[ImageSet, ImageSet]:
@@ -184,7 +200,7 @@ def _fingerprint(classes: Sequence[str], splits: Mapping[str, ImageSet]) -> str:
     return digest.hexdigest()
 
 
-def _without_bad(images: ImageSet, classes: Sequence[str]) -> ImageSet:
+def _without_bad(images: ImageSet, classes: Sequence[str], split: str) -> ImageSet:
     """Decode every image once and leave out those that fail."""
 
     def decodes(index: int) -> bool:
@@ -199,5 +215,8 @@ def _without_bad(images: ImageSet, classes: Sequence[str]) -> ImageSet:
     if lost := sorted(set(images.labels) - set(good.labels)):
         which = f"of class {join([classes[i] for i in lost])} " if classes else ""
         where = images.reader.identity(images.keys[images.labels.index(lost[0])])
-        raise DataError(f"no image {which}beside {where} can be decoded: add images that can")
+        text = f"no image {which}beside {where} can be decoded"
+        if split == "train" or not len(good):
+            raise DataError(f"{text}: add images that can")
+        say(f"warning: {text}: nothing is known of it in the {split} images")
     return good

@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from stepwell.config.options import Augment
+from stepwell.data.depth import is_deep
 from stepwell.data.spec import InputSpec
 
 SMALL = 64
@@ -149,8 +150,7 @@ def _timm_transform(spec: InputSpec, is_training: bool) -> object:
 
 
 def _with_channels(image: Image.Image, channels: int) -> Image.Image:
-    if image.mode.startswith("I"):  # 16-bit scans: Pillow would clip everything above 255 to white
-        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+    assert not is_deep(image)  # Pillow would clip; depth.py comes before
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # straight to RGB, Pillow warns
     mode = "L" if channels == 1 else "RGB"

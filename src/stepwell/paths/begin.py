@@ -47,7 +47,8 @@ def begin(
         teacher = load_teacher(
             config.teacher, config.teacher_weights, config.model_args, len(data.classes), config.weights_key
         )
-    teacher = replace(teacher, spec=with_image_size(teacher.spec, teacher.model, config.image_size))
+    spec = with_image_size(teacher.spec, teacher.model, config.image_size).for_images(data.white_level)
+    teacher = replace(teacher, spec=spec)
     # Every check comes before the folder is made.
     s = prepare(config, RunDir(config.out_dir, observer), teacher, data, student)
     if not (config.out_dir / "result.json").exists():

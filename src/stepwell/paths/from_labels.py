@@ -62,7 +62,7 @@ def train(config: TrainConfig) -> str:
     model, keeps_head = _start(config, len(data.classes))
     model = model.to(device)
     args = {"num_classes": len(data.classes), **parse_model_args(config.model_args)}
-    spec = with_image_size(input_spec(model, args), model, config.image_size)
+    spec = with_image_size(input_spec(model, args), model, config.image_size).for_images(data.white_level)
     check_runs(model, spec, config.model, "--image-size, or --model-args img_size=")
     check_trains(model, spec, config.model, min(config.batch_size, len(data.train)))
     if keeps_head and config.class_order is None:

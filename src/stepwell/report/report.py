@@ -20,6 +20,8 @@ import numpy as np
 from markupsafe import Markup
 from PIL import Image
 
+from stepwell.data.folders import join
+from stepwell.data.images import readable
 from stepwell.errors import RunDirError
 from stepwell.report import plots, wording
 from stepwell.report.result import Result
@@ -151,6 +153,7 @@ def _render(result: Result, predictions: TestPredictions, thumbnails: Callable[[
         changes=shown,
         change_axis=_axis([change.change for change in shown]),
         num_changes=len(changes),
+        untested=join(_untested(predictions, result.data.classes), SHOWN_CLASSES),
         shown_classes=SHOWN_CLASSES,
         num_lost=len(lost),
         num_won=len(won),
@@ -243,6 +246,12 @@ def _heat_maps(result: Result) -> list[_HeatMap]:
     return [_HeatMap(kind, rows) for kind, rows in kinds.items()]
 
 
+def _untested(predictions: TestPredictions, names: Sequence[str]) -> list[str]:
+    """Classes without a test image."""
+    count = np.bincount(predictions.labels, minlength=len(names))
+    return [names[i] for i, n in enumerate(count) if not n]
+
+
 def _class_changes(predictions: TestPredictions, names: Sequence[str]) -> list[_ClassChange]:
     """Accuracy per class, the largest loss first; classes without a test image are left out."""
     labels = predictions.labels
@@ -279,7 +288,7 @@ def _disagreement(
     ]
     small = max(image.size) < THUMBNAIL_SIZE
     truth = names[int(predictions.labels[i])]
-    return _Disagreement(predictions.keys[i], _data_uri(image), small, truth, said[0], said[1])
+    return _Disagreement(readable(predictions.keys[i]), _data_uri(image), small, truth, said[0], said[1])
 
 
 def _data_uri(image: Image.Image) -> str:

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from stepwell.config.options import DataOptions
 from stepwell.data.batches import EvalBatches
 from stepwell.data.class_names import WAY_OUT, in_order_of, read_class_order, usual_orders
+from stepwell.data.folders import join
 from stepwell.data.images import ImageSet
-from stepwell.data.sources import join
 from stepwell.data.spec import InputSpec
 from stepwell.data.splits import Data, in_order
 from stepwell.errors import DataError, ModelError

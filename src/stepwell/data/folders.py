@@ -1,0 +1,150 @@
+"""Images of one folder, and the class of each: folders named after classes, a table, or none.
+
+training_images    the classes are those that are there
+images_like        another split: the same classes in the same order; some may be missing, none added
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from stepwell.data import tables
+from stepwell.data.images import FolderReader, ImageSet, readable
+from stepwell.data.listing import check_no_masks, left_out, list_images, subfolders
+from stepwell.errors import DataError, did_you_mean
+from stepwell.run.progress import say
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """What one folder holds.
+
+    Attributes:
+        path: The folder.
+        keys: Its images, sorted.
+        names: The class of each; empty without labels.
+        classes: All classes in their order, those without images among them.
+        reader: Opens images by their keys.
+    """
+
+    path: Path
+    keys: tuple[str, ...]
+    names: tuple[str, ...]
+    classes: tuple[str, ...]
+    reader: FolderReader
+
+
+def existing_folder(path: Path, option: str) -> Path:
+    """`path`, if it is a folder; `option` is what the user set to it."""
+    path = path.expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise DataError(f"{path} is a file: {option} takes a folder of images")
+    siblings = subfolders(path.parent) if path.parent.is_dir() else []
+    raise DataError(f"there is no folder {path}{did_you_mean(path.name, siblings)}")
+
+
+def read_folder(folder: Path, skip: Sequence[str], is_split: bool = False) -> ImageFolder:
+    """List the images of a folder of classes, or of a flat folder with or without a table of labels.
+
+    Args:
+        folder: An existing folder.
+        skip: Patterns of names that are left out.
+        is_split: Whether a table of labels may lie beside it.
+
+    Raises:
+        DataError: It holds no images, or images in no order that makes sense.
+    """
+    listing = list_images(folder, skip)
+    files, told = listing.images, left_out(key for key in listing.others if not tables.is_table(key))
+    if not files:
+        there = f" ({told})" if told else ""
+        raise DataError(f"no images in {folder}{there}: expected CLASS/*.jpg, or what else Pillow reads")
+    if told:
+        say(f"left out of {folder}, no images to Pillow: {told}")
+    keys = tuple(sorted(files))
+    check_no_masks(folder, keys)
+    root = Path(os.path.realpath(folder))
+    links = {key: true for key, true in files.items() if true != os.path.join(root, key)}
+    names, classes = _classes(folder, keys, skip, is_split)
+    return ImageFolder(folder, keys, names, classes, FolderReader(root, links))
+
+
+def _classes(
+    folder: Path, keys: Sequence[str], skip: Sequence[str], is_split: bool
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The class of each image, and all classes."""
+    folders = sorted(subfolders(folder, skip))
+    num_loose = sum("/" not in key for key in keys)
+    # One folder of images beside a table is no class.
+    if num_loose == len(keys) or (num_loose == 0 and len({key.split("/", 1)[0] for key in keys}) == 1):
+        from_table = tables.labels_from_tables(folder, keys, is_split)
+        if from_table is not None:
+            return tuple(map(readable, from_table)), tables.class_order(map(readable, from_table))
+    if 0 < num_loose < len(keys):
+        raise DataError(
+            f"{num_loose} loose images lie beside class folders in {folder}: "
+            "move them into the folder of their class, or out of it"
+        )
+    if num_loose:
+        return (), ()
+    tables.say_that_folders_win(folder)
+    classes = tuple(map(readable, folders))
+    if twice := sorted({name for name in classes if classes.count(name) > 1}):
+        raise DataError(f"two folders of {folder} are called {twice[0]}, in different encodings: rename one")
+    called = dict(zip(folders, classes, strict=True))
+    return tuple(called[key.split("/", 1)[0]] for key in keys), classes
+
+
+def training_images(folder: ImageFolder) -> tuple[tuple[str, ...], ImageSet]:
+    """Classes and images that models are fitted to.
+
+    Raises:
+        DataError: A class is empty, or there is but one.
+    """
+    if empty := sorted(set(folder.classes) - set(folder.names)):
+        raise DataError(
+            f"no image in class folder {join(empty)} of {folder.path}: add images, or remove the folder"
+        )
+    if len(folder.classes) == 1:
+        inner = folder.path / folder.classes[0]
+        hint = f"pass {inner} instead" if (inner / "train").is_dir() else "two or more are needed"
+        raise DataError(f"only one class ({folder.classes[0]}) in {folder.path}: {hint}")
+    return folder.classes, _image_set(folder, folder.classes)
+
+
+def images_like(folder: ImageFolder, classes: Sequence[str]) -> ImageSet:
+    """Images of another split, labelled by `classes`; says which of them it lacks.
+
+    Raises:
+        DataError: It holds other classes, or only one of the two has labels.
+    """
+    if bool(classes) != bool(folder.names):
+        has = f"the training images have labels but {folder.path} does not"
+        lacks = f"{folder.path} has labels but the training images do not"
+        raise DataError(f"{has if classes else lacks}: give both labels, or neither")
+    present = set(folder.names)
+    if extra := sorted(present - set(classes)):
+        raise DataError(
+            f"the classes of {folder.path} are not those of the training images: it adds {join(extra)}"
+            f"{did_you_mean(extra[0], classes)}; rename or remove them"
+        )
+    if missing := [name for name in classes if name not in present]:
+        say(f"warning: no image of class {join(missing)} in {folder.path}: nothing is known of it there")
+    return _image_set(folder, classes)
+
+
+def _image_set(folder: ImageFolder, classes: Sequence[str]) -> ImageSet:
+    index = {name: i for i, name in enumerate(classes)}
+    labels = tuple(index[name] for name in folder.names) or (-1,) * len(folder.keys)
+    return ImageSet(folder.keys, labels, folder.reader)
+
+
+def join(names: Iterable[str], most: int = 3) -> str:
+    """`a, b, c and 4 more`."""
+    names = list(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
