@@ -57,7 +57,7 @@ FLAGS = {
     },
     "doctor": COMPRESS,
     "inspect": {"--all", "--json", "--teacher"},
-    "export": {"--all", "--format", "--keep", "--out", "--teacher"},
+    "export": {"--all", "--format", "--keep", "--opset", "--out", "--teacher"},
     "predict": {"--teacher", "--top"},
     "demo": {"--device", "--effort", "--out", "--seed"},
 }  # fmt: skip

@@ -87,7 +87,7 @@ def onnx_difference(model: nn.Module, file: Path, images: Tensor) -> float:
     """
     batches = [images.cpu().float(), images[:1].cpu().float()]
     try:
-        session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(_for_runtime(file), providers=["CPUExecutionProvider"])
         exported = [session.run(None, {"images": batch.numpy()})[0] for batch in batches]
     except Exception as error:  # of onnxruntime's many kinds
         raise ExportError(f"onnxruntime does not run what was exported ({reason_of(error)})") from None
@@ -128,6 +128,15 @@ def export_program(model: nn.Module, spec: InputSpec, file: Path, images: Tensor
             difference = _difference(loaded(images.cpu()), model(images.cpu()))
         _check(file, difference, TOLERANCE)
     return difference
+
+
+def _for_runtime(file: Path) -> Path | bytes:
+    """onnxruntime wants names in UTF-8: of a folder with another one it gets the content without the name."""
+    try:
+        str(file).encode()
+    except UnicodeEncodeError:
+        return file.read_bytes()
+    return file
 
 
 def _plain_copy(model: nn.Module) -> nn.Module:

@@ -65,16 +65,19 @@ def write_onnx(model: nn.Module, spec: InputSpec, file: Path, opset: int = OPSET
 
 def captured(model: nn.Module, spec: InputSpec) -> ExportedProgram:
     """The graph of a model by torch.export, with a dynamic batch; whatever torch raises is let through."""
-    try:
+    with contextlib.suppress(Exception):
         return _traced(model, spec)
-    except Exception:
-        return _traced(_OneInput(model), spec)
+    with contextlib.suppress(Exception):
+        return _traced(model, spec, strict=True)  # Python itself is traced: `len(images)` stays free
+    return _traced(_OneInput(model), spec)
 
 
 def reason_of(error: BaseException) -> str:
     """What went wrong at the bottom of an exporter's chain of errors, in one line."""
     while error.__cause__ is not None:
         error = error.__cause__
+    if "specialized it to be a constant" in str(error):
+        return "its code fixes the size of a batch; images.shape[0] would not"
     lines = [line.strip() for line in _COLOUR.sub("", str(error)).splitlines()]
     first = next((line for line in lines if line), type(error).__name__)
     return first if len(first) <= 200 else f"{first[:200]}..."
@@ -83,12 +86,17 @@ def reason_of(error: BaseException) -> str:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """The exporter's log and warnings (opset versions, deprecations inside torch) say nothing to a user."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    loggers = [logging.getLogger(name) for name in ("torch", "torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        nowhere = io.StringIO()
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(nowhere),
+            contextlib.redirect_stderr(nowhere),
+        ):
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -133,8 +141,8 @@ def _in_onnx(model: nn.Module | ExportedProgram, spec: InputSpec, opset: int) ->
     return program
 
 
-def _traced(model: nn.Module, spec: InputSpec) -> ExportedProgram:
-    return torch.export.export(model, (_example(spec),), dynamic_shapes=({0: Dim.DYNAMIC},))
+def _traced(model: nn.Module, spec: InputSpec, strict: bool = False) -> ExportedProgram:
+    return torch.export.export(model, (_example(spec),), dynamic_shapes=({0: Dim.DYNAMIC},), strict=strict)
 
 
 def _with_plain_attention(program: ExportedProgram) -> ExportedProgram:
