@@ -32,7 +32,7 @@ def notes(result: Result, teacher: Teacher, options: JointOptions) -> list[str]:
             "No control was trained: whether the assistant paid for itself is not known "
             "(--control equal_compute trains one)."
         )
-    told += _not_exported(result)
+    told += not_exported(result)
     told += _where_it_does_not_pay(result)
     if data.test_from == TEST_BY_HASH and data.teacher_saw_selection != "no":
         told.append(
@@ -62,7 +62,7 @@ def notes(result: Result, teacher: Teacher, options: JointOptions) -> list[str]:
     return told
 
 
-def _not_exported(result: Result) -> list[str]:
+def not_exported(result: Result) -> list[str]:
     """What has no ONNX file, and what that means for the times."""
     told = []
     if result.not_exported:
