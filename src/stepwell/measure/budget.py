@@ -7,10 +7,8 @@ where they leave too large a gap, their number stays and the neurons alone are f
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -22,6 +20,7 @@ from stepwell.errors import ConfigError, ExportError
 from stepwell.measure.clock import Timing, time_onnx
 from stepwell.measure.size import count_macs, num_params, short_number
 from stepwell.models.card import ONNX
+from stepwell.models.export import temporary_folder
 from stepwell.models.onnx_graph import write_onnx
 from stepwell.pruning.ranking import Scores, widths_at
 from stepwell.pruning.skeleton import build_skeleton, fill
@@ -130,8 +129,8 @@ def _budget_and_cost(
 
 def _time(skeleton: nn.Module, spec: InputSpec, threads: int) -> Timing:
     """Export a skeleton with random weights, and time it: the clock does not see what weights are worth."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / ONNX
+    with temporary_folder() as folder:
+        file = folder / ONNX
         try:
             write_onnx(with_random_weights(skeleton), spec, file)
         except ExportError as error:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from stepwell.data.spec import InputSpec
-from stepwell.errors import ExportError, ExportMismatchError
+from stepwell.errors import ExportError, ExportMismatchError, RunDirError
 from stepwell.models.onnx_graph import OPSET, captured, quiet, reason_of, write_onnx
 from stepwell.run.run_dir import writing
 
@@ -67,16 +67,25 @@ def export_onnx(
 def why_not_onnx(model: nn.Module, spec: InputSpec) -> str:
     """Try an export that is thrown away; returns why it cannot be made, in one line, or nothing."""
     noise = torch.randn(2, spec.channels, *spec.size, generator=torch.Generator().manual_seed(0))
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            export_onnx(model, spec, Path(folder) / "trial.onnx", noise)
-        except (
-            ExportMismatchError
-        ):  # of weights that are not the model's own; those are checked when they are
-            return ""
-        except ExportError as error:
-            return str(error)
+    try:
+        with temporary_folder() as folder:
+            export_onnx(model, spec, folder / "trial.onnx", noise)
+    except (ExportMismatchError, RunDirError):
+        return ""  # random weights need not agree; and no room for a trial says nothing of the model
+    except ExportError as error:
+        return str(error)
     return ""
+
+
+@contextlib.contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """A folder for files that are looked at and thrown away.
+
+    Raises:
+        RunDirError: There is no room for it.
+    """
+    with writing(Path(tempfile.gettempdir())), tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
 
 
 def onnx_difference(model: nn.Module, file: Path, images: Tensor) -> float:

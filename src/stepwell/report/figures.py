@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import tempfile
-from pathlib import Path
 
 from torch import nn
 
@@ -13,7 +11,7 @@ from stepwell.errors import ExportError, RunDirError
 from stepwell.measure.clock import measure_latency
 from stepwell.measure.size import count_macs, num_params
 from stepwell.models.card import ONNX, WEIGHTS, Card, save_model
-from stepwell.models.export import export_onnx
+from stepwell.models.export import export_onnx, temporary_folder
 from stepwell.report.result import ModelResult
 from stepwell.run.progress import say
 from stepwell.tasks.classification import Answers, evaluate, predict
@@ -44,9 +42,8 @@ def figures_of(
     """
     on_selection = evaluate(model, selection, f"{name}: selection images")
     answers = predict(model, test, f"{name}: test images")
-    with tempfile.TemporaryDirectory() as temporary:
+    with temporary_folder() as folder:
         say(f"  {name}: exporting and timing")
-        folder = Path(temporary)
         onnx_file, not_exported = folder / ONNX, ""
         try:
             # To be timed, not handed out: of the teacher's file no more is asked than that it runs.
