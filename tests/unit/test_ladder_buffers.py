@@ -53,7 +53,7 @@ class Scaled(nn.Module):
         self.register_buffer("offset", torch.full((1, 3, 1, 1), offset), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.model(images * self.scale + self.offset)
+        return self.model(images * self.get_buffer("scale") + self.get_buffer("offset"))
 
 
 def trained(model: nn.Module) -> nn.Module:
