@@ -7,7 +7,8 @@
     │   └── UnsupportedModelError    an architecture that no family covers
     ├── RunDirError                  an output folder that belongs to another run, is full or read-only
     ├── DivergedError                a loss that became NaN or infinite
-    └── ExportMismatchError          an exported file that does not compute what the model computes
+    └── ExportError                  a model that cannot be exported
+        └── ExportMismatchError      an exported file that does not compute what the model computes
 
 Everything else that is raised is a bug of ours. `assert` is for our own invariants only.
 """
@@ -46,7 +47,11 @@ class DivergedError(StepwellError):
     """A loss that became NaN or infinite; names the stage and the step."""
 
 
-class ExportMismatchError(StepwellError):
+class ExportError(StepwellError):
+    """A model that an exporter cannot take, or a file that no runtime opens."""
+
+
+class ExportMismatchError(ExportError):
     """An exported file that does not compute what the model computes."""
 
 

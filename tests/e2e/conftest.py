@@ -16,6 +16,7 @@ from small_world import MODEL, QUICK, TIMM, stepwell
 from stepwell.cli import main
 from stepwell.measure.clock import Latency
 from stepwell.report import figures
+from stepwell.setting import export_trial
 from stepwell.stages import deliver
 
 
@@ -91,6 +92,7 @@ def without_files(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(figures, "export_onnx", export_nothing)
     monkeypatch.setattr(figures, "measure_latency", lambda *_: latency)
     monkeypatch.setattr(deliver, "export_onnx", export_nothing)
+    monkeypatch.setattr(export_trial, "why_not_onnx", lambda *_: "")
     monkeypatch.setattr(deliver, "write_report", write_nothing)
 
 

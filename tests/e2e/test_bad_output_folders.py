@@ -106,7 +106,7 @@ def test_a_full_disk_while_training_a_teacher(fails, data, tmp_path):
 
 def test_a_full_disk_while_exporting(fails, reference, tmp_path):
     before = contents(reference)
-    for form in ("safetensors", "torch-export"):
+    for form in ("safetensors", "torch-export", "onnx"):
         with largest_file(8_000):
             line = fails("export", reference, "--keep", "0.7", "--format", form, "--out", tmp_path / form)
         assert "cannot write" in line

@@ -58,7 +58,7 @@ FLAGS = {
     },
     "doctor": COMPRESS,
     "inspect": {"--all", "--json", "--teacher"},
-    "export": {"--all", "--format", "--keep", "--out", "--teacher"},
+    "export": {"--all", "--format", "--keep", "--opset", "--out", "--teacher"},
     "predict": {"--teacher", "--top", "--white-level"},
     "demo": {"--device", "--effort", "--out", "--seed"},
 }  # fmt: skip

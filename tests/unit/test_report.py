@@ -212,6 +212,17 @@ def test_a_student_that_is_not_faster_is_said_plainly(write):
     assert "The student is not faster than the teacher at batch 1: 7.37 ms against 6.50 ms" in page.text
 
 
+@pytest.mark.usefixtures("no_figures")
+def test_a_model_without_an_onnx_file_has_no_time_there(write):
+    teacher = make_model(93.0, 1.0, 1.0)
+    latency = {**teacher["latency"], "onnx_batch1": None, "onnx_batch32": None}
+    result = make_result(teacher={**teacher, "latency": latency, "latency_ms": None})
+    page = Page(write(result))
+    assert "speed at batch 1 in PyTorch, 4.89 instead of 11.0 ms" in page.text  # make_model: 4 + 7 * scale
+    assert "Latency, batch 1, ms –" in page.text
+    assert "Batch 1, PyTorch CPU, 2 threads" in page.text
+
+
 def test_two_classes_two_candidates_and_no_disagreement(write):
     predictions = make_predictions(60, 2)
     predictions = report.TestPredictions(

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from report_example import make_model, make_result
 
+from stepwell.report.notes import not_exported
+from stepwell.report.result import Result
 from stepwell.report.table import result_table
 
 
@@ -39,3 +43,25 @@ def test_top1_where_it_decided() -> None:
 def test_a_result_of_an_older_version_or_without_a_control_gives_no_reason() -> None:
     for changes in ({"control": None}, {"decided_by": None}):
         assert "* handed out. top1 on" in words(**changes)
+
+
+def without_onnx(model: dict[str, Any]) -> dict[str, Any]:
+    latency = {**model["latency"], "onnx_batch1": None, "onnx_batch32": None}
+    return {**model, "latency": latency, "latency_ms": None, "not_exported": "no such operator"}
+
+
+def test_times_are_compared_on_one_runtime() -> None:
+    """PyTorch's for all of them where one model has no ONNX file."""
+    teacher, student = make_model(93.0, 1.0, 1.0), make_model(88.0, 0.1, 0.1)
+    text = words(teacher=without_onnx(teacher), student=student)
+    assert "11.00 ms 1.0x" in text  # make_model: 4 + 7 * scale
+    assert "4.70 ms 2.3x" in text
+    assert "latency: PyTorch, CPU, fp32, batch 1, 2 thread(s)." in text
+    assert "latency: onnxruntime, CPU, fp32, batch 1, 2 thread(s)." in words(teacher=teacher, student=student)
+    result = make_result(teacher=without_onnx(teacher), student=student)
+    assert result.milliseconds(result.student, 32) == 21
+    assert not_exported(result) == [
+        "Times are compared in PyTorch, since the teacher could not be exported to ONNX: no such operator."
+    ]
+    assert not_exported(make_result(teacher=teacher, student=student)) == []
+    assert Result.model_validate_json(result.to_json()) == result

@@ -42,7 +42,7 @@ class Compressed:
         return load(self.out_dir / "student", factory=self.factory)
 
     def __str__(self) -> str:
-        files = "model.safetensors, stepwell.json, model.onnx"
+        files = "model.safetensors, stepwell.json" + ("" if self.result.not_exported else ", model.onnx")
         return (
             f"{result_table(self.result)}\n\n"
             f"student: {self.out_dir / 'student'} ({files})\n"

@@ -12,6 +12,7 @@ from stepwell.measure.size import num_params, short_number
 from stepwell.models.card import Factory, save_model
 from stepwell.models.export import export_onnx, export_program
 from stepwell.models.ladder import load_rung, rungs
+from stepwell.models.onnx_graph import OPSET
 from stepwell.models.teacher import load_factory
 from stepwell.run.progress import progress
 from stepwell.run.run_dir import writing
@@ -31,6 +32,8 @@ def run(config: ExportConfig) -> str:
     if config.all == (config.keep_ratio is not None):
         listed = ", ".join(f"{ratio:g}" for ratio in available)
         raise ConfigError(f"export needs --keep RATIO or --all; the rungs are {listed}")
+    if config.opset is not None and config.format != "onnx":
+        raise ConfigError(f"--opset is for --format onnx, not for {config.format}")
     wanted = available if config.all else [config.keep_ratio or 0.0]
     factory = load_factory(config.teacher) if config.teacher else None
     out = config.out_dir or config.run / "exports"
@@ -51,7 +54,7 @@ def _export_one(config: ExportConfig, keep_ratio: float, out: Path, factory: Fac
     match config.format:
         case "onnx":
             target = stem.with_name(f"{stem.name}.onnx")
-            difference = export_onnx(model, card.input, target, images)
+            difference = export_onnx(model, card.input, target, images, opset=config.opset or OPSET)
         case "torch-export":
             target = stem.with_name(f"{stem.name}.pt2")
             difference = export_program(model, card.input, target, images)

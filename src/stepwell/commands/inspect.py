@@ -11,7 +11,7 @@ import torch
 from rich.table import Table
 
 from stepwell.config.commands import InspectConfig
-from stepwell.errors import ModelError
+from stepwell.errors import ExportError, ModelError
 from stepwell.measure.clock import Latency, measure_latency
 from stepwell.measure.size import short_number
 from stepwell.models.card import ONNX, Factory
@@ -53,7 +53,7 @@ def _selection(result: Result, selection: SelectionResult, latencies: list[Laten
         _ladder_table(result, selection, latencies),
         *(
             [
-                "(Accuracies after joint training.)",
+                f"(Accuracies after joint training; times by {_runtime(latencies)}.)",
                 *not_faster(result, latencies),
             ]
             if latencies
@@ -81,7 +81,7 @@ def not_faster(result: Result, latencies: Sequence[Latency]) -> list[str]:
     """Where a cut does not pay: a rung that takes as long as the next larger one."""
     warnings = []
     for batch in (1, 32):
-        times = [getattr(latency, f"onnx_batch{batch}") for latency in latencies]
+        times = [milliseconds[batch] for milliseconds in _milliseconds(latencies)]
         for i, (smaller, larger) in enumerate(itertools.pairwise(times)):
             if smaller >= 0.98 * larger:  # timings of one file differ by about 2 %
                 below, above = (result.candidates[j].keep_ratio for j in (i, i + 1))
@@ -90,6 +90,17 @@ def not_faster(result: Result, latencies: Sequence[Latency]) -> list[str]:
                     f"{above:g} ({larger:.2f} ms)"
                 )
     return warnings
+
+
+def _milliseconds(latencies: Sequence[Latency]) -> list[dict[int, float]]:
+    """Times of each rung by batch: onnxruntime's, or PyTorch's where a rung could not be exported."""
+    if _runtime(latencies) == "PyTorch":
+        return [{1: t.eager_batch1, 32: t.eager_batch32} for t in latencies]
+    return [{1: t.onnx_batch1 or 0.0, 32: t.onnx_batch32 or 0.0} for t in latencies]
+
+
+def _runtime(latencies: Sequence[Latency]) -> str:
+    return "PyTorch" if any(t.onnx_batch1 is None for t in latencies) else "onnxruntime"
 
 
 def _unfinished(run: Path) -> str:
@@ -114,10 +125,12 @@ def _latencies(run: Path, result: Result, factory: Factory | None) -> list[Laten
             noise = torch.randn(
                 2, card.input.channels, *card.input.size, generator=torch.Generator().manual_seed(0)
             )
-            export_onnx(model, card.input, Path(folder) / ONNX, noise)
-            measured.append(
-                measure_latency(model, Path(folder) / ONNX, card.input, result.teacher.latency.threads)
-            )
+            file: Path | None = Path(folder) / ONNX
+            try:
+                export_onnx(model, card.input, Path(folder) / ONNX, noise)
+            except ExportError:  # result.json says why
+                file = None
+            measured.append(measure_latency(model, file, card.input, result.teacher.latency.threads))
             advance("")
     return measured
 
@@ -140,7 +153,7 @@ def _ladder_table(result: Result, selection: SelectionResult, latencies: list[La
             f"{c.log_likelihood:.3f}",
         ]
         if latencies:
-            row += [f"{latencies[i].onnx_batch1:.2f} ms", f"{latencies[i].onnx_batch32:.2f} ms"]
+            row += [f"{milliseconds:.2f} ms" for milliseconds in _milliseconds(latencies)[i].values()]
         student = i == 0 and result.student_name is None
         role = "assistant" if c.keep_ratio == selection.pick else "student" if student else ""
         table.add_row(*row, role)

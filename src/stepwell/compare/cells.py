@@ -167,12 +167,12 @@ def run_cell(cell: Cell) -> CellResult:
 def _begin(cell: Cell) -> Setting:
     """Come back to what an interrupted call has left of the run, or begin it."""
     try:
-        return begin(cell.config)
+        return begin(cell.config, exports=False)
     except RunDirError as error:  # left with other options, such as the threads of another --jobs
         progress.say(f"{cell.arm}, seed {cell.config.seed}: starts over ({error})")
         assert cell.config.out_dir is not None
         shutil.rmtree(cell.config.out_dir, ignore_errors=True)
-        return begin(cell.config)
+        return begin(cell.config, exports=False)
 
 
 def _look(cell: Cell, s: Setting, finished: Finished) -> CellResult:

@@ -127,8 +127,10 @@ class ExportConfig(Options):
     all: bool = False
     """Hand out every rung."""
     format: Literal["onnx", "safetensors", "torch-export"] = "onnx"
-    """`onnx` (dynamic batch, for any runtime), `safetensors` (a model directory for stepwell.load) or
+    """`onnx` (dynamic batch, opset 18), `safetensors` (a model directory for stepwell.load) or
     `torch-export` (a .pt2 program, loads without stepwell)."""
+    opset: Annotated[int, Field(ge=18)] | None = None
+    """Version of ONNX's operators; 18 if not given, which onnxruntime reads since 1.14. For `onnx` only."""
     out_dir: Path | None = None
     """Folder for the files; RUN/exports if not given."""
     teacher: str = ""

@@ -7,10 +7,8 @@ where they leave too large a gap, their number stays and the neurons alone are f
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -18,11 +16,12 @@ from torch import nn
 
 from stepwell.config.commands import CompressConfig
 from stepwell.data.spec import InputSpec
-from stepwell.errors import ConfigError
+from stepwell.errors import ConfigError, ExportError
 from stepwell.measure.clock import Timing, time_onnx
 from stepwell.measure.size import count_macs, num_params, short_number
 from stepwell.models.card import ONNX
-from stepwell.models.export import write_onnx
+from stepwell.models.export import temporary_folder
+from stepwell.models.onnx_graph import write_onnx
 from stepwell.pruning.ranking import Scores, widths_at
 from stepwell.pruning.skeleton import build_skeleton, fill
 from stepwell.pruning.units import Group, Widths
@@ -130,15 +129,28 @@ def _budget_and_cost(
 
 def _time(skeleton: nn.Module, spec: InputSpec, threads: int) -> Timing:
     """Export a skeleton with random weights, and time it: the clock does not see what weights are worth."""
+    with temporary_folder() as folder:
+        file = folder / ONNX
+        try:
+            write_onnx(with_random_weights(skeleton), spec, file)
+        except ExportError as error:
+            raise ConfigError(no_milliseconds(str(error))) from None
+        return time_onnx(file, spec, threads)
+
+
+def with_random_weights(skeleton: nn.Module) -> nn.Module:
+    """A skeleton as a physical model on the CPU that computes as much as a trained one."""
     generator = torch.Generator().manual_seed(0)
     weights = {
         name: 0.02 * torch.randn(parameter.shape, generator=generator)
         for name, parameter in skeleton.named_parameters()
     }
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / ONNX
-        write_onnx(fill(skeleton, weights).cpu(), spec, file)
-        return time_onnx(file, spec, threads)
+    return fill(skeleton, weights).cpu()
+
+
+def no_milliseconds(reason: str) -> str:
+    """What to say where a model without an ONNX file shall meet a budget that is measured on one."""
+    return f"--latency-ms is measured on ONNX files, and there is none: {reason}; use --macs or --params"
 
 
 def amount(text: str, whole: float) -> float:

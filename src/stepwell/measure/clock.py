@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -23,8 +24,9 @@ class Latency(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    onnx_batch1: float
-    onnx_batch32: float
+    onnx_batch1: float | None
+    """None where the model has no ONNX file."""
+    onnx_batch32: float | None
     eager_batch1: float
     eager_batch32: float
     threads: int
@@ -59,10 +61,9 @@ def _session(onnx_file: Path, threads: int) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(onnx_file, options, providers=["CPUExecutionProvider"])
 
 
-def measure_latency(model: nn.Module, onnx_file: Path, spec: InputSpec, threads: int) -> Latency:
-    """Median milliseconds per batch of 1 and of 32 on the CPU, by onnxruntime and by eager torch."""
-    session = _session(onnx_file, threads)
-    name = session.get_inputs()[0].name
+def measure_latency(model: nn.Module, onnx_file: Path | None, spec: InputSpec, threads: int) -> Latency:
+    """Median milliseconds per batch of 1 and of 32 on the CPU: eager torch, and onnxruntime given a file."""
+    session = _session(onnx_file, threads) if onnx_file is not None else None
     model = copy.deepcopy(model).cpu().eval()
     milliseconds = {}
     threads_before = torch.get_num_threads()
@@ -71,16 +72,18 @@ def measure_latency(model: nn.Module, onnx_file: Path, spec: InputSpec, threads:
         for batch in (1, 32):
             array = np.random.default_rng(0).standard_normal((batch, spec.channels, *spec.size), np.float32)
             images = torch.from_numpy(array)
-            times = _times_ms(lambda feed=array: session.run(None, {name: feed}))
-            milliseconds["onnx", batch] = statistics.median(times)
+            if session is not None:
+                feed = {session.get_inputs()[0].name: array}
+                times = _times_ms(functools.partial(session.run, None, feed))
+                milliseconds["onnx", batch] = statistics.median(times)
             with torch.inference_mode():
                 times = _times_ms(lambda feed=images: model(feed))
             milliseconds["eager", batch] = statistics.median(times)
     finally:
         torch.set_num_threads(threads_before)
     return Latency(
-        onnx_batch1=milliseconds["onnx", 1],
-        onnx_batch32=milliseconds["onnx", 32],
+        onnx_batch1=milliseconds.get(("onnx", 1)),
+        onnx_batch32=milliseconds.get(("onnx", 32)),
         eager_batch1=milliseconds["eager", 1],
         eager_batch32=milliseconds["eager", 32],
         threads=threads,

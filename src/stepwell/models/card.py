@@ -2,7 +2,7 @@
 
 model.safetensors    parameters and buffers
 stepwell.json        architecture, width of every layer, classes, input, where it comes from
-model.onnx           the same model for any runtime (written by delivery/export.py)
+model.onnx           the same model for other runtimes, where ONNX can hold it (written by export.py)
 """
 
 from __future__ import annotations

@@ -1,34 +1,43 @@
-"""Files that other programs open: ONNX with a dynamic batch, checked by running it, and torch.export."""
+"""Files that other programs open: ONNX with a dynamic batch, checked by running it, and torch.export.
+
+How a model becomes a graph of ONNX is in onnx_graph.py; here is what is written where, and the proof of it.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import inspect
 import io
-import logging
 import os
-import warnings
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import onnx
 import onnxruntime
 import torch
 from torch import Tensor, nn
 
 from stepwell.data.spec import InputSpec
-from stepwell.errors import ExportMismatchError
+from stepwell.errors import ExportError, ExportMismatchError, RunDirError
+from stepwell.models.onnx_graph import OPSET, captured, quiet, reason_of, write_onnx
 from stepwell.run.run_dir import writing
 
 TOLERANCE = 1e-5  # largest difference of logits, relative to the largest logit
 
 
 def export_onnx(
-    model: nn.Module, spec: InputSpec, file: Path, images: Tensor, tolerance: float = TOLERANCE
+    model: nn.Module,
+    spec: InputSpec,
+    file: Path,
+    images: Tensor,
+    tolerance: float = TOLERANCE,
+    opset: int = OPSET,
 ) -> float:
     """Write `file` and prove with onnxruntime that it computes what `model` does.
+
+    Weights above `onnx_graph.EXTERNAL_FROM` bytes lie in a second file, `FILE.data`.
 
     Args:
         model: What to export; a copy is exported from the CPU in fp32 and eval mode.
@@ -37,62 +46,66 @@ def export_onnx(
         images: Real, normalised images (batch, channels, height, width) for the check; run one by one and
             all together, so that the batch dimension is shown to be free.
         tolerance: Largest difference that is allowed, relative to the largest logit.
+        opset: Version of ONNX's operators.
 
     Returns:
         The largest difference of logits, relative to the largest logit.
 
     Raises:
+        ExportError: The exporter cannot take the model, or onnxruntime not the file.
         ExportMismatchError: The file computes something else; it is not left behind.
+        RunDirError: The file cannot be written.
     """
-    model = copy.deepcopy(model).cpu().float().eval()
-    with _unfinished(file, ".onnx") as unfinished:
-        write_onnx(model, spec, unfinished)
-        _forget_sources(unfinished)
+    model = _plain_copy(model)
+    with _unfinished(file) as unfinished:
+        write_onnx(model, spec, unfinished, opset)
         difference = onnx_difference(model, unfinished, images)
         _check(file, difference, tolerance)
     return difference
 
 
-def write_onnx(model: nn.Module, spec: InputSpec, file: Path) -> None:
-    """Export a model on the CPU, in fp32 and eval mode, with a dynamic batch; nothing is checked.
+def why_not_onnx(model: nn.Module, spec: InputSpec) -> str:
+    """Try an export that is thrown away; returns why it cannot be made, in one line, or nothing."""
+    noise = torch.randn(2, spec.channels, *spec.size, generator=torch.Generator().manual_seed(0))
+    try:
+        with temporary_folder() as folder:
+            export_onnx(model, spec, folder / "trial.onnx", noise)
+    except (ExportMismatchError, RunDirError):
+        return ""  # random weights need not agree; and no room for a trial says nothing of the model
+    except ExportError as error:
+        return str(error)
+    return ""
 
-    The model stays frozen: attention with a mask that is learned (BEiT) has other strides where gradients are
-    wanted, and torch's exporter trips over them.
+
+@contextlib.contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """A folder for files that are looked at and thrown away.
+
+    Raises:
+        RunDirError: There is no room for it.
     """
-    with _quiet():
-        torch.onnx.export(
-            model.eval().requires_grad_(False),
-            (_example(spec),),
-            str(file),
-            dynamo=True,
-            dynamic_shapes=_dynamic_batch(model),
-            input_names=["images"],
-            output_names=["logits"],
-            external_data=False,
-            verbose=False,
-        )
-
-
-def _forget_sources(file: Path) -> None:
-    """Take out which line of which file on this machine each node came from: long, and nobody's business."""
-    program = onnx.load(file)
-    graph = program.graph
-    for part in (program, graph, *graph.node, *graph.value_info, *graph.input, *graph.output):
-        part.ClearField("metadata_props")
-    onnx.save(program, file)
+    with writing(Path(tempfile.gettempdir())), tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
 
 
 def onnx_difference(model: nn.Module, file: Path, images: Tensor) -> float:
-    """Largest |onnx - eager| over the largest |eager| logit, for a batch of all images and of one."""
-    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-    images = images.cpu().float()
-    worst = 0.0
-    for batch in (images, images[:1]):
-        with torch.no_grad():
-            eager = model(batch).numpy()
-        (exported,) = session.run(None, {"images": batch.numpy()})
-        worst = max(worst, float(np.abs(exported - eager).max() / np.abs(eager).max()))
-    return worst
+    """Largest |onnx - eager| over the largest |eager| logit, for a batch of all images and of one.
+
+    Raises:
+        ExportError: onnxruntime does not run the file.
+    """
+    batches = [images.cpu().float(), images[:1].cpu().float()]
+    try:
+        session = onnxruntime.InferenceSession(_for_runtime(file), providers=["CPUExecutionProvider"])
+        exported = [session.run(None, {"images": batch.numpy()})[0] for batch in batches]
+    except Exception as error:  # of onnxruntime's many kinds
+        raise ExportError(f"onnxruntime does not run what was exported ({reason_of(error)})") from None
+    with torch.no_grad():
+        pairs = [
+            (torch.from_numpy(ours), model(batch)) for ours, batch in zip(exported, batches, strict=True)
+        ]
+    # Not max(): it would lose a NaN.
+    return float(np.max([_difference(ours, eager) for ours, eager in pairs]))
 
 
 def export_program(model: nn.Module, spec: InputSpec, file: Path, images: Tensor) -> float:
@@ -102,35 +115,46 @@ def export_program(model: nn.Module, spec: InputSpec, file: Path, images: Tensor
         The largest difference of logits, relative to the largest logit.
 
     Raises:
+        ExportError: torch.export cannot take the model.
         ExportMismatchError: The program computes something else; it is not left behind.
+        RunDirError: The file cannot be written.
     """
-    model = copy.deepcopy(model).cpu().float().eval()
-    with _unfinished(file, ".pt2") as unfinished:
-        with _quiet():
-            program = torch.export.export(model, (_example(spec),), dynamic_shapes=_dynamic_batch(model))
+    model = _plain_copy(model)
+    with _unfinished(file) as unfinished:
+        with quiet():
+            try:
+                program = captured(model, spec)
+            except Exception as error:  # of torch's many kinds
+                name = type(model).__name__
+                raise ExportError(f"torch.export cannot take this {name} ({reason_of(error)})") from None
             for node in program.graph.nodes:
-                node.meta.pop("stack_trace", None)  # see _forget_sources
+                node.meta.pop("stack_trace", None)  # see onnx_graph._forget_sources
             buffer = io.BytesIO()  # torch's own file writer aborts the process when the disk is full
             torch.export.save(program, buffer)
             unfinished.write_bytes(buffer.getvalue())
             loaded = torch.export.load(unfinished).module()
         with torch.no_grad():
-            exported, eager = loaded(images.cpu()), model(images.cpu())
-        difference = ((exported - eager).abs().max() / eager.abs().max()).item()
+            difference = _difference(loaded(images.cpu()), model(images.cpu()))
         _check(file, difference, TOLERANCE)
     return difference
 
 
-def _example(spec: InputSpec) -> Tensor:
-    """A batch of 2 to trace with: torch.export takes a size of 1 for a constant."""
-    return torch.zeros(2, spec.channels, *spec.size)
+def _for_runtime(file: Path) -> Path | bytes:
+    """onnxruntime wants names in UTF-8: of a folder with another one it gets the content without the name."""
+    try:
+        str(file).encode()
+    except UnicodeEncodeError:
+        return file.read_bytes()
+    return file
 
 
-def _dynamic_batch(model: nn.Module) -> tuple[object, ...]:
-    """That the batch may have any size, in the shape of the arguments: forward(images), or forward(*args)."""
-    free = {0: torch.export.Dim.DYNAMIC}
-    first = next(iter(inspect.signature(model.forward).parameters.values()))
-    return ((free,),) if first.kind is inspect.Parameter.VAR_POSITIONAL else (free,)
+def _plain_copy(model: nn.Module) -> nn.Module:
+    return copy.deepcopy(model).cpu().float().eval()
+
+
+def _difference(exported: Tensor, eager: Tensor) -> float:
+    """Relative to the largest logit; of a model whose head is all zeros, absolute."""
+    return ((exported - eager).abs().max() / (eager.abs().max() or 1.0)).item()
 
 
 def _check(file: Path, difference: float, tolerance: float) -> None:
@@ -141,28 +165,23 @@ def _check(file: Path, difference: float, tolerance: float) -> None:
 
 
 @contextlib.contextmanager
-def _unfinished(file: Path, suffix: str) -> Iterator[Path]:
-    """A name to write to; it becomes `file` if all goes well, and is removed if not."""
-    unfinished = file.with_name(f".unfinished-{file.stem}{suffix}")
+def _unfinished(file: Path) -> Iterator[Path]:
+    """A file to write to, in a hidden folder; all of the folder moves to `file`'s if all goes well.
+
+    The name is already the final one, because an ONNX file says what the file with its weights is called.
+    """
+    hidden = file.with_name(f".unfinished-{file.name}")
+    shutil.rmtree(hidden, ignore_errors=True)  # of a call that was killed
+    data = file.with_name(f"{file.name}.data")
     try:
         with writing(file):
-            yield unfinished
-            os.replace(unfinished, file)
+            hidden.mkdir()
+            yield hidden / file.name
+            if data.exists():
+                # Two files cannot be replaced at once: rather none for a moment than two of different models.
+                file.unlink(missing_ok=True)
+                data.unlink()
+            for part in sorted(hidden.iterdir(), reverse=True):  # the data first
+                os.replace(part, file.with_name(part.name))
     finally:
-        unfinished.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter's log and warnings (opset versions, deprecations inside torch) say nothing to a user."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        shutil.rmtree(hidden, ignore_errors=True)

@@ -4,15 +4,32 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
+from stepwell.data.spec import InputSpec
 from stepwell.errors import ModelError
-from stepwell.models.card import CARD, WEIGHTS, Card, Factory, build, named_groups, narrow_and_load, read_card
+from stepwell.models.card import (
+    CARD,
+    WEIGHTS,
+    Card,
+    Factory,
+    build,
+    example_images,
+    named_groups,
+    narrow_and_load,
+    read_card,
+)
 from stepwell.pruning.shared import SharedWeights
-from stepwell.pruning.skeleton import build_skeleton
+from stepwell.pruning.skeleton import build_skeleton, sort_units
 from stepwell.pruning.units import Candidate, tensors_of
+from stepwell.run.progress import say
 from stepwell.run.run_dir import RunDir, StageResult
+
+SAME = 1e-3
+"""Largest difference of a rung's logits from those in the run, relative to the largest: another processor
+differs by 1e-6, a buffer that is not the run's by far more."""
 
 
 class Ladder(StageResult):
@@ -30,7 +47,8 @@ class Ladder(StageResult):
 def load_rung(run: Path, keep_ratio: float, factory: Factory | None = None) -> tuple[nn.Module, Card]:
     """The rung nearest to `keep_ratio`, as a physical model, and its card.
 
-    The smallest rung is the student that the run delivered; the others come from the jointly trained weights.
+    The smallest rung is the student that the run delivered; the others come from the jointly trained weights,
+    and must answer as they did when these were saved.
 
     Args:
         run: Directory of a run whose joint stage is finished.
@@ -38,7 +56,8 @@ def load_rung(run: Path, keep_ratio: float, factory: Factory | None = None) -> t
         factory: Builds the full-width model, for models that did not come from timm by name.
 
     Raises:
-        ModelError: The run has no ladder yet, or no rung within 0.005 of `keep_ratio`.
+        ModelError: The run has no ladder yet, or no rung within 0.005 of `keep_ratio`; its student is not
+            trained yet; or the rung computes something else than it did in the run.
     """
     ladder, joint = _finished_ladder(run), RunDir(run).finished("joint", StageResult)
     if ladder is not None and joint is None and (run / "result.json").exists():
@@ -57,20 +76,75 @@ def load_rung(run: Path, keep_ratio: float, factory: Factory | None = None) -> t
         rungs = ", ".join(f"{c.keep_ratio:g}" for c in ladder.candidates)
         raise ModelError(f"{run} has no rung at keep {keep_ratio:g}; there are: {rungs}")
     full = build(ladder.teacher.architecture, factory, run)
-    student = run / "student"
     widths = {**ladder.teacher.widths, **candidate.widths}
     rung = ladder.teacher.model_copy(update={"widths": widths})
-    if index == 0 and (student / CARD).exists() and _is_rung(card := read_card(student), rung):
-        return narrow_and_load(full, card.widths, student / WEIGHTS, card.own_input), card
+    if index == 0 and (card := _students_card(run)) and _is_rung(card, rung):
+        return narrow_and_load(full, card.widths, run / "student" / WEIGHTS, card.own_input), card
+    shared = _store(full, ladder)
+    if left_out := shared.load(joint.tensors):
+        name = left_out[0].partition("@")[0]
+        say(f"warning: {run}, of an older version, did not keep {name}: it is taken as the model is built")
+    model = shared.extract(index).eval()
+    _check_answers(model, rung, joint.tensors.get(_key(index)), f"{run}, keep {candidate.keep_ratio:g}")
+    return model, rung
+
+
+def fingerprints(shared: SharedWeights, spec: InputSpec) -> dict[str, Tensor]:
+    """Logits of every candidate on random images that are always the same, to be kept with its weights.
+
+    What comes back from files is not only weights: a constructor, whose code is another version's by then,
+    adds the rest. That the two fit is seen in what they compute.
+    """
+    images = example_images(spec)
+    with torch.no_grad():
+        return {
+            _key(index): shared.extract(index).cpu().eval()(images) for index in range(len(shared.candidates))
+        }
+
+
+def _key(index: int) -> str:
+    """No module's name has a slash."""
+    return f"answers/{index}"
+
+
+def _store(full: nn.Module, ladder: Ladder) -> SharedWeights:
+    """The store of a run before its weights are loaded; `full` is the model at full width."""
     teacher, own_input = full, ladder.teacher.own_input
     if ladder.teacher.widths:  # it had been cut before
         groups = named_groups(full, ladder.teacher.widths, own_input)
         teacher = build_skeleton(full, groups, ladder.teacher.widths)
-    empty = {name: t.new_zeros(t.shape, device="cpu") for name, t in tensors_of(teacher).items()}
-    groups = [g for g in named_groups(teacher, candidate.widths, own_input) if g.name in candidate.widths]
-    shared = SharedWeights(teacher, groups, empty, ladder.candidates)
-    shared.load(joint.tensors)
-    return shared.extract(index).eval(), rung
+    cut = ladder.candidates[0].widths
+    groups = [g for g in named_groups(teacher, cut, own_input) if g.name in cut]
+    # Parameters come from the run; buffers that it does not keep are those that the constructor has made.
+    tensors = {
+        name: t.new_zeros(t.shape, device="cpu") if isinstance(t, nn.Parameter) else t
+        for name, t in tensors_of(teacher).items()
+    }
+    if ladder.order:
+        tensors = sort_units(tensors, groups, ladder.order)
+    return SharedWeights(teacher, groups, tensors, ladder.candidates)
+
+
+def _check_answers(model: nn.Module, card: Card, then: Tensor | None, where: str) -> None:
+    if then is None or not then.isfinite().all():  # older versions kept none
+        return
+    with torch.no_grad():
+        now = model(example_images(card.input))
+    difference = ((now - then).abs().max() / (then.abs().max() or 1.0)).item()
+    if not difference <= SAME:
+        raise ModelError(
+            f"{where}: the rung does not compute what it did in the run (logits differ by {difference:.1e} "
+            f"of the largest one); is {card.architecture.name} built by other code now, or another version?"
+        )
+
+
+def _students_card(run: Path) -> Card:
+    if not (run / "student" / CARD).exists():
+        raise ModelError(
+            f"{run} has no student yet, and its smallest rung is only a start for one: finish it with the "
+            f"same compress command, or take a larger rung"
+        )
+    return read_card(run / "student")
 
 
 def _finished_ladder(run: Path) -> Ladder | None:

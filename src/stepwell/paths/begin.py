@@ -19,6 +19,7 @@ from stepwell.paths import path_of
 from stepwell.run.observer import Observer
 from stepwell.run.progress import say
 from stepwell.run.run_dir import RunDir
+from stepwell.setting.export_trial import try_export
 from stepwell.setting.prepare import prepare, read_images
 from stepwell.setting.setting import Setting
 
@@ -28,6 +29,7 @@ def begin(
     module: nn.Module | None = None,
     student: nn.Module | None = None,
     observer: Observer | None = None,
+    exports: bool = True,
 ) -> Setting:
     """Load the images and the teacher, check everything, and begin the run directory or come back to it.
 
@@ -36,6 +38,7 @@ def begin(
         module: The teacher, where the caller built it.
         student: The student of another architecture, likewise.
         observer: Whoever looks on.
+        exports: Whether the run ends with an ONNX file, so that one has to be tried before it begins.
     """
     require(config, "compress", "teacher", "data", "out_dir")
     assert config.out_dir is not None
@@ -53,6 +56,9 @@ def begin(
     s = prepare(config, RunDir(config.out_dir, observer), teacher, data, student)
     if not (config.out_dir / "result.json").exists():
         read_images(s)
+    begun = any(config.out_dir.glob("stages/[!.]*/result.json"))
+    if exports and not begun:
+        try_export(s)
     RunDir.open(config.out_dir, config)
     s.run.check_identity(_identity(s))
     for note in s.teacher.notes:

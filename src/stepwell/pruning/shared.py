@@ -27,8 +27,8 @@ table of increments: `conv2.weight+0+1` holds the filters that candidate 1 adds,
 that candidate 0 has. Candidate k takes the rows and the columns up to number k.
 
 An increment that no candidate of a step uses has no gradient, and an optimizer does not touch a parameter
-without one: no decay, no momentum, no step count. Parameters that are not sliced are shared whole. BatchNorm
-statistics are not shared at all: each skeleton has those of its candidate.
+without one: no decay, no momentum, no step count. Parameters that are not sliced are shared whole. Buffers
+(BatchNorm statistics and whatever else a model keeps) are not shared at all: each skeleton has its own.
 """
 
 from __future__ import annotations
@@ -130,25 +130,34 @@ class SharedWeights:
         return fill(self.skeletons[index], self.weights(index))
 
     def state(self) -> dict[str, Shaped[Tensor, "..."]]:
-        """All tensors that training changes, not copied, each in the shape that it has in the store.
+        """All tensors that a candidate is made of, not copied, each in the shape that it has in the store.
 
-        These are the parameters by their keys, and the statistics of each candidate as `name@index`.
+        These are the parameters by their keys, and the buffers of each candidate as `name@index`: what it
+        has collected, and what came with the teacher's weights. Buffers that are no part of a state dict are
+        left out: the model's constructor makes them.
         """
-        statistics = {
-            f"{name}@{index}": buffer
+        buffers = {
+            f"{name}@{index}": tensor
             for index, skeleton in enumerate(self.skeletons)
-            for name, buffer in _statistics(skeleton)
+            for name, tensor in _kept_buffers(skeleton)
         }
-        return {**{key: p.detach() for key, p in self.parameters.items()}, **statistics}
+        return {**{key: p.detach() for key, p in self.parameters.items()}, **buffers}
 
-    def load(self, state: Mapping[str, Shaped[Tensor, "..."]]) -> None:
-        """Copy the `state()` of a store of the same grid, with its keys and shapes, into this one."""
+    def load(self, state: Mapping[str, Shaped[Tensor, "..."]]) -> list[str]:
+        """Copy the `state()` of a store of the same grid, with its keys and shapes, into this one.
+
+        Returns:
+            Real-valued buffers that `state` does not have, which stay as they are: older versions kept
+            statistics alone.
+        """
         current = self.state()
-        assert state.keys() == current.keys(), "saved for another grid"
+        statistics = {f"{name}@{i}" for i, s in enumerate(self.skeletons) for name in _statistics(s)}
+        assert state.keys() >= self.parameters.keys() | statistics, "saved for another grid"
         with torch.no_grad():
-            for key, tensor in current.items():
-                # In place: an optimizer holds the parameters, the skeletons hold the statistics.
-                tensor.copy_(state[key])
+            for key in current.keys() & state.keys():
+                # In place: an optimizer holds the parameters, the skeletons hold the buffers.
+                current[key].copy_(state[key])
+        return sorted(key for key in current.keys() - state.keys() if current[key].is_floating_point())
 
     def _added(self, group: Group, index: int) -> list[tuple[int, int]]:
         """(number, units) of each increment that is not empty, up to candidate `index`.
@@ -193,9 +202,14 @@ class SharedWeights:
             yield from self._split(f"{key}+{number}", part, others, index)
 
 
-def _statistics(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def _kept_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    kept = model.state_dict().keys() | set(_statistics(model))
+    return ((name, buffer) for name, buffer in model.named_buffers() if name in kept)
+
+
+def _statistics(model: nn.Module) -> Iterator[str]:
     for name, module in model.named_modules():
         # BatchNorm and InstanceNorm: what they collect depends on how much was cut from the layers before.
         if isinstance(module, _NormBase):
-            for leaf, buffer in module.named_buffers(recurse=False):
-                yield f"{name}.{leaf}", buffer
+            for leaf, _ in module.named_buffers(recurse=False):
+                yield f"{name}.{leaf}"

@@ -174,7 +174,8 @@ def fill(skeleton: nn.Module, weights: Mapping[str, Shaped[Tensor, "..."]]) -> n
         ModelError: A weight is missing or has another shape.
     """
     model = copy.deepcopy(skeleton)
-    given = {name: weights[name].detach().clone() for name in model.state_dict() if name in weights}
+    state = model.state_dict()
+    given = {name: weights[name].detach().clone() for name in state if name in weights}
     missing = [name for name, _ in model.named_parameters() if name not in given]
     if missing:
         raise ModelError(f"weights are missing for {len(missing)} parameters, the first is {missing[0]}")
@@ -183,6 +184,10 @@ def fill(skeleton: nn.Module, weights: Mapping[str, Shaped[Tensor, "..."]]) -> n
         model.load_state_dict(given, strict=False, assign=True)
     except RuntimeError as error:
         raise ModelError(f"weights do not fit the model: {str(error).splitlines()[-1].strip()}") from None
+    for name, buffer in model.named_buffers():
+        if name in weights and name not in state:  # no part of a state dict
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, weights[name].detach().clone().to(buffer.device))
     # Assigning gave each name a tensor; those that were one parameter must be one again to train together.
     for name, first in _tied(skeleton):
         owner, _, leaf = name.rpartition(".")

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-import tempfile
-from pathlib import Path
 
 from torch import nn
 
 from stepwell.data.batches import EvalBatches
+from stepwell.errors import ExportError, RunDirError
 from stepwell.measure.clock import measure_latency
 from stepwell.measure.size import count_macs, num_params
 from stepwell.models.card import ONNX, WEIGHTS, Card, save_model
-from stepwell.models.export import export_onnx
+from stepwell.models.export import export_onnx, temporary_folder
 from stepwell.report.result import ModelResult
 from stepwell.run.progress import say
 from stepwell.tasks.classification import Answers, evaluate, predict
@@ -43,13 +42,19 @@ def figures_of(
     """
     on_selection = evaluate(model, selection, f"{name}: selection images")
     answers = predict(model, test, f"{name}: test images")
-    with tempfile.TemporaryDirectory() as temporary:
+    with temporary_folder() as folder:
         say(f"  {name}: exporting and timing")
-        folder = Path(temporary)
-        # To be timed, not handed out: of the teacher's file no more is asked than that it runs.
-        export_onnx(model, card.input, folder / ONNX, next(iter(test)).images[:8], tolerance=math.inf)
+        onnx_file, not_exported = folder / ONNX, ""
+        try:
+            # To be timed, not handed out: of the teacher's file no more is asked than that it runs.
+            export_onnx(model, card.input, onnx_file, next(iter(test)).images[:8], tolerance=math.inf)
+        except (
+            ExportError,
+            RunDirError,
+        ) as error:  # no space for a teacher's file is no reason to stop either
+            not_exported = str(error)
         save_model(folder, model, card)
-        latency = measure_latency(model, folder / ONNX, card.input, threads)
+        latency = measure_latency(model, None if not_exported else onnx_file, card.input, threads)
         file_bytes = (folder / WEIGHTS).stat().st_size
     macs, on_test = count_macs(model, card.input), answers.meter
     result = ModelResult(
@@ -63,6 +68,7 @@ def figures_of(
         macs=macs,
         latency_ms=latency.onnx_batch1,
         latency=latency,
+        not_exported=not_exported,
         file_bytes=file_bytes,
         keep_ratio=keep_ratio,
         scale=macs / teacher_macs,

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from stepwell.config.options import JointOptions
 from stepwell.data.splits import TEST_BY_HASH
-from stepwell.measure.clock import Latency
 from stepwell.models.teacher import Teacher
 from stepwell.report.result import Result
 
 FEW_SELECTION_IMAGES = 200
+BATCHES: tuple[Literal[1, 32], ...] = (1, 32)
 
 
 def notes(result: Result, teacher: Teacher, options: JointOptions) -> list[str]:
@@ -30,7 +32,8 @@ def notes(result: Result, teacher: Teacher, options: JointOptions) -> list[str]:
             "No control was trained: whether the assistant paid for itself is not known "
             "(--control equal_compute trains one)."
         )
-    told += _where_it_does_not_pay(result.student.latency, result.teacher.latency)
+    told += not_exported(result)
+    told += _where_it_does_not_pay(result)
     if data.test_from == TEST_BY_HASH and data.teacher_saw_selection != "no":
         told.append(
             "The test images were set aside by stepwell: a teacher that was trained on this folder elsewhere "
@@ -59,14 +62,36 @@ def notes(result: Result, teacher: Teacher, options: JointOptions) -> list[str]:
     return told
 
 
-def _where_it_does_not_pay(student: Latency, teacher: Latency) -> list[str]:
-    pairs = {
-        1: (student.onnx_batch1, teacher.onnx_batch1),
-        32: (student.onnx_batch32, teacher.onnx_batch32),
+def not_exported(result: Result) -> list[str]:
+    """What has no ONNX file, and what that means for the times."""
+    told = []
+    if result.not_exported:
+        told.append(
+            f"The student has no ONNX file, its weights are all there is: {result.not_exported}. "
+            f"stepwell export tries again."
+        )
+    if result.runtime == "PyTorch":
+        names = {
+            "the teacher": result.teacher,
+            "an assistant": result.assistant,
+            "the student": result.student,
+            "the control": result.control,
+        }
+        reasons = {name: m.not_exported for name, m in names.items() if m is not None and m.not_exported}
+        which = " and ".join(reasons) or "an assistant"
+        reason = next(iter(reasons.values()), "")
+        why = "" if reason in (result.not_exported, "") else f": {reason}"
+        told.append(f"Times are compared in PyTorch, since {which} could not be exported to ONNX{why}.")
+    return told
+
+
+def _where_it_does_not_pay(result: Result) -> list[str]:
+    times = {
+        b: (result.milliseconds(result.student, b), result.milliseconds(result.teacher, b)) for b in BATCHES
     }
     return [
         f"At batch {batch} the student is not faster than the teacher ({small:.2f} ms, {large:.2f} ms): "
         f"this cut does not pay there."
-        for batch, (small, large) in pairs.items()
+        for batch, (small, large) in times.items()
         if small >= 0.95 * large
     ]

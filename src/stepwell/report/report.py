@@ -200,9 +200,9 @@ def _table(result: Result, percent: Callable[[float], str]) -> list[_Line]:
         _Line(measure[0].upper() + measure[1:], "%", top1),
         _line("Parameters", "", [m.num_params for m in models], "fewer", "more"),
         _line("Operations per image", "MACs", [m.macs for m in models], "fewer", "more"),
-        _line("Latency, batch 1", "ms", [m.latency.onnx_batch1 for m in models], "faster", "slower"),
-        _line("Latency, batch 32", "ms", [m.latency.onnx_batch32 for m in models], "faster", "slower"),
-        _line("PyTorch, batch 1", "ms", [m.latency.eager_batch1 for m in models], "faster", "slower"),
+        _times("Latency, batch 1", [m.latency.onnx_batch1 for m in models]),
+        _times("Latency, batch 32", [m.latency.onnx_batch32 for m in models]),
+        _times("PyTorch, batch 1", [m.latency.eager_batch1 for m in models]),
         _line("File", "B", [m.file_bytes for m in models], "smaller", "larger"),
         _Line(
             "Calibration error", "%", list(zip(map("{:.2f}".format, errors), ["", *points[1:]], strict=True))
@@ -212,9 +212,18 @@ def _table(result: Result, percent: Callable[[float], str]) -> list[_Line]:
 
 def _line(name: str, unit: str, values: list[float], better: str, worse: str) -> _Line:
     """A quantity of which less is better, with each model's factor against the first, the teacher."""
-    prefix, numbers = ("", [*map(wording.significant, values)]) if unit == "ms" else wording.scaled(values)
+    prefix, numbers = wording.scaled(values)
     notes = [wording.ratio(values[0] / max(value, 1e-12), better, worse) for value in values]
     return _Line(name, prefix + unit, list(zip(numbers, ["", *notes[1:]], strict=True)))
+
+
+def _times(name: str, values: list[float | None]) -> _Line:
+    """Milliseconds, likewise; there are none by onnxruntime of a model that could not be exported."""
+    cells = [("–" if value is None else wording.significant(value), "") for value in values]
+    for i, value in enumerate(values[1:], 1):
+        if values[0] is not None and value is not None:
+            cells[i] = cells[i][0], wording.ratio(values[0] / max(value, 1e-12), "faster", "slower")
+    return _Line(name, "ms", cells)
 
 
 def _figures(result: Result, reliability: dict[str, plots.Reliability]) -> dict[str, Any]:

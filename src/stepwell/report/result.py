@@ -39,9 +39,11 @@ class ModelResult(_Record):
     num_params: int
     macs: int
     """Multiply-accumulates of one image."""
-    latency_ms: float
+    latency_ms: float | None
     """onnxruntime, CPU, fp32, batch 1: `latency.onnx_batch1`."""
     latency: Latency
+    not_exported: str = ""
+    """Why there is no ONNX file to be timed; empty where there is one."""
     file_bytes: int
     keep_ratio: float
     """Fraction of the units kept; 1 for the teacher."""
@@ -187,8 +189,30 @@ class Result(_Record):
     images_per_second: dict[str, float]
     epochs: dict[str, float]
     histories: dict[str, History]
+    not_exported: str = ""
+    """Why `student/` has no ONNX file; empty where it has one."""
     notes: list[str]
     """Everything a careful reader should be told."""
+
+    @property
+    def models(self) -> list[ModelResult]:
+        """Teacher, assistants, student and control, as far as there are any."""
+        models = [self.teacher, *self.higher_assistants, self.assistant, self.student, self.control]
+        return [model for model in models if model is not None]
+
+    @property
+    def runtime(self) -> Literal["onnxruntime", "PyTorch"]:
+        """What the models' times are compared on: PyTorch where one of them has no ONNX file."""
+        timed = all(model.latency.onnx_batch1 is not None for model in self.models)
+        return "onnxruntime" if timed else "PyTorch"
+
+    def milliseconds(self, model: ModelResult, batch: Literal[1, 32] = 1) -> float:
+        """Time of a batch of one of the models, on the `runtime` that all of them have."""
+        times = model.latency
+        on_onnx, eager = times.onnx_batch1, times.eager_batch1
+        if batch == 32:
+            on_onnx, eager = times.onnx_batch32, times.eager_batch32
+        return on_onnx if self.runtime == "onnxruntime" and on_onnx is not None else eager
 
     @classmethod
     def load(cls, path: Path) -> Result:

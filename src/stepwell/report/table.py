@@ -28,13 +28,13 @@ def result_table(result: Result, width: int = 110) -> str:
     for role, model in roles:
         if model is not None:
             label = role if role != result.handed_out else f"{role} *"
-            table.add_row(label, *_cells(model, result.teacher))
-    latency = result.teacher.latency
+            table.add_row(label, *_cells(model, result))
+    threads = result.teacher.latency.threads
     student = "" if result.student_name is None else f" The student is a {result.student_name}."
     return (
         f"{render(table, width)}\n\n{_why_this_one(result)}"
         f"top1 on {result.data.num_test} test images "
-        f"({result.data.test_from}); latency: onnxruntime, CPU, fp32, batch 1, {latency.threads} thread(s)."
+        f"({result.data.test_from}); latency: {result.runtime}, CPU, fp32, batch 1, {threads} thread(s)."
         f"{student}"
     )
 
@@ -56,7 +56,8 @@ def render(table: Table, width: int = 110) -> str:
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
 
-def _cells(model: ModelResult, teacher: ModelResult) -> list[str]:
+def _cells(model: ModelResult, result: Result) -> list[str]:
+    teacher, milliseconds = result.teacher, result.milliseconds(model)
     low, high = model.top1_interval
     return [
         f"{model.top1:.2f}",
@@ -65,6 +66,6 @@ def _cells(model: ModelResult, teacher: ModelResult) -> list[str]:
         f"{100 * model.num_params / teacher.num_params:.1f} %",
         short_number(model.macs),
         f"{100 * model.macs / teacher.macs:.1f} %",
-        f"{model.latency_ms:.2f} ms",
-        f"{teacher.latency_ms / model.latency_ms:.1f}x",
+        f"{milliseconds:.2f} ms",
+        f"{result.milliseconds(teacher) / milliseconds:.1f}x",
     ]

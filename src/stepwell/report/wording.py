@@ -67,9 +67,9 @@ def verdict(result: Result, handed_out: ModelResult) -> tuple[str, list[str]]:
     percent = percent_format(result.data.num_test)
     params = ratio(teacher.num_params / handed_out.num_params, "fewer parameters", "more parameters")
     macs = ratio(teacher.macs / handed_out.macs, "fewer operations", "more operations")
-    gain = teacher.latency.onnx_batch1 / handed_out.latency.onnx_batch1
+    gain = result.milliseconds(teacher) / result.milliseconds(handed_out)
     speed = f"{times(gain)} faster" if gain >= 1.05 else f"but not faster ({times(gain)} the teacher's speed)"
-    where = f"batch 1, onnxruntime CPU, {plural(teacher.latency.threads, 'thread')}"
+    where = f"batch 1, {result.runtime} CPU, {plural(teacher.latency.threads, 'thread')}"
     interval, teacher_interval = (
         f"{percent(model.top1_interval[0])}–{percent(model.top1_interval[1])}\u202f%"
         for model in (handed_out, teacher)

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from stepwell.errors import ExportError
 from stepwell.measure.hardware import hardware
 from stepwell.models.card import CARD, ONNX, Card, save_model
 from stepwell.models.export import export_onnx
@@ -86,9 +87,8 @@ def deliver(s: Setting, finished: Finished) -> Result:
     model = finished.control if handed_out == "control" else finished.student.model
     assert model is not None
     figures = delivered.control if handed_out == "control" and delivered.control else delivered.student
-    difference = _write_student(s, model, _student_card(s, finished, figures), folder)
-    say(f"student: {folder}; its ONNX file agrees with it to {difference:.0e} of the largest logit")
-    result = _result(s, finished, delivered, handed_out)
+    not_exported = _write_student(s, model, _student_card(s, finished, figures), folder)
+    result = _result(s, finished, delivered, handed_out).model_copy(update={"not_exported": not_exported})
     result = result.model_copy(update={"notes": notes(result, s.teacher, s.config)})
     predictions = TestPredictions(
         labels=delivered.tensors["labels"].numpy(),
@@ -102,21 +102,25 @@ def deliver(s: Setting, finished: Finished) -> Result:
     return result
 
 
-def _write_student(s: Setting, model: nn.Module, card: Card, folder: Path) -> float:
-    """Weights, card, and an ONNX file that was run against the model on real images.
+def _write_student(s: Setting, model: nn.Module, card: Card, folder: Path) -> str:
+    """Weights and card; then, if that can be, an ONNX file that was run against the model on real images.
 
     Returns:
-        The largest difference of the ONNX file's logits from eager, relative to the largest logit.
+        Why there is no ONNX file; empty where there is one.
 
     Raises:
-        ExportMismatchError: The ONNX file computes something else.
         RunDirError: Nothing can be written there.
     """
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    difference = export_onnx(model, card.input, folder / ONNX, next(iter(s.test)).images[:16])
     save_model(folder, model, card)
-    return difference
+    try:
+        difference = export_onnx(model, card.input, folder / ONNX, next(iter(s.test)).images[:16])
+    except ExportError as error:  # the work is done, and the weights are what it was done for
+        say(f"student: {folder}; weights only, no ONNX file: {error}")
+        return str(error)
+    say(f"student: {folder}; its ONNX file agrees with it to {difference:.0e} of the largest logit")
+    return ""
 
 
 def better_on_selection(delivered: Delivered, metric: Metric) -> Literal["student", "control"]:

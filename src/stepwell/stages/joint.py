@@ -19,7 +19,7 @@ from stepwell.data.batches import Batch, EvalBatches
 from stepwell.losses.choose import Pair
 from stepwell.losses.distillation import make_distillation, share_teacher_side
 from stepwell.losses.observe import Observed
-from stepwell.models.ladder import Ladder
+from stepwell.models.ladder import Ladder, fingerprints
 from stepwell.pruning.shared import SharedWeights
 from stepwell.setting.rungs import store_of
 from stepwell.setting.setting import Setting
@@ -48,7 +48,8 @@ def joint(s: Setting, ladder: Ladder, epochs: float) -> SharedWeights:
                 stage.result = fit(course, step, s.train, s.config)
             recalibrate_all(shared, s.scored)
             passes = s.costs(ladder.scales).joint(epochs)
-            stage.result = stage.result.model_copy(update={"tensors": shared.state(), "passes": passes})
+            tensors = {**shared.state(), **fingerprints(shared, s.spec)}
+            stage.result = stage.result.model_copy(update={"tensors": tensors, "passes": passes})
     shared.load(stage.result.tensors)
     return shared
 
