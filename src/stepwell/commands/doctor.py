@@ -26,14 +26,14 @@ from stepwell.models.teacher import create_timm, create_without_memory, load_tea
 from stepwell.paths import path_of
 from stepwell.paths.begin import require
 from stepwell.pruning import generic
-from stepwell.pruning.families import find_groups, names_by_family
+from stepwell.pruning.families import names_by_family
 from stepwell.pruning.ranking import uniform_scores
 from stepwell.pruning.skeleton import build_skeleton
 from stepwell.pruning.units import Candidate, Group
 from stepwell.report.table import render
 from stepwell.run.device import find_device
 from stepwell.run.progress import progress
-from stepwell.setting.prepare import proof_images, proven_groups
+from stepwell.setting.prepare import groups_of
 from stepwell.stages.grid import make_grid
 
 
@@ -47,9 +47,7 @@ def run(config: CompressConfig) -> str:
     spec = with_image_size(spec, model, config.image_size)
     if is_own_module:
         check_runs(model, spec, config.teacher, "--image-size")
-        groups = proven_groups(model, spec, proof_images(data, spec, config))
-    else:
-        groups = find_groups(model)
+    groups = groups_of(model, spec, is_own_module, data, config)
     student = _student(config, model, spec)
     scores = uniform_scores(groups)
     met = student_widths(config, model, spec, groups, scores)
@@ -118,9 +116,10 @@ def _model(config: CompressConfig, data: Data | None) -> tuple[nn.Module, InputS
     # Without weights of the user's, timm's own count of classes holds.
     if num_classes and config.teacher_weights:
         args = {"num_classes": num_classes, **args}
-    # Shapes are enough to count, but not to time.
-    create = create_without_memory if config.latency_ms is None else create_timm
-    model = create(config.teacher, args, pretrained=False)
+    model = create_without_memory(config.teacher, args, pretrained=False)
+    # Shapes are enough to count, but not to time, nor to try cuts.
+    if config.latency_ms is not None or not names_by_family(model):
+        model = create_timm(config.teacher, args, pretrained=False)
     return model.eval(), input_spec(model), False
 
 

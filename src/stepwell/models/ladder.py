@@ -61,13 +61,13 @@ def load_rung(run: Path, keep_ratio: float, factory: Factory | None = None) -> t
     widths = {**ladder.teacher.widths, **candidate.widths}
     rung = ladder.teacher.model_copy(update={"widths": widths})
     if index == 0 and (student / CARD).exists() and _is_rung(card := read_card(student), rung):
-        return narrow_and_load(full, card.widths, student / WEIGHTS, card.own_input), card
-    teacher, own_input = full, ladder.teacher.own_input
+        return narrow_and_load(full, card.widths, student / WEIGHTS, card.input), card
+    teacher, spec = full, ladder.teacher.input
     if ladder.teacher.widths:  # it had been cut before
-        groups = named_groups(full, ladder.teacher.widths, own_input)
+        groups = named_groups(full, ladder.teacher.widths, spec)
         teacher = build_skeleton(full, groups, ladder.teacher.widths)
     empty = {name: t.new_zeros(t.shape, device="cpu") for name, t in tensors_of(teacher).items()}
-    groups = [g for g in named_groups(teacher, candidate.widths, own_input) if g.name in candidate.widths]
+    groups = [g for g in named_groups(teacher, candidate.widths, spec) if g.name in candidate.widths]
     shared = SharedWeights(teacher, groups, empty, ladder.candidates)
     shared.load(joint.tensors)
     return shared.extract(index).eval(), rung

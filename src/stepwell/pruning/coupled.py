@@ -38,7 +38,7 @@ class Coupled:
 
 def coupled_sets(model: nn.Module, images: Float[Tensor, "batch channels height width"]) -> list[Coupled]:
     """All sets of coupled channels in `model`; a copy of it runs on `images`, under autograd."""
-    twin = copy.deepcopy(model).eval().requires_grad_(True)
+    twin = _twin(model).requires_grad_(True)
     with warnings.catch_warnings(), torch.enable_grad():
         warnings.simplefilter("ignore")
         from torch_pruning import DependencyGraph, ops  # only here: an extra, and slow to import
@@ -49,6 +49,12 @@ def coupled_sets(model: nn.Module, images: Float[Tensor, "batch channels height 
         graph.build_dependency(twin, images, forward_fn=lambda module, x: module(x), verbose=False)
         names = {id(module): name for name, module in twin.named_modules()}
         return [_coupled(group, graph, names, ops.OPTYPE.OUTPUT) for group in graph.get_all_groups()]
+
+
+def _twin(model: nn.Module) -> nn.Module:
+    """A copy that runs; of a skeleton, whose parameters hold no memory, nothing does."""
+    twin = copy.deepcopy(model).eval()
+    return twin.to("meta") if next(twin.parameters()).is_meta else twin
 
 
 def _coupled(group: Any, graph: Any, names: Mapping[int, str], output: object) -> Coupled:  # noqa: ANN401
@@ -151,16 +157,14 @@ def cut_tensors(coupled: Coupled, modules: Mapping[str, nn.Module]) -> Iterator[
 
 def runs_of(model: nn.Module, images: Float[Tensor, "batch channels height width"]) -> dict[str, list[int]]:
     """The number of dimensions of each module's input, for every time that it runs on `images`."""
+    model = _twin(model)
     runs: dict[str, list[int]] = {name: [] for name, _ in model.named_modules()}
 
     def record(name: str, _module: nn.Module, inputs: tuple[Any, ...]) -> None:
         runs[name] += [x.ndim for x in inputs[:1] if isinstance(x, Tensor)]
 
-    handles = [m.register_forward_pre_hook(partial(record, name)) for name, m in model.named_modules()]
-    try:
-        with torch.no_grad():
-            model(images.to(next(model.parameters())))
-    finally:
-        for handle in handles:
-            handle.remove()
+    for name, module in model.named_modules():
+        module.register_forward_pre_hook(partial(record, name))
+    with torch.no_grad():
+        model(images.to(next(model.parameters())))
     return runs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 
 import torch
@@ -58,11 +59,9 @@ def prepare(
     if not data.labelled:
         _check_no_labels_needed(config, data.source)
     other_student = _other_student(config, teacher, num_classes, student)
-    # Last of the checks: of a module of the user's own every group is tried.
-    if teacher.is_own_module:
-        groups = proven_groups(teacher.model, teacher.spec, proof_images(data, teacher.spec, config))
-    else:
-        groups = find_groups(teacher.model)
+    groups = groups_of(
+        teacher.model, teacher.spec, teacher.is_own_module, data, config
+    )  # last of the checks, since cuts are tried
     if config.importance == "l1" and not any(group.kind == "filter" for group in groups):
         name = type(teacher.model).__name__
         raise ConfigError(f"--importance l1 is for convolution filters, and this {name} has none to cut")
@@ -133,6 +132,27 @@ def _try_losses(s: Setting) -> dict[Phase, float]:
     return loss_macs(loss, pair, min(s.config.batch_size, len(s.data.train)))
 
 
+def groups_of(
+    model: nn.Module, spec: InputSpec, is_own_module: bool, data: Data | None, options: DataOptions
+) -> list[Group]:
+    """What may be cut: in a model of a library what the families know, if they do; else what is proved.
+
+    Args:
+        model: The teacher, in eval mode.
+        spec: The images that it takes.
+        is_own_module: Whether it is a module of the user's own.
+        data: Where the images come from that a cut is proved on.
+        options: How they are read.
+
+    Raises:
+        UnsupportedModelError: Nothing can be cut.
+    """
+    if not is_own_module:
+        with suppress(UnsupportedModelError):
+            return find_groups(model)
+    return proven_groups(model, spec, proof_images(data, spec, options))
+
+
 def proof_images(
     data: Data | None, spec: InputSpec, options: DataOptions
 ) -> Float[Tensor, "batch channels height width"]:
@@ -147,7 +167,7 @@ def proof_images(
 def proven_groups(
     model: nn.Module, spec: InputSpec, images: Float[Tensor, "batch channels height width"]
 ) -> list[Group]:
-    """The groups of a module of the user's own that are proved to be cut rightly; says what stays whole.
+    """The groups that are proved to be cut rightly, whoever made the model; says what stays whole.
 
     Args:
         model: The module, in eval mode.
