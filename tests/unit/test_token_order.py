@@ -108,7 +108,9 @@ def test_scores_of_images_together_are_the_mean_of_each_alone(order):
 
 def test_images_that_a_module_mixes_have_no_scores():
     model = Tokens("mixed").eval()
-    with pytest.raises(UnsupportedModelError, match="down of the Tokens reads something else for an image alone"):
+    with pytest.raises(
+        UnsupportedModelError, match="down of the Tokens reads something else for an image alone"
+    ):
         importance_by_gradient(model, [GROUP], FixedEval(random_batches(1, 3)))
 
 

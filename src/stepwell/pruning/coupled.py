@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
@@ -48,7 +49,63 @@ def coupled_sets(model: nn.Module, images: Float[Tensor, "batch channels height 
         # With `forward_fn`: torch-pruning alone would first try one argument per image, and hide the error.
         graph.build_dependency(twin, images, forward_fn=lambda module, x: module(x), verbose=False)
         names = {id(module): name for name, module in twin.named_modules()}
-        return [_coupled(group, graph, names, ops.OPTYPE.OUTPUT) for group in graph.get_all_groups()]
+        return [_coupled(group, graph, names, ops.OPTYPE.OUTPUT) for group in _groups(graph)]
+
+
+def _groups(graph: Any) -> Iterator[Any]:  # noqa: ANN401  (of torch-pruning)
+    """As its own `get_all_groups`, but that what it loses itself in is left out.
+
+    From some layers (a reshape in a circle of others) it follows more and more positions without an end.
+    """
+    seen: set[object] = set()
+    for module in [m for m in graph.module2node if isinstance(m, nn.Conv2d | nn.ConvTranspose2d | nn.Linear)]:
+        if module in seen:
+            continue
+        pruner = graph.get_pruner_of_module(module)
+        _bound(graph, [STEPS])
+        with suppress(_TooManyError):
+            group = graph.get_pruning_group(
+                module, pruner.prune_out_channels, list(range(pruner.get_out_channels(module)))
+            )
+            seen |= {dep.target.module for dep, _ in group if graph.is_out_channel_pruning_fn(dep.handler)}
+            yield group
+
+
+STEPS = 1000000
+"""Positions that are followed from one layer: it takes 422,908 in a DenseNet-161, 64 in a ResNet-50."""
+
+
+class _TooManyError(Exception):
+    """Internal: more than `STEPS`."""
+
+
+class _Bounded(list[Any]):
+    """The mappings of positions from one layer to the next, which count what they are given."""
+
+    def __init__(self, mappings: Iterable[Any], left: list[int]) -> None:
+        super().__init__(mappings)
+        self.left = left
+
+    def __iter__(self) -> Iterator[Any]:
+        self._take(1)
+        for mapping in super().__iter__():
+            yield None if mapping is None else partial(self._map, mapping)
+
+    def _map(self, mapping: Any, positions: Any) -> Any:  # noqa: ANN401
+        found = mapping(positions)
+        self._take(len(positions) + len(found))
+        return found
+
+    def _take(self, steps: int) -> None:
+        self.left[0] -= steps
+        if self.left[0] < 0:
+            raise _TooManyError
+
+
+def _bound(graph: Any, left: list[int]) -> None:  # noqa: ANN401
+    for node in graph.module2node.values():
+        for dep in node.dependencies:
+            dep.index_mapping = _Bounded(list.__iter__(dep.index_mapping), left)
 
 
 def _twin(model: nn.Module) -> nn.Module:

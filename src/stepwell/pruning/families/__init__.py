@@ -24,6 +24,7 @@ from stepwell.pruning.families import (
     swin,
     torch_attention,
 )
+from stepwell.pruning.sections import in_sections
 from stepwell.pruning.units import Group
 
 
@@ -70,7 +71,7 @@ def find_groups(model: nn.Module) -> list[Group]:
         raise UnsupportedModelError(
             f"{type(model).__name__} is not supported: nothing in it can be cut; known are: {supported}"
         )
-    return groups
+    return in_sections(model, groups)
 
 
 def names_by_family(model: nn.Module) -> dict[str, set[str]]:
