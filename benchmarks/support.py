@@ -120,7 +120,7 @@ TIMM: dict[str, dict[str, dict[str, Any]]] = {
         "fastvit_t8": {},
         "levit_128s": SMALL,
         "pvt_v2_b0": {},
-        "tiny_vit_5m_224": SMALL,
+        "tiny_vit_5m_224": {},
     },
 }
 TORCHVISION = (

@@ -10,6 +10,7 @@ from stepwell.data.batches import Batch
 from stepwell.errors import UnsupportedModelError
 from stepwell.pruning.families import find_groups
 from stepwell.pruning.layout import Layout, image_layouts
+from stepwell.pruning.prove import proven
 from stepwell.pruning.skeleton import build_skeleton
 from stepwell.pruning.units import Group, Slice
 from stepwell.stages.score import importance_by_gradient
@@ -112,6 +113,11 @@ def test_images_that_a_module_mixes_have_no_scores():
         UnsupportedModelError, match="down of the Tokens reads something else for an image alone"
     ):
         importance_by_gradient(model, [GROUP], FixedEval(random_batches(1, 3)))
+
+
+def test_a_layer_whose_images_are_mixed_stays_whole():
+    assert proven(Tokens("mixed").eval(), [GROUP], random_batches(1, 3)[0].images) == []
+    assert proven(Tokens("tokens first").eval(), [GROUP], random_batches(1, 3)[0].images) == [GROUP]
 
 
 class Recurrent(nn.Module):

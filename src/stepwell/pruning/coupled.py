@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from stepwell.pruning.skeleton import stop_checkpointing
+
 End = tuple[str, bool]
 """The outputs (True) or the inputs (False) of a layer; a norm has only outputs."""
 
@@ -111,6 +113,7 @@ def _bound(graph: Any, left: list[int]) -> None:  # noqa: ANN401
 def _twin(model: nn.Module) -> nn.Module:
     """A copy that runs; of a skeleton, whose parameters hold no memory, nothing does."""
     twin = copy.deepcopy(model).eval()
+    stop_checkpointing(twin)
     return twin.to("meta") if next(twin.parameters()).is_meta else twin
 
 

@@ -45,6 +45,7 @@ def build_skeleton(model: nn.Module, groups: Sequence[Group], widths: Widths) ->
         group.narrow(skeleton, group.name, widths[group.name])
     _tell_sizes(skeleton)
     _silence_dropout(skeleton)
+    stop_checkpointing(skeleton)
     return skeleton
 
 
@@ -109,6 +110,18 @@ def _silence_dropout(skeleton: nn.Module) -> None:
         for rate in ("drop_rate", "attention_dropout"):
             if isinstance(getattr(module, rate, None), float):
                 setattr(module, rate, 0.0)
+
+
+def stop_checkpointing(model: nn.Module) -> None:
+    """Switch off what saves memory by computing layers a second time, in the backward pass.
+
+    By then a candidate no longer holds its weights; and a graph of the forward pass ends there.
+    """
+    for module in model.modules():
+        # The names in timm and transformers; in older DenseNets; in Swin's own code and many copies of it.
+        for name in ("grad_checkpointing", "gradient_checkpointing", "memory_efficient", "use_checkpoint"):
+            if getattr(module, name, False) is True:
+                setattr(module, name, False)
 
 
 def sort_units(
