@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import timm
 import torch
+import torch.nn.utils.prune as masks
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from blocks import shaken
+from stepwell.config.options import DataOptions
 from stepwell.data.spec import InputSpec
+from stepwell.errors import ModelError, UnsupportedModelError
+from stepwell.measure.size import count_macs
+from stepwell.models.teacher import teacher_from_module
 from stepwell.pruning.families import find_groups
+from stepwell.pruning.shared import SharedWeights
 from stepwell.pruning.skeleton import build_skeleton
+from stepwell.pruning.units import Candidate, tensors_of
+from stepwell.setting.prepare import groups_of
 from tiny import random_images, tiny_vit
 
 SPEC = InputSpec((16, 16), 3, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -63,3 +68,142 @@ def test_checkpointing_is_off_in_what_is_trained(name):
         getattr(m, "grad_checkpointing", False) or getattr(m, "use_checkpoint", False)
         for m in model.modules()
     )
+
+
+def line(first=lambda layer: layer) -> nn.Sequential:
+    """Three convolutions in a line, something done to the first."""
+    convs = first(nn.Conv2d(3, 8, 3)), nn.ReLU(), nn.Conv2d(8, 12, 3), nn.ReLU(), nn.Conv2d(12, 6, 3)
+    return nn.Sequential(*convs, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 5))
+
+
+@pytest.mark.parametrize(
+    ("first", "way_out"),
+    [
+        pytest.param(
+            lambda conv: nn.utils.weight_norm(conv),
+            r"torch\.nn\.utils\.remove_weight_norm\(layer\)",
+            marks=pytest.mark.brings(
+                "model",
+                "a layer under the old `weight_norm` or `spectral_norm`",
+                "refused: says how to fold it",
+            ),
+        ),
+        pytest.param(lambda conv: nn.utils.spectral_norm(conv), r"remove_spectral_norm\(layer\)"),
+        pytest.param(
+            lambda conv: masks.l1_unstructured(conv, "weight", 0.3),
+            r"torch\.nn\.utils\.prune\.remove\(layer, 'weight'\)",
+            marks=pytest.mark.brings(
+                "model", "a layer with a mask of `torch.nn.utils.prune`", "refused: says how to fold it"
+            ),
+        ),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_weights_that_hooks_compute_are_refused(first, way_out):
+    model = line(first)
+    model(torch.randn(2, 3, 16, 16))  # now the weight is no leaf, which cannot be copied
+    with pytest.raises(ModelError, match=f"a Sequential cannot be cut: 0.weight is computed .*{way_out}"):
+        teacher_from_module(model, None)
+
+
+@pytest.mark.brings("model", "a dynamically quantised module", "refused: give it as it was before")
+@pytest.mark.filterwarnings("ignore")  # torch moves its quantisation elsewhere
+def test_a_quantised_module_is_refused():
+    model = torch.ao.quantization.quantize_dynamic(line(), {nn.Linear})
+    with pytest.raises(ModelError, match="cannot be trained: 7 is a quantised Linear; give the model"):
+        teacher_from_module(model, None)
+
+
+def computes_the_same_at_full_width(model: nn.Module, groups, images: Tensor) -> None:
+    candidates = [Candidate(r, {g.name: max(1, int(r * g.num_units)) for g in groups}) for r in (0.5, 1.0)]
+    shared = SharedWeights(model, groups, tensors_of(model), candidates)
+    with torch.no_grad():
+        torch.testing.assert_close(shared.extract(1).eval()(images), model(images))
+        small = functional_call(shared.skeletons[0].eval(), shared.weights(0), (images,))
+        torch.testing.assert_close(shared.extract(0).eval()(images), small)
+
+
+@pytest.mark.brings(
+    "model", "a layer with one of `torch.nn.utils.parametrizations`", "works; this layer stays whole"
+)
+@pytest.mark.parametrize("kind", ["weight_norm", "spectral_norm"])
+def test_a_parametrised_layer_stays_whole(kind, capsys):
+    pytest.importorskip("torch_pruning")
+    torch.manual_seed(0)
+    model = teacher_from_module(line(getattr(nn.utils.parametrizations, kind)), None).model
+    groups = groups_of(model, SPEC, True, None, DataOptions())
+    assert [group.name for group in groups] == ["2", "4"]
+    assert "stays whole: 0 (its weight is shared with another layer, or computed)" in capsys.readouterr().err
+    computes_the_same_at_full_width(model, groups, torch.randn(2, 3, 16, 16))
+
+
+def test_a_known_block_with_a_parametrised_layer_stays_whole():
+    model = tiny_vit()
+    nn.utils.parametrizations.weight_norm(model.blocks[0].mlp.fc1)
+    assert {g.name for g in find_groups(tiny_vit())} - {g.name for g in find_groups(model)} == {
+        "blocks.0.mlp"
+    }
+
+
+def test_known_blocks_that_share_a_weight_stay_whole():
+    model = tiny_vit()
+    model.blocks[1].mlp.fc2.weight = model.blocks[0].mlp.fc2.weight
+    whole = {g.name for g in find_groups(tiny_vit())} - {g.name for g in find_groups(model)}
+    assert whole == {"blocks.0.mlp", "blocks.1.mlp"}
+
+
+class Recurrent(nn.Module):
+    """One block that runs three times, registered once or under three names."""
+
+    def __init__(self, names: int) -> None:
+        super().__init__()
+        self.vit = tiny_vit()
+        self.vit.blocks = nn.Sequential(*[self.vit.blocks[0]] * names)
+        self.uses = 3 // names
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.vit._pos_embed(self.vit.patch_embed(x))
+        for _ in range(self.uses):
+            x = self.vit.blocks(x)
+        return self.vit.head(x[:, 0])
+
+
+@pytest.mark.brings("model", "one block that runs several times", "cut in all of its places")
+@pytest.mark.parametrize("names", [1, 3])
+def test_a_block_that_runs_three_times_is_cut_once(names):
+    torch.manual_seed(0)
+    model = Recurrent(names).eval()
+    groups = groups_of(model, SPEC, True, None, DataOptions())
+    assert [group.name for group in groups] == ["vit.blocks.0.attn", "vit.blocks.0.mlp"]
+    computes_the_same_at_full_width(model, groups, random_images(2))
+
+
+class Branching(nn.Module):
+    """What runs depends on the numbers."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.more = inner, nn.Linear(5, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inner(x)
+        return self.more(x) if x.sum() > 0 else x
+
+
+@pytest.mark.brings(
+    "model", "a module whose forward pass branches on numbers", "known blocks are cut, the rest stays whole"
+)
+def test_a_branch_on_numbers(capsys):
+    pytest.importorskip("torch_pruning")
+    torch.manual_seed(0)
+    model = Branching(tiny_vit()).eval()
+    groups = groups_of(model, SPEC, True, None, DataOptions())
+    assert [g.name for g in groups] == [f"inner.{g.name}" for g in find_groups(model.inner)]
+    assert "its forward pass asks for numbers" in " ".join(capsys.readouterr().err.split())
+    macs = count_macs(model, SPEC)
+    assert macs - count_macs(model.inner, SPEC) in (0, 25)
+    skeleton = build_skeleton(model, groups, {g.name: 1 for g in groups})
+    assert count_macs(skeleton, SPEC) < macs
+    with pytest.raises(UnsupportedModelError, match="asks for numbers") as caught:
+        groups_of(Branching(line()).eval(), SPEC, True, None, DataOptions())
+    assert "\n" not in str(caught.value)

@@ -35,6 +35,7 @@ from stepwell.models.card import (
     read_card,
 )
 from stepwell.models.input import input_spec
+from stepwell.models.plain import check_plain
 from stepwell.models.weights import read_weights
 
 
@@ -97,6 +98,7 @@ def teacher_from_module(module: nn.Module, classes: tuple[str, ...] | None) -> T
     A module keeps no record of how it was built. If it is a timm model that can be built again from what it
     shows (proved by equal outputs), the student will load without help; else `load` asks for `factory=`.
     """
+    check_plain(module, f"a {type(module).__name__}")
     model = huggingface.wrapped(copy.deepcopy(module).cpu().eval())
     _check_numbers(model, f"a {type(module).__name__}")
     spec = input_spec(model)
@@ -229,7 +231,9 @@ def placeholders(num_classes: int) -> list[str]:
 
 
 def _from_file(source: str, weights: Path | None) -> Teacher:
-    model = huggingface.wrapped(load_factory(source)())
+    model = load_factory(source)()
+    check_plain(model, source)
+    model = huggingface.wrapped(model)
     if weights is not None:
         load_strictly(model, read_weights(weights), str(weights))
     function = source.rpartition(":")[2]

@@ -215,6 +215,20 @@ def cut_tensors(coupled: Coupled, modules: Mapping[str, nn.Module]) -> Iterator[
             yield f"{name}.weight", weight_dims[1]
 
 
+def asks_for_numbers(model: nn.Module, images: Float[Tensor, "batch channels height width"]) -> bool:
+    """Whether the forward pass cannot do without the values of tensors.
+
+    What it runs may then depend on them, and be another thing when a student is loaded.
+    """
+    twin = copy.deepcopy(model).eval().to("meta")
+    try:
+        with torch.no_grad():
+            twin(images.to("meta", next(twin.parameters()).dtype))
+    except (RuntimeError, NotImplementedError):
+        return True
+    return False
+
+
 def runs_of(model: nn.Module, images: Float[Tensor, "batch channels height width"]) -> dict[str, list[int]]:
     """The number of dimensions of each module's input, for every time that it runs on `images`."""
     model = _twin(model)

@@ -75,7 +75,8 @@ def _leading(tensor: Tensor, cuts: Sequence[tuple[Group, Slice]], widths: Widths
 def _tell_sizes(skeleton: nn.Module) -> None:
     """Layers keep their sizes beside their weights: for their repr, and some for their arithmetic."""
     for module in skeleton.modules():
-        weight = getattr(module, "weight", None)
+        # Not `module.weight`: torch's parametrizations would compute it, of tensors that hold no numbers.
+        weight = module._parameters.get("weight")
         if weight is None:
             continue
         if isinstance(module, nn.Linear):
@@ -187,6 +188,11 @@ def fill(skeleton: nn.Module, weights: Mapping[str, Shaped[Tensor, "..."]]) -> n
         ModelError: A weight is missing or has another shape.
     """
     model = copy.deepcopy(skeleton)
+    for module in model.modules():
+        for leaf, tensor in module._parameters.items():
+            # In a module of several names, `functional_call` leaves the tensors that it was given last.
+            if tensor is not None and not isinstance(tensor, nn.Parameter):
+                module._parameters[leaf] = nn.Parameter(torch.empty_like(tensor, device="meta"))
     given = {name: weights[name].detach().clone() for name in model.state_dict() if name in weights}
     missing = [name for name, _ in model.named_parameters() if name not in given]
     if missing:

@@ -11,6 +11,7 @@ A unit is a set of slices of tensors that live and die together. `qkv.weight` of
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -156,6 +157,20 @@ def cuts_by_tensor(groups: Iterable[Group]) -> dict[str, list[tuple[Group, Slice
     for name, members in cuts.items():
         assert len({slice_.view for _, slice_ in members}) == 1, f"{name} is viewed in two ways"
     return cuts
+
+
+def unshared(model: nn.Module) -> set[str]:
+    """Names of the tensors that one layer alone holds; a skeleton would cut others under one name only.
+
+    A layer that the model calls by several names is one layer.
+    """
+    owners: dict[int, int] = Counter(
+        id(tensor)
+        for module in model.modules()
+        for tensor in (*module._parameters.values(), *module._buffers.values())
+        if tensor is not None
+    )
+    return {name for name, tensor in tensors_of(model).items() if owners[id(tensor)] == 1}
 
 
 def tensors_of(model: nn.Module) -> dict[str, Shaped[Tensor, "..."]]:

@@ -25,7 +25,7 @@ from stepwell.pruning.families import (
     torch_attention,
 )
 from stepwell.pruning.sections import in_sections
-from stepwell.pruning.units import Group
+from stepwell.pruning.units import Group, unshared
 
 
 class Family(Protocol):
@@ -55,6 +55,8 @@ FAMILIES: tuple[Family, ...] = (
 def find_groups(model: nn.Module) -> list[Group]:
     """All units of `model` that can be cut, in the order of its layers.
 
+    Layers whose weights are shared with others, or computed (torch's parametrizations), stay whole.
+
     Raises:
         UnsupportedModelError: There are none.
     """
@@ -64,6 +66,8 @@ def find_groups(model: nn.Module) -> list[Group]:
         for family in FAMILIES
         for group in family.groups(name, module)
     ]
+    alone = unshared(model)
+    groups = [group for group in groups if all(slice_.tensor in alone for slice_ in group.slices)]
     names = [group.name for group in groups]
     assert len(set(names)) == len(names), "two families answer for one module"
     if not groups:
