@@ -173,6 +173,11 @@ def unshared(model: nn.Module) -> set[str]:
     return {name for name, tensor in tensors_of(model).items() if owners[id(tensor)] == 1}
 
 
+def full_name(module: nn.Module | None) -> str:
+    """The class of a module, by which one of a library is known that need not be installed."""
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
 def tensors_of(model: nn.Module) -> dict[str, Shaped[Tensor, "..."]]:
     """Parameters and buffers of a model by name, each in the shape that its layer gives it."""
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
