@@ -34,17 +34,17 @@ import torchvision
 from torch import nn
 
 from record import RESULTS, commit
-from stepwell.config.options import GridOptions
+from stepwell.config.options import DataOptions, GridOptions
 from stepwell.measure.size import count_macs, num_params
 from stepwell.models.card import Card, load, save_model
 from stepwell.models.export import export_onnx, export_program
 from stepwell.models.input import with_image_size
 from stepwell.models.teacher import teacher_from_module
-from stepwell.pruning.families import find_groups
 from stepwell.pruning.prove import difference
 from stepwell.pruning.skeleton import build_skeleton, fill, leading_units, sort_units
 from stepwell.pruning.units import tensors_of
 from stepwell.run.run_dir import write_atomically
+from stepwell.setting.prepare import groups_of
 from stepwell.stages.grid import make_grid
 
 RATIOS = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -111,6 +111,16 @@ TIMM: dict[str, dict[str, dict[str, Any]]] = {
         "cifar_wrn_40_2": {},
         "cifar_vgg8": {},
         "cifar_vgg13": {},
+    },
+    "Others, by the dependency graph": {
+        "resnetv2_50": {},
+        "densenet121": {},
+        "inception_v3": {},
+        "repvit_m1": {},
+        "fastvit_t8": {},
+        "levit_128s": SMALL,
+        "pvt_v2_b0": {},
+        "tiny_vit_5m_224": {},
     },
 }
 TORCHVISION = (
@@ -225,7 +235,7 @@ class Checked:
         self.model, self.spec, self.architecture = teacher.model, teacher.spec, teacher.architecture
         if not hasattr(self.model, "patch_embed") and name.startswith(CONVOLUTIONAL):
             self.spec = with_image_size(self.spec, self.model, min(64, self.spec.size[0]))
-        self.groups = find_groups(self.model)
+        self.groups = groups_of(self.model, self.spec, False, None, DataOptions())
         rng = random.Random(0)
         order = {g.name: rng.sample(range(g.num_units), g.num_units) for g in self.groups}
         scores = {g.name: [rng.random() for _ in range(g.num_units)] for g in self.groups}

@@ -96,7 +96,9 @@ def test_everything_between_the_residual_sums_is_cut(name):
     assert [g.kind for g in groups] == ["head", "neuron"] * 4 if "swin" in name else ["head", "neuron"] * 2
     assert list(dict.fromkeys(g.block for g in groups)) == layers
     assert len({g.section for g in groups}) == (2 if "swin" in name else 1)
-    assert list(names_by_family(teacher(name))) == ["ViT, DeiT and Swin of transformers"]
+    assert list(names_by_family(teacher(name))) == [
+        "ViT, DeiT, BEiT, DINOv2, Swin, ConvNeXt and ResNet of transformers"
+    ]
 
 
 @pytest.mark.parametrize("name", ["vit", "deit", "swin, shifted windows"])
@@ -312,14 +314,14 @@ def test_a_model_without_classifier_is_no_random_teacher(tmp_path):
 
 
 def test_unsupported_classes(tmp_path):
-    other = transformers.ResNetForImageClassification(
-        transformers.ResNetConfig(embedding_size=4, hidden_sizes=[4, 4], depths=[1, 1], layer_type="basic")
+    other = transformers.RegNetForImageClassification(
+        transformers.RegNetConfig(embedding_size=4, hidden_sizes=[4, 4], depths=[1, 1], groups_width=4)
     )
     other.save_pretrained(tmp_path)
-    assert "'resnet' model of transformers, which is not supported" in one_line_of(
+    assert "'regnet' model of transformers, which is not supported" in one_line_of(
         UnsupportedModelError, tmp_path
     )
-    with pytest.raises(UnsupportedModelError, match="known are: deit, swin, vit"):
+    with pytest.raises(UnsupportedModelError, match=r"known are: beit, .*, swinv2, vit"):
         teacher_from_module(other, None)
     with pytest.raises(ModelError, match="ForImageClassification"):
         teacher_from_module(inner("vit").vit, None)

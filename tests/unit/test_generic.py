@@ -365,7 +365,9 @@ class Tied(nn.Module):
 def test_layers_that_share_a_weight_stay_whole():
     proposal = propose(shaken(Tied), IMAGES.double())
     assert [group.name for group in proposal.groups] == ["last"]
-    assert proposal.whole == dict.fromkeys(("first.0", "shared", "again"), "it shares a parameter")
+    assert proposal.whole == dict.fromkeys(
+        ("first.0", "shared", "again"), "its weight is shared with another layer, or computed"
+    )
 
 
 class Ungraspable(nn.Module):

@@ -34,7 +34,7 @@ from stepwell.models.timm_models import create_timm, create_without_memory, pars
 from stepwell.paths import path_of
 from stepwell.paths.begin import require
 from stepwell.pruning import generic
-from stepwell.pruning.families import find_groups, names_by_family
+from stepwell.pruning.families import names_by_family
 from stepwell.pruning.ranking import uniform_scores
 from stepwell.pruning.skeleton import build_skeleton
 from stepwell.pruning.units import Candidate, Group
@@ -42,7 +42,7 @@ from stepwell.report.table import render
 from stepwell.run.device import find_device
 from stepwell.run.progress import progress
 from stepwell.setting.classes import settle
-from stepwell.setting.prepare import proof_images, proven_groups
+from stepwell.setting.prepare import groups_of
 from stepwell.stages.grid import make_grid
 from stepwell.tasks.classification import check_classes
 
@@ -61,9 +61,7 @@ def run(config: CompressConfig) -> str:
     if teacher.is_own_module:
         check_runs(model, spec, config.teacher, "--image-size")
         check_trains(model, spec, config.teacher, config.batch_size)
-        groups = proven_groups(model, spec, proof_images(data, spec, config))
-    else:
-        groups = find_groups(model)
+    groups = groups_of(model, spec, teacher.is_own_module, data, config)
     student = _student(config, model, spec)
     scores = uniform_scores(groups)
     met = student_widths(config, model, spec, groups, scores)
@@ -161,11 +159,12 @@ def _model(config: CompressConfig, data: Data | None) -> Teacher:
             source, config.teacher_weights, config.model_args, num_classes, config.weights_key
         )
     args = parse_model_args(config.model_args)
-    # Shapes are enough to count, but not to time.
-    create = create_without_memory if config.latency_ms is None else create_timm
-    model = create(config.teacher, args, pretrained=False).eval()
+    model = create_without_memory(config.teacher, args, pretrained=False)
+    # Shapes are enough to count, but not to time, nor to try cuts.
+    if config.latency_ms is not None or not names_by_family(model):
+        model = create_timm(config.teacher, args, pretrained=False)
     architecture = Architecture(source="timm", name=config.teacher, args=args)
-    return Teacher(model, architecture, input_spec(model, args), None, {}, config.teacher, digest="")
+    return Teacher(model.eval(), architecture, input_spec(model, args), None, {}, config.teacher, digest="")
 
 
 def _student(config: CompressConfig, teacher: nn.Module, spec: InputSpec) -> nn.Module | None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -20,22 +21,32 @@ def num_params(model: nn.Module) -> int:
 def count_macs(model: nn.Module, spec: InputSpec) -> int:
     """Multiply-accumulates of one image: half the FLOPs that torch counts, attention products included.
 
-    Runs on the meta device: no memory, no arithmetic, and a skeleton will do. A forward pass that asks for
-    values of the image, which has none there, runs on the CPU, with weights of 0.
+    Runs on the meta device: no memory, no arithmetic, and a skeleton will do. A module that asks for numbers
+    (`if x.sum() > 0`) gets random ones, always the same, on the CPU.
     """
     try:
-        return _count(model, spec, torch.device("meta"))
-    except Exception:  # whatever a forward pass raises where it finds no values
-        return _count(model, spec, torch.device("cpu"))
+        return _count(
+            _shadow(model, "meta").to("meta"), torch.empty(1, spec.channels, *spec.size, device="meta")
+        )
+    except (RuntimeError, NotImplementedError):  # what a tensor without numbers says when it is asked for one
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            shadow = _shadow(model, "cpu").to("cpu")
+            for parameter in shadow.parameters():
+                nn.init.normal_(parameter, std=0.02)
+            return _count(shadow, torch.randn(1, spec.channels, *spec.size))
 
 
-def _count(model: nn.Module, spec: InputSpec, device: torch.device) -> int:
+def _shadow(model: nn.Module, device: str) -> nn.Module:
+    """A copy with parameters of the same shapes on another device, without their values."""
     # memo: every weight becomes a shape before it is copied, so a large model is never duplicated.
     memo: dict[int, object] = {
-        id(p): nn.Parameter(torch.zeros_like(p, device=device)) for p in model.parameters()
+        id(p): nn.Parameter(torch.empty_like(p, device=device)) for p in model.parameters()
     }
-    shadow = copy.deepcopy(model, memo).to(device).eval().requires_grad_(False)
-    images = torch.zeros(1, spec.channels, *spec.size, device=device)
+    return copy.deepcopy(model, memo).eval().requires_grad_(False)
+
+
+def _count(shadow: nn.Module, images: Float[Tensor, "one channels height width"]) -> int:
     # The fused attention kernels are not all known to the counter; the plain one is two matrix products.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         shadow(images)

@@ -66,11 +66,6 @@ class Card(BaseModel):
     provenance: dict[str, Any] = {}
     """Versions, teacher, data and figures: for people; nothing is computed from it."""
 
-    @property
-    def own_input(self) -> InputSpec | None:
-        """The images that a module of the user's own takes; None for other models. See `named_groups`."""
-        return self.input if self.architecture.source == "factory" else None
-
 
 def save_model(folder: Path, model: nn.Module, card: Card) -> None:
     """Write `model.safetensors` and `stepwell.json`, each atomically, the card last."""
@@ -119,7 +114,7 @@ def load(path: str | Path, factory: Factory | None = None) -> nn.Module:
         raise ModelError(f"{path} holds no model: no {CARD} in it, in its student/ or in its teacher/")
     card = read_card(folder)
     model = build(card.architecture, factory, folder)
-    return narrow_and_load(model, card.widths, folder / WEIGHTS, card.own_input)
+    return narrow_and_load(model, card.widths, folder / WEIGHTS, card.input)
 
 
 def build(architecture: Architecture, factory: Factory | None, where: Path) -> nn.Module:
@@ -155,34 +150,35 @@ def example_images(spec: InputSpec, num: int = 2) -> Tensor:
     return torch.randn(num, spec.channels, *spec.size, generator=torch.Generator().manual_seed(0))
 
 
-def named_groups(model: nn.Module, names: Collection[str], own_input: InputSpec | None) -> list[Group]:
+def named_groups(model: nn.Module, names: Collection[str], spec: InputSpec | None) -> list[Group]:
     """The groups of a model among which those called `names` should be.
 
     Args:
         model: At the width that they were found at.
         names: Their names. The dependency graph is only asked for what the families do not find.
-        own_input: The images that a module of the user's own takes; None for other models.
+        spec: The images that the model takes; without it the families alone are asked.
 
     Raises:
         ModelError: They were found with torch-pruning, which is missing.
+        UnsupportedModelError: Nothing in the model may be cut.
     """
-    if own_input is None:
-        return find_groups(model)
     try:
         groups = find_groups(model)
     except UnsupportedModelError:
         groups = []
-    if set(names) <= {group.name for group in groups}:
+    unknown = sorted(set(names) - {group.name for group in groups})
+    if not unknown or spec is None:
         return groups
     if not generic.installed():
         raise ModelError(
-            f"{type(model).__name__} was cut with torch-pruning: pip install 'stepwell[generic]'"
+            f"this {type(model).__name__} was cut at {unknown[0]}, which torch-pruning finds: pip install "
+            f"'stepwell[generic]'"
         )
-    return generic.propose(model.eval(), example_images(own_input)).groups
+    return generic.propose(model.eval(), example_images(spec)).groups
 
 
 def narrow_and_load(
-    model: nn.Module, widths: Mapping[str, int], weights: Path, own_input: InputSpec | None = None
+    model: nn.Module, widths: Mapping[str, int], weights: Path, spec: InputSpec | None = None
 ) -> nn.Module:
     """Cut `model` to `widths` and fill it from a safetensors file.
 
@@ -190,7 +186,7 @@ def narrow_and_load(
         model: At full width.
         widths: Units kept per group.
         weights: The file.
-        own_input: As in `named_groups`.
+        spec: As in `named_groups`.
 
     Raises:
         ModelError: The file cannot be read, or model, widths and weights do not fit each other.
@@ -200,7 +196,7 @@ def narrow_and_load(
     except (OSError, SafetensorError) as error:
         raise ModelError(f"cannot read {weights}: {error}") from None
     if widths:
-        groups = named_groups(model, widths, own_input)
+        groups = named_groups(model, widths, spec)
         units = {group.name: group.num_units for group in groups}
         wrong = [name for name, width in widths.items() if width > units.get(name, -1)]
         if wrong:

@@ -25,7 +25,7 @@ from stepwell.models.image_processor import PROCESSOR, read_json, read_spec
 from stepwell.models.weights import FILES, read_weights, weights_in
 from stepwell.run.progress import console, say
 
-SUPPORTED = ("deit", "swin", "vit")
+SUPPORTED = ("beit", "convnext", "convnextv2", "deit", "dinov2", "resnet", "swin", "swinv2", "vit")
 """As `model_type` in a config. Others are not even built: some of transformers' types fetch from the hub."""
 
 CONFIG = "config.json"
@@ -76,7 +76,8 @@ def wrapped(module: nn.Module) -> nn.Module:
         if getattr(layer, "gradient_checkpointing", False):
             # It computes layers a second time, when candidates no longer hold their weights.
             layer.gradient_checkpointing = False
-    model.set_attn_implementation("sdpa")  # others need a GPU, or compute in fp32 whatever they are given
+    if _attention(model.config.model_type):
+        model.set_attn_implementation("sdpa")  # others need a GPU, or compute in fp32 whatever they are given
     return Classifier(model.float())
 
 
@@ -146,7 +147,7 @@ def _filled(transformers: Any, config: dict[str, Any], tensors: dict[str, Tensor
         config=settings,
         state_dict=tensors,
         dtype=torch.float32,
-        attn_implementation="sdpa",
+        attn_implementation=_attention(config["model_type"]),
         output_loading_info=True,
     )
 
@@ -189,7 +190,10 @@ def build(args: Mapping[str, Any]) -> Classifier:
     try:
         config = transformers.AutoConfig.for_model(**args)
         model = transformers.AutoModelForImageClassification.from_config(
-            config, trust_remote_code=False, attn_implementation="sdpa", dtype=torch.float32
+            config,
+            trust_remote_code=False,
+            attn_implementation=_attention(args["model_type"]),
+            dtype=torch.float32,
         )
     except Exception as error:  # whatever a constructor does with arguments that it cannot use
         raise ModelError(
@@ -249,7 +253,7 @@ def input_spec(model: Classifier, folder: Path | None = None) -> InputSpec:
 
 
 def _size(model: Classifier) -> tuple[int, int]:
-    size = model.config.image_size
+    size = getattr(model.config, "image_size", 224)  # a ResNet takes any, and is trained at this
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
@@ -259,6 +263,11 @@ def _check_type(model_type: object, where: str) -> None:
             f"{where} is a {model_type!r} model of transformers, which is not supported; "
             f"known are: {', '.join(SUPPORTED)}"
         )
+
+
+def _attention(model_type: str) -> str | None:
+    """Which of transformers' implementations; None for models that have no choice."""
+    return None if model_type in ("convnext", "convnextv2", "resnet", "swinv2") else "sdpa"
 
 
 def _transformers() -> Any:  # noqa: ANN401  (a module that may be missing)

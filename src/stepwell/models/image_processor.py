@@ -63,6 +63,12 @@ def _spec(processor: Mapping[str, Any], size: tuple[int, int], channels: int, wh
     short = resized.get("shortest_edge") if isinstance(resized, dict) else None
     before = short or (edges or size)[0]
     mean, std = _statistics(processor, channels)
+    if short and "crop_pct" in processor:  # ConvNeXt's: the edge is what is left of a crop, if it is small
+        crops = short < 384
+        interpolation = _INTERPOLATIONS[processor.get("resample", 2)]
+        crop_pct = float(processor["crop_pct"]) if crops else 1.0
+        size, mode = (short, short), "center" if crops else "squash"
+        return InputSpec(size, channels, mean, std, interpolation, crop_pct, mode)
     return InputSpec(
         size,
         channels,

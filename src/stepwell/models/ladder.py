@@ -79,7 +79,7 @@ def load_rung(run: Path, keep_ratio: float, factory: Factory | None = None) -> t
     widths = {**ladder.teacher.widths, **candidate.widths}
     rung = ladder.teacher.model_copy(update={"widths": widths})
     if index == 0 and (card := _students_card(run)) and _is_rung(card, rung):
-        return narrow_and_load(full, card.widths, run / "student" / WEIGHTS, card.own_input), card
+        return narrow_and_load(full, card.widths, run / "student" / WEIGHTS, card.input), card
     shared = _store(full, ladder)
     if left_out := shared.load(joint.tensors):
         name = left_out[0].partition("@")[0]
@@ -109,12 +109,12 @@ def _key(index: int) -> str:
 
 def _store(full: nn.Module, ladder: Ladder) -> SharedWeights:
     """The store of a run before its weights are loaded; `full` is the model at full width."""
-    teacher, own_input = full, ladder.teacher.own_input
+    teacher, spec = full, ladder.teacher.input
     if ladder.teacher.widths:  # it had been cut before
-        groups = named_groups(full, ladder.teacher.widths, own_input)
+        groups = named_groups(full, ladder.teacher.widths, spec)
         teacher = build_skeleton(full, groups, ladder.teacher.widths)
     cut = ladder.candidates[0].widths
-    groups = [g for g in named_groups(teacher, cut, own_input) if g.name in cut]
+    groups = [g for g in named_groups(teacher, cut, spec) if g.name in cut]
     # Parameters come from the run; buffers that it does not keep are those that the constructor has made.
     tensors = {
         name: t.new_zeros(t.shape, device="cpu") if isinstance(t, nn.Parameter) else t

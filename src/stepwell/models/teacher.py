@@ -140,7 +140,7 @@ def _from_directory(path: Path, weights: Path | None, key: str | None, args: Map
         return _from_transformers(path, weights)
     card: Card = read_card(folder)
     model = build(card.architecture, None, folder)
-    model = narrow_and_load(model, card.widths, folder / WEIGHTS)
+    model = narrow_and_load(model, card.widths, folder / WEIGHTS, card.input)
     if weights is not None:
         load_whole(model, weights, key)
     teacher = _teacher(model, card.architecture, str(path))

@@ -39,6 +39,22 @@ class ConstantOutput(nn.Module):
         return (bias if self.dim == -1 else bias[:, None, None]).expand_as(x)
 
 
+class ConstantLinear(nn.Module):
+    """A linear layer without inputs: its bias, or 0, at every position of what has its outputs' shape.
+
+    Args:
+        bias: The layer's bias, which keeps its name in the state dict.
+    """
+
+    def __init__(self, bias: nn.Parameter | None) -> None:
+        super().__init__()
+        self.bias: nn.Parameter | None = bias
+
+    def forward(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """Only the shape of `x` matters."""
+        return torch.zeros_like(x) if self.bias is None else self.bias.to(x.dtype).expand_as(x)
+
+
 class ConstantConv(nn.Module):
     """A convolution without input channels: its bias, or 0, on a map of the size that it would return.
 

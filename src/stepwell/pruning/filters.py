@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torchvision.ops.misc import FrozenBatchNorm2d, SqueezeExcitation
 
 from stepwell.pruning.constant import ConstantConv, replace
-from stepwell.pruning.units import Group, Slice
+from stepwell.pruning.units import Group, Slice, full_name
 
 # Exact classes, here and below: a subclass may compute something else. A MixedConv2d (MixNet) or CondConv2d
 # is not among them: its channels lie in several tensors, or its weights depend on the image.
@@ -113,6 +113,12 @@ def _leaves(name: str, module: nn.Module | None) -> Iterator[tuple[str, nn.Modul
     """The module itself, or the modules that it runs one after the other if it is a container."""
     if type(module) is ConvNormAct:
         for part in ("conv", "bn", "aa"):
+            yield from _leaves(f"{name}.{part}", _child(module, part))
+    elif (
+        module is not None
+        and full_name(module) == "transformers.models.resnet.modeling_resnet.ResNetConvLayer"
+    ):
+        for part in ("convolution", "normalization", "activation"):
             yield from _leaves(f"{name}.{part}", _child(module, part))
     elif isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
         for part, child in module.named_children():

@@ -20,7 +20,6 @@ What stays whole:
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -35,6 +34,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from stepwell.errors import UnsupportedModelError
 from stepwell.pruning.coupled import (
     Coupled,
+    asks_for_numbers,
     coupled_sets,
     cut_tensors,
     merge_tied,
@@ -44,7 +44,7 @@ from stepwell.pruning.coupled import (
     size_of,
 )
 from stepwell.pruning.families import find_groups
-from stepwell.pruning.units import Group, Slice, tensors_of
+from stepwell.pruning.units import Group, Slice, tensors_of, unshared
 
 NAME = "coupled channels, by torch-pruning's dependency graph"
 HINT = "to cut channels of modules that no family knows: pip install 'stepwell[generic]'"
@@ -102,6 +102,9 @@ def propose(model: nn.Module, images: Float[Tensor, "batch channels height width
 
 def _propose(model: nn.Module, images: Tensor, known: Sequence[Group]) -> tuple[list[Group], dict[str, str]]:
     modules = dict(model.named_modules())
+    if asks_for_numbers(model, images):
+        reason = "its forward pass asks for numbers (as in `if x.sum() > 0`): other weights may couple others"
+        return [], {f"what no family knows in {type(model).__name__}": reason}
     try:
         sets = coupled_sets(model, images)
         runs = runs_of(model, images)
@@ -120,7 +123,7 @@ def _propose(model: nn.Module, images: Tensor, known: Sequence[Group]) -> tuple[
         if inside or tensors & taken or not readers_of(coupled, modules):
             continue
         units = num_units(coupled, modules)
-        obstacle = coupled.obstacle or _obstacle(coupled, units, modules, runs, _unshared(model))
+        obstacle = coupled.obstacle or _obstacle(coupled, units, modules, runs, unshared(model))
         if obstacle:
             whole[makers[0]] = obstacle
         else:
@@ -128,12 +131,6 @@ def _propose(model: nn.Module, images: Tensor, known: Sequence[Group]) -> tuple[
     names = [name for name in modules if name in chosen]
     views = _views(model, modules, chosen)
     return [_group(name, *chosen[name], modules, runs, views) for name in names], whole
-
-
-def _unshared(model: nn.Module) -> set[str]:
-    """Names of the tensors that have no other name: the skeleton would cut a tied one under one name only."""
-    names = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
-    return {name for name, tensor in tensors_of(model).items() if names[id(tensor)] <= 1}
 
 
 def _obstacle(
@@ -153,7 +150,7 @@ def _obstacle(
         if any(position * units // size != math.floor(part * units + 1e-6) for position, part in pairs):
             return f"its channels are in another order in {name}"
     if any(tensor not in tensors for tensor, _ in cut_tensors(coupled, modules)):
-        return "it shares a parameter"
+        return "its weight is shared with another layer, or computed"
     readers = readers_of(coupled, modules)
     if any(len(runs[name]) != 1 for name in readers):
         return "a layer that reads its channels runs more than once"

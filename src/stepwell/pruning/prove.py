@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from stepwell.pruning.layout import image_layouts
 from stepwell.pruning.skeleton import build_skeleton, leading_units
 from stepwell.pruning.units import Group, tensors_of
 
@@ -32,11 +33,19 @@ def proven(
         groups: The groups that were found in it.
         images: A few real images, on the device of the model.
     """
+    groups = _scorable(model, groups, images)
     if _agree(model, groups, images):
         return list(groups)
     # What is at fault is left out; two groups that are right alone may still be wrong together.
     alone = [group for group in groups if _agree(model, [group], images)]
     return alone if alone and _agree(model, alone, images) else []
+
+
+def _scorable(model: nn.Module, groups: Sequence[Group], images: Tensor) -> list[Group]:
+    """The groups at whose gates images can be told apart: else their units have no importance."""
+    skeleton = build_skeleton(model, groups, {group.name: group.num_units for group in groups})
+    layouts = image_layouts(skeleton, dict(model.named_parameters()), groups, images)
+    return [group for group in groups if all(layouts[gate] is not None for gate in group.gates)]
 
 
 def _agree(model: nn.Module, groups: Sequence[Group], images: Tensor) -> bool:

@@ -45,6 +45,7 @@ def build_skeleton(model: nn.Module, groups: Sequence[Group], widths: Widths) ->
         group.narrow(skeleton, group.name, widths[group.name])
     _tell_sizes(skeleton)
     _silence_dropout(skeleton)
+    stop_checkpointing(skeleton)
     return skeleton
 
 
@@ -74,7 +75,8 @@ def _leading(tensor: Tensor, cuts: Sequence[tuple[Group, Slice]], widths: Widths
 def _tell_sizes(skeleton: nn.Module) -> None:
     """Layers keep their sizes beside their weights: for their repr, and some for their arithmetic."""
     for module in skeleton.modules():
-        weight = getattr(module, "weight", None)
+        # Not `module.weight`: torch's parametrizations would compute it, of tensors that hold no numbers.
+        weight = module._parameters.get("weight")
         if weight is None:
             continue
         if isinstance(module, nn.Linear):
@@ -109,6 +111,18 @@ def _silence_dropout(skeleton: nn.Module) -> None:
         for rate in ("drop_rate", "attention_dropout"):
             if isinstance(getattr(module, rate, None), float):
                 setattr(module, rate, 0.0)
+
+
+def stop_checkpointing(model: nn.Module) -> None:
+    """Switch off what saves memory by computing layers a second time, in the backward pass.
+
+    By then a candidate no longer holds its weights; and a graph of the forward pass ends there.
+    """
+    for module in model.modules():
+        # The names in timm and transformers; in older DenseNets; in Swin's own code and many copies of it.
+        for name in ("grad_checkpointing", "gradient_checkpointing", "memory_efficient", "use_checkpoint"):
+            if getattr(module, name, False) is True:
+                setattr(module, name, False)
 
 
 def sort_units(
@@ -174,6 +188,11 @@ def fill(skeleton: nn.Module, weights: Mapping[str, Shaped[Tensor, "..."]]) -> n
         ModelError: A weight is missing or has another shape.
     """
     model = copy.deepcopy(skeleton)
+    for module in model.modules():
+        for leaf, tensor in module._parameters.items():
+            # In a module of several names, `functional_call` leaves the tensors that it was given last.
+            if tensor is not None and not isinstance(tensor, nn.Parameter):
+                module._parameters[leaf] = nn.Parameter(torch.empty_like(tensor, device="meta"))
     state = model.state_dict()
     given = {name: weights[name].detach().clone() for name in state if name in weights}
     missing = [name for name, _ in model.named_parameters() if name not in given]

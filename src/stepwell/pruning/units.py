@@ -11,6 +11,7 @@ A unit is a set of slices of tensors that live and die together. `qkv.weight` of
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -90,6 +91,8 @@ class Group:
             cutting a unit is more than setting its output to 0. None where there is none.
         unit_size: Number of neurons or filters in a unit: more than 1 around a grouped convolution. Widths
             are rounded so that the number of filters, not of units, is a multiple of the divisor.
+        block_width: Number of channels that the block returns, where its container holds blocks of several
+            widths; set by `sections.in_sections`, not by a family. None where the container is the section.
     """
 
     name: str
@@ -103,6 +106,7 @@ class Group:
     more_gates: tuple[str, ...] = ()
     norm: str | None = None
     unit_size: int = 1
+    block_width: int | None = None
 
     @property
     def gates(self) -> tuple[str, ...]:
@@ -115,9 +119,13 @@ class Group:
 
         A vision transformer has one section. In a pyramid (Swin, a ResNet) a section holds the blocks of one
         resolution. Layers of different sections have different numbers of units, and a share of 1 / 96 in
-        one says nothing about 1 / 768 in another.
+        one says nothing about 1 / 768 in another. Where blocks of all resolutions lie in one container
+        (torchvision's MobileNets), a section holds those of one width.
         """
-        return self.block.rpartition(".")[0] if self.block else self.name
+        if not self.block:
+            return self.name
+        container = self.block.rpartition(".")[0]
+        return container if self.block_width is None else f"{container}[{self.block_width}]"
 
     def __repr__(self) -> str:
         return f"Group({self.name}: {self.num_units} {self.kind}s := {', '.join(map(repr, self.slices))})"
@@ -149,6 +157,25 @@ def cuts_by_tensor(groups: Iterable[Group]) -> dict[str, list[tuple[Group, Slice
     for name, members in cuts.items():
         assert len({slice_.view for _, slice_ in members}) == 1, f"{name} is viewed in two ways"
     return cuts
+
+
+def unshared(model: nn.Module) -> set[str]:
+    """Names of the tensors that one layer alone holds; a skeleton would cut others under one name only.
+
+    A layer that the model calls by several names is one layer.
+    """
+    owners: dict[int, int] = Counter(
+        id(tensor)
+        for module in model.modules()
+        for tensor in (*module._parameters.values(), *module._buffers.values())
+        if tensor is not None
+    )
+    return {name for name, tensor in tensors_of(model).items() if owners[id(tensor)] == 1}
+
+
+def full_name(module: nn.Module | None) -> str:
+    """The class of a module, by which one of a library is known that need not be installed."""
+    return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
 def tensors_of(model: nn.Module) -> dict[str, Shaped[Tensor, "..."]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 
 import torch
@@ -64,11 +65,8 @@ def prepare(
     check_trains(teacher.model, teacher.spec, teacher.name, batch_size)  # its slices will be trained
     if other_student is not None:
         check_trains(other_student.model, teacher.spec, f"--student {other_student.name}", batch_size)
-    # Last of the checks: of a module of the user's own every group is tried.
-    if teacher.is_own_module:
-        groups = proven_groups(teacher.model, teacher.spec, proof_images(data, teacher.spec, config))
-    else:
-        groups = find_groups(teacher.model)
+    # Last of the checks, since cuts are tried.
+    groups = groups_of(teacher.model, teacher.spec, teacher.is_own_module, data, config)
     if config.importance == "l1" and not any(group.kind == "filter" for group in groups):
         name = type(teacher.model).__name__
         raise ConfigError(f"--importance l1 is for convolution filters, and this {name} has none to cut")
@@ -151,6 +149,27 @@ def _try_losses(s: Setting) -> dict[Phase, float]:
         ) from None
 
 
+def groups_of(
+    model: nn.Module, spec: InputSpec, is_own_module: bool, data: Data | None, options: DataOptions
+) -> list[Group]:
+    """What may be cut: in a model of a library what the families know, if they do; else what is proved.
+
+    Args:
+        model: The teacher, in eval mode.
+        spec: The images that it takes.
+        is_own_module: Whether it is a module of the user's own.
+        data: Where the images come from that a cut is proved on.
+        options: How they are read.
+
+    Raises:
+        UnsupportedModelError: Nothing can be cut.
+    """
+    if not is_own_module:
+        with suppress(UnsupportedModelError):
+            return find_groups(model)
+    return proven_groups(model, spec, proof_images(data, spec, options))
+
+
 def proof_images(
     data: Data | None, spec: InputSpec, options: DataOptions
 ) -> Float[Tensor, "batch channels height width"]:
@@ -165,7 +184,7 @@ def proof_images(
 def proven_groups(
     model: nn.Module, spec: InputSpec, images: Float[Tensor, "batch channels height width"]
 ) -> list[Group]:
-    """The groups of a module of the user's own that are proved to be cut rightly; says what stays whole.
+    """The groups that are proved to be cut rightly, whoever made the model; says what stays whole.
 
     Args:
         model: The module, in eval mode.

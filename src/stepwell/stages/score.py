@@ -15,8 +15,7 @@ the same share of its filters.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -26,6 +25,7 @@ from torch.func import functional_call
 
 from stepwell.data.batches import EvalBatches
 from stepwell.measure.budget import student_widths
+from stepwell.pruning.layout import Layout, gate_inputs, layouts_or_refuse
 from stepwell.pruning.ranking import Importance, l2_normalised, uniform_scores
 from stepwell.pruning.skeleton import build_skeleton
 from stepwell.pruning.units import Group, cuts_by_tensor, tensors_of
@@ -82,28 +82,28 @@ def importance_by_gradient(
     skeleton = build_skeleton(model, groups, {group.name: group.num_units for group in groups})
     sums = {group.name: torch.zeros(group.num_units, dtype=torch.float64) for group in groups}
     num_images = 0
-    with progress("score", len(batches)) as advance, _unit_outputs(skeleton, groups) as outputs:
+    layouts: dict[str, Layout] = {}
+    with progress("score", len(batches)) as advance, gate_inputs(skeleton, groups, _leaf) as outputs:
         for batch in batches:
+            # The first batch is the largest.
+            layouts = layouts or layouts_or_refuse(skeleton, parameters, groups, batch.images)
             outputs.clear()
             with autocast or torch.autocast(batch.images.device.type, enabled=False):
                 logits = functional_call(skeleton, parameters, (batch.images,))  # (B, classes)
             # Summed: each image's gradient is its own, and none shrinks below fp16's smallest number.
             loss = loss_per_image(logits, batch.labels).sum()
             # With respect to the units' outputs alone: no weight gets a gradient.
-            gradients = dict(zip(outputs, torch.autograd.grad(loss, list(outputs.values())), strict=True))
+            each = [output for runs in outputs.values() for output in runs]
+            gradients = iter(torch.autograd.grad(loss, each))
+            runs_of = {gate: [(x.detach(), next(gradients)) for x in runs] for gate, runs in outputs.items()}
             for group in groups:
-                by_gate = [  # each (B, units)
-                    gate_gradients(
-                        outputs[name].detach(),
-                        gradients[name],
-                        group.num_units,
-                        len(batch.labels),
-                        group.gate_dim,
-                    )
-                    for name in group.gates
+                by_run = [  # each (B, units)
+                    gate_gradients(*run, group.num_units, len(batch.labels), group.gate_dim, layouts[gate])
+                    for gate in group.gates
+                    for run in runs_of[gate]
                 ]
-                # Several gates of a unit are one number, so what they do to the loss adds up.
-                sums[group.name] += _reduced(sum(by_gate[1:], by_gate[0]), reduction).cpu().double()
+                # A unit's gates, each time that they run, are one number: what they do to the loss adds up.
+                sums[group.name] += _reduced(sum(by_run[1:], by_run[0]), reduction).cpu().double()
             num_images += len(batch.labels)
             advance("")
     divisor = num_images if reduction == "sample" else 1
@@ -117,18 +117,19 @@ def gate_gradients(
     num_units: int,
     num_images: int,
     dim: int = -1,
+    layout: Layout = Layout(),  # noqa: B008  (frozen)
 ) -> Float[Tensor, "images units"]:
     """d loss / d gate per image and unit.
 
     Args:
         output: The units' outputs, such as (images, tokens, units * channels), units side by side in `dim`.
-            The first dimension may hold the windows of an image one after the other.
         gradient: d loss / d output, same shape.
         num_units: How many units share `dim`.
-        num_images: How many images share the first dimension.
+        num_images: How many images there are.
         dim: The dimension of the units.
+        layout: Where the images lie, with the units in the last dimension.
     """
-    product = (output.float() * gradient.float()).movedim(dim, -1)
+    product = layout.by_image((output.float() * gradient.float()).movedim(dim, -1), num_images)
     return product.reshape(num_images, -1, num_units, product.shape[-1] // num_units).sum(dim=(1, 3))
 
 
@@ -138,32 +139,13 @@ def _reduced(per_image: Tensor, reduction: Literal["sample", "batch"]) -> Tensor
     return per_image.mean(dim=0).abs()
 
 
-@contextmanager
-def _unit_outputs(model: nn.Module, groups: Sequence[Group]) -> Iterator[dict[str, Tensor]]:
-    """Collect the input of each gate module in every forward pass; leaves no hook behind."""
-    outputs: dict[str, Tensor] = {}
-
-    def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
-        def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            # The model is frozen: without this, nothing before the first gate would ask for a gradient.
-            x = inputs[0] if inputs[0].requires_grad else inputs[0].detach().requires_grad_()
-            # A copy for this reader alone: others (a shortcut, say) may read or overwrite the same tensor,
-            # and what flows through them is not this gate's.
-            outputs[name] = x.clone()
-            return (outputs[name], *inputs[1:])
-
-        return hook
-
-    handles = [
-        model.get_submodule(gate).register_forward_pre_hook(keep(gate))
-        for group in groups
-        for gate in group.gates
-    ]
-    try:
-        yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()
+def _leaf(x: Tensor) -> Tensor:
+    """What a gate reads, so that it can be asked for a gradient."""
+    # The model is frozen: without this, nothing before the first gate would ask for a gradient.
+    x = x if x.requires_grad or not torch.is_grad_enabled() else x.detach().requires_grad_()
+    # A copy for this reader alone: others (a shortcut, say) may read or overwrite the same tensor, and what
+    # flows through them is not this gate's.
+    return x.clone()
 
 
 def filter_norms(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from typing import cast
 
@@ -14,19 +15,30 @@ from torch import nn
 
 from stepwell.config.options import TrainingOptions
 
-POSITIONS = ("relative_position_bias", "logit_scale", "cpb_mlp", "meta_mlp", "position_embeddings")
-"""What tables of positions and learned temperatures are called; not every library says so itself."""
+POSITIONS = re.compile(
+    r"(^|[._])(rel(ative)?_pos|abs(olute)?_pos|pos(ition(al)?)?_?(emb|enc|bias|table))"
+    r"|(^|[._])(class|cls|dist(illation)?|mask|reg(ister)?)_(token|embedding)s?$"
+    r"|logit_scale|temperature|cpb_mlp|meta_mlp|continuous_position_bias"
+)
+"""What tables of positions, tokens, learned temperatures, and networks that compute position biases are
+called; not every library says so itself."""
 
 
 def no_decay_of(model: nn.Module) -> frozenset[str]:
-    """Norms, biases, scales, tables of positions, and what the model itself excepts (`no_weight_decay`)."""
-    excepted = getattr(model, "no_weight_decay", None)
-    plain = {
-        name
-        for name, parameter in model.named_parameters()
-        if parameter.ndim <= 1 or any(part in name for part in POSITIONS)
-    }
-    return frozenset(plain | set(cast(Iterable[str], excepted()) if callable(excepted) else ()))
+    """Norms, biases, scales, tables of positions, tokens, and what a model excepts (`no_weight_decay`)."""
+    plain = {name for name, parameter in model.named_parameters() if _is_plain(name, parameter)}
+    for prefix, module in model.named_modules():
+        excepted = getattr(module, "no_weight_decay", None)
+        if callable(excepted):
+            plain |= {f"{prefix}.{name}".lstrip(".") for name in cast(Iterable[str], excepted())}
+    return frozenset(plain)
+
+
+def _is_plain(name: str, parameter: nn.Parameter) -> bool:
+    """Whether a parameter is no matrix by which a layer multiplies."""
+    # Beside layers, what has a dimension of 1 is one vector, or one for each position: (1, tokens, width).
+    is_beside = "weight" not in name.rpartition(".")[2] and 1 in parameter.shape
+    return parameter.ndim <= 1 or is_beside or POSITIONS.search(name) is not None
 
 
 def make_optimizer(

@@ -24,7 +24,8 @@ from stepwell.pruning.families import (
     swin,
     torch_attention,
 )
-from stepwell.pruning.units import Group
+from stepwell.pruning.sections import in_sections
+from stepwell.pruning.units import Group, unshared
 
 
 class Family(Protocol):
@@ -54,6 +55,8 @@ FAMILIES: tuple[Family, ...] = (
 def find_groups(model: nn.Module) -> list[Group]:
     """All units of `model` that can be cut, in the order of its layers.
 
+    Layers whose weights are shared with others, or computed (torch's parametrizations), stay whole.
+
     Raises:
         UnsupportedModelError: There are none.
     """
@@ -63,6 +66,8 @@ def find_groups(model: nn.Module) -> list[Group]:
         for family in FAMILIES
         for group in family.groups(name, module)
     ]
+    alone = unshared(model)
+    groups = [group for group in groups if all(slice_.tensor in alone for slice_ in group.slices)]
     names = [group.name for group in groups]
     assert len(set(names)) == len(names), "two families answer for one module"
     if not groups:
@@ -70,7 +75,7 @@ def find_groups(model: nn.Module) -> list[Group]:
         raise UnsupportedModelError(
             f"{type(model).__name__} is not supported: nothing in it can be cut; known are: {supported}"
         )
-    return groups
+    return in_sections(model, groups)
 
 
 def names_by_family(model: nn.Module) -> dict[str, set[str]]:

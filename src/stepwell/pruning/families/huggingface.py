@@ -1,4 +1,4 @@
-"""ViT, DeiT and Swin of Hugging Face's transformers: heads and neurons may be cut.
+"""ViT, DeiT, BEiT, DINOv2, Swin, Swin V2, ConvNeXt and ResNet of Hugging Face's transformers.
 
 Nothing is imported from transformers, which takes seconds and need not be installed: its classes are known
 by their full names.
@@ -6,34 +6,54 @@ by their full names.
 
 from __future__ import annotations
 
+import dataclasses
+from functools import partial
 from typing import Any, cast
 
 from torch import Tensor, nn
 
-from stepwell.pruning.constant import ConstantOutput, replace
+from stepwell.pruning.constant import ConstantLinear, ConstantOutput, replace
 from stepwell.pruning.families.slices import block_of, input_slices, output_slices
+from stepwell.pruning.filters import filter_groups
 from stepwell.pruning.heads import ConstantPair
-from stepwell.pruning.units import Group, Slice
+from stepwell.pruning.units import Group, Slice, full_name
 
-NAME: str = "ViT, DeiT and Swin of transformers"
+NAME: str = "ViT, DeiT, BEiT, DINOv2, Swin, ConvNeXt and ResNet of transformers"
 
-_MODULES = {
-    name: f"transformers.models.{name.lower()}.modeling_{name.lower()}" for name in ("ViT", "DeiT", "Swin")
-}
-_ATTENTION = frozenset(f"{module}.{name}Attention" for name, module in _MODULES.items())
-_FFN = frozenset(f"{module}.{name}MLP" for name, module in _MODULES.items())
+
+def _names(part: str, *families: str) -> frozenset[str]:
+    return frozenset(f"transformers.models.{f.lower()}.modeling_{f.lower()}.{f}{part}" for f in families)
+
+
+_ATTENTION = _names("Attention", "ViT", "DeiT", "Swin", "Dinov2")
+_FFN = _names("MLP", "ViT", "DeiT", "Swin", "Dinov2", "Beit")
+_GATED_FFN = _names("SwiGLUFFN", "Dinov2")
+_BEIT = _names("Layer", "Beit")
+_SWIN_V2 = _names("Layer", "Swinv2")
+_CONVNEXT = _names("Layer", "ConvNext", "ConvNextV2")
+_RESNET = _names("BasicLayer", "ResNet") | _names("BottleNeckLayer", "ResNet")
 
 _INPUTS, _OUTPUT = ("q_proj", "k_proj", "v_proj"), "o_proj"
 
 
 def groups(name: str, module: nn.Module) -> list[Group]:
-    """The heads of an attention, or the neurons of an FFN."""
+    """The heads of an attention, the neurons of an FFN, or the filters of a residual block."""
     # The exact class: a subclass may compute something else.
-    full_name = f"{type(module).__module__}.{type(module).__qualname__}"
-    if full_name in _ATTENTION and _all_linear(module, *_INPUTS, _OUTPUT):
+    kind = full_name(module)
+    if kind in _ATTENTION and _all_linear(module, *_INPUTS, _OUTPUT):
         return [_heads(name, module)]
-    if full_name in _FFN and _all_linear(module, "fc1", "fc2"):
-        return [_neurons(name, module)]
+    if kind in _FFN and _all_linear(module, "fc1", "fc2"):
+        return [_neurons(name, module, ("fc1",), "fc2")]
+    if kind in _GATED_FFN and _all_linear(module, "gate_proj", "up_proj", "down_proj"):
+        return [_neurons(name, module, ("gate_proj", "up_proj"), "down_proj")]
+    if kind in _BEIT:
+        return _beit_heads(name, cast(Any, module))
+    if kind in _SWIN_V2:
+        return _swin_v2(name, cast(Any, module))
+    if kind in _CONVNEXT and _all_linear(module, "pwconv1", "pwconv2"):
+        return [_between(name, module, "pwconv1", "pwconv2")]
+    if kind in _RESNET:
+        return filter_groups(name, module, ("layer",))
     return []
 
 
@@ -65,18 +85,87 @@ def _heads(name: str, module: nn.Module) -> Group:
     )
 
 
-def _neurons(name: str, module: nn.Module) -> Group:
-    fc1, fc2 = cast(nn.Linear, module.fc1), cast(nn.Linear, module.fc2)
-    slices = output_slices(f"{name}.fc1", fc1, (fc1.out_features,), axis=0)
-    slices += input_slices(f"{name}.fc2", fc2, (fc2.in_features,))
+def _neurons(name: str, module: nn.Module, first: tuple[str, ...], last: str) -> Group:
+    output = cast(nn.Linear, module.get_submodule(last))
+    neurons = output.in_features
+    slices: list[Slice] = []
+    for leaf in first:
+        slices += output_slices(f"{name}.{leaf}", module.get_submodule(leaf), (neurons,), axis=0)
+    slices += input_slices(f"{name}.{last}", output, (neurons,))
     return Group(
         name,
         "neuron",
-        fc1.out_features,
+        neurons,
         tuple(slices),
-        gate=f"{name}.fc2",
+        gate=f"{name}.{last}",
         block=block_of(name),
         narrow=_narrow_neurons,
+    )
+
+
+def _beit_heads(name: str, layer: Any) -> list[Group]:  # noqa: ANN401  (a class of transformers)
+    """Those of a layer whose position biases, if it has any, are its own: one column per head."""
+    if not _all_linear(layer.attention, *_INPUTS, _OUTPUT):
+        return []
+    if getattr(layer.attention.config, "use_shared_relative_position_bias", False):
+        return []
+    group = _heads(f"{name}.attention", layer.attention)
+    if layer.relative_position_bias is None:
+        return [group]
+    table = f"{name}.relative_position_bias.relative_position_bias_table"
+    view = (layer.relative_position_bias.num_relative_distance, group.num_units)
+    return [dataclasses.replace(group, slices=(Slice(table, view, axis=1, dim=1), *group.slices))]
+
+
+def _swin_v2(name: str, layer: Any) -> list[Group]:  # noqa: ANN401
+    """Heads whose logits have a factor and position biases each, and the neurons of two layers."""
+    found = []
+    attention = layer.attention.self
+    inner, output = f"{name}.attention.self", f"{name}.attention.output"
+    inputs = ("query", "key", "value")
+    if _all_linear(attention, *inputs) and _all_linear(layer.attention.output, "dense"):
+        heads = cast(int, attention.num_attention_heads)
+        shape = (heads, attention.all_head_size // heads)
+        slices = [Slice(f"{inner}.logit_scale", view=(heads, 1, 1), axis=0, dim=0)]
+        biases = "continuous_position_bias_mlp.2"
+        slices += output_slices(f"{inner}.{biases}", attention.get_submodule(biases), (heads,), axis=0)
+        for leaf in inputs:
+            slices += output_slices(f"{inner}.{leaf}", attention.get_submodule(leaf), shape, axis=0)
+        slices += input_slices(f"{output}.dense", layer.attention.output.dense, shape)
+        found.append(
+            Group(
+                f"{name}.attention",
+                "head",
+                heads,
+                tuple(slices),
+                gate=f"{output}.dense",
+                block=name,
+                narrow=_narrow_swin_v2,
+            )
+        )
+    if _all_linear(layer.intermediate, "dense") and _all_linear(layer.output, "dense"):
+        found.append(_between(name, layer, "intermediate.dense", "output.dense"))
+    return found
+
+
+def _between(name: str, block: nn.Module, first: str, last: str) -> Group:
+    """The neurons between two linear layers of a block; in ConvNeXt V2 there is a norm over them."""
+    made, read = (cast(nn.Linear, block.get_submodule(leaf)) for leaf in (first, last))
+    neurons = made.out_features
+    slices = output_slices(f"{name}.{first}", made, (neurons,), axis=0)
+    norm = f"{name}.grn" if hasattr(block, "grn") else None
+    if norm:
+        slices += [Slice(f"{norm}.{leaf}", (1, 1, 1, neurons), axis=3, dim=3) for leaf in ("weight", "bias")]
+    slices += input_slices(f"{name}.{last}", read, (neurons,))
+    return Group(
+        f"{name}.{first}",
+        "neuron",
+        neurons,
+        tuple(slices),
+        gate=norm or f"{name}.{last}",
+        block=name,
+        narrow=partial(_narrow_between, first=f"{name}.{first}", norm=norm, last=f"{name}.{last}"),
+        norm=norm,
     )
 
 
@@ -84,6 +173,9 @@ def _narrow_heads(skeleton: nn.Module, name: str, num_heads: int) -> None:
     attention = cast(Any, skeleton.get_submodule(name))
     if num_heads == 0:
         replace(skeleton, name, ConstantPair(_OUTPUT, attention.o_proj.bias))
+        layer = cast(Any, skeleton.get_submodule(block_of(name)))
+        if full_name(layer) in _BEIT:
+            layer.relative_position_bias = None
     else:
         attention.num_attention_heads = num_heads
 
@@ -91,4 +183,33 @@ def _narrow_heads(skeleton: nn.Module, name: str, num_heads: int) -> None:
 def _narrow_neurons(skeleton: nn.Module, name: str, num_neurons: int) -> None:
     if num_neurons == 0:
         mlp = skeleton.get_submodule(name)
-        replace(skeleton, name, ConstantOutput("fc2", cast(nn.Linear, mlp.fc2).bias))
+        last = "fc2" if hasattr(mlp, "fc2") else "down_proj"
+        replace(skeleton, name, ConstantOutput(last, cast(nn.Linear, mlp.get_submodule(last)).bias))
+
+
+class _Through(nn.Module):
+    """In the place of Swin V2's inner attention, where it has no heads: hands on what has the right shape."""
+
+    def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor]:
+        return (hidden_states,)
+
+
+def _narrow_swin_v2(skeleton: nn.Module, name: str, num_heads: int) -> None:
+    attention = cast(Any, skeleton.get_submodule(f"{name}.self"))
+    if num_heads == 0:
+        dense = cast(nn.Linear, skeleton.get_submodule(f"{name}.output.dense"))
+        replace(skeleton, f"{name}.self", _Through())
+        replace(skeleton, f"{name}.output.dense", ConstantLinear(dense.bias))
+    else:
+        attention.num_attention_heads = num_heads
+        attention.all_head_size = num_heads * attention.attention_head_size
+
+
+def _narrow_between(
+    skeleton: nn.Module, _name: str, num_neurons: int, first: str, norm: str | None, last: str
+) -> None:
+    if num_neurons == 0:
+        replace(skeleton, first, nn.Identity())
+        if norm:
+            replace(skeleton, norm, nn.Identity())
+        replace(skeleton, last, ConstantLinear(cast(nn.Linear, skeleton.get_submodule(last)).bias))
