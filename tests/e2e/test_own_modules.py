@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from small_world import QUICK, assert_same_weights, stepwell, student_weights
 from torch import nn
@@ -80,6 +81,28 @@ def test_a_module_of_the_users_own_is_compressed(data, source, tmp_path, quick, 
     with torch.no_grad():
         assert rung(torch.zeros(2, 3, 16, 16)).shape == (2, 3)
     assert sum(p.numel() for p in rung.parameters()) == result["candidates"][1]["num_params"]
+
+
+@pytest.mark.brings(
+    "model", "numbers per filter in buffers with `persistent=False`", "a note: `load` cannot know their order"
+)
+def test_what_no_file_holds_is_said(data, tmp_path, quick):
+    args = {"num_classes": 3, "layers": (1, 1, 1, 1), "channels": (8, 8, 16, 16), "zero_init_last": False}
+    module = timm.create_model("resnetblur18", pretrained=False, **args)
+    options = {
+        "data": data,
+        "keep_ratio": 0.3,
+        "image_size": 32,
+        "num_candidates": 2,
+        "epochs": 1,
+        "round_to": 1,
+    }
+    notes = package.compress(module, out_dir=tmp_path / "same", **options).result.notes
+    assert not any("stepwell.load" in note for note in notes)  # all filters are the same
+    filters = module.get_buffer("layer2.0.aa.filt")
+    filters.copy_(torch.randn_like(filters))
+    notes = package.compress(module, out_dir=tmp_path / "other", **options).result.notes
+    assert sum("stepwell.load does not give this student" in note for note in notes) == 1
 
 
 def test_a_module_in_memory(data, source, tmp_path, quick):

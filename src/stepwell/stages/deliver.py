@@ -15,7 +15,8 @@ from stepwell.errors import ExportError
 from stepwell.measure.hardware import hardware
 from stepwell.models.card import CARD, ONNX, Card, save_model
 from stepwell.models.export import export_onnx
-from stepwell.models.ladder import Ladder
+from stepwell.models.ladder import SAME, Ladder
+from stepwell.pruning.skeleton import build_skeleton, fill
 from stepwell.report.figures import figures_of
 from stepwell.report.notes import notes
 from stepwell.report.report import TestPredictions, write_report
@@ -89,7 +90,8 @@ def deliver(s: Setting, finished: Finished) -> Result:
     figures = delivered.control if handed_out == "control" and delivered.control else delivered.student
     not_exported = _write_student(s, model, _student_card(s, finished, figures), folder)
     result = _result(s, finished, delivered, handed_out).model_copy(update={"not_exported": not_exported})
-    result = result.model_copy(update={"notes": notes(result, s.teacher, s.config)})
+    told = [*notes(result, s.teacher, s.config), *_not_loaded(s, finished, model)]
+    result = result.model_copy(update={"notes": told})
     predictions = TestPredictions(
         labels=delivered.tensors["labels"].numpy(),
         teacher=delivered.tensors["teacher"].numpy(),
@@ -121,6 +123,23 @@ def _write_student(s: Setting, model: nn.Module, card: Card, folder: Path) -> st
         return str(error)
     say(f"student: {folder}; its ONNX file agrees with it to {difference:.0e} of the largest logit")
     return ""
+
+
+def _not_loaded(s: Setting, finished: Finished, model: nn.Module) -> list[str]:
+    """A note where weights and a constructor do not make the student: no state dict holds all buffers."""
+    candidate = finished.student.candidate
+    if candidate is None or finished.student.is_other:
+        return []
+    skeleton = build_skeleton(s.model, s.groups, candidate.widths)
+    images = next(iter(s.test)).images[:8]
+    with torch.no_grad():
+        loaded, student = (m.eval()(images) for m in (fill(skeleton, model.state_dict()), model))
+    if (loaded - student).abs().max() <= SAME * student.abs().max():
+        return []
+    return [
+        "stepwell.load does not give this student: the model keeps numbers of its units in buffers that are "
+        "not in its state dict (persistent=False). Make them persistent and run again, or use model.onnx."
+    ]
 
 
 def better_on_selection(delivered: Delivered, metric: Metric) -> Literal["student", "control"]:
