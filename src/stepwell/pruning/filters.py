@@ -114,7 +114,10 @@ def _leaves(name: str, module: nn.Module | None) -> Iterator[tuple[str, nn.Modul
     if type(module) is ConvNormAct:
         for part in ("conv", "bn", "aa"):
             yield from _leaves(f"{name}.{part}", _child(module, part))
-    elif full_name(module) == "transformers.models.resnet.modeling_resnet.ResNetConvLayer":
+    elif (
+        module is not None
+        and full_name(module) == "transformers.models.resnet.modeling_resnet.ResNetConvLayer"
+    ):
         for part in ("convolution", "normalization", "activation"):
             yield from _leaves(f"{name}.{part}", _child(module, part))
     elif isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
