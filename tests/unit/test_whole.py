@@ -59,7 +59,7 @@ def test_modules_add_up_to_the_model():
 
 
 def test_compress_tells_it_once(tmp_path, capsys):
-    s = setting(tmp_path, tiny_vit(patch_size=1, embed_dim=8), random_batches(1, 4), keep_ratio=0.1)
+    s = setting(tmp_path, tiny_vit(depth=1), random_batches(1, 4), keep_ratio=0.1)
     for _ in range(2):  # the second time, the stage is finished
         grid(s, score(s), keep_ratios)
     text = " ".join(capsys.readouterr().err.split())
