@@ -4,8 +4,8 @@
     conv -> norm --'             what adds up is cut together, from all that make it to all that read it
 
 A user's own modules are searched in this way, and models of libraries in which no family knows anything. What
-is found is a proposal: `prove.proven` cuts a group if cutting equals masking on real images. Nothing leads past such a group, so it is never emptied, and
-it is ranked by itself.
+is found is a proposal: `prove.proven` cuts a group if cutting equals masking on real images. Nothing leads
+past such a group, so it is never emptied, and it is ranked by itself.
 
 What stays whole:
 - the outputs of the classifier;
