@@ -34,6 +34,7 @@ from stepwell.setting.setting import Setting
 from stepwell.tasks.classification import check_classes
 
 CPU = torch.device("cpu")
+_TOLD = 8  # layers that stay whole; there may be a hundred
 
 
 def prepare(
@@ -187,8 +188,9 @@ def proven_groups(
             f"{type(model).__name__} is not supported: none of the {len(refused)} layers that look familiar "
             f"can be cut; in each, cutting differs from masking its units ({refused[0]}, ...)"
         )
-    for name in refused:
-        say(f"stays whole: {name} (cutting it is not the same as masking its units)")
-    for name, reason in proposal.whole.items():
+    whole = dict.fromkeys(refused, "cutting it is not the same as masking its units") | proposal.whole
+    for name, reason in list(whole.items())[:_TOLD]:
         say(f"stays whole: {name} ({reason})")
+    if len(whole) > _TOLD:
+        say(f"stays whole: {len(whole) - _TOLD} more layers")
     return good
