@@ -87,8 +87,8 @@ def propose(model: nn.Module, images: Float[Tensor, "batch channels height width
     """
     try:
         known, unknown = find_groups(model), ""
-    except UnsupportedModelError as error:
-        known, unknown = [], str(error)
+    except UnsupportedModelError:
+        known, unknown = [], f"{type(model).__name__} is not supported: no family knows anything in it"
     if not installed():
         if unknown:
             raise UnsupportedModelError(f"{unknown}; {HINT}")
