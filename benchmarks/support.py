@@ -134,7 +134,7 @@ TORCHVISION = (
     "swin_t",
     "swin_v2_t",
 )
-TRANSFORMERS = ("ViT", "DeiT", "Swin")
+TRANSFORMERS = ("ViT", "DeiT", "Swin", "Swinv2", "Beit", "Dinov2", "ConvNext", "ConvNextV2", "ResNet")
 
 CONVOLUTIONAL = ("timm", "torchvision/r", "torchvision/m")
 """Where these start without patches, they take a smaller image as they are."""
@@ -199,21 +199,18 @@ def from_transformers(kind: str) -> nn.Module:
 
     common = {"image_size": 64, "num_labels": 10}
     match kind:
-        case "Swin":
+        case "Swin" | "Swinv2":
             # The smallest stage is as large as a window: it does not run where it is smaller.
             sizes = {**common, "image_size": 128, "window_size": 4}
-            config = transformers.SwinConfig(embed_dim=48, depths=[2, 2, 4, 2], **sizes)
-            return transformers.SwinForImageClassification(config)
-        case "DeiT":
-            config = transformers.DeiTConfig(
-                hidden_size=192, num_attention_heads=6, num_hidden_layers=6, **common
-            )
-            return transformers.DeiTForImageClassification(config)
+            special = {"embed_dim": 48, "depths": [2, 2, 4, 2], **sizes}
+        case "ConvNext" | "ConvNextV2":
+            special = {"hidden_sizes": [40, 80, 160, 320], "depths": [2, 2, 6, 2], **common}
+        case "ResNet":
+            special = {"num_labels": 10}
         case _:
-            config = transformers.ViTConfig(
-                hidden_size=192, num_attention_heads=6, num_hidden_layers=6, **common
-            )
-            return transformers.ViTForImageClassification(config)
+            special = {"hidden_size": 192, "num_attention_heads": 6, "num_hidden_layers": 6, **common}
+    config = getattr(transformers, f"{kind}Config")(**special)
+    return getattr(transformers, f"{kind}ForImageClassification")(config)
 
 
 def check(name: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cache
+from typing import Any, cast
 
 import pytest
 import torch
@@ -95,7 +96,7 @@ def masked_with_grn(model: nn.Module, groups: Sequence[Group], widths: Mapping[s
             if width == 0:
                 return rest
             length = x.square().sum(dim=(1, 2), keepdim=True).sqrt()
-            weight, bias = module.weight[..., :width], module.bias[..., :width]
+            weight, bias = (module.get_parameter(leaf)[..., :width] for leaf in ("weight", "bias"))
             out = x + bias + weight * x * length / (length.mean(dim=-1, keepdim=True) + 1e-6)
             return torch.cat([out, rest], dim=-1)
 
@@ -153,7 +154,7 @@ def test_a_cut_model_is_saved_loaded_and_exported(tmp_path, name, empty):
 @pytest.mark.parametrize("name", ["resnet", "convnext", "dinov2"])
 def test_a_saved_folder_is_a_teacher(tmp_path, name):
     torch.manual_seed(0)
-    inner(name).save_pretrained(tmp_path)
+    cast(Any, inner(name)).save_pretrained(tmp_path)
     found = load_teacher(str(tmp_path), None, {}, 5)
     assert found.architecture.source == "transformers"
     theirs = transformers.AutoModelForImageClassification.from_pretrained(tmp_path).eval()

@@ -150,7 +150,7 @@ def test_a_block_that_runs_three_times_is_scored_by_all_of_them(names):
     assert [group.name for group in groups] == ["blocks.0.attn", "blocks.0.mlp"]
     found = importance_by_gradient(model, groups, FixedEval([batch])).raw["blocks.0.mlp"]
     gate = torch.ones(12, dtype=torch.float64, requires_grad=True)
-    model.blocks[0].mlp.fc2.register_forward_pre_hook(lambda _, inputs: (inputs[0] * gate,))
+    model.get_submodule("blocks.0.mlp.fc2").register_forward_pre_hook(lambda _, inputs: (inputs[0] * gate,))
     expected = torch.zeros(12, dtype=torch.float64)
     for image, label in zip(batch.images, batch.labels, strict=True):
         loss = nn.functional.cross_entropy(model(image[None]), label[None])

@@ -25,6 +25,7 @@ from stepwell.measure.budget import student_widths
 from stepwell.measure.cost import Costs, Epochs
 from stepwell.measure.estimate import memory_and_disk, seconds_of
 from stepwell.measure.size import count_macs, num_params, short_number
+from stepwell.measure.whole import little_saved
 from stepwell.models.card import Architecture
 from stepwell.models.input import check_runs, check_trains, input_spec, with_image_size
 from stepwell.models.student import build_student
@@ -71,6 +72,7 @@ def run(config: CompressConfig) -> str:
         for candidate in candidates:
             skeletons.append(build_skeleton(model, groups, candidate.widths))
             advance("")
+    little = little_saved(config, model, spec, groups, candidates[0], skeletons[0])
     lines = [
         f"{config.teacher}: supported ({'; '.join(_found_by(model, groups))})",
         f"  input {spec.size[0]} x {spec.size[1]} x {spec.channels}, "
@@ -86,7 +88,7 @@ def run(config: CompressConfig) -> str:
         "",
         *_estimate(config, data, model, skeletons, student, spec),
         *class_lines,
-        *(f"warning: {text}" for text in warnings_for(groups, candidates[0])),
+        *(f"warning: {text}" for text in (*warnings_for(groups, candidates[0]), little) if text),
     ]
     return "\n".join(lines)
 

@@ -24,10 +24,31 @@ def count_macs(model: nn.Module, spec: InputSpec) -> int:
     Runs on the meta device: no memory, no arithmetic, and a skeleton will do. A module that asks for numbers
     (`if x.sum() > 0`) gets random ones, always the same, on the CPU.
     """
+    return _counted(model, spec).get_total_flops() // 2
+
+
+def macs_by_module(model: nn.Module, spec: InputSpec) -> dict[str, int]:
+    """Multiply-accumulates of one image by the name of the module that computes them, without its parts'."""
+    counts = {
+        name: sum(flops.values()) // 2 for name, flops in _counted(model, spec).get_flop_counts().items()
+    }
+    root = type(model).__name__
+    whole = {name.removeprefix(root).lstrip("."): macs for name, macs in counts.items() if name != "Global"}
+    own = dict(whole)
+    for name, macs in whole.items():
+        if name:
+            # Its nearest module around it that was counted: some are never called themselves (lists).
+            above = name.rpartition(".")[0]
+            while above and above not in whole:
+                above = above.rpartition(".")[0]
+            own[above] = own.get(above, 0) - macs
+    return own
+
+
+def _counted(model: nn.Module, spec: InputSpec) -> FlopCounterMode:
     try:
-        return _count(
-            _shadow(model, "meta").to("meta"), torch.empty(1, spec.channels, *spec.size, device="meta")
-        )
+        shadow = _shadow(model, "meta").to("meta")
+        return _count(shadow, torch.empty(1, spec.channels, *spec.size, device="meta"))
     except (RuntimeError, NotImplementedError):  # what a tensor without numbers says when it is asked for one
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -46,11 +67,11 @@ def _shadow(model: nn.Module, device: str) -> nn.Module:
     return copy.deepcopy(model, memo).eval().requires_grad_(False)
 
 
-def _count(shadow: nn.Module, images: Float[Tensor, "one channels height width"]) -> int:
+def _count(shadow: nn.Module, images: Float[Tensor, "one channels height width"]) -> FlopCounterMode:
     # The fused attention kernels are not all known to the counter; the plain one is two matrix products.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         shadow(images)
-    return counter.get_total_flops() // 2
+    return counter
 
 
 def short_number(number: float) -> str:

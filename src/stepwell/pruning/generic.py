@@ -3,9 +3,9 @@
     conv -> norm -> + -> relu -> conv, linear, ...
     conv -> norm --'             what adds up is cut together, from all that make it to all that read it
 
-Only a user's own modules are searched in this way, and what is found is a proposal: `prove.proven` cuts a
-group if cutting equals masking on real images. Nothing leads past such a group, so it is never emptied, and
-it is ranked by itself.
+A user's own modules are searched in this way, and models of libraries in which no family knows anything. What
+is found is a proposal: `prove.proven` cuts a group if cutting equals masking on real images. Nothing leads
+past such a group, so it is never emptied, and it is ranked by itself.
 
 What stays whole:
 - the outputs of the classifier;
@@ -87,8 +87,8 @@ def propose(model: nn.Module, images: Float[Tensor, "batch channels height width
     """
     try:
         known, unknown = find_groups(model), ""
-    except UnsupportedModelError as error:
-        known, unknown = [], str(error)
+    except UnsupportedModelError:
+        known, unknown = [], f"{type(model).__name__} is not supported: no family knows anything in it"
     if not installed():
         if unknown:
             raise UnsupportedModelError(f"{unknown}; {HINT}")

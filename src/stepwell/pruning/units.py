@@ -173,7 +173,7 @@ def unshared(model: nn.Module) -> set[str]:
     return {name for name, tensor in tensors_of(model).items() if owners[id(tensor)] == 1}
 
 
-def full_name(module: nn.Module | None) -> str:
+def full_name(module: nn.Module) -> str:
     """The class of a module, by which one of a library is known that need not be installed."""
     return f"{type(module).__module__}.{type(module).__qualname__}"
 

@@ -35,6 +35,7 @@ from stepwell.setting.setting import Setting
 from stepwell.setting.training_mode import check_training_mode, trainable_groups
 
 CPU = torch.device("cpu")
+_TOLD = 8  # layers that stay whole; there may be a hundred
 
 
 def prepare(
@@ -204,17 +205,17 @@ def proven_groups(
             f"{type(model).__name__} is not supported: none of the {len(refused)} layers that look familiar "
             f"can be cut; in each, cutting differs from masking its units ({refused[0]}, ...)"
         )
-    for name in refused:
-        say(f"stays whole: {name} (cutting it is not the same as masking its units)")
     good, proved = trainable_groups(model, good, images), good
     if not good:
         raise UnsupportedModelError(
             f"{type(model).__name__} is not supported: with fewer units in any of its layers it does not run "
             f"in training mode"
         )
-    for group in proved:
-        if group not in good:
-            say(f"stays whole: {group.name} (in training mode something else reads it)")
-    for name, reason in proposal.whole.items():
+    read = [group.name for group in proved if group not in good]
+    whole = dict.fromkeys(refused, "cutting it is not the same as masking its units")
+    whole |= dict.fromkeys(read, "in training mode something else reads it") | proposal.whole
+    for name, reason in list(whole.items())[:_TOLD]:
         say(f"stays whole: {name} ({reason})")
+    if len(whole) > _TOLD:
+        say(f"stays whole: {len(whole) - _TOLD} more layers")
     return good

@@ -13,10 +13,12 @@ from stepwell.config.options import GridOptions
 from stepwell.errors import ConfigError
 from stepwell.measure.budget import student_widths
 from stepwell.measure.size import count_macs
+from stepwell.measure.whole import little_saved
 from stepwell.models.ladder import Ladder
 from stepwell.pruning.ranking import Importance, Scores, widths_at
 from stepwell.pruning.skeleton import build_skeleton
 from stepwell.pruning.units import Candidate, Group
+from stepwell.run.progress import say
 from stepwell.setting.setting import Setting
 
 Rungs = Callable[[float, CompressConfig], list[float]]
@@ -34,10 +36,12 @@ def grid(s: Setting, scores: Importance, rungs: Rungs) -> Ladder:
             met = student_widths(s.config, s.model, s.spec, s.groups, scores.normalised)
             ratios = rungs(met.keep_ratio, s.config)
             candidates = make_grid(s.groups, scores.normalised, ratios, s.config, met.widths)
-            skeletons = (build_skeleton(s.model, s.groups, c.widths) for c in candidates)
+            skeletons = [build_skeleton(s.model, s.groups, c.widths) for c in candidates]
             scales = [count_macs(skeleton, s.spec) / s.teacher_macs for skeleton in skeletons]
             if len(candidates) > 1:
                 check_room(scales, s.config)
+            if text := little_saved(s.config, s.model, s.spec, s.groups, candidates[0], skeletons[0]):
+                say(f"warning: {text}")
             stage.result = Ladder(
                 teacher=s.card({}), candidates=candidates, scales=scales, order=scores.order()
             )

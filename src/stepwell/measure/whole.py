@@ -1,0 +1,66 @@
+"""What stays whole in a candidate: why it may keep far more of the operations than of the units."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+from torch import nn
+
+from stepwell.config.options import TaskOptions
+from stepwell.data.spec import InputSpec
+from stepwell.measure.size import count_macs, macs_by_module
+from stepwell.pruning.units import Candidate, Group
+
+FAR_MORE = 2.0
+"""A share of operations that is this many times the share of units is worth a word."""
+
+
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a whole part of a name: `blocks.0`, not `conv1`
+
+
+def little_saved(
+    budget: TaskOptions,
+    model: nn.Module,
+    spec: InputSpec,
+    groups: Sequence[Group],
+    student: Candidate,
+    skeleton: nn.Module,
+) -> str | None:
+    """One line where the student keeps far more of the operations than of the units, else None.
+
+    Args:
+        budget: What was asked for; where it is not a share of the units, there is nothing to be told.
+        model: The teacher.
+        spec: The images that it takes.
+        groups: What may be cut in it.
+        student: The smallest candidate.
+        skeleton: Its skeleton.
+    """
+    if budget.macs is not None or budget.params is not None or budget.latency_ms is not None:
+        return None
+    scale = count_macs(skeleton, spec) / count_macs(model, spec)
+    if scale <= FAR_MORE * student.keep_ratio:
+        return None
+    parts = [f"{name} {share:.0%}" for name, share in _whole_parts(skeleton, spec, groups)[:3]]
+    return (
+        f"keep {student.keep_ratio:g} of the units leaves {scale:.0%} of the operations: most of them are in "
+        f"what stays whole ({', '.join(parts)} of the student's); --macs asks for operations instead"
+    )
+
+
+def _whole_parts(skeleton: nn.Module, spec: InputSpec, groups: Sequence[Group]) -> list[tuple[str, float]]:
+    """The parts of a candidate that no group touches, with their share of its operations, largest first.
+
+    Layers that differ by number alone are one part: `blocks.*.attn.qkv`.
+    """
+    macs = macs_by_module(skeleton, spec)
+    touched = {slice_.tensor.rpartition(".")[0] for group in groups for slice_ in group.slices}
+    inside = tuple(f"{group.name}." for group in groups)
+    parts: Counter[str] = Counter()
+    for name, own in macs.items():
+        if own and name not in touched and not f"{name}.".startswith(inside):
+            parts[_NUMBER.sub("*", name) or "the model itself"] += own
+    total = sum(macs.values())
+    return [(name, own / total) for name, own in parts.most_common()]
