@@ -103,7 +103,9 @@ def left_in(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-@pytest.mark.brings("machine", "an onnxruntime of 2023", "it opens the file: opset 18, IR version 8")
+@pytest.mark.brings(
+    "machine", "a runtime that reads opset 18 and IR version 8", "the ONNX file claims no more than these"
+)
 def test_the_lowest_version_is_written_that_holds_the_graph(tmp_path):
     file, model = tmp_path / "model.onnx", Linear()
     (tmp_path / ".unfinished-model.onnx").mkdir()  # of a call that was killed

@@ -192,9 +192,9 @@ def test_heads_and_neurons_are_still_scored_by_gradient(tmp_path):
 
 
 def test_a_model_without_filters_is_an_error(tmp_path):
-    s = by_l1(tmp_path, tiny_vit(), task_weight=0.0)
-    unlabelled = replace(s.data, classes=())
+    s = by_l1(tmp_path, tiny_vit())
+    known = replace(s.teacher, trained_on=s.data.fingerprint)  # so no image is looked at
     with pytest.raises(
         ConfigError, match="--importance l1 is for convolution filters, and this VisionTransformer"
     ):
-        prepare(s.config, s.run, s.teacher, unlabelled)
+        prepare(s.config, s.run, known, s.data)

@@ -107,7 +107,7 @@ def test_a_student_is_built_for_the_teachers_images():
     ("name", "args", "said"),
     [
         ("resnet18", {"nonsense": "1"}, "--student-args"),
-        ("mixer_s32_224", {}, "--student mixer_s32_224 cannot run on images of 32 x 32 x 3"),
+        ("mixer_s32_224", {"img_size": "224"}, "--student mixer_s32_224 cannot run on images of 32 x 32 x 3"),
     ],
 )
 def test_a_student_that_does_not_fit(name, args, said):
