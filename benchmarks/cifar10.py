@@ -71,9 +71,9 @@ RECIPES: dict[str, dict[str, Any]] = {
     # A published teacher: its weights are given, its normalisation is ImageNet's.
     "resnet44": {
         "model": "cifar_resnet44",
-        "model_args": {
-            "pretrained_cfg_overlay": "{'mean': (0.485, 0.456, 0.406), 'std': (0.229, 0.224, 0.225)}"
-        },
+        "model_args": {},
+        "mean": (0.485, 0.456, 0.406),
+        "std": (0.229, 0.224, 0.225),
         "lr": 1e-3,
         **CPU,
     },

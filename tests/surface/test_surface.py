@@ -33,7 +33,8 @@ PUBLIC = {"Compressed", "StepwellError", "__version__", "compress", "load"}
 
 TRAINING = {
     "--augment", "--batch-size", "--clip-norm", "--data", "--data-root", "--device", "--epochs",
-    "--image-column", "--image-size", "--label-column", "--lr", "--skip-names", "--white-level",
+    "--image-column", "--image-size", "--mean", "--std", "--label-column", "--lr",
+    "--skip-names", "--white-level",
     "--minutes", "--model-args", "--optimizer", "--out", "--precision", "--schedule", "--seed",
     "--class-order", "--selection-data",
     "--skip-bad-images", "--threads", "--warmup", "--weight-decay", "--workers", "--config",

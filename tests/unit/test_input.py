@@ -7,10 +7,11 @@ import timm
 import torch
 from torch import nn
 
+from stepwell.config.options import DataOptions
 from stepwell.data.spec import InputSpec
 from stepwell.errors import ConfigError, DataError, ModelError
 from stepwell.models.card import digest
-from stepwell.models.input import check_runs, check_trains, input_spec, with_image_size
+from stepwell.models.input import as_asked, check_runs, check_trains, input_spec, with_image_size
 from stepwell.models.teacher import teacher_from_module
 from stepwell.pruning.skeleton import build_skeleton, fill
 
@@ -262,3 +263,22 @@ def test_layers_that_share_a_weight_still_do():
     assert again.second.weight is again.first.weight
     x = torch.randn(2, 8)
     assert torch.equal(again(x), model(x))
+
+
+@pytest.mark.brings("image", "a normalisation that the model does not say", "--mean and --std say it")
+@pytest.mark.parametrize(
+    ("mean", "std", "found"),
+    [
+        ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))),
+        ((0.5,), (), ((0.5, 0.5, 0.5), (0.229, 0.224, 0.225))),
+        ((), (), ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))),
+    ],
+)
+def test_the_normalisation_that_was_asked_for(mean, std, found):
+    spec = as_asked(input_spec(Own()), Own(), DataOptions(mean=mean, std=std), None)
+    assert (spec.mean, spec.std) == found
+
+
+def test_a_normalisation_for_other_channels_is_refused():
+    with pytest.raises(ConfigError, match="--std has 2 numbers, and the model reads 3 channels: give one"):
+        as_asked(input_spec(Own()), Own(), DataOptions(std=(0.5, 0.5)), None)

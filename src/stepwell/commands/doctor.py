@@ -27,7 +27,7 @@ from stepwell.measure.estimate import memory_and_disk, seconds_of
 from stepwell.measure.size import count_macs, num_params, short_number
 from stepwell.measure.whole import little_saved
 from stepwell.models.card import Architecture
-from stepwell.models.input import check_runs, check_trains, input_spec, with_image_size
+from stepwell.models.input import as_asked, check_runs, check_trains, input_spec
 from stepwell.models.student import build_student
 from stepwell.models.teacher import Teacher, load_teacher
 from stepwell.models.timm_folder import LOCAL
@@ -55,8 +55,7 @@ def run(config: CompressConfig) -> str:
     path.check(config)
     data = resolve_data(config) if config.data else None
     teacher = _model(config, data)
-    spec = with_image_size(teacher.spec, teacher.model, config.image_size)
-    spec = spec.for_images(data.white_level if data else None)
+    spec = as_asked(teacher.spec, teacher.model, config, data.white_level if data else None)
     teacher, class_lines = _classes(replace(teacher, spec=spec), data, config)
     model = teacher.model
     if teacher.is_own_module:

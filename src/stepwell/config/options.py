@@ -75,6 +75,11 @@ class DataOptions(Options):
     """Images per step."""
     image_size: Count | None = None
     """Height and width that images are scaled to, for a model that takes any (a CNN); by default its own."""
+    mean: tuple[float, ...] = ()
+    """Mean that images are normalised by, of pixels in 0..1: one number, or one for each channel; by default
+    what the model says, or ImageNet's."""
+    std: tuple[Positive, ...] = ()
+    """Standard deviation that images are normalised by, likewise."""
     workers: Annotated[int, Field(ge=0)] = 2
     """Processes that decode images; sets that fit in memory are decoded once and need none."""
 

@@ -16,7 +16,7 @@ _NOT_ARCHITECTURE = {
     "pretrained": "--pretrained, --no-pretrained, --weights or --teacher-weights",
     "checkpoint_path": "--weights or --teacher-weights",
     "pretrained_cfg": "--weights or --teacher-weights",
-    "pretrained_cfg_overlay": "--weights or --teacher-weights",
+    "pretrained_cfg_overlay": "--mean and --std, --weights or --teacher-weights",
     "pretrained_custom_load": "--weights or --teacher-weights",
     "pretrained_filter_fn": "--weights or --teacher-weights",
     "pretrained_strict": "--weights or --teacher-weights",

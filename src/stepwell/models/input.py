@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from timm.data.config import resolve_data_config
 from torch import Tensor, nn
 
+from stepwell.config.options import DataOptions
 from stepwell.config.own_code import line_of
 from stepwell.data.images import one_line
 from stepwell.data.spec import InputSpec
@@ -47,6 +48,37 @@ def input_spec(model: nn.Module, args: Mapping[str, Any] | None = None) -> Input
         crop_pct=config["crop_pct"],
         crop_mode=config.get("crop_mode", "center"),
     )
+
+
+def as_asked(spec: InputSpec, model: nn.Module, options: DataOptions, white_level: float | None) -> InputSpec:
+    """`spec` with the size and the normalisation that the user asked for, and the white of the images.
+
+    Args:
+        spec: What the model says.
+        model: It may have been built for one size.
+        options: `image_size`, `mean`, `std`.
+        white_level: See `InputSpec.for_images`.
+
+    Raises:
+        ConfigError: The model was built for another size, or does not have so many channels.
+        DataError: It was trained with another white.
+    """
+    sized = with_image_size(spec, model, options.image_size)
+    mean = _of_channels(options.mean, spec.mean, "--mean")
+    std = _of_channels(options.std, spec.std, "--std")
+    return replace(sized, mean=mean, std=std).for_images(white_level)
+
+
+def _of_channels(given: Sequence[float], own: tuple[float, ...], flag: str) -> tuple[float, ...]:
+    """One number for each channel."""
+    if not given:
+        return own
+    if len(given) not in (1, len(own)):
+        raise ConfigError(
+            f"{flag} has {len(given)} numbers, and the model reads {len(own)} "
+            f"channel{'s' * (len(own) > 1)}: give one for each, or one for all"
+        )
+    return tuple(given) if len(given) == len(own) else tuple(given) * len(own)
 
 
 def with_image_size(spec: InputSpec, model: nn.Module, image_size: int | None) -> InputSpec:

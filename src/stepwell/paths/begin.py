@@ -13,7 +13,7 @@ from stepwell.config.own_code import file_digest, is_own_code
 from stepwell.data.splits import resolve_data
 from stepwell.errors import ConfigError
 from stepwell.models.card import digest
-from stepwell.models.input import with_image_size
+from stepwell.models.input import as_asked
 from stepwell.models.teacher import load_teacher, teacher_from_module
 from stepwell.paths import path_of
 from stepwell.run.observer import Observer
@@ -50,7 +50,7 @@ def begin(
         teacher = load_teacher(
             config.teacher, config.teacher_weights, config.model_args, len(data.classes), config.weights_key
         )
-    spec = with_image_size(teacher.spec, teacher.model, config.image_size).for_images(data.white_level)
+    spec = as_asked(teacher.spec, teacher.model, config, data.white_level)
     teacher = replace(teacher, spec=spec)
     # Every check comes before the folder is made.
     s = prepare(config, RunDir(config.out_dir, observer), teacher, data, student)

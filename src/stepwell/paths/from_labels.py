@@ -16,7 +16,7 @@ from stepwell.measure.cost import epochs_in
 from stepwell.measure.size import num_params
 from stepwell.models.card import Card, find_model_dir, save_model
 from stepwell.models.fitting import load_start
-from stepwell.models.input import check_runs, check_trains, input_spec, with_image_size
+from stepwell.models.input import as_asked, check_runs, check_trains, input_spec
 from stepwell.models.timm_models import create_timm, parse_model_args, timm_architecture
 from stepwell.paths.begin import require
 from stepwell.run.device import autocast_of, set_up_torch
@@ -62,7 +62,7 @@ def train(config: TrainConfig) -> str:
     model, keeps_head = _start(config, len(data.classes))
     model = model.to(device)
     args = {"num_classes": len(data.classes), **parse_model_args(config.model_args)}
-    spec = with_image_size(input_spec(model, args), model, config.image_size).for_images(data.white_level)
+    spec = as_asked(input_spec(model, args), model, config, data.white_level)
     check_runs(model, spec, config.model, "--image-size, or --model-args img_size=")
     check_trains(model, spec, config.model, min(config.batch_size, len(data.train)))
     if keeps_head and config.class_order is None:

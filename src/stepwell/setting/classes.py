@@ -237,8 +237,8 @@ def _near_chance(
     return (
         f"WARNING: {teacher.name} knows these images no better than chance ({_right(fit)}, chance is "
         f"{fit.chance:.1f} %), so it teaches nothing. Usual reasons: it numbers the classes in another order "
-        f"(--class-order FILE); it wants other images than mean {_short(teacher.spec.mean)} and std "
-        f"{_short(teacher.spec.std)} make; its classifier is new or another's; it learnt other classes"
+        f"(--class-order FILE); it wants another --mean than {_short(teacher.spec.mean)}, or another --std "
+        f"than {_short(teacher.spec.std)}; its classifier is new or another's; it learnt other classes"
     )
 
 

@@ -2,7 +2,7 @@
 
 There are no pretrained weights of ours; weights of others are loaded with `--teacher-weights FILE`. Images
 are normalised with the mean and standard deviation of CIFAR-10. A checkpoint that was trained with other
-numbers is given them by `--model-args "pretrained_cfg_overlay={'mean': ..., 'std': ...}"`.
+numbers is given them by `--mean` and `--std`.
 """
 
 from __future__ import annotations
