@@ -4,6 +4,7 @@ the same model, or end in one line."""
 from __future__ import annotations
 
 import argparse
+import io
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
@@ -147,3 +148,32 @@ def test_anything_else_ends_in_one_line(content: object) -> None:
     with pytest.raises(StepwellError) as caught:
         loaded(content)
     assert "\n" not in str(caught.value)
+
+
+def _bytes_of(is_zip: bool) -> bytes:
+    content = io.BytesIO()
+    torch.save({"model": TRAINED, "epoch": 3}, content, _use_new_zipfile_serialization=is_zip)
+    return content.getvalue()
+
+
+WHOLE = {how: _bytes_of(how) for how in (True, False)}
+
+
+@given(is_zip=st.booleans(), share=st.floats(0, 1, exclude_max=True))
+@settings(max_examples=60)
+def test_a_torn_file_ends_in_one_line(is_zip: bool, share: float) -> None:
+    whole = WHOLE[is_zip]
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "weights.pth"
+        file.write_bytes(whole[: int(share * len(whole))])
+        with pytest.raises(StepwellError) as caught:
+            load_whole(Net(), file)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_knot_of_containers_is_walked_once() -> None:
+    """Every list holds all others: by every way there would be more than anybody has time for."""
+    lists: list[list[Any]] = [[] for _ in range(60)]
+    for inner in lists:
+        inner.extend(lists)
+    assert_same(loaded({"model": TRAINED, "knot": lists}), TRAINED)

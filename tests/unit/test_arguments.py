@@ -11,7 +11,7 @@ import pytest
 
 import stepwell
 from stepwell.errors import ConfigError, ModelError
-from stepwell.models.arguments import refused
+from stepwell.models.arguments import refused, refused_configuration
 from stepwell.models.card import Architecture, Card, save_model
 from stepwell.models.timm_models import create_timm
 from tiny import ARGS, SPEC, tiny_vit
@@ -27,6 +27,7 @@ BAD: list[dict[str, Any]] = [
     {"act_layer": "folder/file"},
     {"weight_init": "https:example"},
     {"norm_layer": object()},
+    {"stem_args": {"inner": ["relu", "/etc/passwd"]}},
     {"features_only": True},
 ]
 
@@ -51,6 +52,11 @@ def test_refused(args: dict[str, Any]) -> None:
 )
 def test_taken(args: dict[str, Any]) -> None:
     assert refused(args) is None
+
+
+def test_a_configuration_with_an_empty_name_is_no_special_case() -> None:
+    assert refused_configuration({"": True, "_private": True}) is None
+    assert refused_configuration({"_private": "x"}) == "_private is no part of an architecture; leave it out"
 
 
 class Harmful:

@@ -203,7 +203,11 @@ def test_transformers_with_other_dimensions_are_exported(name, size, args, tmp_p
             r"onnxruntime does not run what was exported \(\[ONNXRuntimeError\] : 9 : NOT_IMPLEMENTED",
             marks=[
                 pytest.mark.slow,
-                pytest.mark.brings("model", "bfloat16 autocast in `forward`", "the same: no ONNX file"),
+                pytest.mark.brings(
+                    "model",
+                    "`with torch.autocast(...)` inside `forward`",
+                    "said before training; delivered without an ONNX file",
+                ),
             ],
         ),
         pytest.param(
@@ -211,7 +215,11 @@ def test_transformers_with_other_dimensions_are_exported(name, size, args, tmp_p
             r"cannot take this Branching \(.*data-dependent",
             marks=[
                 pytest.mark.slow,
-                pytest.mark.brings("model", "a branch on the images' values", "the same: no ONNX file"),
+                pytest.mark.brings(
+                    "model",
+                    "a branch on the values of images",
+                    "said before training; delivered without an ONNX file",
+                ),
             ],
         ),
         pytest.param(
@@ -284,7 +292,9 @@ def test_large_weights_lie_beside_the_graph(tmp_path, monkeypatch):
     assert left_in(tmp_path) == ["model.onnx"]
 
 
-@pytest.mark.brings("folder", "an output folder whose name is not UTF-8", "ONNX is written and checked there")
+@pytest.mark.brings(
+    "machine", "an output folder whose name is not UTF-8", "ONNX is written and checked there"
+)
 def test_a_folder_whose_name_is_no_text(tmp_path):
     folder = tmp_path / "caf\udce9"  # Latin-1 on the disk
     folder.mkdir()

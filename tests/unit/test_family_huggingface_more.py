@@ -70,6 +70,14 @@ MODELS = {
         [(HEADS, 2), (NEURONS, 18), (HEADS, 2), (NEURONS, 18), (HEADS, 4), (NEURONS, 36)],
     ),
 }
+PROPER = {
+    "Beit": "BEiT",
+    "Dinov2": "DINOv2",
+    "ConvNext": "ConvNeXt",
+    "ConvNextV2": "ConvNeXt V2",
+    "ResNet": "ResNet",
+    "Swinv2": "Swin V2",
+}
 IMAGES = torch.randn(2, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 SPEC = InputSpec((16, 16), 3, (0.5,) * 3, (0.5,) * 3)
 
@@ -116,7 +124,9 @@ def masked_with_grn(model: nn.Module, groups: Sequence[Group], widths: Mapping[s
     [
         pytest.param(
             name,
-            marks=pytest.mark.brings("model", f"{name} of transformers", "cut in its known blocks")
+            marks=pytest.mark.brings(
+                "model", f"{PROPER[MODELS[name][0]]} of transformers", "cut in its known blocks"
+            )
             if "," not in name
             else (),
         )

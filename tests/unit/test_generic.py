@@ -415,3 +415,20 @@ def test_without_the_extra_the_way_out_is_named(monkeypatch, tmp_path, capsys):
         tmp_path, fill(skeleton, leading_units(tensors_of(hybrid), skeleton, groups, {"block.mlp": 8})), known
     )
     assert num_params(load(tmp_path, factory=Hybrid)) < num_params(hybrid)
+
+
+class WithConstants(Plain):
+    """Keeps a tensor that is no buffer, and makes another in its forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean = torch.full((1, 3, 1, 1), 0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x - self.mean) + torch.arange(5)
+
+
+def test_constants_of_a_forward_pass_are_no_reason_to_leave_all_whole():
+    names = [group.name for group in propose(Plain().eval(), IMAGES).groups]
+    assert names
+    assert [group.name for group in propose(WithConstants().eval(), IMAGES).groups] == names

@@ -44,7 +44,7 @@ def one_line_of(kind: type[StepwellError], folder: Path | str) -> str:
 
 @pytest.mark.parametrize("written", ["torch", "sharded", "sharded torch"])
 @pytest.mark.brings(
-    "folder", "a transformers folder with pytorch_model.bin, or with shards and their index", "loads"
+    "model", "a transformers folder with pytorch_model.bin, or with shards and their index", "loads"
 )
 def test_weights_in_another_form(tmp_path, written):
     folder = save(tmp_path)
@@ -70,13 +70,16 @@ def test_a_training_state_is_no_model(tmp_path):
     assert "not as save_pretrained writes it: its tensors lie under model" in one_line_of(ModelError, folder)
 
 
-@pytest.mark.brings("folder", "an index of shards that names a file elsewhere", "refused; it is not opened")
+@pytest.mark.brings("model", "an index of shards that names a file elsewhere", "refused; it is not opened")
 def test_an_index_opens_nothing_outside_of_its_folder(tmp_path):
     folder = save(tmp_path / "inside")
     (folder / "model.safetensors").rename(tmp_path / "outside.safetensors")
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"vit.layernorm.weight": "../outside.safetensors"}}))
     assert "names a file outside of its folder (../outside.safetensors)" in one_line_of(ModelError, folder)
+    for name in ("", ".", ".."):
+        index.write_text(json.dumps({"weight_map": {"vit.layernorm.weight": name}}))
+        assert f"names a file outside of its folder ({name})" in one_line_of(ModelError, folder)
     index.write_text(json.dumps({"weight_map": {"vit.layernorm.weight": "gone.safetensors"}}))
     assert "names gone.safetensors, which is not there" in one_line_of(ModelError, folder)
     index.write_text("[]")
@@ -86,7 +89,7 @@ def test_an_index_opens_nothing_outside_of_its_folder(tmp_path):
 
 
 @pytest.mark.brings(
-    "folder", "a transformers configuration that names code, a kernel or a file", "never followed"
+    "model", "a transformers configuration that names code, a kernel or a file", "never followed"
 )
 def test_a_configuration_of_a_stranger_is_only_an_architecture(tmp_path):
     folder = save(tmp_path)
@@ -108,7 +111,7 @@ def test_a_configuration_of_a_stranger_is_only_an_architecture(tmp_path):
 
 
 @pytest.mark.brings(
-    "folder", "a LoRA that is not merged into its model", "one line: how to merge it with peft"
+    "model", "a LoRA that is not merged into its model", "one line: how to merge it with peft"
 )
 @pytest.mark.parametrize("with_model", [True, False])
 def test_a_lora_is_not_a_model(tmp_path, with_model):
@@ -124,7 +127,7 @@ def test_a_lora_is_not_a_model(tmp_path, with_model):
 # --- transformers' Trainer
 
 
-@pytest.mark.brings("folder", "the output folder of transformers' Trainer", "its final model is taken")
+@pytest.mark.brings("model", "the output folder of transformers' Trainer", "its final model is taken")
 def test_a_final_model_beside_checkpoints(tmp_path: Path) -> None:
     save(tmp_path)
     save(tmp_path / "checkpoint-10")
@@ -133,7 +136,7 @@ def test_a_final_model_beside_checkpoints(tmp_path: Path) -> None:
 
 
 @pytest.mark.brings(
-    "folder", "a Trainer's folder with several checkpoints and no final model", "one line names them"
+    "model", "a Trainer's folder with several checkpoints and no final model", "one line names them"
 )
 def test_checkpoints_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for step in (5, 10, 100):
@@ -157,7 +160,7 @@ def hub_folder(folder: Path, **config: object) -> Path:
     return folder
 
 
-@pytest.mark.brings("folder", "a timm model in the hub's format (config.json, model.safetensors)", "loads")
+@pytest.mark.brings("model", "a timm model in the hub's format (config.json, model.safetensors)", "loads")
 @pytest.mark.parametrize("prefix", ["", "local-dir:"])
 def test_a_timm_folder(tmp_path: Path, prefix: str) -> None:
     folder = hub_folder(tmp_path, label_names=list("abcde"))
@@ -175,7 +178,7 @@ def test_a_timm_folder(tmp_path: Path, prefix: str) -> None:
 
 
 @pytest.mark.brings(
-    "folder", "a timm config.json that names files, addresses or loaders", "only its architecture counts"
+    "model", "a timm config.json that names files, addresses or loaders", "only its architecture counts"
 )
 def test_a_timm_configuration_of_a_stranger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = hub_folder(tmp_path)
@@ -196,7 +199,7 @@ def test_a_timm_configuration_of_a_stranger(tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.brings(
-    "folder", "--teacher local-dir:DIR with a DIR that is not there", "one line, in doctor too"
+    "model", "--teacher local-dir:DIR with a DIR that is not there", "one line, in doctor too"
 )
 def test_a_timm_folder_that_is_not_there(tmp_path: Path) -> None:
     name = f"local-dir:{tmp_path / 'gone'}"
@@ -206,7 +209,7 @@ def test_a_timm_folder_that_is_not_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.brings(
-    "folder", "a folder with weights and nothing that says of which model", "one line says what to give"
+    "model", "a folder with weights and nothing that says of which model", "one line says what to give"
 )
 def test_weights_alone(tmp_path: Path) -> None:
     save_file(tiny_vit().state_dict(), tmp_path / "model.safetensors")

@@ -18,6 +18,7 @@ from stepwell.models.teacher import teacher_from_module
 from stepwell.setting.classes import settle
 from stepwell.tasks.classification import check_output
 from stepwell.tasks.outputs import AsLogits, last_operation, logits_of
+from stepwell.training.optimizer import no_decay_of
 
 NAMES = ("a", "b", "c")
 
@@ -207,8 +208,7 @@ def test_what_the_wrapper_passes_on():
     vit = timm.create_model("test_vit", num_classes=1)
     wrapped = AsLogits(vit, "one logit")
     assert wrapped.pretrained_cfg is vit.pretrained_cfg
-    assert {"model.pos_embed", "model.cls_token"} <= wrapped.no_weight_decay()
-    assert AsLogits(nn.Identity(), "one logit").no_weight_decay() == set()
+    assert {"model.pos_embed", "model.cls_token"} <= no_decay_of(wrapped)
 
 
 def test_the_last_operation():

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from stepwell.config.own_code import load_function
+from stepwell.config.own_code import file_digest, load_function
 from stepwell.errors import ModelError
 from stepwell.models.teacher import load_factory
 
@@ -84,3 +84,13 @@ def test_a_file_in_a_package(tmp_path):
 def test_a_mistake_is_told_with_its_line(tmp_path, files, said):
     with pytest.raises(ModelError, match=said):
         load_factory(write(tmp_path, **files))()
+
+
+def test_a_file_beside_is_part_of_the_fingerprint(tmp_path):
+    source = write(tmp_path, model="import layers", layers="from nets import small", unused="")
+    write(tmp_path / "nets", __init__="", small="WIDTH = 1")
+    before = file_digest(source)
+    write(tmp_path, unused="changed")
+    assert file_digest(source) == before
+    write(tmp_path / "nets", __init__="", small="WIDTH = 2")
+    assert file_digest(source) != before

@@ -457,7 +457,9 @@ REFUSED = {
 @pytest.mark.parametrize(
     "what",
     [
-        pytest.param(what, marks=pytest.mark.brings("model", what.capitalize(), "refused in one line"))
+        pytest.param(
+            what, marks=pytest.mark.brings("model", what[0].upper() + what[1:], "refused in one line")
+        )
         for what in REFUSED
     ],
 )
@@ -480,3 +482,25 @@ def test_an_output_that_is_none_of_these_is_refused_where_the_module_is_run():
     model = taken(Net(lambda logits: {"a": logits, "b": logits}))
     with pytest.raises(Exception, match="mine must return logits"):
         check_runs(model, SPEC, "mine", "--image-size")
+
+
+class Tutorial(nn.Module):
+    """The convolutional net of PyTorch's own tutorial, in small."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 5)
+        self.head = nn.Linear(6 * 6 * 6, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = nn.functional.max_pool2d(self.conv(x).relu(), 2)
+        return self.head(x.view(-1, 6 * 6 * 6))
+
+
+@pytest.mark.brings("model", "a `view` behind a convolution", "images lie in memory as it needs them")
+def test_a_view_behind_a_convolution():
+    model, images = Tutorial(), torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        expected = model.eval()(images)
+        found = taken(model)(images.contiguous(memory_format=torch.channels_last))
+    assert torch.equal(found, expected)

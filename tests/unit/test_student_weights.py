@@ -103,3 +103,22 @@ def test_arguments_that_say_where_weights_come_from_name_the_option() -> None:
         build_student(options, 5, SPEC, 0)
     with pytest.raises(ConfigError, match="the module brings its own"):
         build_student(StudentOptions(student="a X", student_pretrained=True), 5, SPEC, 0, nn.Identity())
+
+
+class Normalised(nn.Module):
+    """A convolution whose weight is computed from two others in each pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 5, 3))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.conv(images).mean((2, 3))
+
+
+def test_weights_are_loaded_before_anything_is_folded_into_them(tmp_path: Path) -> None:
+    saved, module = Normalised(), Normalised()
+    torch.save(saved.state_dict(), tmp_path / "weights.pth")
+    options = StudentOptions(student="a Normalised", student_weights=tmp_path / "weights.pth")
+    found = build_student(options, 5, SPEC, 0, module).model
+    torch.testing.assert_close(found.get_parameter("conv.weight"), saved.conv.weight)

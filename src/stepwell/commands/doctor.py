@@ -160,7 +160,7 @@ def _model(config: CompressConfig, data: Data | None) -> Teacher:
             source, config.teacher_weights, config.model_args, num_classes, config.weights_key
         )
     args = parse_model_args(config.model_args)
-    model = create_without_memory(config.teacher, args, pretrained=False)
+    model = create_without_memory(config.teacher, args)
     # Shapes are enough to count, but not to time, nor to try cuts.
     if config.latency_ms is not None or not names_by_family(model):
         model = create_timm(config.teacher, args, pretrained=False)

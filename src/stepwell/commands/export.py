@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
 from stepwell.config.commands import ExportConfig
 from stepwell.errors import ConfigError, ModelError
 from stepwell.measure.size import num_params, short_number
-from stepwell.models.card import Factory, save_model
+from stepwell.models.card import Factory, example_images, save_model
 from stepwell.models.export import export_onnx, export_program
 from stepwell.models.ladder import load_rung, rungs
 from stepwell.models.onnx_graph import OPSET
@@ -47,7 +45,7 @@ def run(config: ExportConfig) -> str:
 
 def _export_one(config: ExportConfig, keep_ratio: float, out: Path, factory: Factory | None) -> str:
     model, card = load_rung(config.run, keep_ratio, factory)
-    images = torch.randn(4, card.input.channels, *card.input.size, generator=torch.Generator().manual_seed(0))
+    images = example_images(card.input, 4)
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
     stem = out / f"keep-{keep_ratio:g}"

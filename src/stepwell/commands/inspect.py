@@ -7,20 +7,19 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from rich.table import Table
 
 from stepwell.config.commands import InspectConfig
 from stepwell.errors import ExportError, ModelError
 from stepwell.measure.clock import Latency, measure_latency
 from stepwell.measure.size import short_number
-from stepwell.models.card import ONNX, Factory
+from stepwell.models.card import ONNX, Factory, example_images
 from stepwell.models.export import export_onnx
 from stepwell.models.ladder import load_rung
 from stepwell.models.teacher import load_factory
 from stepwell.report.result import Result, SelectionResult
 from stepwell.report.table import render, result_table
-from stepwell.run.progress import progress
+from stepwell.run.progress import progress, say
 from stepwell.run.run_dir import check_version
 
 
@@ -122,13 +121,12 @@ def _latencies(run: Path, result: Result, factory: Factory | None) -> list[Laten
     ):
         for candidate in result.candidates:
             model, card = load_rung(run, candidate.keep_ratio, factory)
-            noise = torch.randn(
-                2, card.input.channels, *card.input.size, generator=torch.Generator().manual_seed(0)
-            )
+            noise = example_images(card.input)
             file: Path | None = Path(folder) / ONNX
             try:
                 export_onnx(model, card.input, Path(folder) / ONNX, noise)
-            except ExportError:  # result.json says why
+            except ExportError as error:
+                say(f"keep {candidate.keep_ratio:g}: timed without an ONNX file ({error})")
                 file = None
             measured.append(measure_latency(model, file, card.input, result.teacher.latency.threads))
             advance("")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import importlib
 import importlib.util
@@ -9,7 +10,7 @@ import sys
 import sysconfig
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from hashlib import blake2b
 from pathlib import Path
 from types import ModuleType
@@ -26,9 +27,39 @@ def is_own_code(text: object) -> bool:
 
 
 def file_digest(source: str) -> str:
-    """A fingerprint of the file that `source` names: another version of it computes something else."""
+    """A fingerprint of the file that `source` names, and of those beside it that it imports: another version
+    of them computes something else."""
     file = Path(source.rpartition(":")[0])
-    return blake2b(file.read_bytes(), digest_size=8).hexdigest() if file.is_file() else "missing"
+    if not file.is_file():
+        return "missing"
+    content = b"".join(found.read_bytes() for found in _with_imports(file.resolve()))
+    return blake2b(content, digest_size=8).hexdigest()
+
+
+def _with_imports(file: Path) -> list[Path]:
+    """A file and all that it, and they, import from beside it; of a package everything."""
+    root, found, waiting = _root(file), [], [file]
+    while waiting:
+        current = waiting.pop()
+        if current in found:
+            continue
+        found.append(current)
+        with suppress(SyntaxError, UnicodeDecodeError):  # told when it is imported
+            for name in _imported_names(ast.parse(current.read_bytes())):
+                waiting += sorted((root / name).rglob("*.py"))
+                waiting += [path for path in (root / f"{name}.py",) if path.is_file()]
+    return sorted(found, key=lambda path: (path != file, path))
+
+
+def _imported_names(code: ast.Module) -> set[str]:
+    """The first words of what it imports, wherever in it."""
+    names: set[str] = set()
+    for node in ast.walk(code):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {(node.module or alias.name).partition(".")[0] for alias in node.names}
+    return names - {""}
 
 
 def load_function(source: str, option: str) -> Callable[..., Any]:
@@ -119,7 +150,8 @@ def _importing_beside(path: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        sys.path.remove(str(root))
+        with suppress(ValueError):  # the file may have made a path of its own
+            sys.path.remove(str(root))
         for name, module in list(sys.modules.items()):
             is_new = before.get(name) is not module and not name.startswith(_PREFIX)
             if is_new and _is_in(module, root) and _is_of_a_user(module):

@@ -68,7 +68,8 @@ class Feed:
             for sent in batches:
                 yield sent if isinstance(sent, Tensor) else sent.unpacked()
         except (RuntimeError, OSError) as error:
-            if self._num_workers == 0 or "out of memory" in str(error):
+            # A worker's own mistake arrives under its own name; a worker that is gone, under these.
+            if not isinstance(error, OSError) and "DataLoader worker" not in str(error):
                 raise
             raise DataError(
                 f"the processes that decode images failed ({one_line(error)[:200]}): fewer --workers need "

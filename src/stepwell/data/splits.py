@@ -2,9 +2,9 @@
 
 The selection split, on which the assistant is chosen, is the validation split of a source that has a test
 split beside it, or a folder that the user names, or else a tenth of the training images; where the source has
-no test split, that is a tenth too. Who belongs to a tenth is
-decided by a hash of the image's own name: the same image lands in the same split in `train`, in `compress`,
-and after more images were added. What a source holds is in sources.py, how images are fed in batches.py.
+no test split, that is a tenth too. Who belongs to a tenth is decided by a hash of the image's own name: the
+same image lands in the same split in `train`, in `compress`, and after more images were added. What a source
+holds is in sources.py, how images are fed in batches.py.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from stepwell.config.commands import CompressConfig
 from stepwell.data.spec import InputSpec
 from stepwell.losses.choose import memory_bytes
-from stepwell.measure.size import num_params
+from stepwell.measure.size import num_params, shadow_of
 from stepwell.pruning.skeleton import build_skeleton
 
 EFFICIENCY = 0.4
@@ -77,8 +77,15 @@ def macs_per_second(device: torch.device) -> float:
 def activation_bytes(model: nn.Module, spec: InputSpec, batch_size: int) -> int:
     """Bytes that autograd keeps between forward and backward, counted on the meta device.
 
-    0 for a forward pass that asks for values of the image, which has none there.
+    A forward pass that wants the values of tensors, which have none there, runs on the CPU, on two images.
     """
+    try:
+        return _kept_bytes(build_skeleton(model, [], {}).to("meta"), spec, batch_size)
+    except Exception:  # whatever it raises where it finds no values
+        return _kept_bytes(shadow_of(model, "cpu"), spec, 2) * batch_size // 2
+
+
+def _kept_bytes(model: nn.Module, spec: InputSpec, batch_size: int) -> int:
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -86,12 +93,9 @@ def activation_bytes(model: nn.Module, spec: InputSpec, batch_size: int) -> int:
         kept[storage._cdata] = storage.nbytes()
         return tensor
 
-    shadow = build_skeleton(model, [], {}).to("meta").train()
-    images = torch.empty(batch_size, spec.channels, *spec.size, device="meta")
+    parameters = [p.requires_grad_() for p in model.train().parameters()]
+    images = torch.zeros(batch_size, spec.channels, *spec.size, device=parameters[0].device)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        try:
-            output = shadow(images)
-        except Exception:  # whatever it raises where it finds no values
-            return 0
+        output = model(images)
     del output
     return sum(kept.values())

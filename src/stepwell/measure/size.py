@@ -47,18 +47,18 @@ def macs_by_module(model: nn.Module, spec: InputSpec) -> dict[str, int]:
 
 def _counted(model: nn.Module, spec: InputSpec) -> FlopCounterMode:
     try:
-        shadow = _shadow(model, "meta").to("meta")
+        shadow = shadow_of(model, "meta").to("meta")
         return _count(shadow, torch.empty(1, spec.channels, *spec.size, device="meta"))
     except (RuntimeError, NotImplementedError):  # what a tensor without numbers says when it is asked for one
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            shadow = _shadow(model, "cpu").to("cpu")
+            shadow = shadow_of(model, "cpu").to("cpu")
             for parameter in shadow.parameters():
                 nn.init.normal_(parameter, std=0.02)
             return _count(shadow, torch.randn(1, spec.channels, *spec.size))
 
 
-def _shadow(model: nn.Module, device: str) -> nn.Module:
+def shadow_of(model: nn.Module, device: str) -> nn.Module:
     """A copy with parameters of the same shapes on another device, without their values."""
     # memo: every weight becomes a shape before it is copied, so a large model is never duplicated.
     memo: dict[int, object] = {

@@ -47,8 +47,8 @@ def refused(args: Mapping[str, Any], of_student: bool = False) -> str | None:
             return (
                 f"{name} is a {type(value).__name__}; only numbers, words and lists of them describe a model"
             )
-        if isinstance(value, str) and _is_address(value):
-            return f"{name} names a file or an address ({value}), which describes no architecture"
+        if (address := next(filter(_is_address, _texts(value)), None)) is not None:
+            return f"{name} names a file or an address ({address}), which describes no architecture"
     return None
 
 
@@ -62,7 +62,11 @@ _NAMES_OF_CLASSES = ("id2label", "label2id")
 def refused_configuration(args: Mapping[str, Any]) -> str | None:
     """The same of a configuration of transformers, as `to_json_string` writes it."""
     for name, value in args.items():
-        if value in (None, False, "") or name in _NAMES_OF_CLASSES or (name[0] == "_" and value is True):
+        if (
+            value in (None, False, "")
+            or name in _NAMES_OF_CLASSES
+            or (name.startswith("_") and value is True)
+        ):
             continue
         if _NO_CONFIGURATION.search(name):
             return f"{name} is no part of an architecture; leave it out"

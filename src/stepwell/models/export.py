@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from stepwell.data.spec import InputSpec
 from stepwell.errors import ExportError, ExportMismatchError, RunDirError
+from stepwell.models.card import example_images
 from stepwell.models.onnx_graph import OPSET, captured, quiet, reason_of, write_onnx
 from stepwell.run.run_dir import writing
 
@@ -66,7 +67,7 @@ def export_onnx(
 
 def why_not_onnx(model: nn.Module, spec: InputSpec) -> str:
     """Try an export that is thrown away; returns why it cannot be made, in one line, or nothing."""
-    noise = torch.randn(2, spec.channels, *spec.size, generator=torch.Generator().manual_seed(0))
+    noise = example_images(spec)
     try:
         with temporary_folder() as folder:
             export_onnx(model, spec, folder / "trial.onnx", noise)

@@ -94,6 +94,7 @@ def _plain(inner: nn.Module, name: str, notes: list[str], *, quiet: bool) -> nn.
     _copy(inner, weights, name, "keep what cannot be copied out of it")
     model = huggingface.wrapped(inner)
     if model is inner and _only_logits not in inner._forward_hooks.values():
+        inner.register_forward_pre_hook(_with_channels_first)
         inner.register_forward_hook(_only_logits)
         inner.register_forward_hook(_without_graph)
     return model
@@ -265,6 +266,12 @@ def _without_autocast(model: nn.Module) -> bool:
     for part in decorated:
         part.forward = MethodType(cast(Any, type(part).forward).__wrapped__, part)
     return bool(decorated)
+
+
+def _with_channels_first(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A hook: images lie in memory as a user's own loader gives them. In the other layout, in which the
+    models of libraries are faster, a `view` behind a convolution fails."""
+    return (inputs[0].contiguous(), *inputs[1:]) if inputs else inputs
 
 
 def _only_logits(_module: nn.Module, _images: object, output: object) -> Tensor | None:

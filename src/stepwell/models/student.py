@@ -74,7 +74,7 @@ def build_student(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if module is not None:
-            model = own_module.taken(module, f"--student: a {name}")
+            model = own_module.copied(module)
             architecture = Architecture(source="factory", name=name)
         elif is_own_code(name):
             model, architecture = load_factory(name)(), Architecture(source="factory", name=name)

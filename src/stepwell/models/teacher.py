@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from stepwell.config.own_code import line_of, load_function
+from stepwell.config.own_code import is_own_code, line_of, load_function
 from stepwell.data.spec import InputSpec
 from stepwell.errors import ConfigError, ModelError
 from stepwell.models import huggingface, own_module
@@ -92,7 +92,7 @@ def load_teacher(
         raise ConfigError(
             "--weights-key says which weights of a file to take: name it with --teacher-weights"
         )
-    if ".py:" in source:
+    if is_own_code(source):
         return _from_file(source, weights, weights_key)
     if source.startswith(LOCAL):
         return _from_timm_folder(Path(source.removeprefix(LOCAL)), weights, weights_key, args)

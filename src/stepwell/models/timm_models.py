@@ -66,12 +66,12 @@ def create_timm(
         ) from None
 
 
-def create_without_memory(name: str, args: Mapping[str, Any], *, pretrained: bool = False) -> nn.Module:
+def create_without_memory(name: str, args: Mapping[str, Any]) -> nn.Module:
     """As `create_timm`, on the meta device if the model can be built there: for counting, without weights."""
     # A constructor may want the values of tensors, which have none there (RegNet in older versions of timm).
     with contextlib.suppress(ConfigError, RuntimeError), torch.device("meta"):
-        return create_timm(name, args, pretrained=pretrained)
-    return create_timm(name, args, pretrained=pretrained)
+        return create_timm(name, args, pretrained=False)
+    return create_timm(name, args, pretrained=False)
 
 
 def parse_model_args(model_args: Mapping[str, str]) -> dict[str, Any]:

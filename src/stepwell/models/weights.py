@@ -6,11 +6,14 @@ Which of the tensors a model takes is found in fitting.py.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import pathlib
 import pickle
 import re
+import struct
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +45,7 @@ HOW_TO_MERGE = (
 
 _INDEX = ".index.json"
 _DEEPEST = 8  # a pickle can hold itself
+_MOST_OFTEN = 4
 
 # Classes that training scripts leave beside the tensors, and that are data: nothing of theirs does more than
 # keep what it is given. Paths, of either system, become such as cannot touch a disk.
@@ -109,7 +113,7 @@ def read_weights(path: Path) -> Checkpoint:
     if not file.is_file():
         raise ModelError(f"no weights at {file}")
     content = _sharded(file) if file.name.endswith(_INDEX) else _read(file)
-    found = list(_walk(content, ()))
+    found = list(_walk(content, (), Counter()))
     state_dicts = tuple(item for item in found if isinstance(item, StateDict))
     if not state_dicts:
         raise ModelError(f"{file} holds no state dict of tensors")
@@ -146,7 +150,7 @@ def _read(file: Path) -> Any:  # noqa: ANN401  (whatever was saved)
     try:
         if is_safe or file.suffix == ".safetensors":
             return load_file(file)
-        with warnings.catch_warnings(), torch.serialization.safe_globals(_DATA_CLASSES):
+        with warnings.catch_warnings(), _only_these_classes():
             warnings.simplefilter("ignore")  # of a pickle that torch did not write; it is refused anyway
             return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -157,8 +161,27 @@ def _read(file: Path) -> Any:  # noqa: ANN401  (whatever was saved)
                 f"{file} is a TorchScript program: open it with torch.jit.load, and save its state_dict()"
             ) from None
         raise ModelError(f"cannot read weights from {file}: {one_line(error)[:200]}") from None
-    except (AttributeError, IndexError, AssertionError, NotImplementedError) as error:  # of a damaged pickle
+    except (
+        AttributeError,
+        IndexError,
+        AssertionError,
+        OverflowError,
+        struct.error,
+    ) as error:  # of a torn file
         raise ModelError(f"{file} is damaged: {type(error).__name__}: {one_line(error)[:200]}") from None
+
+
+@contextlib.contextmanager
+def _only_these_classes() -> Iterator[None]:
+    """While it is open a pickle may hold `_DATA_CLASSES` and no others, whatever this process has allowed."""
+    before = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals(_DATA_CLASSES)
+    try:
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
 
 
 def _is_safetensors(file: Path, start: bytes) -> bool:
@@ -200,7 +223,7 @@ def _sharded(index: Path) -> dict[str, Any]:
         ) from None
     tensors: dict[str, Any] = {}
     for name in names:
-        if Path(name).name != name or "\\" in name:
+        if name in ("", ".", "..") or Path(name).name != name or "\\" in name:
             raise ModelError(f"{index} names a file outside of its folder ({name}), which is not opened")
         file = index.with_name(name)
         if not file.is_file():
@@ -212,8 +235,11 @@ def _sharded(index: Path) -> dict[str, Any]:
     return tensors
 
 
-def _walk(content: object, path: tuple[str, ...]) -> Iterator[StateDict | str]:
-    """State dicts, and the paths of lists of tensors, wherever they lie in what was saved."""
+def _walk(content: object, path: tuple[str, ...], times: Counter[int]) -> Iterator[StateDict | str]:
+    """State dicts, and the paths of lists of tensors, wherever they lie in what was saved.
+
+    What lies in several places is met a few times, under other keys; a pickle can hold itself.
+    """
     if isinstance(content, argparse.Namespace):
         content = vars(content)
     if isinstance(content, Mapping):
@@ -228,5 +254,6 @@ def _walk(content: object, path: tuple[str, ...]) -> Iterator[StateDict | str]:
     else:
         return
     for key, value in items:
-        if not isinstance(value, Tensor) and len(path) < _DEEPEST:
-            yield from _walk(value, (*path, str(key)))
+        if not isinstance(value, Tensor) and len(path) < _DEEPEST and times[id(value)] < _MOST_OFTEN:
+            times[id(value)] += 1
+            yield from _walk(value, (*path, str(key)), times)

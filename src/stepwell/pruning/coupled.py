@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from stepwell.pruning.skeleton import stop_checkpointing
 
@@ -215,16 +216,29 @@ def cut_tensors(coupled: Coupled, modules: Mapping[str, nn.Module]) -> Iterator[
             yield f"{name}.weight", weight_dims[1]
 
 
+class _Asked(TorchDispatchMode):
+    """Notices `tensor.item()` and what comes down to it, such as `if x.sum() > 0`."""
+
+    numbers = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
+        self.numbers |= func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
 def asks_for_numbers(model: nn.Module, images: Float[Tensor, "batch channels height width"]) -> bool:
     """Whether the forward pass cannot do without the values of tensors.
 
     What it runs may then depend on them, and be another thing when a student is loaded.
     """
-    twin = copy.deepcopy(model).eval().to("meta")
+    if not next(model.parameters()).is_meta:
+        with torch.no_grad(), _Asked() as asked:
+            model.eval()(images)
+        return asked.numbers
     try:
         with torch.no_grad():
-            twin(images.to("meta", next(twin.parameters()).dtype))
-    except (RuntimeError, NotImplementedError):
+            model.eval()(images.to("meta"))
+    except (RuntimeError, NotImplementedError):  # a skeleton has no numbers
         return True
     return False
 

@@ -48,10 +48,7 @@ def figures_of(
         try:
             # To be timed, not handed out: of the teacher's file no more is asked than that it runs.
             export_onnx(model, card.input, onnx_file, next(iter(test)).images[:8], tolerance=math.inf)
-        except (
-            ExportError,
-            RunDirError,
-        ) as error:  # no space for a teacher's file is no reason to stop either
+        except (ExportError, RunDirError) as error:  # no room for a file is no reason to stop either
             not_exported = str(error)
         save_model(folder, model, card)
         latency = measure_latency(model, None if not_exported else onnx_file, card.input, threads)

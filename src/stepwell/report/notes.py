@@ -21,7 +21,7 @@ def notes(result: Result, teacher: Teacher, options: JointOptions) -> list[str]:
         teacher: The model that was compressed.
         options: How the candidates were trained together, if they were.
     """
-    data, told = result.data, [f"{note[0].upper()}{note[1:]}." for note in teacher.notes]
+    data, told = result.data, [note if note[-1] in ".?!" else f"{note}." for note in teacher.notes]
     if result.student_name is not None:
         told.append(
             f"The student is a {result.student_name}, no slice of the teacher; the smallest rung of the "

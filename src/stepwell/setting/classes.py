@@ -15,10 +15,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from stepwell.config.options import DataOptions
+from stepwell.config.own_code import line_of
 from stepwell.data.batches import EvalBatches
 from stepwell.data.class_names import WAY_OUT, in_order_of, read_class_order, usual_orders
 from stepwell.data.folders import join
-from stepwell.data.images import ImageSet
+from stepwell.data.images import ImageSet, one_line
 from stepwell.data.spec import InputSpec
 from stepwell.data.splits import Data, in_order
 from stepwell.errors import DataError, ModelError
@@ -75,8 +76,10 @@ def settle(teacher: Teacher, data: Data, options: DataOptions, device: torch.dev
     check_classes(num_outputs, teacher.name, data)
     teacher.model.to(device)
     given = None if options.class_order is None else read_class_order(options.class_order)
-    if data.labelled and teacher.trained_on is not None and given is None:
-        return teacher, in_order(data, _by_name(teacher, data))  # trained here: nothing to find out
+    if data.labelled and teacher.trained_on is not None and teacher.classes is not None and given is None:
+        ordered = in_order(data, _by_name(teacher, data))
+        if ordered.fingerprint == teacher.trained_on:  # trained on these: nothing to find out
+            return teacher, ordered
     answers = _ask(teacher, data, options, device)
     teacher, logits = _understood(teacher, answers)
     predicted = logits.argmax(dim=1)
@@ -137,10 +140,16 @@ def _ask(teacher: Teacher, data: Data, options: DataOptions, device: torch.devic
     images = data.train.subset(chosen)
     numbers, operation = [], ""
     for batch in EvalBatches(images, teacher.spec, options, device):
-        if not operation:
-            operation = last_operation(teacher.model(batch.images[:2].clone().requires_grad_()))
-        with torch.no_grad():
-            numbers.append(teacher.model(batch.images).float().cpu())
+        try:
+            if not operation:
+                operation = last_operation(teacher.model(batch.images[:2].clone().requires_grad_()))
+            with torch.no_grad():
+                numbers.append(teacher.model(batch.images).float().cpu())
+        except Exception as error:  # whatever its forward pass raises
+            raise ModelError(
+                f"{teacher.name} runs on one blank image, but not on {len(batch.images)} training "
+                f"images ({one_line(error)[:160]}{line_of(error)})"
+            ) from None
     return Answers(torch.cat(numbers), operation, images, min(ASKED, len(everyone)))
 
 

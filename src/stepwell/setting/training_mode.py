@@ -47,7 +47,8 @@ def trainable_groups(
     """
     if _runs(model, groups, images):
         return list(groups)
-    return [group for group in groups if _runs(model, [group], images)]
+    alone = [group for group in groups if _runs(model, [group], images)]
+    return alone if alone and _runs(model, alone, images) else []
 
 
 def _runs(model: nn.Module, groups: Sequence[Group], images: Tensor) -> bool:
@@ -59,8 +60,8 @@ def _runs(model: nn.Module, groups: Sequence[Group], images: Tensor) -> bool:
     try:
         with torch.no_grad(), _same_randomness(images):
             functional_call(skeleton, weights, (images,))
-    except (RuntimeError, ValueError, AttributeError, TypeError, LookupError, AssertionError):
-        return False  # whatever error the forward pass gives
+    except Exception:  # whatever its forward pass raises
+        return False
     return True
 
 

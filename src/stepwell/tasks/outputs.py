@@ -12,8 +12,8 @@ returns logits, and so are its students; else there is one line that says what t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, cast
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -58,12 +58,6 @@ class AsLogits(nn.Module):
     def pretrained_cfg(self) -> Any:  # noqa: ANN401  (as timm has it)
         """What the model says of itself to timm."""
         return getattr(self.model, "pretrained_cfg", None)
-
-    def no_weight_decay(self) -> set[str]:
-        """Names of parameters that the model does not want decayed."""
-        excepted = getattr(self.model, "no_weight_decay", None)
-        names = cast(Iterable[str], excepted()) if callable(excepted) else ()
-        return {f"model.{name}" for name in names}
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (batch, channels, height, width) to logits (batch, classes)."""
