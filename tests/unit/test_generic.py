@@ -432,3 +432,13 @@ def test_constants_of_a_forward_pass_are_no_reason_to_leave_all_whole():
     names = [group.name for group in propose(Plain().eval(), IMAGES).groups]
     assert names
     assert [group.name for group in propose(WithConstants().eval(), IMAGES).groups] == names
+
+
+class Dropping(Plain):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.dropout(x))
+
+
+def test_randomness_in_eval_mode_is_named():
+    with pytest.raises(UnsupportedModelError, match="answers the same images differently each"):
+        proven_groups(Dropping().eval(), SPEC, IMAGES)

@@ -17,7 +17,7 @@ from stepwell.models.card import Architecture, build
 from stepwell.models.teacher import teacher_from_module
 from stepwell.setting.classes import settle
 from stepwell.tasks.classification import check_output
-from stepwell.tasks.outputs import AsLogits, last_operation, logits_of
+from stepwell.tasks.outputs import AsLogits, last_operation, logits_of, meaning_of
 from stepwell.training.optimizer import no_decay_of
 
 NAMES = ("a", "b", "c")
@@ -233,3 +233,40 @@ def test_outputs_that_are_no_logits(output, said):
         ConfigError, match=rf"own must return logits \(batch, classes\), not {said} for one image"
     ):
         check_output(output, "own")
+
+
+KEYS = [str(i) for i in range(50)]
+
+
+def test_numbers_between_0_and_1_that_spread_widely_are_no_logits():
+    """Whatever the last operation was, such as one that keeps them off 0 and 1."""
+    wide = torch.rand(50, 3, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ConfigError, match="ends in a sigmoid for each class"):
+        meaning_of(wide, "Div", "It", KEYS)
+    assert meaning_of(wide[:, :1], "Div", "It", KEYS) == "one probability"
+    assert meaning_of(0.1 * wide, "Addmm", "It", KEYS) == "logits"
+    assert meaning_of(wide - 0.5, "Addmm", "It", KEYS) == "logits"
+
+
+def test_so_many_times_probabilities_are_probabilities():
+    shares = torch.rand(50, 3, generator=torch.Generator().manual_seed(0)).softmax(dim=1)
+    assert meaning_of(100 * shares, "Mul", "It", KEYS) == "probabilities"
+    logits = logits_of(100 * shares, "probabilities")
+    torch.testing.assert_close(logits.softmax(dim=1), shares)
+
+
+def test_a_clamp_behind_a_sigmoid_hides_nothing():
+    x = torch.rand(2, 3, requires_grad=True)
+    assert last_operation(x.sigmoid().clamp(1e-6, 1 - 1e-6)) == "Sigmoid"
+
+
+class Mixes(ReadsGrey):
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images).mean(dim=0, keepdim=True)
+
+
+@pytest.mark.brings("model", "a forward pass that mixes up the images of a batch", "refused")
+def test_images_of_a_batch_are_kept_apart(tmp_path):
+    folder = grey_images(tmp_path / "images", ("a", "b", "c"))
+    with pytest.raises(ModelError, match=r"returns 1 rows for \d+ images: its forward pass must keep"):
+        settled(folder, Mixes(3))

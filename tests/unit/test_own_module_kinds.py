@@ -504,3 +504,18 @@ def test_a_view_behind_a_convolution():
         expected = model.eval()(images)
         found = taken(model)(images.contiguous(memory_format=torch.channels_last))
     assert torch.equal(found, expected)
+
+
+class InPlace(Net):
+    def forward(self, images):
+        return self.logits(images.sub_(0.5).mul_(2))
+
+
+@pytest.mark.brings("model", "a forward pass that changes the images in place", "it changes a copy")
+def test_images_are_not_changed_in_place():
+    images = torch.rand(2, 3, 16, 16)
+    before, model = images.clone(), taken(InPlace())
+    with torch.no_grad():
+        assert torch.equal(model(images), model(images))
+    assert torch.equal(images, before)
+    model(images.requires_grad_())  # a leaf that wants a gradient cannot be changed at all

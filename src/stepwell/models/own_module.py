@@ -269,9 +269,10 @@ def _without_autocast(model: nn.Module) -> bool:
 
 
 def _with_channels_first(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """A hook: images lie in memory as a user's own loader gives them. In the other layout, in which the
-    models of libraries are faster, a `view` behind a convolution fails."""
-    return (inputs[0].contiguous(), *inputs[1:]) if inputs else inputs
+    """A hook: a copy of the images, which may be changed in place, in memory as a user's own loader gives
+    them. In the other layout, in which the models of libraries are faster, a `view` behind a convolution
+    fails."""
+    return (inputs[0].clone(memory_format=torch.contiguous_format), *inputs[1:]) if inputs else inputs
 
 
 def _only_logits(_module: nn.Module, _images: object, output: object) -> Tensor | None:

@@ -144,12 +144,18 @@ def _ask(teacher: Teacher, data: Data, options: DataOptions, device: torch.devic
             if not operation:
                 operation = last_operation(teacher.model(batch.images[:2].clone().requires_grad_()))
             with torch.no_grad():
-                numbers.append(teacher.model(batch.images).float().cpu())
+                output = teacher.model(batch.images).float().cpu()
         except Exception as error:  # whatever its forward pass raises
             raise ModelError(
                 f"{teacher.name} runs on one blank image, but not on {len(batch.images)} training "
                 f"images ({one_line(error)[:160]}{line_of(error)})"
             ) from None
+        if len(output) != len(batch.images):
+            raise ModelError(
+                f"{teacher.name} returns {len(output)} rows for {len(batch.images)} images: its forward pass "
+                f"must keep the images of a batch apart, whatever their number"
+            )
+        numbers.append(output)
     return Answers(torch.cat(numbers), operation, images, min(ASKED, len(everyone)))
 
 
@@ -217,8 +223,8 @@ def _by_trying(predicted: Int[Tensor, " images"], answers: Answers, teacher: Tea
         if other.top1 > 50 and other.is_clearly_above(usual):
             listed = ", ".join(unusual) if len(unusual) <= MANY else join(unusual)
             raise DataError(
-                f"{teacher.name} numbers the classes in no usual order: as they are, {_right(usual)}, and as "
-                f"{listed} on {other.top1:.1f} %. If this is its order, {WAY_OUT}"
+                f"{teacher.name} numbers the classes in no usual order: {usual.words}, it is "
+                f"{_right(usual)}, and as {listed} on {other.top1:.1f} %. If this is its order, {WAY_OUT}"
             )
     return best
 

@@ -182,6 +182,17 @@ def proof_images(
     return next(iter(EvalBatches(few, spec, options, CPU))).images
 
 
+def _check_steady(model: nn.Module, images: Float[Tensor, "batch channels height width"]) -> None:
+    with torch.no_grad():
+        one, other = model(images), model(images)
+    if (one - other).abs().max() > 1e-4 * one.abs().max():  # more than rounding
+        raise UnsupportedModelError(
+            f"{type(model).__name__} answers the same images differently each time in eval mode, so nothing "
+            f"can be proved or measured: is there a random number in its forward pass, or an F.dropout "
+            f"without training=self.training?"
+        )
+
+
 def proven_groups(
     model: nn.Module, spec: InputSpec, images: Float[Tensor, "batch channels height width"]
 ) -> list[Group]:
@@ -195,6 +206,7 @@ def proven_groups(
     Raises:
         UnsupportedModelError: Nothing can be cut.
     """
+    _check_steady(model, images)
     proposal = propose(model, example_images(spec))
     groups = proposal.groups
     # If the two kinds do not go together, what the families know is the surer one.

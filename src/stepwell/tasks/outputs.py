@@ -37,8 +37,11 @@ _SAME = 1e-6
 """Relative difference below which the answers to two images are rounding of the same."""
 _ON_THE_WAY = frozenset(
     {"View", "Squeeze", "Unsqueeze", "Reshape", "Clone", "Select", "Slice", "ToCopy", "Expand"}
+    | {"Clamp", "ClampMin", "ClampMax"}
 )
-"""Operations that change no number."""
+"""Operations that change no number, or hardly any."""
+_WIDE = 0.5
+"""Numbers between 0 and 1 that spread as far are no logits, which would be negative as well."""
 
 
 class AsLogits(nn.Module):
@@ -121,7 +124,7 @@ def meaning_of(
         raise ModelError(
             f"{name} returns NaN or infinite numbers for {len(bad)} of {len(rows)} training images, the "
             f"first is {keys[int(bad[0])]}: it cannot teach; "
-            f" is there a division or a logarithm in its forward pass?"
+            f"is there a division or a logarithm in its forward pass?"
         )
     spread = (rows.amax(dim=0) - rows.amin(dim=0)).max()
     if len(rows) > 1 and spread <= _SAME * rows.abs().max():
@@ -130,11 +133,13 @@ def meaning_of(
             f"weights loaded, and its classifier trained?"
         )
     in_unit = bool((rows >= 0).all() and (rows <= 1).all())
+    is_sigmoid = operation == "Sigmoid" or (in_unit and len(rows) > 1 and bool(spread > _WIDE))
     if rows.shape[1] == 1:
-        return "one probability" if in_unit and operation == "Sigmoid" else "one logit"
-    if in_unit and (rows.sum(dim=1) - 1).abs().max() < 1e-3:
-        return "probabilities"
-    if operation == "Sigmoid":
+        return "one probability" if in_unit and is_sigmoid else "one logit"
+    sums = rows.sum(dim=1)
+    if (rows >= 0).all() and (sums - sums.mean()).abs().max() < 1e-3 * sums.mean():
+        return "probabilities"  # or so many times them: a factor is a constant among logarithms
+    if is_sigmoid:
         raise ConfigError(
             f"{name} ends in a sigmoid for each class, as where one image has several: classes that do not "
             f"exclude each other are not supported; if each image has one class, return the logits before it"
