@@ -80,7 +80,7 @@ def test_an_unusual_order_is_shown_and_not_taken(tmp_path):
         settled(folder, ReadsGrey(4))
     assert str(error.value).startswith(
         "ReadsGrey numbers the classes in no usual order: as they are read, it is right on 0.0 % of "
-        "images, and as dog, cat, ship, frog on 100.0 %. If this is its order, list the names"
+        "42 training images, and as dog, cat, ship, frog on 100.0 %. If this is its order, list the names"
     )
     assert str(error.value).endswith("--class-order FILE")
 

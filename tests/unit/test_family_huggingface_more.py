@@ -84,6 +84,9 @@ SPEC = InputSpec((16, 16), 3, (0.5,) * 3, (0.5,) * 3)
 
 def inner(name: str, **more: object) -> nn.Module:
     family, args, _ = MODELS[name]
+    # Before, its attention was two modules, which stay whole.
+    if family == "Dinov2" and hasattr(transformers.models.dinov2.modeling_dinov2, "Dinov2SelfAttention"):
+        pytest.skip("DINOv2 as this version of transformers has it is not cut")
     config = getattr(transformers, f"{family}Config")(**{**args, **more})
     return getattr(transformers, f"{family}ForImageClassification")(config)
 

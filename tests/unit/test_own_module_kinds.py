@@ -233,6 +233,7 @@ NAMES = {
         for kind in WRAPPED
     ],
 )
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # inside of torch.compile
 def test_a_module_is_taken_out_of_what_is_around_it(kind, capsys):
     module = WRAPPED[kind]()
     inner = own_module.unwrapped(module)
@@ -259,6 +260,7 @@ def test_distributed_data_parallel(tmp_path):
 
 
 @pytest.mark.brings("model", "A module with a compiled part", "the part is taken out of torch.compile")
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # inside of torch.compile
 def test_a_wrapper_inside_a_module():
     module = Inner()
     model = taken(module)
@@ -399,6 +401,7 @@ def test_a_frozen_module():
         assert torch.equal(taken(module)(IMAGES), own_logits(module))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # inside of torch.compile
 def test_a_module_compiled_in_place():
     module = Net()
     module.compile()

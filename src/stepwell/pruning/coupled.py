@@ -237,7 +237,7 @@ def asks_for_numbers(model: nn.Module, images: Float[Tensor, "batch channels hei
         return asked.numbers
     try:
         with torch.no_grad():
-            model.eval()(images.to("meta"))
+            copy.deepcopy(model).eval().to("meta")(images.to("meta"))
     except (RuntimeError, NotImplementedError):  # a skeleton has no numbers
         return True
     return False
