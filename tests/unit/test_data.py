@@ -317,13 +317,61 @@ def test_a_class_that_test_lacks_is_a_warning(tmp_path, capsys, empty_folder):
     assert told in capsys.readouterr().err
 
 
-def test_classes_in_one_split_only(tmp_path):
-    write_classes(tmp_path / "train")
-    write_image(tmp_path / "test" / "x.png")
-    message = error_of(tmp_path)
-    assert message == (
-        f"the training images have labels but {tmp_path / 'test'} does not: give both labels, or neither"
+def test_labels_in_the_test_folder_only(tmp_path):
+    write_image(tmp_path / "train" / "x.png")
+    write_classes(tmp_path / "test")
+    assert error_of(tmp_path) == (
+        f"{tmp_path / 'test'} has labels but the training images do not: give both labels, or neither"
     )
+
+
+def test_selection_data_without_labels(tmp_path):
+    write_classes(tmp_path / "data")
+    write_image(tmp_path / "more" / "x.png")
+    assert error_of(tmp_path / "data", selection_data=tmp_path / "more") == (
+        f"the training images have labels but {tmp_path / 'more'} does not: give both labels, or neither"
+    )
+
+
+@pytest.mark.brings(
+    "folder",
+    "`train/` with labels and `test/` without",
+    "The test folder is left out in one line, and a tenth of the training images is set aside.",
+)
+def test_an_unlabelled_test_folder_is_left_out(tmp_path, capsys):
+    write_classes(tmp_path / "train", num_images=30)
+    write_image(tmp_path / "test" / "x.png")
+    data = resolve(tmp_path)
+    assert data.test_from == "a tenth by hash of the file name"
+    assert sum(sizes(data)) == 60
+    assert capsys.readouterr().err == (
+        "test/ has no labels: a tenth of the training images is set aside instead\n"
+    )
+
+
+def test_validation_images_are_tested_on_where_test_has_no_labels(tmp_path, capsys):
+    write_classes(tmp_path / "train")
+    write_classes(tmp_path / "val", num_images=2)
+    write_image(tmp_path / "test" / "x.png")
+    data = resolve(tmp_path)
+    assert (data.test_from, len(data.test)) == ("val/", 4)
+    assert capsys.readouterr().err == "test/ has no labels: val/ is tested on instead\n"
+
+
+@pytest.mark.parametrize("name", ["val", "test"])
+def test_skip_names_leaves_a_split_out(tmp_path, name):
+    for split in ("train", "val", "test"):
+        write_classes(tmp_path / split)
+    data = resolve(tmp_path, skip_names=(name,))
+    assert data.test_from == ("val/" if name == "test" else "test/")
+    assert data.selection_from == "a tenth of the training images by hash of the file name"
+
+
+def test_skip_names_counts_before_splits_are_missed(tmp_path):
+    write_classes(tmp_path / "flowers")
+    write_classes(tmp_path / "test")
+    (tmp_path / "eval").mkdir()
+    assert "only one class (flowers)" in error_of(tmp_path, skip_names=("test", "eval"))
 
 
 def test_splits_without_train(tmp_path):

@@ -277,16 +277,6 @@ def test_class_folders_win_over_a_table(tmp_path, capsys):
     assert told in capsys.readouterr().err
 
 
-def test_a_table_for_the_training_images_only(tmp_path):
-    files = write_flat(tmp_path / "train")
-    write_flat(tmp_path / "test", 3)
-    rows = "".join(f"{file},{'ab'[i % 2]}\n" for i, file in enumerate(files))
-    (tmp_path / "train" / "labels.csv").write_text("file,label\n" + rows)
-    assert error_of(tmp_path).startswith(
-        f"the training images have labels but {tmp_path / 'test'} does not: give both labels, or neither"
-    )
-
-
 # --- names
 
 

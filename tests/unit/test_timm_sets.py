@@ -194,3 +194,8 @@ def test_labels_that_are_text(monkeypatch):
     assert (data.test.labels, data.selection.labels) == ((0,), (1, 2))
     labels["test"] = ["cat", "eel"]
     assert error_of("hfds/pets") == ("the test split of hfds/pets adds eel to the classes of its train split")
+    labels["train"] = ["dog,cat", "cat"] * 10
+    assert error_of("hfds/pets") == (
+        "hfds/pets has labels such as 'dog,cat': several classes in one image are not "
+        "supported; --label-column takes another column"
+    )

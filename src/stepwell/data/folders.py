@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from stepwell.data import tables
 from stepwell.data.images import FolderReader, ImageSet, readable
 from stepwell.data.listing import check_no_masks, left_out, list_images, subfolders
+from stepwell.data.tables import TableLabels
 from stepwell.errors import DataError, did_you_mean
 from stepwell.run.progress import say
 
@@ -28,6 +29,8 @@ class ImageFolder:
         names: The class of each; empty without labels.
         classes: All classes in their order, those without images among them.
         reader: Opens images by their keys.
+        said: What a table says of them.
+        part: `the test rows of`, where a table sorts the folder's images into splits.
     """
 
     path: Path
@@ -35,6 +38,36 @@ class ImageFolder:
     names: tuple[str, ...]
     classes: tuple[str, ...]
     reader: FolderReader
+    said: TableLabels = field(default_factory=TableLabels)
+    part: str = ""
+
+    @property
+    def where(self) -> str:
+        """For messages."""
+        return f"{self.part} {self.said.path}" if self.part else str(self.path)
+
+    @property
+    def called(self) -> str:
+        """For the report: `test/`, or `the test rows of metadata.csv`."""
+        named = self.said.path if self.part else None
+        return f"{self.path.name}/" if named is None else f"{self.part} {named.name}"
+
+    def of_splits(self, own: str) -> dict[str, ImageFolder]:
+        """The images of each split by the table; all are of the split `own` where none says otherwise."""
+        if not set(self.said.splits) - {own}:
+            return {own: self}
+        return {split: self._rows(split) for split in dict.fromkeys(self.said.splits)}
+
+    def _rows(self, split: str) -> ImageFolder:
+        those = [i for i, each in enumerate(self.said.splits) if each == split]
+        names = tuple(self.names[i] for i in those)
+        return replace(
+            self,
+            keys=tuple(self.keys[i] for i in those),
+            names=names,
+            classes=tables.class_order(names),
+            part=f"the {split} rows of",
+        )
 
 
 def existing_folder(path: Path, option: str) -> Path:
@@ -54,7 +87,7 @@ def read_folder(folder: Path, skip: Sequence[str], is_split: bool = False) -> Im
     Args:
         folder: An existing folder.
         skip: Patterns of names that are left out.
-        is_split: Whether a table of labels may lie beside it.
+        is_split: Whether it is one of several splits, so that all tables beside it are about images.
 
     Raises:
         DataError: It holds no images, or images in no order that makes sense.
@@ -70,21 +103,37 @@ def read_folder(folder: Path, skip: Sequence[str], is_split: bool = False) -> Im
     check_no_masks(folder, keys)
     root = Path(os.path.realpath(folder))
     links = {key: true for key, true in files.items() if true != os.path.join(root, key)}
-    names, classes = _classes(folder, keys, skip, is_split)
-    return ImageFolder(folder, keys, names, classes, FolderReader(root, links))
+    reader = FolderReader(root, links)
+    said = tables.labels_from_tables(folder, keys, skip, is_split) if _in_one_place(keys) else TableLabels()
+    if said.names:
+        names = tuple(map(readable, said.names))
+        return ImageFolder(folder, keys, names, tables.class_order(names), reader, said)
+    names, classes = _class_folders(folder, keys, skip)
+    return ImageFolder(folder, keys, names, classes, reader, said)
 
 
-def _classes(
-    folder: Path, keys: Sequence[str], skip: Sequence[str], is_split: bool
+def read_one_split(folder: Path, skip: Sequence[str], option: str) -> ImageFolder:
+    """As `read_folder`, for images that all serve one purpose; `option` is what the user set to it."""
+    images = read_folder(folder, skip)
+    tables.say_unread([images.said])
+    if len(splits := sorted(set(images.said.splits))) > 1:
+        raise DataError(
+            f"{images.said.path} sorts the images of {folder} into {join(splits)}, and {option} takes all: "
+            "move those for it into a folder of their own"
+        )
+    return images
+
+
+def _in_one_place(keys: Sequence[str]) -> bool:
+    """Whether a table may say the classes. One folder of images beside a table is no class."""
+    return len({key.rpartition("/")[0].split("/", 1)[0] for key in keys}) == 1
+
+
+def _class_folders(
+    folder: Path, keys: Sequence[str], skip: Sequence[str]
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The class of each image, and all classes."""
-    folders = sorted(subfolders(folder, skip))
+    """The class of each image, and all classes; none of a flat folder."""
     num_loose = sum("/" not in key for key in keys)
-    # One folder of images beside a table is no class.
-    if num_loose == len(keys) or (num_loose == 0 and len({key.split("/", 1)[0] for key in keys}) == 1):
-        from_table = tables.labels_from_tables(folder, keys, is_split)
-        if from_table is not None:
-            return tuple(map(readable, from_table)), tables.class_order(map(readable, from_table))
     if 0 < num_loose < len(keys):
         raise DataError(
             f"{num_loose} loose images lie beside class folders in {folder}: "
@@ -92,7 +141,8 @@ def _classes(
         )
     if num_loose:
         return (), ()
-    tables.say_that_folders_win(folder)
+    tables.say_that_folders_win(folder, skip)
+    folders = sorted(subfolders(folder, skip))
     classes = tuple(map(readable, folders))
     if twice := sorted({name for name in classes if classes.count(name) > 1}):
         raise DataError(f"two folders of {folder} are called {twice[0]}, in different encodings: rename one")
@@ -113,7 +163,7 @@ def training_images(folder: ImageFolder) -> tuple[tuple[str, ...], ImageSet]:
     if len(folder.classes) == 1:
         inner = folder.path / folder.classes[0]
         hint = f"pass {inner} instead" if (inner / "train").is_dir() else "two or more are needed"
-        raise DataError(f"only one class ({folder.classes[0]}) in {folder.path}: {hint}")
+        raise DataError(f"only one class ({folder.classes[0]}) in {folder.where}: {hint}")
     return folder.classes, _image_set(folder, folder.classes)
 
 
@@ -124,17 +174,17 @@ def images_like(folder: ImageFolder, classes: Sequence[str]) -> ImageSet:
         DataError: It holds other classes, or only one of the two has labels.
     """
     if bool(classes) != bool(folder.names):
-        has = f"the training images have labels but {folder.path} does not"
-        lacks = f"{folder.path} has labels but the training images do not"
+        has = f"the training images have labels but {folder.where} does not"
+        lacks = f"{folder.where} has labels but the training images do not"
         raise DataError(f"{has if classes else lacks}: give both labels, or neither")
     present = set(folder.names)
     if extra := sorted(present - set(classes)):
         raise DataError(
-            f"the classes of {folder.path} are not those of the training images: it adds {join(extra)}"
+            f"the classes of {folder.where} are not those of the training images: it adds {join(extra)}"
             f"{did_you_mean(extra[0], classes)}; rename or remove them"
         )
     if missing := [name for name in classes if name not in present]:
-        say(f"warning: no image of class {join(missing)} in {folder.path}: nothing is known of it there")
+        say(f"warning: no image of class {join(missing)} in {folder.where}: nothing is known of it there")
     return _image_set(folder, classes)
 
 

@@ -3,6 +3,7 @@
     DIR/train + DIR/test or DIR/val                 train and test as given
     DIR/train + DIR/val + DIR/test                  and the images that the assistant is chosen on
     DIR/train  or  DIR                              train only; splits.py carves the test split
+                                                    or the splits that a table's column names
     torch/NAME, hfds/NAME                           timm's data sets (timm_sets.py)
 
 Each of these folders holds CLASS/**, or images alone: with a table of labels, or without labels (folders.py).
@@ -10,13 +11,22 @@ Each of these folders holds CLASS/**, or images alone: with a table of labels, o
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from stepwell.config.options import DataOptions
 from stepwell.data import timm_sets
-from stepwell.data.folders import existing_folder, images_like, join, read_folder, training_images
+from stepwell.data.folders import (
+    ImageFolder,
+    existing_folder,
+    images_like,
+    join,
+    read_folder,
+    training_images,
+)
 from stepwell.data.found import Found
 from stepwell.data.listing import subfolders
+from stepwell.data.tables import say_unread
 from stepwell.errors import DataError
 from stepwell.run.progress import say
 
@@ -34,30 +44,35 @@ def find(options: DataOptions) -> Found:
         raise DataError("no images were given: pass an image folder as --data DIR")
     folder = existing_folder(Path(options.data), "--data")
     skip = options.skip_names
-    if not (folder / "train").is_dir():
-        _check_not_splits(folder)
-        return Found(*training_images(read_folder(folder, skip)))
-    classes, train = training_images(read_folder(folder / "train", skip, is_split=True))
-    test, validation = _other_splits(folder)
-    found = {
-        name: images_like(read_folder(folder / name, skip, is_split=True), classes)
-        for name in (test, validation)
-        if name
+    if (folder / "train").is_dir():
+        return _found(folder, _read_splits(folder, skip))
+    _check_not_splits(folder, skip)
+    whole = read_folder(folder, skip)
+    say_unread([whole.said])
+    return _found(folder, whole.of_splits("train"))
+
+
+def _read_splits(folder: Path, skip: Sequence[str]) -> dict[str, ImageFolder]:
+    """The images of each split: those of the folder of that name, unless a table sorts them otherwise."""
+    read = {
+        split: read_folder(folder / name, skip, is_split=True)
+        for split, name in _split_folders(folder, skip).items()
     }
-    return Found(
-        classes,
-        train,
-        test=found.get(test),
-        test_from=f"{test}/" if test else "",
-        selection=found.get(validation),
-        selection_from=f"{validation}/" if validation else "",
-    )
+    say_unread(images.said for images in read.values())
+    parts: dict[str, ImageFolder] = {}
+    for split, images in read.items():
+        for name, part in images.of_splits(split).items():
+            if (other := parts.setdefault(name, part)) is not part:
+                raise DataError(
+                    f"both {other.where} and {part.where} are {name} images: the table and the folders must "
+                    "agree; mend the table's column of splits, or rename it"
+                )
+    return parts
 
 
-def _other_splits(folder: Path) -> tuple[str, str]:
-    """The names of the test and the validation folder, empty where there is none: a validation folder alone
-    is the test split, for there is nothing else to test on."""
-    there = subfolders(folder)
+def _split_folders(folder: Path, skip: Sequence[str]) -> dict[str, str]:
+    """The folder of each split."""
+    there = subfolders(folder, skip)
     validations = [name for name in VALIDATION_FOLDERS if name in there]
     if len(validations) > 1:
         raise DataError(
@@ -65,13 +80,30 @@ def _other_splits(folder: Path) -> tuple[str, str]:
         )
     if unread := sorted(set(there) - {"train", "test", *validations}):
         say(f"not read: {join(unread)} in {folder}; of its folders train, val and test are")
-    test = "test" if "test" in there else ""
-    validation = validations[0] if validations else ""
-    return (test, validation) if test else (validation, "")
+    others = {"test": "test" if "test" in there else "", "validation": "".join(validations)}
+    return {"train": "train", **{split: name for split, name in others.items() if name}}
 
 
-def _check_not_splits(folder: Path) -> None:
+def _found(folder: Path, parts: Mapping[str, ImageFolder]) -> Found:
+    """Validation images without test images are the test split, for there is nothing else to test on."""
+    if "train" not in parts:
+        table = next(iter(parts.values())).said.path
+        raise DataError(f"{table} puts no image of {folder} into train: name the training images so")
+    classes, train = training_images(parts["train"])
+    given = [parts[split] for split in ("test", "validation") if split in parts]
+    used = [part for part in given if part.names or not classes]
+    for part in given:
+        if part not in used:
+            instead = f"{used[0].called} is tested on" if part is parts.get("test") and used else ""
+            instead = instead or "a tenth of the training images is set aside"
+            say(f"{part.called} has no labels: {instead} instead")
+    others = [(images_like(part, classes), part.called) for part in used]
+    test, selection = (*others, (None, ""), (None, ""))[:2]
+    return Found(classes, train, *test, *selection)
+
+
+def _check_not_splits(folder: Path, skip: Sequence[str]) -> None:
     """`training/` beside `validation/` would otherwise be a problem of two classes."""
-    names = subfolders(folder)
+    names = subfolders(folder, skip)
     if names and all(name.lower() in _SPLIT_FOLDERS for name in names):
         raise DataError(f"{folder} holds {join(sorted(names))} but no train/: call the training folder train")

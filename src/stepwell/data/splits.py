@@ -15,7 +15,7 @@ from hashlib import blake2b
 
 from stepwell.config.options import DataOptions
 from stepwell.data.class_names import in_order_of, read_class_order
-from stepwell.data.folders import existing_folder, images_like, join, read_folder
+from stepwell.data.folders import existing_folder, images_like, join, read_one_split
 from stepwell.data.found import Found
 from stepwell.data.images import ImageSet, in_threads, num_cpus, readable
 from stepwell.data.look import warn_if_dark, white_level_of
@@ -148,7 +148,7 @@ def _with_selection_data(found: Found, options: DataOptions) -> Found:
     if found.selection is not None:
         say(f"not read: {found.selection_from} of {readable(options.data)}, since --selection-data was given")
     folder = existing_folder(options.selection_data, "--selection-data")
-    selection = images_like(read_folder(folder, options.skip_names), found.classes)
+    selection = images_like(read_one_split(folder, options.skip_names, "--selection-data"), found.classes)
     return replace(found, selection=selection, selection_from=readable(str(options.selection_data)))
 
 

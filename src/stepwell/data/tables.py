@@ -1,77 +1,106 @@
 """Labels in a table beside the images: Hugging Face's imagefolder convention, and what is like it.
 
-    metadata.csv, metadata.jsonl    columns file_name and label
+    metadata.csv, metadata.jsonl    columns file_name and label, and split if the table says it
     labels.csv, NAME.csv            beside the folder NAME/: the same, or id,breed as in competitions
 
-Read only where no class folders say the labels; what is not understood is said to be there.
+Read only where no class folders say the labels; what is not understood is said to be there. How one file is
+read is in table_files.py.
 """
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import os
+import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from stepwell.data.listing import entries
+from stepwell.data.table_files import Row, Table, read_table, several_classes
 from stepwell.errors import DataError
 from stepwell.run.progress import say
 
 _ENDINGS = (".csv", ".tsv", ".jsonl")
 _UNREAD = (".parquet", ".xlsx", ".xls", ".json")
-_FILE = (
-    "file_name", "filename", "file", "image", "image_name", "image_file", "image_path", "filepath", "path",
-    "img", "image_id", "img_id", "id", "name",
-)  # fmt: skip
-_LABEL = ("label", "labels", "class", "class_name", "category", "target", "species")
 
 
 @dataclass(frozen=True)
-class Table:
-    """Names of images, with or without folders and endings, and the class of each."""
+class TableLabels:
+    """What tables say of the images of one folder.
 
-    path: Path
-    rows: Sequence[tuple[str, str]]
+    Attributes:
+        names: The class of each image; empty where no table says it.
+        splits: train, validation or test for each image; empty where no table says it.
+        path: The table that was read.
+        unread: Tables that are there, where none was read.
+    """
+
+    names: tuple[str, ...] = ()
+    splits: tuple[str, ...] = ()
+    path: Path | None = None
+    unread: tuple[Path, ...] = ()
 
 
-def labels_from_tables(folder: Path, keys: Sequence[str], is_split: bool) -> list[str] | None:
-    """The class of each image of a folder without class folders; None where no table says it.
+def labels_from_tables(folder: Path, keys: Sequence[str], skip: Sequence[str], is_split: bool) -> TableLabels:
+    """The class of each image of a folder without class folders.
 
     Args:
-        folder: Where the images lie.
+        folder: Where the images lie; the table may lie beside it.
         keys: Their names.
-        is_split: Whether it is one of several splits, and the table may lie beside it.
+        skip: Patterns of names that are left out.
+        is_split: Whether it is one of several splits, so that all tables beside it are about images.
 
     Raises:
         DataError: A table is damaged, names only a part of the images, or contradicts itself.
     """
-    files = _tables_in(folder) + (_tables_in(folder.parent) if is_split else [])
+    here = Path(os.path.abspath(folder)) if folder.name in ("", "..") else folder
+    beside = _tables_beside(here, skip)
+    if not is_split:
+        beside = [path for path in beside if _is_known(path, here.name)]
+    files = _tables_in(folder, skip) + beside
     for path in files:
-        table = _read(path) if _is_known(path, folder.name) else None
-        found = None if table is None else _labels(table, folder, keys)
-        if found is not None:
+        table = read_table(path) if _is_known(path, here.name) else None
+        found = None if table is None else _rows_of(table, folder, keys)
+        if table is not None and found is not None:
             say(f"labels are read from {path}")
-            return found
-    if files:
+            for column in table.unread:
+                say(f"column {column} of {path} is not read: a column split of train, validation, test is")
+            splits = tuple(row.split for row in found) if found[0].split else ()
+            return TableLabels(tuple(row.label for row in found), splits, path)
+    return TableLabels(unread=tuple(files))
+
+
+def say_unread(folders: Iterable[TableLabels]) -> None:
+    """One line of the tables that were read for none of the folders."""
+    folders = list(folders)
+    read = {each.path for each in folders}
+    files = dict.fromkeys(path for each in folders for path in each.unread)
+    if files := [path for path in files if path not in read]:
         say(
             f"not read: {', '.join(map(str, files[:3]))}; labels in a table are read from labels.csv or "
             "metadata.csv, columns file_name and label"
         )
-    return None
 
 
-def say_that_folders_win(folder: Path) -> None:
+def say_that_folders_win(folder: Path, skip: Sequence[str]) -> None:
     """One line where a table lies beside class folders."""
-    for path in _tables_in(folder):
+    for path in _tables_in(folder, skip):
         if is_table(path.name):
             say(f"{path} is not read: the names of the folders are the classes")
 
 
-def _tables_in(folder: Path) -> list[Path]:
+def _tables_in(folder: Path, skip: Sequence[str]) -> list[Path]:
     """Files that may say labels."""
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in (*_ENDINGS, *_UNREAD))
+    files = (folder / entry.name for entry in entries(folder, skip) if entry.is_file())
+    return sorted(path for path in files if path.suffix.lower() in (*_ENDINGS, *_UNREAD))
+
+
+def _tables_beside(folder: Path, skip: Sequence[str]) -> list[Path]:
+    try:
+        return _tables_in(folder.parent, skip) if folder.parent != folder else []
+    except DataError:  # a user may read a folder, and not the one above it
+        return []
 
 
 def is_table(key: str) -> bool:
@@ -85,60 +114,25 @@ def _is_known(path: Path, split: str) -> bool:
     return path.suffix.lower() in _ENDINGS and stem in names
 
 
-def _read(path: Path) -> Table | None:
-    """The rows of a table; None if it has no columns of files and labels."""
-    try:
-        text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
-        records = _json_lines(text) if path.suffix.lower() == ".jsonl" else _csv(text)
-    except (OSError, ValueError, csv.Error) as error:
-        raise DataError(f"cannot read {path}: {error}; mend it, or move it away") from None
-    if not records:
-        return None
-    columns = list(records[0])
-    file = _column(columns, _FILE)
-    label = _column(columns, _LABEL)
-    if label is None and len(columns) == 2 and file is not None:
-        label = next(column for column in columns if column != file)
-    if file is None or label is None or file == label:
-        return None
-    rows = [(str(record.get(file) or ""), record.get(label)) for record in records]
-    given = [(name, label) for name, label in rows if name and label not in (None, "")]
-    if any(not isinstance(label, (str, int)) for _, label in given):
-        return None  # boxes, lists, numbers with a fraction: no classes
-    return Table(path, [(name, str(label).strip()) for name, label in given])
-
-
-def _column(columns: Iterable[str], known: Sequence[str]) -> str | None:
-    by_name = {column.strip().lower().replace(" ", "_").replace("-", "_"): column for column in columns}
-    return next((by_name[name] for name in known if name in by_name), None)
-
-
-def _csv(text: str) -> list[dict[str, object]]:
-    header = text.partition("\n")[0]
-    delimiter = max(",;\t", key=header.count)
-    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
-    return [{key: value for key, value in row.items() if key is not None} for row in rows]
-
-
-def _json_lines(text: str) -> list[dict[str, object]]:
-    records = [json.loads(line) for line in text.split("\n") if line.strip()]
-    if not all(isinstance(record, dict) for record in records):
-        raise ValueError("a line is no JSON object")
-    return records
-
-
-def _labels(table: Table, folder: Path, keys: Sequence[str]) -> list[str] | None:
+def _rows_of(table: Table, folder: Path, keys: Sequence[str]) -> list[Row] | None:
+    """The row of each image; None where the table is about other images."""
     known = _names_of(keys, folder)
-    rows = [(name.replace("\\", "/").removeprefix("./"), label) for name, label in table.rows]
-    lasts = [name.rpartition("/")[2] for name, _ in rows]
-    if not any(name in known for name, _ in rows) and len(set(lasts)) == len(lasts):
-        rows = [(last, label) for last, (_, label) in zip(lasts, rows, strict=True)]
-    found: dict[str, str] = {}
-    for name, label in rows:
-        key = known.get(name)
-        if key is not None and found.setdefault(key, label) != label:
+    rows = [row._replace(image=row.image.replace("\\", "/").removeprefix("./")) for row in table.rows]
+    lasts = [row.image.rpartition("/")[2] for row in rows]
+    if not any(row.image in known for row in rows) and len(set(lasts)) == len(lasts):
+        rows = [row._replace(image=last) for last, row in zip(lasts, rows, strict=True)]
+    found: dict[str, Row] = {}
+    for row in rows:
+        key = known.get(row.image)
+        first = row if key is None else found.setdefault(key, row)
+        if first.label != row.label:
             raise DataError(
-                f"{table.path} gives {key} two labels, {found[key]} and {label}: one class for each image"
+                f"{table.path} gives {key} two labels, {first.label} and {row.label}: one class for each "
+                "image"
+            )
+        if first.split != row.split:
+            raise DataError(
+                f"{table.path} puts {key} into two splits, {first.split} and {row.split}: one for each image"
             )
     if not found:
         return None
@@ -147,7 +141,7 @@ def _labels(table: Table, folder: Path, keys: Sequence[str]) -> list[str] | None
             f"{table.path} has no label for {len(missing):,} of {len(keys):,} images in {folder} "
             f"({missing[0]}, ...): add rows, or move the images away"
         )
-    _check_classes(table.path, list(found.values()))
+    check_classes(table.path, {row.label for row in found.values()})
     return [found[key] for key in keys]
 
 
@@ -166,7 +160,13 @@ def _names_of(keys: Sequence[str], folder: Path) -> Mapping[str, str]:
     return {**unique, **exact}
 
 
-def _check_classes(path: Path, labels: Sequence[str]) -> None:
+def check_classes(path: Path, labels: Iterable[str]) -> None:
+    """Raise where the labels of a table are no classes.
+
+    Raises:
+        DataError: They are numbers with a fraction, or lists of classes.
+    """
+
     def is_fraction(label: str) -> bool:
         try:
             return not float(label).is_integer()
@@ -178,6 +178,27 @@ def _check_classes(path: Path, labels: Sequence[str]) -> None:
         raise DataError(
             f"{path} holds numbers such as {min(values, key=len)}, no classes: give each image one"
         )
+    if lists := lists_of_classes(values):
+        raise several_classes(path, f"has labels such as {' and '.join(map(repr, lists[:2]))}")
+
+
+def lists_of_classes(labels: Iterable[str]) -> list[str]:
+    """Labels that list several classes: `a,b` beside `a,c`, or `a b` beside `a` and `b`; none if they do not.
+
+    `tench, Tinca tinca` is one class. Of the 1,000 classes of ImageNet a few share a word (two are called
+    panther), so lists are those sets where more than half of the labels with commas share a part.
+    """
+    values = set(labels)
+    parts = {value: {part.strip(" []()'\"") for part in re.split(r"[,;|]", value)} for value in values}
+    num_owners = Counter(part for those in parts.values() for part in those if part)
+    listed = sorted(value for value in values if re.search(r"[,;|]", value))
+    sharing = [value for value in listed if any(num_owners[part] > 1 for part in parts[value])]
+    if 2 * len(sharing) > len(listed):
+        return sharing
+    # `golden retriever` and `labrador retriever` share a word: here all words have to be labels themselves.
+    spaced = sorted(value for value in values if len(value.split()) > 1)
+    whole = [value for value in spaced if values.issuperset(value.split())]
+    return whole if 2 * len(whole) > len(spaced) else []
 
 
 def class_order(names: Iterable[str]) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from stepwell.config.options import DataOptions
 from stepwell.data.folders import join
 from stepwell.data.found import Found
 from stepwell.data.images import ImageSet, TimmReader, one_line
-from stepwell.data.tables import class_order
+from stepwell.data.tables import class_order, lists_of_classes
 from stepwell.errors import DataError, did_you_mean
 from stepwell.run.progress import progress, say
 
@@ -77,6 +77,11 @@ def _find_hugging_face(options: DataOptions, name: str) -> Found:
     labels = _labels(train)
     if text := any(isinstance(label, str) for label in labels):
         classes = class_order(str(label) for label in labels)
+        if lists := lists_of_classes(classes):
+            raise DataError(
+                f"{options.data} has labels such as {' and '.join(map(repr, lists[:2]))}: several classes in "
+                "one image are not supported; --label-column takes another column"
+            )
     else:
         classes = _names(train, _numbers(labels))
     _check_some_classes(classes, options.data)
