@@ -34,7 +34,7 @@ from stepwell.config.files import implied, make_config, read_yaml
 from stepwell.config.help import MAIN_OPTIONS, first_screen
 from stepwell.config.options import Options
 from stepwell.config.own_code import is_own_code
-from stepwell.errors import ConfigError, StepwellError, did_you_mean
+from stepwell.errors import ConfigError, StepwellError, did_you_mean, printable
 from stepwell.version import __version__
 
 POSITIONAL = frozenset({"run", "images"})
@@ -63,7 +63,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         return _run(argv)
     except StepwellError as error:
-        print(f"stepwell: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"stepwell: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         return 2
     # torch's OutOfMemoryError is a RuntimeError; torch is not imported here.
     except (MemoryError, RuntimeError) as error:
@@ -96,7 +96,7 @@ def _run(argv: Sequence[str]) -> int:
     config = parse(command, kind, rest, summary)
     if config is not None:
         output = import_module(f"stepwell.commands.{command}").run(config)
-        print(output)
+        print("\n".join(map(printable, str(output).split("\n"))))
     return 0
 
 

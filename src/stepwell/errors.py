@@ -16,6 +16,7 @@ Everything else that is raised is a bug of ours. `assert` is for our own invaria
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -59,3 +60,17 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return `` (did you mean X?)`` for the known word closest to `word`, or an empty string."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f" (did you mean {close[0]}?)" if close else ""
+
+
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+
+
+def printable(text: str) -> str:
+    r"""One line that only shows: what would steer a terminal, break the line or turn it round is escaped.
+
+    Names of classes, files and tensors are other people's.
+
+    >>> printable("cat\x1b[2J\n")
+    'cat\\x1b[2J\\n'
+    """
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)

@@ -11,7 +11,7 @@ from timm.utils.model_ema import ModelEmaV3
 from torch import nn
 
 import stepwell as package
-from stepwell.models.teacher import load_factory
+from stepwell.models.factory import load_factory
 from stepwell.run.device import find_device
 
 LAYERS = """

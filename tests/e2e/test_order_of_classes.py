@@ -12,7 +12,8 @@ from small_world import TIMM, StopAfter, result_of, stepwell, watched
 import stepwell as package
 from grey import grey_images, settled
 from stepwell.models.card import read_card
-from stepwell.models.teacher import load_factory, load_teacher
+from stepwell.models.factory import load_factory
+from stepwell.models.teacher import load_teacher
 
 NUMBERS = tuple(str(i) for i in range(12))
 READER = '''

@@ -13,7 +13,7 @@ from torch import nn
 
 import stepwell as package
 from stepwell.models.card import read_card
-from stepwell.models.teacher import load_factory
+from stepwell.models.factory import load_factory
 
 pytest.importorskip("torch_pruning")
 

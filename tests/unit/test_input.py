@@ -14,6 +14,7 @@ from stepwell.models.card import digest
 from stepwell.models.input import as_asked, check_runs, check_trains, input_spec, with_image_size
 from stepwell.models.teacher import teacher_from_module
 from stepwell.pruning.skeleton import build_skeleton, fill
+from stepwell.tasks.classification import check_output
 
 SPEC = InputSpec((16, 16), 3, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
@@ -227,12 +228,18 @@ def test_a_forward_pass_that_fails_in_training_mode():
 def test_a_model_runs_or_says_why_not():
     assert check_runs(Own(), SPEC, "own", "--image-size") == 5
     vit = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1)
-    with pytest.raises(
-        ConfigError, match=r"vit cannot run on images of 16 x 16 x 3 .*; give another --image-size"
-    ):
+    reason = "if its size is the reason, give another --image-size"
+    with pytest.raises(ConfigError, match=rf"vit cannot run on images of 16 x 16 x 3 .*; {reason}"):
         check_runs(vit, SPEC, "vit", "--image-size")
     with pytest.raises(ConfigError, match=r"own must return logits \(batch, classes\), not a dict"):
         check_runs(Own(as_dict=True), SPEC, "own", "--image-size")
+
+
+def test_the_keys_of_a_dictionary_without_logits_are_named():
+    with pytest.raises(
+        ConfigError, match=r"own must return logits .*, not a dict with the keys features, 3 "
+    ):
+        check_output({"features": torch.zeros(1), 3: torch.zeros(1)}, "own")
 
 
 @pytest.mark.parametrize(

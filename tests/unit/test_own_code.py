@@ -8,7 +8,7 @@ import pytest
 
 from stepwell.config.own_code import file_digest, load_function
 from stepwell.errors import ModelError
-from stepwell.models.teacher import load_factory
+from stepwell.models.factory import load_factory
 
 
 def write(folder, **files):

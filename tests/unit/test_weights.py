@@ -547,3 +547,43 @@ def test_doctor_looks_at_weights(tmp_path: Path) -> None:
         doctor.run(config)
     torch.save({"model": RAW}, file)
     assert "vit_tiny_patch16_224: supported" in doctor.run(config)
+
+
+@brings("sparse tensors in a checkpoint", "filled up, and loaded")
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+def test_sparse_tensors(tmp_path: Path, layout: torch.layout) -> None:
+    file, model = tmp_path / "weights.pth", fresh()
+    name = "head.weight"
+    torch.save({**RAW, name: RAW[name].to_sparse(layout=layout)}, file)
+    load_start(model, file)
+    assert is_filled_with(model, RAW)
+
+
+@brings("a checkpoint of shapes without numbers (the meta device)", "refused in one line")
+def test_tensors_without_numbers(tmp_path: Path) -> None:
+    file = tmp_path / "weights.pth"
+    torch.save({"model": {**RAW, "head.bias": RAW["head.bias"].to("meta")}}, file)
+    with pytest.raises(
+        ModelError, match=rf"{file} holds shapes without numbers \(head.bias is on the meta device\)"
+    ):
+        load_start(fresh(), file)
+
+
+@brings("weights to start from that hold NaN or infinite values", "refused; the tensor is named")
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_no_training_starts_from_nan(tmp_path: Path, value: float) -> None:
+    file, tensors = tmp_path / "weights.pth", weights(1)
+    tensors["norm.bias"][0] = value
+    torch.save(tensors, file)
+    with pytest.raises(ModelError, match=rf"{file} cannot be used: norm.bias holds NaN or infinite values"):
+        load_start(fresh(), file)
+
+
+@brings("the state_dict() of torch's AveragedModel", "loads; its counter is no weight")
+def test_the_counter_of_an_average_is_no_weight(tmp_path: Path, said: Callable[[], str]) -> None:
+    file, model = tmp_path / "weights.pth", fresh()
+    torch.save(torch.optim.swa_utils.AveragedModel(tiny_vit(seed=1)).state_dict(), file)
+    load_start(model, file)
+    assert is_filled_with(model, RAW)
+    assert "n_averaged" not in said()

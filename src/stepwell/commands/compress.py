@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,9 +13,10 @@ from torch import nn
 from stepwell.config.commands import CompressConfig
 from stepwell.config.files import make_config
 from stepwell.config.own_code import is_own_code
+from stepwell.errors import ConfigError
 from stepwell.models import own_module
-from stepwell.models.card import Factory, load
-from stepwell.models.teacher import load_factory
+from stepwell.models.card import load
+from stepwell.models.factory import Factory, load_factory
 from stepwell.paths import path_of
 from stepwell.paths.begin import begin
 from stepwell.report.result import Result
@@ -77,12 +80,14 @@ def compress(
     Raises:
         StepwellError: Anything that the caller can mend, in one line.
     """
+    if not isinstance(data, (str, os.PathLike)):
+        raise ConfigError(f"data is a {type(data).__name__}: pass a folder, or a data set's name")
     values = {
-        "teacher": _name(teacher),
+        "teacher": _name(teacher, "teacher"),
         "data": str(data),
         "keep_ratio": keep_ratio,
         "out_dir": Path(out_dir),
-        "student": None if student is None else _name(student),
+        "student": None if student is None else _name(student, "student"),
         **options,
     }
     config = make_config(CompressConfig, values)
@@ -115,5 +120,16 @@ def _compressed(
     )
 
 
-def _name(model: nn.Module | str | Path) -> str:
-    return f"a {type(model).__name__}" if isinstance(model, nn.Module) else str(model)
+def _name(model: object, option: str) -> str:
+    """What a model is called in the config; what is no model is refused before it is taken for a name."""
+    if isinstance(model, nn.Module):
+        return f"a {type(model).__name__}"
+    if isinstance(model, (str, os.PathLike)):
+        return str(model)
+    if isinstance(model, Mapping):
+        found = "a dictionary (a state_dict?): pass the module, not its state_dict()"
+    elif isinstance(model, type):
+        found = f"the class {model.__name__}: pass the module, not its class"
+    else:
+        found = f"a {type(model).__name__}: pass a module, a name of timm, a folder or FILE.py:FACTORY"
+    raise ConfigError(f"{option} is {found}")

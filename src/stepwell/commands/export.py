@@ -7,11 +7,11 @@ from pathlib import Path
 from stepwell.config.commands import ExportConfig
 from stepwell.errors import ConfigError, ModelError
 from stepwell.measure.size import num_params, short_number
-from stepwell.models.card import Factory, example_images, save_model
+from stepwell.models.card import example_images, save_model
 from stepwell.models.export import export_onnx, export_program
+from stepwell.models.factory import Factory, load_factory
 from stepwell.models.ladder import load_rung, rungs
 from stepwell.models.onnx_graph import OPSET
-from stepwell.models.teacher import load_factory
 from stepwell.run.progress import progress
 from stepwell.run.run_dir import writing
 

@@ -13,10 +13,10 @@ from stepwell.config.commands import InspectConfig
 from stepwell.errors import ExportError, ModelError
 from stepwell.measure.clock import Latency, measure_latency
 from stepwell.measure.size import short_number
-from stepwell.models.card import ONNX, Factory, example_images
+from stepwell.models.card import ONNX, example_images
 from stepwell.models.export import export_onnx
+from stepwell.models.factory import Factory, load_factory
 from stepwell.models.ladder import load_rung
-from stepwell.models.teacher import load_factory
 from stepwell.report.result import Result, SelectionResult
 from stepwell.report.table import render, result_table
 from stepwell.run.progress import progress, say

@@ -11,9 +11,9 @@ from stepwell.config.commands import PredictConfig
 from stepwell.data.depth import DARK, brightest, declared_white, is_deep, likely_white, to_8_bits, value_range
 from stepwell.data.images import one_line, readable
 from stepwell.data.transforms import eval_transform, normalise
-from stepwell.errors import ConfigError, DataError, ModelError
+from stepwell.errors import ConfigError, DataError, ModelError, printable
 from stepwell.models.card import find_model_dir, load, read_card
-from stepwell.models.teacher import load_factory
+from stepwell.models.factory import load_factory
 from stepwell.run.progress import say
 
 
@@ -41,12 +41,15 @@ def run(config: PredictConfig) -> str:
         probabilities = torch.cat(
             [model(normalise(image[None], card.input)).softmax(dim=1) for image in pixels]
         )
-    names = [readable(str(file)) for file in config.images]
+    if not probabilities.isfinite().all():
+        raise ModelError(f"{folder} answers with NaN: its weights are damaged")
+    classes = [printable(name) for name in card.classes]
+    names = [printable(readable(str(file))) for file in config.images]
     width = max(map(len, names))
     lines = []
     for name, row in zip(names, probabilities, strict=True):
         values, indices = row.topk(min(config.top, len(row)))
-        answers = [f"{card.classes[i]} {100 * v:.1f} %" for v, i in zip(values, indices, strict=True)]
+        answers = [f"{classes[i]} {100 * v:.1f} %" for v, i in zip(values, indices, strict=True)]
         lines.append(f"{name:<{width}}  {', '.join(answers)}")
     return "\n".join(lines)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,9 +22,11 @@ from torch import Tensor, nn
 
 import stepwell.zoo  # noqa: F401  (their names become names of timm)
 from stepwell.data.spec import InputSpec
-from stepwell.errors import DataError, ModelError, UnsupportedModelError
+from stepwell.errors import ConfigError, DataError, ModelError, UnsupportedModelError
 from stepwell.models import huggingface, own_module
 from stepwell.models.arguments import refused
+from stepwell.models.factory import Factory, build_with
+from stepwell.models.input import check_runs
 from stepwell.pruning import generic
 from stepwell.pruning.families import find_groups
 from stepwell.pruning.skeleton import build_skeleton, fill
@@ -33,8 +35,6 @@ from stepwell.run.run_dir import plain_tensors, write_atomically
 from stepwell.tasks.outputs import Outputs, as_logits
 
 WEIGHTS, CARD, ONNX = "model.safetensors", "stepwell.json", "model.onnx"
-
-Factory = Callable[[], nn.Module]
 
 
 class Architecture(BaseModel):
@@ -99,36 +99,57 @@ def read_card(folder: Path) -> Card:
         raise ModelError(f"{folder / CARD} is damaged: {error}") from None
 
 
-def load(path: str | Path, factory: Factory | None = None) -> nn.Module:
+def load(path: str | Path, factory: Factory | str | None = None) -> nn.Module:
     """Load a student (or a trained teacher) as a plain module in eval mode, on the CPU.
 
     Args:
         path: A model directory, or a run that holds one.
-        factory: Builds the full-width model, for models that did not come from timm by name.
+        factory: Builds the full-width model, for models that did not come from timm by name: a function, or
+            FILE.py:FUNCTION.
 
     Raises:
-        ModelError: Nothing is there, the weights do not fit, or a factory is needed.
+        ModelError: Nothing is there, the card is damaged, the weights do not fit, or a factory is needed.
     """
     folder = find_model_dir(Path(path))
     if folder is None:
         raise ModelError(f"{path} holds no model: no {CARD} in it, in its student/ or in its teacher/")
     card = read_card(folder)
     model = build(card.architecture, factory, folder)
-    return narrow_and_load(model, card.widths, folder / WEIGHTS, card.input)
+    model = narrow_and_load(model, card.widths, folder / WEIGHTS, card.input)
+    check_answers(model, card, folder)
+    return model
 
 
-def build(architecture: Architecture, factory: Factory | None, where: Path) -> nn.Module:
+def check_answers(model: nn.Module, card: Card, folder: Path) -> None:
+    """Check that a model takes the images of its card, and answers with as many numbers as it names classes.
+
+    Raises:
+        ModelError: It does not: the card is damaged, or another model was built.
+    """
+    try:
+        num_outputs = check_runs(model, card.input, f"its {type(model).__name__}", "size")
+    except ConfigError as error:
+        raise ModelError(f"{folder / CARD} is damaged, or for another model: {error}") from None
+    if num_outputs != len(card.classes):
+        raise ModelError(
+            f"{folder / CARD} is damaged: it names {len(card.classes)} classes, but the model tells "
+            f"{num_outputs} apart"
+        )
+
+
+def build(architecture: Architecture, factory: Factory | str | None, where: Path) -> nn.Module:
     """The full-width module with whatever weights its constructor gives it; returns logits."""
     return as_logits(_build(architecture, factory, where), architecture.outputs)
 
 
-def _build(architecture: Architecture, factory: Factory | None, where: Path) -> nn.Module:
+def _build(architecture: Architecture, factory: Factory | str | None, where: Path) -> nn.Module:
     if factory is not None:
-        return own_module.plain(factory(), architecture.name, quiet=True)
+        return own_module.plain(build_with(factory), architecture.name, quiet=True)
     if architecture.source == "factory":
         raise ModelError(
             f"{where} was made from {architecture.name}, which is not stored: "
-            f"pass factory=, the function that builds it, or use {ONNX}"
+            f"pass factory=, the function that builds it (to predict, export and inspect: --teacher "
+            f"FILE.py:FACTORY), or use {ONNX}"
         )
     if architecture.source == "transformers":
         return huggingface.build(architecture.args)
@@ -201,8 +222,9 @@ def narrow_and_load(
         wrong = [name for name, width in widths.items() if width > units.get(name, -1)]
         if wrong:
             raise ModelError(
-                f"{weights.with_name(CARD)} is damaged: {wrong[0]} of the {type(model).__name__} "
-                f"has {units.get(wrong[0], 0)} units, not {widths[wrong[0]]}"
+                f"{weights.parent} does not fit the {type(model).__name__} that was built for it: {wrong[0]} "
+                f"has {units.get(wrong[0], 0)} units there, here {widths[wrong[0]]}; if a factory built it, "
+                f"pass the one that it was made from, else {CARD} is damaged"
             )
         skeleton = build_skeleton(model, groups, widths)
         check_fit(skeleton, tensors, str(weights))

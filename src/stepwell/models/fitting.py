@@ -107,9 +107,19 @@ def check_whole(fit: Fit, checkpoint: Checkpoint, model: nn.Module) -> None:
 
 
 def load_fit(model: nn.Module, fit: Fit, checkpoint: Checkpoint) -> None:
-    """Fill `model`, and say in one line what a user may not expect."""
+    """Fill `model`, and say in one line what a user may not expect.
+
+    Raises:
+        ModelError: What is to be loaded holds NaN or infinite values.
+    """
     state = model.state_dict()
     loaded = {name: tensor for name, tensor in fit.tensors.items() if name not in fit.fresh}
+    for name, tensor in loaded.items():
+        if not tensor.to(state[name].dtype).isfinite().all():
+            raise ModelError(
+                f"weights in {checkpoint.file} cannot be used: {name} holds NaN or infinite values; take an "
+                f"earlier checkpoint"
+            )
     formats = {_words(t.dtype) for name, t in loaded.items() if t.dtype != state[name].dtype}
     model.load_state_dict({**state, **{n: t.detach().to(state[n].dtype) for n, t in loaded.items()}})
     remarks = []
@@ -161,7 +171,13 @@ def _left_out(checkpoint: Checkpoint, taken: Fit) -> str:
         return ""
     words = [word for found in checkpoint.state_dicts for word in found.path]
     words += [word for path in checkpoint.nameless for word in path.split(".")]
-    words += [name.partition(".")[0] for found in checkpoint.state_dicts for name in found.tensors]
+    # Of torch's AveragedModel, n_averaged is a number: how many it has averaged.
+    words += [
+        name.partition(".")[0]
+        for found in checkpoint.state_dicts
+        for name, tensor in found.tensors.items()
+        if tensor.ndim
+    ]
     known = {*taken.parts, *(name.partition(".")[0] for name in taken.tensors)}
     unused = next((word for word in words if AVERAGED.search(word) and word not in known), None)
     return f"{unused}, which may be averaged, does not fit and is left out" if unused else ""

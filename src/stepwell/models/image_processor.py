@@ -9,7 +9,7 @@ from typing import Any
 
 from stepwell.data.images import one_line
 from stepwell.data.spec import InputSpec
-from stepwell.errors import ModelError
+from stepwell.errors import DataError, ModelError
 
 PROCESSOR = "preprocessor_config.json"
 
@@ -33,6 +33,8 @@ def read_spec(file: Path, size: tuple[int, int], channels: int) -> InputSpec:
         return _spec(processor, size, channels, str(file))
     except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
         raise ModelError(f"{file} is damaged: {type(error).__name__}: {one_line(error)}") from None
+    except DataError as error:
+        raise ModelError(f"{file}: {error}") from None
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -195,7 +195,7 @@ def check_runs(model: nn.Module, spec: InputSpec, name: str, flag: str) -> int:
     except Exception as error:  # whatever its forward pass raises
         raise ConfigError(
             f"{name} cannot run on images of {size} ({one_line(error)[:160]}{line_of(error)}); "
-            f"give another {flag}"
+            f"if its size is the reason, give another {flag}"
         ) from None
     return check_output(output, name)
 

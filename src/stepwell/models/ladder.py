@@ -14,13 +14,13 @@ from stepwell.models.card import (
     CARD,
     WEIGHTS,
     Card,
-    Factory,
     build,
     example_images,
     named_groups,
     narrow_and_load,
     read_card,
 )
+from stepwell.models.factory import Factory
 from stepwell.pruning.shared import SharedWeights
 from stepwell.pruning.skeleton import build_skeleton, sort_units
 from stepwell.pruning.units import Candidate, tensors_of

@@ -14,9 +14,9 @@ from stepwell.data.spec import InputSpec
 from stepwell.errors import ConfigError, UnsupportedModelError
 from stepwell.models import own_module
 from stepwell.models.card import Architecture
+from stepwell.models.factory import load_factory
 from stepwell.models.fitting import load_start
 from stepwell.models.input import check_runs, has_one_size, input_spec, runs
-from stepwell.models.teacher import load_factory
 from stepwell.models.timm_models import create_timm, parse_model_args, timm_architecture
 from stepwell.pruning.blocks import compared_blocks
 from stepwell.pruning.families import find_groups

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from stepwell.config.own_code import is_own_code, line_of, load_function
+from stepwell.config.own_code import is_own_code
 from stepwell.data.spec import InputSpec
 from stepwell.errors import ConfigError, ModelError
 from stepwell.models import huggingface, own_module
@@ -17,13 +17,14 @@ from stepwell.models.card import (
     WEIGHTS,
     Architecture,
     Card,
-    Factory,
     build,
+    check_answers,
     digest,
     find_model_dir,
     narrow_and_load,
     read_card,
 )
+from stepwell.models.factory import load_factory
 from stepwell.models.fitting import load_whole
 from stepwell.models.input import input_spec
 from stepwell.models.recognise import recognise
@@ -141,6 +142,7 @@ def _from_directory(path: Path, weights: Path | None, key: str | None, args: Map
     card: Card = read_card(folder)
     model = build(card.architecture, None, folder)
     model = narrow_and_load(model, card.widths, folder / WEIGHTS, card.input)
+    check_answers(model, card, folder)
     if weights is not None:
         load_whole(model, weights, key)
     teacher = _teacher(model, card.architecture, str(path))
@@ -213,22 +215,6 @@ def _from_file(source: str, weights: Path | None, key: str | None) -> Teacher:
     model = own_module.plain(module, source)
     function = source.rpartition(":")[2]
     return _teacher(model.eval(), Architecture(source="factory", name=function), source)
-
-
-def load_factory(source: str) -> Factory:
-    """Import FILE.py and return its function; only ever for a file that the user named in this command."""
-    factory = load_function(source, "--teacher")
-
-    def build() -> nn.Module:
-        try:
-            model = factory()
-        except (Exception, SystemExit) as error:
-            raise ModelError(f"{source} failed: {type(error).__name__}: {error}{line_of(error)}") from error
-        if not isinstance(model, nn.Module):
-            raise ModelError(f"{source} returned a {type(model).__name__}, not a torch.nn.Module")
-        return model
-
-    return build
 
 
 def _teacher(

@@ -113,7 +113,10 @@ def read_weights(path: Path) -> Checkpoint:
     if not file.is_file():
         raise ModelError(f"no weights at {file}")
     content = _sharded(file) if file.name.endswith(_INDEX) else _read(file)
-    found = list(_walk(content, (), Counter()))
+    try:
+        found = list(_walk(content, (), Counter()))
+    except _NumberlessError as error:
+        raise ModelError(f"{file} {error}") from None
     state_dicts = tuple(item for item in found if isinstance(item, StateDict))
     if not state_dicts:
         raise ModelError(f"{file} holds no state dict of tensors")
@@ -235,6 +238,26 @@ def _sharded(index: Path) -> dict[str, Any]:
     return tensors
 
 
+class _NumberlessError(Exception):
+    """A tensor that no numbers can be taken from; says why."""
+
+
+def _with_numbers(name: str, tensor: Tensor) -> Tensor:
+    """A tensor as a model holds it; sparse ones are filled up."""
+    if tensor.is_meta:
+        raise _NumberlessError(
+            f"holds shapes without numbers ({name} is on the meta device): save the weights after they are "
+            f"loaded"
+        )
+    if tensor.layout is torch.strided:
+        return tensor
+    try:
+        return tensor.to_dense()
+    except RuntimeError as error:
+        layout = str(tensor.layout).removeprefix("torch.")
+        raise _NumberlessError(f"holds {name} as {layout}: {one_line(error)[:160]}") from None
+
+
 def _walk(content: object, path: tuple[str, ...], times: Counter[int]) -> Iterator[StateDict | str]:
     """State dicts, and the paths of lists of tensors, wherever they lie in what was saved.
 
@@ -245,7 +268,7 @@ def _walk(content: object, path: tuple[str, ...], times: Counter[int]) -> Iterat
     if isinstance(content, Mapping):
         tensors = {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor)}
         if tensors:
-            yield StateDict(path, tensors)
+            yield StateDict(path, {name: _with_numbers(name, tensor) for name, tensor in tensors.items()})
         items = content.items()
     elif isinstance(content, (list, tuple)):
         if any(isinstance(value, Tensor) for value in content):

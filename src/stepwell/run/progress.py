@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from stepwell.errors import printable
+
 console = Console(stderr=True, highlight=False)
 """Everything that is not a command's result goes to stderr, so that results can be piped."""
 
@@ -61,8 +63,8 @@ def _lines(description: str, total: int) -> Iterator[Advance]:
 
 
 def say(line: str) -> None:
-    """Print one line of what is happening."""
-    console.print(line, soft_wrap=True, markup=False)
+    """Print one line of what is happening; names in it may be anybody's."""
+    console.print(printable(line), soft_wrap=True, markup=False)
 
 
 def _duration(seconds: float) -> str:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from stepwell.config.files import read_yaml, to_yaml
 from stepwell.config.options import Options
-from stepwell.errors import RunDirError
+from stepwell.errors import DataError, RunDirError
 from stepwell.run.observer import Observer
 from stepwell.run.progress import say
 
@@ -252,7 +252,7 @@ def _load(folder: Path, kind: type[StageT]) -> StageT:
         result = kind.model_validate({**record["result"], "seconds": record["seconds"]})
         tensors = folder / "tensors.safetensors"
         return result.model_copy(update={"tensors": load_file(tensors)}) if tensors.exists() else result
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError, DataError):
         raise RunDirError(
             f"{folder} is damaged, or of another version of stepwell; "
             f"remove it, and the same command computes this stage again"

@@ -10,7 +10,7 @@ in_words         how good a model is, for people
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -217,6 +217,10 @@ def check_output(output: object, name: str) -> int:
     if isinstance(output, Tensor) and (output.ndim == 2 or output.shape == (1,)):
         return output.shape[-1]
     found = f"a tensor {tuple(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
+    if isinstance(output, Mapping):
+        keys = [str(key) for key in output]
+        more = ", ..." if len(keys) > 5 else ""
+        found += f" with the keys {', '.join(keys[:5]) or '(none)'}{more}"
     raise ConfigError(f"{name} must return logits (batch, classes), not {found} for one image")
 
 
