@@ -71,7 +71,7 @@ def test_a_run_in_natural_order(words, tmp_path, quick, capsys):
     result = result_of(run)
     assert result.teacher.top1 == 100  # 16.7 with the labels by string
     assert tuple(result.data.classes) == NUMBERS
-    assert any(note.startswith("The classes are numbered as") for note in result.notes)
+    assert any(note.startswith("the classes are numbered as") for note in result.notes)
     assert tuple(read_card(run / "student").classes) == NUMBERS
 
     # A finished run is opened again: nothing is computed, nothing changes.
