@@ -33,6 +33,8 @@ _AROUND = (nn.DataParallel, DistributedDataParallel, AveragedModel, ModelEmaV2, 
 _MANY = 1000
 """Such containers hold labels or the like: to look through them in each pass would take time."""
 _OF_EVERY_MODULE = vars(nn.Module()).keys()
+_LIBRARIES = ("timm.", "torchvision.")
+"""Their models take images in any layout, and leave them as they are."""
 _QUANTISED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.nn.quantized")
 
 
@@ -94,7 +96,8 @@ def _plain(inner: nn.Module, name: str, notes: list[str], *, quiet: bool) -> nn.
     _copy(inner, weights, name, "keep what cannot be copied out of it")
     model = huggingface.wrapped(inner)
     if model is inner and _only_logits not in inner._forward_hooks.values():
-        inner.register_forward_pre_hook(_with_channels_first)
+        if not type(inner).__module__.startswith(_LIBRARIES):
+            inner.register_forward_pre_hook(_with_channels_first)
         inner.register_forward_hook(_only_logits)
         inner.register_forward_hook(_without_graph)
     return model
