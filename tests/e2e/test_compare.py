@@ -243,6 +243,7 @@ def test_cells_of_other_options_teachers_or_images_are_refused(compared, teacher
     assert "amd-sp-0.json is damaged" in refusal([*command(teacher, data, out), *PATHS], capsys)
 
 
+@pytest.mark.slow
 def test_every_arm_and_its_control_search_a_learning_rate(teacher, data, tmp_path, here):
     out = tmp_path / "out"
     rates = ("0.0001", "0.003")
@@ -502,6 +503,7 @@ def test_the_published_recipe_is_only_printed(suite, tmp_path, monkeypatch, caps
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_the_pairs_of_cnns_run_on_digits(tmp_path, here, monkeypatch, capsys):
     size = scales.size_of("resnet-pair", "cpu")
     short = {"epochs": 0.1}

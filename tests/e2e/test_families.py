@@ -19,7 +19,7 @@ MODELS = {
 }
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module", params=["cnn", pytest.param("swin", marks=pytest.mark.slow)])
 def run(request, tmp_path_factory, data):
     """A finished run of half the units, on 16 x 16 images."""
     folder = tmp_path_factory.mktemp(request.param)

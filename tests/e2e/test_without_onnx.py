@@ -95,6 +95,7 @@ def test_the_work_is_not_lost(words, reference, no_onnx, fails, tmp_path, capsys
     assert_same_weights(load_file(tmp_path / "new" / "keep-0.1" / "model.safetensors"), student_weights(out))
 
 
+@pytest.mark.slow
 def test_a_run_that_an_older_version_lost_at_the_end_is_finished(reference, words, no_onnx, fails, tmp_path):
     """Its exporter raised when everything was trained: no student, no result."""
     out = shutil.copytree(reference, tmp_path / "out")

@@ -130,6 +130,7 @@ def test_milliseconds_are_a_limit(monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_a_skeleton_can_be_timed():
     model = tiny_vit()
     spec, groups = input_spec(model), find_groups(model)

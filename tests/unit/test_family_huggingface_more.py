@@ -144,6 +144,7 @@ def test_sliced_equals_masked(name):
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("empty", [False, True])
+@pytest.mark.slow
 def test_a_cut_model_is_saved_loaded_and_exported(tmp_path, name, empty):
     model = huggingface.wrapped(inner(name)).eval()
     groups = find_groups(model)

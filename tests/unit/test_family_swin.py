@@ -329,6 +329,7 @@ def test_a_score_is_what_the_loss_loses_when_the_head_fades(name):
 
 
 @pytest.mark.parametrize("name", SHALLOW)
+@pytest.mark.slow
 def test_save_load_and_onnx(name, tmp_path):
     """Of a candidate that has lost the attention of its first block and most of that of the second."""
     model = shaken(SHALLOW[name]).float()
