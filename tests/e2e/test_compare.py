@@ -363,6 +363,7 @@ def test_losses_of_ones_own_are_called_without_their_folder(tmp_path):
         run_arms(arms_of(config), config, tmp_path)
 
 
+@pytest.mark.slow
 def test_an_error_in_a_process_is_one_line_and_leaves_its_log(teacher, data, tmp_path, capsys):
     """With a real process: what it raises must survive the way back."""
     own, out = tmp_path / "own.py", tmp_path / "out"

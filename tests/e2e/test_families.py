@@ -13,13 +13,14 @@ from stepwell.measure.size import num_params
 from stepwell.report.result import Result
 
 SWIN = ("img_size=16", "patch_size=2", "window_size=4", "embed_dim=24", "depths=(2,2)", "num_heads=(2,4)")
+pytestmark = pytest.mark.slow
 MODELS = {
     "cnn": ("--model", "cifar_resnet20", "--image-size", "16"),
     "swin": ("--model", "swin_tiny_patch4_window7_224", "--model-args", *SWIN),
 }
 
 
-@pytest.fixture(scope="module", params=["cnn", pytest.param("swin", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=MODELS)
 def run(request, tmp_path_factory, data):
     """A finished run of half the units, on 16 x 16 images."""
     folder = tmp_path_factory.mktemp(request.param)

@@ -46,6 +46,7 @@ def files_of(student: Path) -> list[str]:
     return sorted(path.name for path in student.iterdir())
 
 
+@pytest.mark.slow
 def test_the_work_is_not_lost(words, reference, no_onnx, fails, tmp_path, capsys, monkeypatch):
     out, seen = tmp_path / "out", Recorder()
     capsys.readouterr()

@@ -97,6 +97,7 @@ def test_a_refusal_says_what_is_reachable():
         ({"params": "30%"}, 25.97e6),
     ],
 )
+@pytest.mark.slow
 def test_vit_base_meets_its_budget(option, target):
     with torch.device("meta"):
         model = timm.create_model("vit_base_patch16_224").eval()

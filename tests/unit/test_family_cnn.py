@@ -245,6 +245,7 @@ def test_one_unit_is_the_same_unit_when_it_is_cut_again(name, tmp_path):
     assert [(g.name, g.num_units, g.unit_size, g.gate) for g in find_groups(loaded)] == expected
 
 
+@pytest.mark.slow
 def test_one_unit_can_be_exported(tmp_path):
     model = shaken(odd_stack).float()  # with grouped and depthwise convolutions
     student = cut(model, {g.name: 1 for g in find_groups(model)})
@@ -579,6 +580,7 @@ def test_a_candidate_of_full_width_is_the_model(name):
 
 
 @pytest.mark.parametrize("build", [timm_stack, torchvision_stack])
+@pytest.mark.slow
 def test_small_candidates_can_be_saved_and_exported(build, tmp_path):
     model = shaken(build).float()
     groups = find_groups(model)

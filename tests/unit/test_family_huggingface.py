@@ -171,6 +171,7 @@ def test_published_sizes(family, args, params, gmacs):
 
 @pytest.mark.parametrize("name", ["vit", "deit, two heads", "swin, shifted windows"])
 @pytest.mark.parametrize("widths", [{"head": 1, "neuron": 6}, {"head": 0, "neuron": 0}])
+@pytest.mark.slow
 def test_a_cut_model_is_saved_loaded_and_exported(tmp_path, name, widths):
     model = cut(name, widths)
     groups = find_groups(teacher(name))

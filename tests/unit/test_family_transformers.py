@@ -211,6 +211,7 @@ def student_of(model: nn.Module, groups: Sequence[Group], widths: Mapping[str, i
 
 
 @pytest.mark.parametrize("name", cases(DELIVERED))
+@pytest.mark.slow
 def test_a_student_is_saved_loaded_exported_and_cut_again(name, tmp_path):
     model = shaken(DELIVERED[name]).float()
     for key, buffer in model.named_buffers():
