@@ -150,7 +150,7 @@ def decoded(images: ImageSet, spec: InputSpec, options: DataOptions) -> Tensor |
     """
     if len(images) * spec.channels * spec.size[0] * spec.size[1] > MEMORY_LIMIT:
         return None
-    key = (spec.size, spec.channels, spec.interpolation, spec.crop_pct)
+    key = (spec.size, spec.channels, spec.interpolation, spec.crop_pct, spec.crop_mode)
     if key not in images.cache:
         transform = eval_transform(spec)
         pixels = torch.empty((len(images), spec.channels, *spec.size), dtype=torch.uint8)
