@@ -28,7 +28,8 @@ def told(name: str, spec: InputSpec, keep_ratio: float, options: CompressConfig,
     groups = find_groups(model)
     (student,) = make_grid(groups, uniform_scores(groups), [keep_ratio], GridOptions())
     skeleton = build_skeleton(model, groups, student.widths)
-    return little_saved(options, model, spec, groups, student, skeleton)
+    scale = count_macs(skeleton, spec) / count_macs(model, spec)
+    return little_saved(options, spec, groups, student, skeleton, scale)
 
 
 def test_the_parts_that_stay_whole_are_named():

@@ -71,7 +71,8 @@ def run(config: CompressConfig) -> str:
         for candidate in candidates:
             skeletons.append(build_skeleton(model, groups, candidate.widths))
             advance("")
-    little = little_saved(config, model, spec, groups, candidates[0], skeletons[0])
+    scale = count_macs(skeletons[0], spec) / count_macs(model, spec)
+    little = little_saved(config, spec, groups, candidates[0], skeletons[0], scale)
     lines = [
         f"{config.teacher}: supported ({'; '.join(_found_by(model, groups))})",
         f"  input {spec.size[0]} x {spec.size[1]} x {spec.channels}, "

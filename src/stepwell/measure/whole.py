@@ -10,7 +10,7 @@ from torch import nn
 
 from stepwell.config.options import TaskOptions
 from stepwell.data.spec import InputSpec
-from stepwell.measure.size import count_macs, macs_by_module
+from stepwell.measure.size import macs_by_module
 from stepwell.pruning.units import Candidate, Group
 
 FAR_MORE = 2.0
@@ -22,25 +22,24 @@ _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a whole part of a name: `blocks
 
 def little_saved(
     budget: TaskOptions,
-    model: nn.Module,
     spec: InputSpec,
     groups: Sequence[Group],
     student: Candidate,
     skeleton: nn.Module,
+    scale: float,
 ) -> str | None:
     """One line where the student keeps far more of the operations than of the units, else None.
 
     Args:
         budget: What was asked for; where it is not a share of the units, there is nothing to be told.
-        model: The teacher.
         spec: The images that it takes.
         groups: What may be cut in it.
         student: The smallest candidate.
         skeleton: Its skeleton.
+        scale: Its share of the teacher's operations.
     """
     if budget.macs is not None or budget.params is not None or budget.latency_ms is not None:
         return None
-    scale = count_macs(skeleton, spec) / count_macs(model, spec)
     if scale <= FAR_MORE * student.keep_ratio:
         return None
     parts = [f"{name} {share:.0%}" for name, share in _whole_parts(skeleton, spec, groups)[:3]]

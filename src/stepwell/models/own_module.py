@@ -9,7 +9,6 @@ student is loaded again. What cannot be trained or copied is refused.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
 from types import MethodType
 from typing import Any, cast
 
@@ -26,15 +25,11 @@ from torch.optim.swa_utils import AveragedModel
 from stepwell.data.images import one_line
 from stepwell.errors import ModelError
 from stepwell.models import huggingface
+from stepwell.models.own_module_hooks import add_hooks, tensors_in
 from stepwell.run.progress import say
 
 _AROUND = (nn.DataParallel, DistributedDataParallel, AveragedModel, ModelEmaV2, ModelEmaV3)
 """Hold the model as `module`."""
-_MANY = 1000
-"""Such containers hold labels or the like: to look through them in each pass would take time."""
-_OF_EVERY_MODULE = vars(nn.Module()).keys()
-_LIBRARIES = ("timm.", "torchvision.")
-"""Their models take images in any layout, and leave them as they are."""
 _QUANTISED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.nn.quantized")
 
 
@@ -95,11 +90,8 @@ def _plain(inner: nn.Module, name: str, notes: list[str], *, quiet: bool) -> nn.
     weights = {id(p): p for p in inner.parameters()}
     _copy(inner, weights, name, "keep what cannot be copied out of it")
     model = huggingface.wrapped(inner)
-    if model is inner and _only_logits not in inner._forward_hooks.values():
-        if not type(inner).__module__.startswith(_LIBRARIES):
-            inner.register_forward_pre_hook(_with_channels_first)
-        inner.register_forward_hook(_only_logits)
-        inner.register_forward_hook(_without_graph)
+    if model is inner:
+        add_hooks(inner)
     return model
 
 
@@ -184,48 +176,12 @@ def _check_kind(model: nn.Module, name: str) -> None:
 def _copy(model: nn.Module, memo: dict[int, Any], name: str, way_out: str) -> nn.Module:
     """Deepcopy, which refuses tensors that know how they were computed: those that modules have kept of their
     last pass, and weights that a hook computes before each."""
-    kept = [tensor for part in model.modules() for tensor in _tensors_in(vars(part))]
+    kept = [tensor for part in model.modules() for tensor in tensors_in(vars(part))]
     memo |= {id(tensor): tensor.detach().clone() for tensor in kept if not tensor.is_leaf}
     try:
         return copy.deepcopy(model, memo)
     except Exception as error:  # whatever an object in it says against being copied
         raise ModelError(f"{name} cannot be copied ({one_line(error)[:160]}): {way_out}") from None
-
-
-def _tensors_in(value: object) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (dict, list, tuple)) and len(value) < _MANY:
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _tensors_in(item)
-
-
-def _without_graph(model: nn.Module, _images: object, output: object) -> None:
-    """A hook: activations that modules keep of a pass in training are kept without what computed them, or no
-    copy could be made of a model that has been trained."""
-    if not isinstance(output, Tensor) or not output.requires_grad:
-        return
-    keeps = False
-    for part in model.modules():
-        # Not torch's: while a candidate runs, its parameters are computed from the store's.
-        for name in vars(part).keys() - _OF_EVERY_MODULE:
-            if any(not tensor.is_leaf for tensor in _tensors_in(vars(part)[name])):
-                vars(part)[name], keeps = _detached(vars(part)[name]), True
-    if not keeps:  # nor will it: to look in each pass would take time
-        hooks = model._forward_hooks
-        for key in [key for key, hook in hooks.items() if hook is _without_graph]:
-            del hooks[key]
-
-
-def _detached(value: Any) -> Any:  # noqa: ANN401  (whatever a module has kept)
-    if isinstance(value, Tensor):
-        return value.detach()
-    if isinstance(value, dict):
-        return {key: _detached(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        items = [_detached(item) for item in value]
-        return tuple(items) if type(value) is tuple else items
-    return value
 
 
 def _fold(model: nn.Module) -> list[str]:
@@ -269,37 +225,3 @@ def _without_autocast(model: nn.Module) -> bool:
     for part in decorated:
         part.forward = MethodType(cast(Any, type(part).forward).__wrapped__, part)
     return bool(decorated)
-
-
-def _with_channels_first(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """A hook: a copy of the images, which may be changed in place, in memory as a user's own loader gives
-    them. In the other layout, in which the models of libraries are faster, a `view` behind a convolution
-    fails."""
-    return (inputs[0].clone(memory_format=torch.contiguous_format), *inputs[1:]) if inputs else inputs
-
-
-def _only_logits(_module: nn.Module, _images: object, output: object) -> Tensor | None:
-    """A hook: what is returned instead of `output`; None leaves it as it is.
-
-    `{"logits": ...}`, an object with `.logits`, a tuple with logits first; (batch, classes, 1, 1) of a
-    convolution that classifies; half precision of an autocast inside.
-    """
-    logits = next(_candidates(output), None)
-    if not isinstance(logits, Tensor):
-        return None
-    if logits.ndim == 4 and logits.shape[2:] == (1, 1):
-        logits = logits.flatten(1)
-    if logits.dtype in (torch.float16, torch.bfloat16):
-        logits = logits.float()
-    return None if logits is output else logits
-
-
-def _candidates(output: object) -> Iterator[object]:
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, Mapping):
-        yield from [output["logits"]] if "logits" in output else output.values() if len(output) == 1 else ()
-    elif hasattr(output, "logits"):
-        yield cast(Any, output).logits
-    elif isinstance(output, (tuple, list)):
-        yield from output[:1]

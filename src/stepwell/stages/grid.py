@@ -40,7 +40,7 @@ def grid(s: Setting, scores: Importance, rungs: Rungs) -> Ladder:
             scales = [count_macs(skeleton, s.spec) / s.teacher_macs for skeleton in skeletons]
             if len(candidates) > 1:
                 check_room(scales, s.config)
-            if text := little_saved(s.config, s.model, s.spec, s.groups, candidates[0], skeletons[0]):
+            if text := little_saved(s.config, s.spec, s.groups, candidates[0], skeletons[0], scales[0]):
                 say(f"warning: {text}")
             stage.result = Ladder(
                 teacher=s.card({}), candidates=candidates, scales=scales, order=scores.order()
