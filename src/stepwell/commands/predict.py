@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
-from PIL import Image
 
 from stepwell.config.commands import PredictConfig
-from stepwell.data.depth import DARK, brightest, declared_white, is_deep, likely_white, to_8_bits, value_range
 from stepwell.data.images import one_line, readable
+from stepwell.data.look import open_alone
 from stepwell.data.transforms import eval_transform, normalise
 from stepwell.errors import ConfigError, DataError, ModelError, printable
 from stepwell.models.card import find_model_dir, load, read_card
 from stepwell.models.factory import load_factory
-from stepwell.run.progress import say
 
 
 def run(config: PredictConfig) -> str:
@@ -31,7 +27,7 @@ def run(config: PredictConfig) -> str:
     pixels = []
     for file in config.images:
         try:
-            pixels.append(transform(_open(file, config.white_level or card.input.white_level)))
+            pixels.append(transform(open_alone(file, config.white_level or card.input.white_level)))
         except FileNotFoundError:
             raise DataError(f"no image {file}") from None
         except Exception as error:  # decoders raise nearly anything on broken bytes
@@ -52,22 +48,3 @@ def run(config: PredictConfig) -> str:
         answers = [f"{classes[i]} {100 * v:.1f} %" for v, i in zip(values, indices, strict=True)]
         lines.append(f"{name:<{width}}  {', '.join(answers)}")
     return "\n".join(lines)
-
-
-def _open(file: Path, white_level: float | None) -> Image.Image:
-    """An image with 8 bits a value, as training would have read it; of a model that saw 8 bits only, the
-    image's own values must say what is white."""
-    with Image.open(file) as image:
-        image.load()
-    if is_deep(image) and declared_white(image) is None and white_level is None:
-        low, high = value_range(image)
-        white_level = likely_white(low, high, image.mode == "F")
-        say(
-            f"{readable(str(file))}: its values go up to {high:g}, so {white_level:g} was taken for white; "
-            "the model was trained on images of 8 bits"
-        )
-    image = to_8_bits(image, white_level)
-    if brightest(image) < DARK:
-        name = readable(str(file))
-        say(f"warning: {name} looks nearly black: no pixel is above {brightest(image)} of 255")
-    return image

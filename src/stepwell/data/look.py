@@ -1,11 +1,14 @@
-"""A look at some training images before anything is done: which value is white, is the range used?"""
+"""A look at images before anything is done with them: which value is white, is the range used?"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
-from stepwell.data.depth import DARK, brightest, declared_white, likely_white, value_range
-from stepwell.data.images import ImageSet
+from PIL import Image
+
+from stepwell.data.depth import DARK, brightest, declared_white, is_deep, likely_white, to_8_bits, value_range
+from stepwell.data.images import ImageSet, readable
 from stepwell.errors import DataError
 from stepwell.run.progress import say
 
@@ -60,6 +63,29 @@ def warn_if_dark(images: ImageSet, source: str) -> None:
         f"warning: {source} looks nearly black: no pixel of {min(len(images), NUM_DECODED)} training images "
         f"is above {most} of 255; deep colour images are read by their upper 8 bits: save them with 8"
     )
+
+
+def open_alone(file: Path, white_level: float | None) -> Image.Image:
+    """An image that belongs to no set, with 8 bits a value, as training would have read it.
+
+    Args:
+        file: It may be dark, or too deep for a model that saw 8 bits only: both are said.
+        white_level: Of the model's images; None: the image's own values must say what is white.
+    """
+    with Image.open(file) as image:
+        image.load()
+    if is_deep(image) and declared_white(image) is None and white_level is None:
+        low, high = value_range(image)
+        white_level = likely_white(low, high, image.mode == "F")
+        say(
+            f"{readable(str(file))}: its values go up to {high:g}, so {white_level:g} was taken for white; "
+            "the model was trained on images of 8 bits"
+        )
+    image = to_8_bits(image, white_level)
+    if brightest(image) < DARK:
+        name = readable(str(file))
+        say(f"warning: {name} looks nearly black: no pixel is above {brightest(image)} of 255")
+    return image
 
 
 def _spread(num_images: int, num_looked_at: int) -> Iterator[int]:
