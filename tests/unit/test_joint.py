@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from stepwell.models.ladder import Ladder
-from stepwell.paths import plan
+from stepwell.paths import amd, plan
 from stepwell.pruning.units import Candidate
 from stepwell.setting.rungs import store_of
 from stepwell.stages.distill import DistillStep
@@ -113,7 +113,7 @@ def test_minutes_are_kept_whichever_candidates_the_timed_steps_draw(tmp_path, mo
         return seconds["distill"]
 
     monkeypatch.setattr(plan, "seconds_per_step", timed)
-    epochs = plan.plan_with_joint(s, ladder)
+    epochs = plan.plan_with_joint(s, ladder, amd.bill)
     usual = teacher + 3 * (0.2 + 0.6)
     steps = s.train.steps_per_epoch
     share = s.config.minutes_of_path / 10

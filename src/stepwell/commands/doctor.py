@@ -22,7 +22,7 @@ from stepwell.data.spec import InputSpec
 from stepwell.data.splits import Data, resolve_data
 from stepwell.errors import DataError
 from stepwell.measure.budget import student_widths
-from stepwell.measure.cost import Costs, Epochs
+from stepwell.measure.cost import Costs
 from stepwell.measure.estimate import memory_and_disk, seconds_of
 from stepwell.measure.size import count_macs, num_params, short_number
 from stepwell.measure.whole import little_saved
@@ -34,6 +34,7 @@ from stepwell.models.timm_folder import LOCAL
 from stepwell.models.timm_models import create_timm, create_without_memory, parse_model_args
 from stepwell.paths import path_of
 from stepwell.paths.begin import require
+from stepwell.paths.plan import epochs_of
 from stepwell.pruning import generic
 from stepwell.pruning.families import names_by_family
 from stepwell.pruning.ranking import uniform_scores
@@ -270,7 +271,7 @@ def _estimate(
     # What a loss computes by itself is left out: it is counted on outputs, and nothing runs here.
     student_scale = scales[0] if student is None else count_macs(student, spec) / total
     costs = Costs(config, scales, student_scale, num_train, num_selection)
-    epochs = Epochs(joint=config.joint_epochs or config.epochs, distill=config.epochs)
+    epochs = epochs_of(costs, path.bill, config)
     passes = sum(path.bill(costs, epochs, config).values()) * (1 if config.control == "none" else 2)
     seconds = seconds_of(passes * total, device)
     losses = path.losses(len(scales), config)

@@ -104,7 +104,8 @@ def run_arms(arms: Sequence[Arm], config: CompareConfig, out: Path) -> list[Row]
         for arm in arms:
             if not arm.is_single_step:
                 epochs = searched[arm.name].epochs_of_equal_compute
-                options = {**arm.options, "path": CONTROL_PATH, "epochs": round(epochs, 2)}
+                length = {"epochs": round(epochs, 2), "budget_epochs": None}
+                options = {**arm.options, "path": CONTROL_PATH, **length}
                 controls[arm.name] = Arm(f"{CONTROL_PATH}, compute of {arm.name}", options)
         searched |= _search(list(controls.values()), config, out, searched_with, "controls")
     everyone: list[tuple[Arm, str | None]] = []

@@ -24,12 +24,13 @@ from stepwell.config.options import Suite
 from stepwell.data.digits import MODEL, MODEL_ARGS, write_digits
 from stepwell.data.spec import InputSpec
 from stepwell.errors import ConfigError
-from stepwell.measure.cost import Costs, Epochs
+from stepwell.measure.cost import Costs
 from stepwell.measure.size import count_macs
 from stepwell.models.input import input_spec
 from stepwell.models.timm_models import create_without_memory, parse_model_args
 from stepwell.paths import path_of
 from stepwell.paths.from_labels import train
+from stepwell.paths.plan import epochs_of
 from stepwell.pruning.families import find_groups
 from stepwell.pruning.ranking import uniform_scores
 from stepwell.pruning.skeleton import build_skeleton
@@ -266,7 +267,7 @@ def _passes(suite: Suite, arm: Arm, other_student: float, values: Mapping[str, A
     path = path_of(config.path)
     scales = [_share(suite, ratio) for ratio in path.rungs(values["keep_ratio"], config)]
     costs = Costs(config, scales, other_student if config.student else scales[0], num_train, num_train // 10)
-    return sum(path.bill(costs, Epochs(joint=config.epochs, distill=config.epochs), config).values())
+    return sum(path.bill(costs, epochs_of(costs, path.bill, config), config).values())
 
 
 @cache

@@ -6,9 +6,9 @@ Each is a flat list of names, which serves Python keywords, command line flags a
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from stepwell.config.base import Count, Fraction, Positive, Seed
 from stepwell.config.model_options import StartOptions, StudentOptions
@@ -52,6 +52,17 @@ class CompressConfig(
     """Threads of onnxruntime when latency is measured."""
     preset: Literal["default", "paper"] = "default"
     """`paper`: Algorithm 1 as printed (all candidates in every step, raw feature distances, NPSD)."""
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether epochs follow from a cost or a time for the whole path."""
+        return self.minutes is not None or self.budget_epochs is not None
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if self.minutes is not None and self.budget_epochs is not None:
+            raise ValueError("--minutes and --budget-epochs are each a length of the run: give one of them")
+        return self
 
     @property
     def minutes_of_path(self) -> float | None:

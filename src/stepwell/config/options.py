@@ -248,7 +248,9 @@ class JointOptions(Options):
     num_random: Count = 1
     """Random candidates per step besides the smallest, with sandwich sampling."""
     joint_epochs: Positive | None = None
-    """Epochs of the joint stage; `epochs` if not given."""
+    """Epochs of the joint stage; by default `epochs`, or what `joint_share` of a budget allows."""
+    joint_share: Fraction = 0.25
+    """Share of the path's cost or time that the joint stage takes of `--budget-epochs` or `--minutes`."""
     joint_lr: Positive | None = None
     """Peak learning rate of the joint stage; `lr` if not given."""
 
@@ -270,6 +272,9 @@ class SelectOptions(Options):
 class PathOptions(Options):
     """Which way down from teacher to student."""
 
+    budget_epochs: Positive | None = None
+    """Cost of the whole path: that of distilling straight from the teacher for so many epochs. Sets the
+    epochs of every training; what a small assistant saves goes into the last step."""
     path: Way = "amd"
     """amd: candidates trained together, one chosen as the assistant. amd-manual: the same, but a student via
     every candidate. single-step: no assistant. takd: the assistants given, one after another. dgkd:

@@ -8,12 +8,13 @@ computes by itself (projectors, heads, memories) comes on top.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from stepwell.config.commands import CompressConfig
 from stepwell.config.options import JointOptions
 from stepwell.run.run_dir import StageResult
+from stepwell.training.statistics import NUM_IMAGES
 
 
 class Epochs(StageResult):
@@ -53,8 +54,8 @@ class Costs:
         return 3.0 * self._num_scored
 
     def recalibrating(self, *scales: float) -> float:
-        """Forward passes of models of `scales` on the scored images, if there are statistics to recompute."""
-        return self._num_scored * sum(scales) if self.has_statistics else 0.0
+        """Forward passes of models of `scales` on some images, if there are statistics to recompute."""
+        return min(NUM_IMAGES, self._num_scored) * sum(scales) if self.has_statistics else 0.0
 
     @property
     def _num_scored(self) -> int:
@@ -126,6 +127,14 @@ def candidates_per_step(scales: Sequence[float], options: JointOptions) -> tuple
     others = scales[1:]
     drawn = len(others) if options.sampling == "all" else min(options.num_random, len(others))
     return scales[0] + drawn * sum(others) / max(1, len(others)), 1 + drawn
+
+
+def epochs_for(budget: float, cost: Callable[[float], float]) -> float:
+    """Epochs that cost `budget`, where the cost is a line in the epochs; something is left for them in any
+    case."""
+    each = cost(2) - cost(1)
+    fixed = cost(1) - each
+    return max(budget - fixed, 0.05 * budget) / each
 
 
 def epochs_in(minutes: float, *seconds_per_epoch: float) -> float:

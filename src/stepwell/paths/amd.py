@@ -11,7 +11,7 @@ from stepwell.config.commands import CompressConfig
 from stepwell.measure.cost import Costs, Epochs
 from stepwell.measure.estimate import Losses
 from stepwell.paths.path import Deliver, Path, R, finish, middle
-from stepwell.paths.plan import plan_with_joint
+from stepwell.paths.plan import plan_steps, plan_with_joint
 from stepwell.setting.rungs import slice_of_store, student_below
 from stepwell.setting.setting import Setting
 from stepwell.stages.distill import distill
@@ -33,17 +33,19 @@ def descend(s: Setting, deliver: Deliver[R]) -> R:
 
     # 2. Grid: nested candidates of the most important units, the student's budget up. And the plan: epochs.
     ladder = grid(s, scores, keep_ratios)
-    epochs = plan_with_joint(s, ladder)
+    epochs = plan_with_joint(s, ladder, bill)
 
     # 3. Joint: train all candidates in one shared store of weights, against the frozen teacher.
     shared = joint(s, ladder, epochs.joint)
 
     # 4. Select the assistant, on images that nothing was trained on.
     choice = select(s, ladder, (shared.extract(index) for index in range(len(ladder.candidates))))
-    assistants = [slice_of_store(shared, ladder, choice.index)]
-    for index in lower_assistants(s, choice):  # none, unless several in a row are wanted
-        name, lower = f"assistant {len(assistants) + 1}", slice_of_store(shared, ladder, index)
-        assistants.append(distill(s, ladder, name, assistants[-1:], lower, epochs.distill))
+    top, *lower = [slice_of_store(shared, ladder, i) for i in (choice.index, *lower_assistants(s, choice))]
+    epochs = plan_steps(s, ladder, epochs, [top, *lower, student_below(s, ladder, shared)])
+    assistants = [top]
+    for number, rung in enumerate(lower, start=2):  # none, unless several in a row are wanted
+        name = f"assistant {number}"
+        assistants.append(distill(s, ladder, name, assistants[-1:], rung, epochs.distill))
 
     # 5. Distill: the assistant teaches the student, which starts as a slice of the same weights.
     student = student_below(s, ladder, shared if len(assistants) == 1 else assistants[-1])

@@ -1,23 +1,34 @@
-"""How many epochs each training gets: those asked for, or those that fit into the minutes.
+"""How long each training is: as many epochs as asked for, or what a budget of cost or of time allows.
 
-A clock decides here, so the plan is a result that is saved: a resumed run keeps it.
+--epochs          of every training; the cost of the path follows
+--budget-epochs   the path costs as much as a single step of so many epochs
+--minutes         all trainings together end within this time
+
+Of a budget, `joint_share` goes into the joint training. What the last steps get is settled when the
+assistant is known: a smaller one answers faster, and leaves more epochs for the student. A clock decides
+here, so each plan is a result that is saved: a resumed run keeps it.
 """
 
 from __future__ import annotations
 
-from stepwell.measure.cost import Epochs, candidates_per_step, epochs_in
+import itertools
+from collections.abc import Sequence
+
+from stepwell.config.commands import CompressConfig
+from stepwell.measure.cost import Costs, Epochs, candidates_per_step, epochs_for, epochs_in
 from stepwell.models.ladder import Ladder
 from stepwell.paths.path import Bill
 from stepwell.run.progress import say
 from stepwell.setting.rungs import Rung, slice_of_store, store_of, student_below, teacher_of
 from stepwell.setting.setting import Setting
+from stepwell.stages.deliver import bill_of
 from stepwell.stages.distill import distill_step
 from stepwell.stages.joint import candidates_of_step, joint_step
 from stepwell.training.loop import TIMED_STEPS, seconds_per_step
 
 
 def plan(s: Setting, ladder: Ladder, bill: Bill) -> Epochs:
-    """The epochs of every training; within minutes, by timing a few steps of the student."""
+    """The epochs of every training, all alike; within minutes, by timing a few steps of the student."""
     with s.run.stage("plan", Epochs) as stage:
         if stage.is_new:
             stage.result = expected_epochs(s, ladder, bill)
@@ -26,10 +37,11 @@ def plan(s: Setting, ladder: Ladder, bill: Bill) -> Epochs:
 
 def expected_epochs(s: Setting, ladder: Ladder, bill: Bill) -> Epochs:
     """What `plan` comes to, without being saved."""
-    if (minutes := s.config.minutes_of_path) is None:
-        return _asked(s)
-    seconds = _seconds_per_epoch(s, teacher_of(s), student_below(s, ladder, teacher_of(s)))
     costs = s.costs(ladder.scales)
+    if (minutes := s.config.minutes_of_path) is None:
+        return epochs_of(costs, bill, s.config)
+    # The bill and a single step have their pretraining both, so that it is counted once.
+    seconds = _seconds_per_epoch(s, [teacher_of(s), student_below(s, ladder, teacher_of(s))])
     passes = bill(costs, Epochs(joint=1, distill=1), s.config)
     share = (sum(passes.values()) - passes["score"]) / costs.single_step(1)
     epochs = epochs_in(minutes, seconds * share)
@@ -37,32 +49,86 @@ def expected_epochs(s: Setting, ladder: Ladder, bill: Bill) -> Epochs:
     return Epochs(joint=epochs, distill=epochs)
 
 
-def plan_with_joint(s: Setting, ladder: Ladder) -> Epochs:
-    """`plan` for a joint training and the steps down from it; both kinds of steps are timed."""
+def epochs_of(costs: Costs, bill: Bill, config: CompressConfig) -> Epochs:
+    """The epochs that were asked for, or those whose cost is `--budget-epochs`."""
+    if config.budget_epochs is None:
+        return Epochs(joint=config.joint_epochs or config.epochs, distill=config.epochs)
+
+    def cost(joint: float, distill: float) -> float:
+        """Of all but the scores, which a single step needs too."""
+        passes = bill(costs, Epochs(joint=joint, distill=distill), config)
+        return sum(passes.values()) - passes["score"]
+
+    budget = costs.single_step(config.budget_epochs)
+    if cost(1, 1) == cost(2, 1):  # the path has no joint training
+        epochs = epochs_for(budget, lambda epochs: cost(1, epochs))
+        return Epochs(joint=epochs, distill=epochs)
+    joint = config.joint_epochs or epochs_for(config.joint_share * budget, costs.joint)
+    return Epochs(joint=joint, distill=epochs_for(budget, lambda epochs: cost(joint, epochs)))
+
+
+def plan_with_joint(s: Setting, ladder: Ladder, bill: Bill) -> Epochs:
+    """`plan` for a joint training and the steps down from it, which `plan_steps` settles later."""
     with s.run.stage("plan", Epochs) as stage:
         if stage.is_new:
-            stage.result = _with_joint(s, ladder)
+            stage.result = _with_joint(s, ladder, bill)
     return stage.result
 
 
-def _with_joint(s: Setting, ladder: Ladder) -> Epochs:
-    config = s.config
+def _with_joint(s: Setting, ladder: Ladder, bill: Bill) -> Epochs:
+    config, costs = s.config, s.costs(ladder.scales)
     if (minutes := config.minutes_of_path) is None:
-        return _asked(s)
+        return epochs_of(costs, bill, config)
     # A store and losses of their own: those with a memory must not remember that they were timed.
     shared = store_of(s, ladder)
     seconds = seconds_per_step(joint_step(s, shared), s.train) * s.train.steps_per_epoch
-    seconds *= _usual_step(s, ladder)
+    seconds *= _usual_step(s, ladder) * (1 + config.pretraining_epochs(1))
+    joint = config.joint_epochs or epochs_in(config.joint_share * minutes, seconds)
     # The middle candidate stands for the assistant, which is not chosen yet.
     assistant = slice_of_store(shared, ladder, len(ladder.candidates) // 2)
-    distill_seconds = _seconds_per_epoch(s, assistant, student_below(s, ladder, shared))
-    # A pretraining, and assistants in between, take their share.
-    share = 1 + config.pretraining_epochs(1)
-    epochs = epochs_in(minutes, share * seconds, share * distill_seconds * config.num_assistants)
-    say(
-        f"plan: {epochs:.1f} epochs of joint training and of distillation fit into {config.minutes:g} minutes"
-    )
-    return Epochs(joint=epochs, distill=epochs)
+    rest = _seconds_per_epoch(s, [assistant, student_below(s, ladder, shared)]) * config.num_assistants
+    distill = epochs_in(max(minutes - joint * seconds / 60, 0.05 * minutes), rest)
+    say(f"plan: {joint:.1f} epochs of joint training take {joint * seconds / 60:.1f} of {minutes:g} minutes")
+    return Epochs(joint=joint, distill=distill)
+
+
+def plan_steps(s: Setting, ladder: Ladder, epochs: Epochs, chain: Sequence[Rung]) -> Epochs:
+    """The plan of the steps down from the joint training: the assistant, perhaps lower ones, the student.
+
+    Args:
+        s: What the run works with.
+        ladder: The candidates.
+        epochs: What was planned before the assistant was known.
+        chain: From the assistant down to the student, none of them trained since the joint training.
+    """
+    if not s.config.has_budget:
+        return epochs
+    with s.run.stage("plan steps", Epochs) as stage:
+        if stage.is_new:
+            distill = _in_time(s, chain) if s.config.minutes else _for_the_rest(s, ladder, chain)
+            say(f"plan: {distill:.1f} epochs for each step down")
+            stage.result = Epochs(joint=epochs.joint, distill=distill)
+    return stage.result
+
+
+def _in_time(s: Setting, chain: Sequence[Rung]) -> float:
+    minutes = s.config.minutes_of_path
+    assert minutes is not None
+    left = minutes - s.run.stages["joint"].seconds / 60
+    return epochs_in(max(left, 0.05 * minutes), _seconds_per_epoch(s, chain))
+
+
+def _for_the_rest(s: Setting, ladder: Ladder, chain: Sequence[Rung]) -> float:
+    assert s.config.budget_epochs is not None
+    costs, spent = s.costs(ladder.scales), bill_of(s.run)
+    budget = costs.single_step(s.config.budget_epochs)
+    left = budget - sum(passes for stage, passes in spent.items() if stage != "score")
+
+    def cost(epochs: float) -> float:
+        steps = itertools.pairwise(chain)
+        return sum(costs.step_down(epochs, lower.scale, [upper.scale]) for upper, lower in steps)
+
+    return epochs_for(max(left, 0.05 * budget), cost)
 
 
 def _usual_step(s: Setting, ladder: Ladder) -> float:
@@ -74,10 +140,9 @@ def _usual_step(s: Setting, ladder: Ladder) -> float:
     return (taught + 3 * usual) / (taught + 3 * timed)
 
 
-def _asked(s: Setting) -> Epochs:
-    return Epochs(joint=s.config.joint_epochs or s.config.epochs, distill=s.config.epochs)
-
-
-def _seconds_per_epoch(s: Setting, teacher: Rung, student: Rung) -> float:
-    step = distill_step(s, [teacher], student)
-    return seconds_per_step(step, s.train) * s.train.steps_per_epoch
+def _seconds_per_epoch(s: Setting, chain: Sequence[Rung]) -> float:
+    """Of all steps down a chain together, a pretraining of each included."""
+    seconds = 0.0
+    for upper, lower in itertools.pairwise(chain):
+        seconds += seconds_per_step(distill_step(s, [upper], lower), s.train)
+    return seconds * s.train.steps_per_epoch * (1 + s.config.pretraining_epochs(1))

@@ -83,7 +83,7 @@ class SharedWeights:
         for name in self._shapes[-1]:
             for key, part in self._increments(name, largest[name], len(self.candidates) - 1):
                 # A clone: a view would keep all of the teacher's tensor in memory.
-                self.parameters[key] = nn.Parameter(part.detach().clone())
+                self.parameters[key] = nn.Parameter(part.detach().clone(memory_format=torch.contiguous_format))
 
     def weights(self, index: int) -> dict[str, Float[Tensor, "..."]]:
         """The parameters of candidate `index` by name, each in the shape that it has in its skeleton.
@@ -110,8 +110,8 @@ class SharedWeights:
             for key, part in self._increments(name, gradient, index):
                 parameter = self.parameters[key]
                 if parameter.grad is None:
-                    # A clone: `part` is a view of the candidate's gradient, and others are added in place.
-                    parameter.grad = part.clone()
+                    # A copy: `part` is a view of the candidate's gradient, and others are added in place.
+                    parameter.grad = in_layout_of(parameter, part)
                 else:
                     parameter.grad += part
 
@@ -200,6 +200,15 @@ class SharedWeights:
         parts = tensor.split([units for _, units in added], dim=slice_.axis)  # (3, 4) to (2, 4) and (1, 4)
         for (number, _), part in zip(added, parts, strict=True):
             yield from self._split(f"{key}+{number}", part, others, index)
+
+
+def in_layout_of(parameter: Tensor, gradient: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
+    """A copy of a gradient with the strides of its parameter, as `backward` would leave it.
+
+    `torch.autograd.grad` hands out any strides, and fused optimizers on a GPU refuse other ones than the
+    parameter's.
+    """
+    return torch.empty_like(parameter).copy_(gradient)
 
 
 def _kept_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

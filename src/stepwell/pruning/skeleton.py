@@ -194,7 +194,9 @@ def fill(skeleton: nn.Module, weights: Mapping[str, Shaped[Tensor, "..."]]) -> n
             if tensor is not None and not isinstance(tensor, nn.Parameter):
                 module._parameters[leaf] = nn.Parameter(torch.empty_like(tensor, device="meta"))
     state = model.state_dict()
-    given = {name: weights[name].detach().clone() for name in state if name in weights}
+    # Contiguous, as files hold them and as fused optimizers want them with their states.
+    plain = torch.contiguous_format
+    given = {name: weights[name].detach().clone(memory_format=plain) for name in state if name in weights}
     missing = [name for name, _ in model.named_parameters() if name not in given]
     if missing:
         raise ModelError(f"weights are missing for {len(missing)} parameters, the first is {missing[0]}")

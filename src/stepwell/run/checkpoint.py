@@ -153,9 +153,14 @@ def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> list[tuple[str, Tens
 
 
 def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         number, name = key.split("/")
+        like = parameters[int(number)]
+        if tensor.shape == like.shape:
+            # Fused optimizers on a GPU refuse a state whose strides are not the parameter's.
+            tensor = torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
         state.setdefault(int(number), {})[name] = tensor
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 

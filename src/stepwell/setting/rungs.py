@@ -70,7 +70,7 @@ def rung_below(s: Setting, ladder: Ladder, index: int, above: Rung) -> Rung:
     store.put(ladder.candidates.index(above.candidate), above.model)
     rung = slice_of_store(store, ladder, index)
     # Weights come from the model above; statistics of batches must be those of these weights.
-    recalibrate(rung.model.eval(), rung.model, s.scored)
+    recalibrate(rung.model.eval(), rung.model, s.of_statistics)
     return replace(rung, passes=s.costs(ladder.scales).recalibrating(rung.scale))
 
 

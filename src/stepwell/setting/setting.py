@@ -29,7 +29,7 @@ from stepwell.run.observer import Split
 from stepwell.run.run_dir import RunDir
 from stepwell.tasks.classification import Metric, predict, resolve_metric
 from stepwell.training.optimizer import no_decay_of
-from stepwell.training.statistics import norms_with_statistics
+from stepwell.training.statistics import NUM_IMAGES, norms_with_statistics
 
 
 @dataclass(frozen=True)
@@ -147,10 +147,18 @@ class Setting:
         They stay in that order: sorted, a batch would hold images of one class, and lack the variance
         between classes where BatchNorm statistics are recomputed.
         """
+        return self._some_training_images(self.config.score_images)
+
+    @cached_property
+    def of_statistics(self) -> EvalBatches:
+        """The first of the scored images: BatchNorm statistics are recomputed on them."""
+        return self._some_training_images(min(NUM_IMAGES, self.config.score_images))
+
+    def _some_training_images(self, number: int) -> EvalBatches:
         order = torch.randperm(
             len(self.data.train), generator=torch.Generator().manual_seed(self.config.seed)
         )
-        chosen = order[: self.config.score_images]
+        chosen = order[:number]
         shown = self._shown("training")
         return self._plain(self.data.train.subset(chosen.tolist()), lambda i: shown(chosen[i]))
 

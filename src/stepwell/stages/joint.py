@@ -20,7 +20,7 @@ from stepwell.losses.choose import Pair
 from stepwell.losses.distillation import make_distillation, share_teacher_side
 from stepwell.losses.observe import Observed
 from stepwell.models.ladder import Ladder, fingerprints
-from stepwell.pruning.shared import SharedWeights
+from stepwell.pruning.shared import SharedWeights, in_layout_of
 from stepwell.setting.rungs import store_of
 from stepwell.setting.setting import Setting
 from stepwell.training.lesson import Lesson
@@ -46,7 +46,7 @@ def joint(s: Setting, ladder: Ladder, epochs: float) -> SharedWeights:
             # The candidates learn in the last one; with some losses a pretraining comes before.
             for course in courses:
                 stage.result = fit(course, step, s.train, s.config)
-            recalibrate_all(shared, s.scored)
+            recalibrate_all(shared, s.of_statistics)
             passes = s.costs(ladder.scales).joint(epochs)
             tensors = {**shared.state(), **fingerprints(shared, s.spec)}
             stage.result = stage.result.model_copy(update={"tensors": tensors, "passes": passes})
@@ -108,7 +108,10 @@ class JointStep:
 def _add_gradient(parameter: Tensor, gradient: Tensor | None) -> None:
     """As `backward` would; None where the loss does not depend on the parameter."""
     if gradient is not None:
-        parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+        if parameter.grad is None:
+            parameter.grad = in_layout_of(parameter, gradient)
+        else:
+            parameter.grad += gradient
 
 
 def joint_step(s: Setting, shared: SharedWeights) -> JointStep:

@@ -1,0 +1,91 @@
+"""What only a GPU can show; each test is left out, by name, where there is none."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from small_world import KEEP, QUICK, StopAt, Stopped, figures, result_of, stepwell, student_weights, watched
+
+from stepwell import load
+from stepwell.measure.size import num_params
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+
+PATHS = ("amd", "amd-manual", "single-step", "takd", "dgkd", "mmd", "mmd-os")
+LOGIT_LOSSES = ("kd", "dkd", "dist", "pld", "taid")
+FEATURE_LOSSES = (
+    *("states", "fitnet", "at", "fsp", "nst", "ab", "ft", "vid", "review", "sp", "ofa"),
+    *("cc", "rkd", "pkt", "crd", "sskd"),
+)
+GPU = ("--device", "cuda", "--task-weight", "1")
+
+
+@pytest.fixture
+def words(teacher, data, tmp_path):
+    return ("--teacher", teacher, "--data", data, "--out", tmp_path / "out", *QUICK, *GPU)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_every_path_in_bf16(words, tmp_path, quick, path):
+    stepwell("compress", *words, "--path", path, "--precision", "bf16")
+    result = result_of(tmp_path / "out")
+    assert result.hardware["training device"] == torch.cuda.get_device_name()
+    assert 0 < result.student.num_params < result.teacher.num_params
+    assert all(weight.isfinite().all() for weight in student_weights(tmp_path / "out").values())
+
+
+@pytest.mark.parametrize("loss", LOGIT_LOSSES)
+def test_every_loss_on_logits_in_bf16(words, tmp_path, quick, loss):
+    stepwell("compress", *words, "--logit-loss", loss, "--precision", "bf16")
+
+
+@pytest.mark.parametrize("loss", FEATURE_LOSSES)
+def test_every_loss_on_states_in_bf16(words, tmp_path, quick, loss):
+    stepwell("compress", *words, "--feature-loss", loss, "--precision", "bf16")
+
+
+def test_student_of_another_architecture(words, tmp_path, quick):
+    stepwell("compress", *words, "--student", "test_resnet", "--precision", "bf16")
+
+
+def test_first_training_equals_that_of_the_cpu(teacher, data, tmp_path, quick):
+    """The same images, order and starting weights: after a few steps in fp32 the losses agree."""
+    logs = {}
+    for device in ("cpu", "cuda"):
+        out = tmp_path / device
+        stepwell("compress", "--teacher", teacher, "--data", data, "--out", out, *QUICK, "--device", device)
+        logs[device] = json.loads((out / "stages/distill/result.json").read_text())["result"]["losses"]["loss"]
+        logs[device, "score"] = json.loads((out / "stages/grid/result.json").read_text())
+    assert logs["cuda", "score"] == logs["cpu", "score"]
+    assert logs["cuda"] == pytest.approx(logs["cpu"], rel=0.05)
+
+
+def test_stopped_and_resumed(words, tmp_path, quick):
+    """GPU arithmetic may differ in the last bits from one run to the next; the course is the same."""
+    with pytest.raises(Stopped):
+        watched(StopAt("distill", 4), *words)
+    stepwell("compress", *words)
+    resumed = figures(tmp_path / "out")
+    again = tmp_path / "again"
+    stepwell("compress", *words[:4], "--out", again, *QUICK, *GPU)
+    unbroken = figures(again)
+    assert resumed["student"]["num_params"] == unbroken["student"]["num_params"]
+    ours, theirs = student_weights(tmp_path / "out"), student_weights(again)
+    for name in theirs:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-2, atol=1e-3)
+
+
+def test_delivered_with_everything(words, tmp_path):
+    """With ONNX files, times and a report; and what was trained on the GPU loads on the CPU."""
+    out = tmp_path / "out"
+    stepwell("compress", *words, "--precision", "bf16", "--control", "equal_compute")
+    result = result_of(out)
+    student = load(out / "student")
+    assert next(student.parameters()).device.type == "cpu"
+    assert num_params(student) == result.student.num_params
+    assert (out / "student/model.onnx").stat().st_size > 0
+    assert result.keep_ratio == KEEP
+    for command in (("inspect", out), ("export", out, "--keep", "0.4"), ("doctor", "--teacher", words[1])):
+        stepwell(*command)
