@@ -56,7 +56,9 @@ def test_first_training_equals_that_of_the_cpu(teacher, data, tmp_path, quick):
     for device in ("cpu", "cuda"):
         out = tmp_path / device
         stepwell("compress", "--teacher", teacher, "--data", data, "--out", out, *QUICK, "--device", device)
-        logs[device] = json.loads((out / "stages/distill/result.json").read_text())["result"]["losses"]["loss"]
+        logs[device] = json.loads((out / "stages/distill/result.json").read_text())["result"]["losses"][
+            "loss"
+        ]
         logs[device, "score"] = json.loads((out / "stages/grid/result.json").read_text())
     assert logs["cuda", "score"] == logs["cpu", "score"]
     assert logs["cuda"] == pytest.approx(logs["cpu"], rel=0.05)

@@ -205,6 +205,24 @@ def test_the_training_that_comes_first_is_not_repeated(tmp_path, stop_in):
     assert [step for step, *_ in main.seen] == list(range(0 if stop_in == "first" else 7, 15))
 
 
+def test_moments_are_laid_out_as_their_parameter(tmp_path):
+    """Files hold plain tensors, and fused optimizers on a GPU refuse moments with other strides."""
+    weight = nn.Parameter(torch.randn(4, 3, 2, 2).contiguous(memory_format=torch.channels_last))
+    moments = {}
+    for again in (False, True):
+        optimizer = torch.optim.AdamW([weight], fused=True)
+        keep = checkpoint.Checkpoint(tmp_path / "x.safetensors", {"weight": weight}, [])
+        if again:
+            assert keep.restore(optimizer) is not None
+        else:
+            weight.grad = torch.randn_like(weight)
+            optimizer.step()
+            keep.save_if_due(optimizer, {"step": 1}, {})
+        moments[again] = optimizer.state[weight]["exp_avg"]
+    assert moments[True].stride() == weight.stride()
+    assert torch.equal(moments[True], moments[False])
+
+
 def test_a_module_may_put_another_tensor_in_a_buffers_place(tmp_path):
     """`self.memory = ...`, as in many a loss of one's own."""
 

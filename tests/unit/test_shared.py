@@ -389,6 +389,26 @@ def test_the_example_of_the_docstring():
     assert store.parameters["0.fc1.weight+1"].grad.tolist() == [[8, 9, 10, 11]]
 
 
+def test_a_gradient_is_laid_out_as_its_parameter():
+    """Fused optimizers on a GPU refuse other strides, and `torch.autograd.grad` hands out any."""
+
+    def reversed_strides(tensor):
+        return tensor.permute(*range(tensor.ndim)[::-1]).contiguous().permute(*range(tensor.ndim)[::-1])
+
+    shared = make_shared(tiny_vit(torch.float64))
+    for _ in range(2):  # the first is copied, the second added
+        transposed = {n: reversed_strides(torch.randn_like(w)) for n, w in shared.weights(2).items()}
+        before = {key: p.grad.clone() for key, p in shared.parameters.items() if p.grad is not None}
+        shared.add_gradients(2, transposed)
+    assert before
+    for key, parameter in shared.parameters.items():
+        if parameter.grad is not None:
+            assert parameter.is_contiguous()
+            assert parameter.grad.stride() == parameter.stride(), key
+    gained = shared.parameters["blocks.0.mlp.fc1.weight+0"].grad - before["blocks.0.mlp.fc1.weight+0"]
+    torch.testing.assert_close(gained, transposed["blocks.0.mlp.fc1.weight"][: len(gained)])
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_candidates_weights_are_the_first_units_of_the_teachers(variant):
     model = tiny_vit(torch.float64, **VARIANTS[variant])

@@ -83,7 +83,9 @@ class SharedWeights:
         for name in self._shapes[-1]:
             for key, part in self._increments(name, largest[name], len(self.candidates) - 1):
                 # A clone: a view would keep all of the teacher's tensor in memory.
-                self.parameters[key] = nn.Parameter(part.detach().clone(memory_format=torch.contiguous_format))
+                self.parameters[key] = nn.Parameter(
+                    part.detach().clone(memory_format=torch.contiguous_format)
+                )
 
     def weights(self, index: int) -> dict[str, Float[Tensor, "..."]]:
         """The parameters of candidate `index` by name, each in the shape that it has in its skeleton.
@@ -104,6 +106,8 @@ class SharedWeights:
             index: Number of the candidate.
             gradients: Gradients by the names and in the shapes of `weights(index)`.
         """
+        sums: list[Tensor] = []
+        added: list[Tensor] = []
         for name, gradient in gradients.items():
             if gradient is None:  # unused, such as the norm before a sub-layer that became a constant
                 continue
@@ -113,7 +117,10 @@ class SharedWeights:
                     # A copy: `part` is a view of the candidate's gradient, and others are added in place.
                     parameter.grad = in_layout_of(parameter, part)
                 else:
-                    parameter.grad += part
+                    sums.append(parameter.grad)
+                    added.append(part)
+        if sums:
+            torch._foreach_add_(sums, added)  # hundreds of small sums in one call
 
     def put(self, index: int, model: nn.Module) -> None:
         """Copy the parameters of `model`, which is candidate `index` trained alone, into the store.
