@@ -8,9 +8,9 @@
     timm      the same two models in timm's own distillation task (logits only)
     full      the teacher teaches a student of its own size: the yardstick for memory
 
-`share` is the step's multiply-adds over its time, as a part of what a large matrix product reaches in the same
-run and number format. Random images and weights, 224 x 224; steps see their batch on the device, so that no
-decoding is timed. Writes benchmarks/results/throughput.json.
+`share` is the operations of a step over its time, as a part of what a large matrix product reaches in the
+same run and number format. Random images and weights, 224 x 224; steps see their batch on the device, so
+that no decoding is timed. Writes benchmarks/results/throughput.json.
 """
 
 from __future__ import annotations

@@ -10,7 +10,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from stepwell.data.batches import Batch
 
-
 NUM_IMAGES = 512
 """How many images say what the statistics are; more change accuracies by a tenth of a point, and on few
 training images would cost more than the training."""
