@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stepwell.data.batches import Batch
 from stepwell.losses.choose import Pair
@@ -19,6 +19,7 @@ from stepwell.losses.observe import Observed
 from stepwell.models.ladder import Ladder
 from stepwell.setting.rungs import Rung
 from stepwell.setting.setting import Setting
+from stepwell.tasks.classification import evaluate
 from stepwell.training.lesson import Lesson
 from stepwell.training.loop import Trained, fit
 from stepwell.training.optimizer import no_decay_of
@@ -56,10 +57,11 @@ def distill(
                 lr=s.config.distill_lr or s.config.lr,
                 no_decay=no_decay_of(student.model),
                 modules=[student.model],
+                judge=lambda: _performance(s, student.model),
             )
             # The student learns in the last one; with some losses a pretraining comes before.
             for course in courses:
-                stage.result = fit(course, step, s.train, s.config)
+                stage.result = fit(course, step, s.train, s.config, s.config)
             state = {key: tensor.detach() for key, tensor in student.model.state_dict().items()}
             scales = [teacher.scale for teacher in teachers]
             passes = student.passes + s.costs(ladder.scales).step_down(epochs, student.scale, scales, drop)
@@ -67,6 +69,13 @@ def distill(
     student.model.load_state_dict(stage.result.tensors)
     student.model.eval()
     return student
+
+
+def _performance(s: Setting, model: nn.Module) -> float:
+    """On the selection images, in the middle of a training."""
+    meter = evaluate(model.eval(), s.selection, "selection images")
+    model.train()
+    return meter.performance(s.metric)
 
 
 @dataclass(frozen=True)
