@@ -17,8 +17,10 @@ from small_world import (
     assert_same_run,
     config_of,
     data_of,
+    result_of,
     stepwell,
     watched,
+    write_images,
 )
 
 from stepwell.cli import main
@@ -38,7 +40,7 @@ def checkpoints(monkeypatch):
     monkeypatch.setattr(checkpoint, "TIMES_AS_LONG", 0)
 
 
-class StopEveryFourthStep(Recorder):
+class StopEveryFifthStep(Recorder):
     """Stops whichever training it is, in this call or a later one."""
 
     steps = 0
@@ -47,7 +49,7 @@ class StopEveryFourthStep(Recorder):
         super().on_batch(stage, split, indices)
         is_step = split == "training" and stage in ("joint", "distill")
         self.steps += is_step
-        if is_step and self.steps % 4 == 0:
+        if is_step and self.steps % 5 == 0:
             raise Stopped
 
 
@@ -59,7 +61,7 @@ class StopEveryFourthStep(Recorder):
 def test_a_run_with_all_of_it_resumes(teacher, data, tmp_path, quick, checkpoints, capsys, more):
     words = ("--teacher", teacher, "--data", data, *QUICK, *RECIPE, *more, "--workers", 0)
     stepwell("compress", *words, "--out", tmp_path / "undisturbed")
-    seen = StopEveryFourthStep()
+    seen = StopEveryFifthStep()
     capsys.readouterr()
     for _ in range(100):
         try:
@@ -68,7 +70,7 @@ def test_a_run_with_all_of_it_resumes(teacher, data, tmp_path, quick, checkpoint
         except Stopped:
             continue
     said = capsys.readouterr().err
-    assert "joint: resumes after step 2 of 6" in said
+    assert "joint: resumes after step 4 of 6" in said
     assert "distill: resumes after step" in said
     for stage in ("distill", "control") if "--control" in more else ("distill",):
         assert f"{stage}: the weights after step" in said
@@ -99,6 +101,14 @@ def test_what_is_evaluated_in_between_is_on_the_bill(reference, teacher, data, t
     store, last = (load_file(run / "stages/joint/tensors.safetensors") for run in (out, reference))
     assert store.keys() == last.keys()
     assert not all(tensor.equal(last[name]) for name, tensor in store.items())
+
+
+def test_images_without_labels_are_mixed_too(teacher, tmp_path, quick):
+    """Nobody reads their labels."""
+    write_images(tmp_path / "data", 40, seed=0, classes=())
+    words = ("--teacher", teacher, "--data", tmp_path / "data", *QUICK, "--task-weight", 0, "--mixup", 0.2)
+    watched(Recorder(), *words, "--keep-best", 1, "--out", tmp_path / "out")
+    assert result_of(tmp_path / "out").data.labels == "teacher"
 
 
 def test_training_a_teacher_with_all_of_it_resumes(data, tmp_path, checkpoints, monkeypatch, capsys):

@@ -68,6 +68,13 @@ def test_labels_that_are_numbers_for_every_class_are_mixed_too():
     assert given[0].tolist() == [1, 1, 0]
 
 
+def test_images_without_labels_are_mixed_too():
+    images = random_images(4)
+    found = mix(images, torch.full((4,), -1), RecipeOptions(mixup=1.0), 3, MOMENT)
+    assert torch.equal(found, torch.zeros(4, 3))
+    assert not torch.equal(images, random_images(4))
+
+
 def test_so_many_batches_are_mixed():
     recipe, mixed = RecipeOptions(cutmix=1.0, mix_prob=0.25), 0
     for step in range(400):

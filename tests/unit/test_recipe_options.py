@@ -1,12 +1,16 @@
 """Recipes that make no sense are refused in one line, before anything is read."""
 
+import re
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 
+from stepwell.config.base import flag_of
 from stepwell.config.commands import CompressConfig, TrainConfig
 from stepwell.config.files import make_config
 from stepwell.config.loss_facts import FEATURE_LOSSES, LOGIT_LOSSES
+from stepwell.config.recipe_options import RecipeOptions
 from stepwell.errors import ConfigError
 
 NOTATION = (
@@ -85,3 +89,15 @@ def test_all_of_it_is_off():
         assert (config.ema, config.accumulate, config.keep_best) == (0, 1, None)
     assert CompressConfig().label_smoothing == 0
     assert (TrainConfig().label_smoothing, TrainConfig().layer_decay) == (0.1, 1)
+
+
+def test_the_guide_tells_of_every_option():
+    guide = (Path(__file__).parents[2] / "docs" / "guide" / "recipe.md").read_text(encoding="utf-8")
+    for name in (*RecipeOptions.model_fields, "label_smoothing", "layer_decay"):
+        assert f"`{flag_of(name)} " in guide, name
+    headings = {
+        re.sub(r"[^a-z -]", "", line[3:].lower()).replace(" ", "-")
+        for line in guide.splitlines()
+        if line.startswith("## ")
+    }
+    assert set(re.findall(r"\(#([a-z-]+)\)", guide)) == headings

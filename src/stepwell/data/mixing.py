@@ -5,13 +5,14 @@ timm's own, which draw from the generators of the whole process: they are seeded
 
 from __future__ import annotations
 
+import random
+
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from stepwell.config.recipe_options import RecipeOptions
-from stepwell.data.randomness import seeded
+from stepwell.data.randomness import seed_of, seeded
 
 
 def erase(
@@ -33,8 +34,9 @@ def erase(
     from timm.data.random_erasing import RandomErasing  # late: importing timm takes seconds
 
     eraser = RandomErasing(probability, mode="const", device=str(images.device))
-    for image, index in zip(images, indices.tolist(), strict=True):
-        with seeded("erase", seed, epoch, index):
+    with seeded():  # once, for putting them back; seeding all three for every image would be felt
+        for image, index in zip(images, indices.tolist(), strict=True):
+            random.seed(seed_of("erase", seed, epoch, index))  # the one that timm draws from here
             eraser(image)
 
 
@@ -52,7 +54,7 @@ def mix(
 
     Args:
         images: Of one batch.
-        labels: A class each, or a number for every class.
+        labels: A class each, -1 where it is not known; or a number for every class.
         recipe: How, and in how many batches.
         num_classes: Columns of the labels that are returned.
         seed: All that the mixing depends on: the training's seed, the epoch, the step within it.
@@ -62,7 +64,7 @@ def mix(
     """
     from timm.data.mixup import Mixup  # late: importing timm takes seconds
 
-    soft = labels if labels.is_floating_point() else F.one_hot(labels, num_classes).float()
+    soft = labels if labels.is_floating_point() else _one_hot(labels, num_classes)
     paired = len(images) // 2 * 2
     if not paired:
         return soft
@@ -75,3 +77,8 @@ def mix(
     own = shares[0, 0]
     pairs = soft[:paired]
     return torch.cat([own * pairs + (1 - own) * pairs.flip(0), soft[paired:]])
+
+
+def _one_hot(labels: Tensor, num_classes: int) -> Tensor:
+    """Torch's own refuses -1, which is no class and comes to a row of zeros."""
+    return (labels[:, None] == torch.arange(num_classes, device=labels.device)).float()
