@@ -18,10 +18,11 @@ from stepwell.errors import ConfigError
 from stepwell.run import checkpoint
 from stepwell.setting.rungs import store_of
 from stepwell.stages.joint import joint_step
-from stepwell.training.handed_on import Average
+from stepwell.tasks.classification import evaluate
+from stepwell.training.handed_on import Average, performance_of
 from stepwell.training.loop import Course, Trained, fit
 from stepwell.training.optimizer import layer_scales, make_optimizer, make_scheduler, no_decay_of
-from tiny import FixedTrain, random_batches, tiny_vit
+from tiny import FixedEval, FixedTrain, random_batches, tiny_vit
 
 OPTIONS = TrainingOptions(weight_decay=0.1, warmup=0.3)
 
@@ -34,13 +35,14 @@ class Plain:
 
     def __init__(self) -> None:
         torch.manual_seed(0)
-        self.model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 5)).double()
+        self.linear = nn.Linear(3 * 16 * 16, 5).double()
+        self.model = nn.Sequential(nn.Flatten(), self.linear)
         self.seen: list[torch.Tensor] = []
         self.biases: list[torch.Tensor] = []
 
     def __call__(self, batch, step, progress):
-        self.seen.append(self.model[1].weight.detach().clone())
-        self.biases.append(self.model[1].bias.detach().clone())
+        self.seen.append(self.linear.weight.detach().clone())
+        self.biases.append(self.linear.bias.detach().clone())
         loss = F.cross_entropy(self.model(batch.images), batch.labels)
         loss.backward()
         return {"loss": loss.detach()}
@@ -67,8 +69,15 @@ def test_two_batches_are_as_good_as_one_twice_as_large(optimizer, clip_norm):
     for i, weight in enumerate(theirs.seen):
         assert torch.equal(ours.seen[2 * i], ours.seen[2 * i + 1])
         torch.testing.assert_close(ours.seen[2 * i], weight, rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(ours.model[1].weight, theirs.model[1].weight, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(ours.linear.weight, theirs.linear.weight, rtol=1e-9, atol=1e-12)
     assert (log.num_steps, log.epochs) == (30, 5.0)  # steps are batches
+
+
+def test_a_training_of_a_few_moves_is_told(capsys):
+    trained(random_batches(4, 2, torch.float64), 4.0, accumulate=8)
+    assert "warning: test: --accumulate 8 leaves 2 moves in all\n" in capsys.readouterr().err
+    trained(random_batches(4, 2, torch.float64), 4.0)
+    assert capsys.readouterr().err == ""
 
 
 def test_the_last_move_may_have_fewer_batches():
@@ -78,7 +87,7 @@ def test_the_last_move_may_have_fewer_batches():
         True, False, True, False,
     ]  # fmt: skip
     # The last one has the gradient of one batch, not half of it.
-    bias, found = ours.biases[4].requires_grad_(), ours.model[1].weight.grad
+    bias, found = ours.biases[4].requires_grad_(), ours.linear.weight.grad
     weight = ours.seen[4].clone().requires_grad_()
     loss = F.cross_entropy(F.linear(small[4].images.flatten(1), weight, bias), small[4].labels)
     (expected,) = torch.autograd.grad(loss, [weight])
@@ -131,16 +140,16 @@ def test_the_average_is_that_of_the_formula():
     for mine, theirs in zip(ours.seen, raw.seen, strict=True):
         assert torch.equal(mine, theirs)  # the average does not come back into the training
     expected = raw.seen[0]
-    for step, weight in enumerate([*raw.seen[1:], raw.model[1].weight.detach()]):
+    for step, weight in enumerate([*raw.seen[1:], raw.linear.weight.detach()]):
         decay = min(0.8, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * weight
-    torch.testing.assert_close(ours.model[1].weight.detach(), expected, rtol=1e-9, atol=1e-12)
-    assert not torch.equal(ours.model[1].weight, raw.model[1].weight)
+    torch.testing.assert_close(ours.linear.weight.detach(), expected, rtol=1e-9, atol=1e-12)
+    assert not torch.equal(ours.linear.weight, raw.linear.weight)
 
 
 def test_what_is_handed_on_is_the_average_and_is_in_the_model():
     step, result = trained(random_batches(4, 4, torch.float64), 2.0, ema=0.9)
-    assert torch.equal(result.tensors["1.weight"], step.model[1].weight)
+    assert torch.equal(result.tensors["1.weight"], step.linear.weight)
 
 
 def test_statistics_of_batchnorms_are_averaged_with_the_weights():
@@ -187,7 +196,7 @@ class Judged:
         self.step, self.marks, self.seen = step, iter(marks), []
 
     def __call__(self) -> float:
-        self.seen.append(self.step.model[1].weight.detach().clone())
+        self.seen.append(self.step.linear.weight.detach().clone())
         return float(next(self.marks))
 
 
@@ -212,7 +221,7 @@ def judged(marks, epochs=4.0, file=None, step=None, **recipe) -> tuple[Plain, Ju
 def test_the_best_of_the_evaluations_is_handed_on(marks, best, capsys):
     step, judge = judged(marks)
     assert len(judge.seen) == 4
-    assert torch.equal(step.model[1].weight, judge.seen[best])
+    assert torch.equal(step.linear.weight, judge.seen[best])
     said = f"test: the weights after step {4 * (best + 1)} did best on the selection images"
     assert said in capsys.readouterr().err
 
@@ -240,13 +249,32 @@ def test_the_average_is_what_is_evaluated():
     for mine, raw in zip(step.seen, averages.seen, strict=True):
         assert torch.equal(mine, raw)
     assert not any(torch.equal(seen, raw) for seen in judge.seen for raw in step.seen)
-    assert torch.equal(step.model[1].weight, judge.seen[1])
+    assert torch.equal(step.linear.weight, judge.seen[1])
 
 
 def test_evaluating_changes_nothing_else():
     with_, _ = judged([0, 1, 2, 3])
     without, _ = trained(random_batches(4, 4, torch.float64), 4.0)
-    assert torch.equal(with_.model[1].weight, without.model[1].weight)
+    assert torch.equal(with_.linear.weight, without.linear.weight)
+
+
+def test_a_model_is_judged_as_it_would_be_used_and_trains_on():
+    model = nn.Sequential(nn.Flatten(), nn.Dropout(0.9), nn.Linear(3 * 16 * 16, 5)).train()
+    images = FixedEval(random_batches(3, 4))
+    before = torch.get_rng_state()
+    value = performance_of(model, images, "likelihood")
+    assert model.training
+    assert all(module.training for module in model)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert value == evaluate(model.eval(), images).performance("likelihood")
+
+
+def test_a_model_that_has_just_diverged_is_judged_too():
+    """The loop looks at the losses of every tenth step alone; an evaluation may come before."""
+    linear = nn.Linear(3 * 16 * 16, 5)
+    nn.init.constant_(linear.weight, math.nan)
+    model = nn.Sequential(nn.Flatten(), linear)
+    assert performance_of(model, FixedEval(random_batches(3, 4)), "likelihood") == pytest.approx(0.2)
 
 
 # --- resumed

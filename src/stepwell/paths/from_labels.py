@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from stepwell.run.progress import say
 from stepwell.run.run_dir import RunDir, Stage, writing
 from stepwell.setting.classes import in_order_of_model
 from stepwell.tasks.classification import evaluate, in_words, loss_per_image, resolve_metric
+from stepwell.training.handed_on import performance_of
 from stepwell.training.loop import Course, Trained, fit, seconds_per_step
 from stepwell.training.optimizer import layer_scales, no_decay_of
 from stepwell.version import __version__
@@ -141,6 +143,10 @@ def _fit(
             seconds *= 1 + len(selection.labels) / (3 * len(batches.labels) * config.keep_best)
         epochs = epochs_in(config.minutes, seconds)
         say(f"train: {epochs:.1f} epochs fit into {config.minutes:g} minutes")
+    judge = None
+    if selection is not None:
+        metric = resolve_metric("auto", len(selection.labels))
+        judge = partial(performance_of, model, selection, metric)
     course = Course(
         name=stage.name,
         parameters=dict(model.named_parameters()),
@@ -149,14 +155,7 @@ def _fit(
         no_decay=no_decay_of(model),
         modules=[model],
         lr_scales=layer_scales(model, config.layer_decay),
-        judge=None if selection is None else lambda: _performance(model, selection),
+        judge=judge,
         checkpoint=checkpoint,
     )
     return fit(course, step, batches, config, config)
-
-
-def _performance(model: nn.Module, selection: EvalBatches) -> float:
-    """On the selection images, in the middle of a training."""
-    meter = evaluate(model.eval(), selection, "selection images")
-    model.train()
-    return meter.performance(resolve_metric("auto", meter.num_images))

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from stepwell.data.batches import Batch
 from stepwell.losses.choose import Pair
@@ -19,7 +19,7 @@ from stepwell.losses.observe import Observed
 from stepwell.models.ladder import Ladder
 from stepwell.setting.rungs import Rung
 from stepwell.setting.setting import Setting
-from stepwell.tasks.classification import evaluate
+from stepwell.training.handed_on import performance_of
 from stepwell.training.lesson import Lesson
 from stepwell.training.loop import Trained, fit
 from stepwell.training.optimizer import no_decay_of
@@ -57,7 +57,7 @@ def distill(
                 lr=s.config.distill_lr or s.config.lr,
                 no_decay=no_decay_of(student.model),
                 modules=[student.model],
-                judge=lambda: _performance(s, student.model),
+                judge=lambda: performance_of(student.model, s.selection, s.metric),
             )
             # The student learns in the last one; with some losses a pretraining comes before.
             for course in courses:
@@ -69,13 +69,6 @@ def distill(
     student.model.load_state_dict(stage.result.tensors)
     student.model.eval()
     return student
-
-
-def _performance(s: Setting, model: nn.Module) -> float:
-    """On the selection images, in the middle of a training."""
-    meter = evaluate(model.eval(), s.selection, "selection images")
-    model.train()
-    return meter.performance(s.metric)
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ the parameters, returns detached losses, `loss` among them."""
 
 TIMED_STEPS = range(1, 6)
 """Which steps say how long one takes; the first of all is slower."""
+_FEW_MOVES = 10  # that a training is hardly one
 _CHECK_EVERY = 10  # steps; reading a loss waits for the device, so not every step is looked at
 
 
@@ -127,7 +128,10 @@ def fit(
     if keep and (saved := keep.restore(optimizer)):
         done, num_steps = log.restore(*saved)
         say(f"{course.name}: resumes after step {done} of {num_steps}")
-    scheduler = make_scheduler(optimizer, math.ceil(num_steps / recipe.accumulate), options)
+    num_moves = math.ceil(num_steps / recipe.accumulate)
+    if num_moves < _FEW_MOVES and recipe.accumulate > 1 and not done:
+        say(f"warning: {course.name}: --accumulate {recipe.accumulate} leaves {num_moves} moves in all")
+    scheduler = make_scheduler(optimizer, num_moves, options)
     start = time.monotonic()
     with progress(course.name, num_steps - done) as advance:
         coming = itertools.islice(_endless(batches, done, course.name), num_steps - done)
