@@ -243,6 +243,20 @@ def test_cells_of_other_options_teachers_or_images_are_refused(compared, teacher
     assert "amd-sp-0.json is damaged" in refusal([*command(teacher, data, out), *PATHS], capsys)
 
 
+def test_cells_that_are_older_than_an_option_are_kept(compared, teacher, data, tmp_path, capsys):
+    """They were made without it, which is its default."""
+    out = shutil.copytree(compared, tmp_path / "out")
+    for file in (out / "cells").glob("*.json"):
+        cell = json.loads(file.read_text())
+        del cell["options"]["mixup"], cell["options"]["accumulate"]
+        file.write_text(json.dumps(cell))
+    before = times(out)
+    stepwell(*command(teacher, data, out), *PATHS)
+    assert times(out) == before
+    line = refusal([*command(teacher, data, out), *PATHS, "--accumulate", "2"], capsys)
+    assert "was made with accumulate: 1, now it is 2" in line
+
+
 @pytest.mark.slow
 def test_every_arm_and_its_control_search_a_learning_rate(teacher, data, tmp_path, here):
     out = tmp_path / "out"

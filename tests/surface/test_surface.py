@@ -37,6 +37,8 @@ TRAINING = {
     "--skip-names", "--white-level",
     "--minutes", "--model-args", "--optimizer", "--out", "--precision", "--schedule", "--seed",
     "--class-order", "--selection-data",
+    "--accumulate", "--cutmix", "--ema", "--keep-best", "--label-smoothing", "--mix-prob", "--mixup",
+    "--rand-augment", "--random-erasing",
     "--skip-bad-images", "--threads", "--warmup", "--weight-decay", "--workers", "--config",
 }  # fmt: skip
 COMPRESS = TRAINING | {
@@ -51,7 +53,7 @@ COMPRESS = TRAINING | {
     "--feature-args", "--loss-warmup", "--first-epochs",
 }  # fmt: skip
 FLAGS = {
-    "train": TRAINING | {"--label-smoothing", "--model", "--pretrained", "--weights", "--weights-key"},
+    "train": TRAINING | {"--layer-decay", "--model", "--pretrained", "--weights", "--weights-key"},
     "compress": COMPRESS,
     "compare": COMPRESS | {
         "--paths", "--logit-losses", "--feature-losses", "--seeds", "--lrs", "--controls", "--jobs",

@@ -280,6 +280,22 @@ def test_a_control_of_equal_compute_costs_what_the_run_costs():
     assert control > 5
 
 
+@pytest.mark.parametrize("path", ["amd", "single-step", "mmd"])
+def test_evaluations_in_between_are_counted_and_the_control_pays_for_its_own(path):
+    """10 images every half epoch, of every model that is trained alone."""
+    plain, found = (
+        costs(num_train=100, num_selection=10, path=path, **more) for more in ({}, {"keep_best": 0.5})
+    )
+    assert found.single_step(3) == pytest.approx(plain.single_step(3) + 6 * 10 * 0.1)
+    assert found.joint(3) == plain.joint(3)
+    bill, extra = bill_of(found), sum(bill_of(found).values()) - sum(bill_of(plain).values())
+    # mmd trains eight candidates, and a student below each.
+    models = {"amd": 0.1, "single-step": 0.1, "mmd": sum(SCALES[1:]) + 8 * 0.1}[path]
+    assert extra == pytest.approx(2 * 10 * models)
+    epochs = found.equal_compute_epochs(bill)
+    assert found.single_step(epochs) == pytest.approx(sum(bill.values()) - bill["score"])
+
+
 @pytest.mark.parametrize("name", ["states", "ab", "ft", "sskd"])
 @pytest.mark.parametrize("first_epochs", [None, 1.5])
 @pytest.mark.parametrize("path", ["amd", "mmd", "takd", "single-step"])

@@ -16,7 +16,9 @@ from stepwell.errors import ConfigError
 from stepwell.losses.choose import memory_bytes
 from stepwell.losses.crd import CRD
 from stepwell.measure.estimate import Losses, memory_and_disk
+from stepwell.measure.size import num_params
 from stepwell.paths import path_of
+from tiny import SPEC, tiny_vit
 
 
 def devices_of(config: CompressConfig) -> set[str]:
@@ -79,6 +81,15 @@ def test_memory_knows_the_banks_of_crd():
     # One for each teacher of the last step, of which one is left out.
     chain = more(path="dgkd", assistants=(0.6, 0.3))
     assert chain == (3 * banks + 2 * (banks + scores), 2 * 3 * banks)
+
+
+def test_an_average_is_one_more_copy_of_the_store():
+    model, spec = tiny_vit(), SPEC
+    ours, theirs = (
+        memory_and_disk(CompressConfig(ema=ema), model, [model], spec, 500, Losses()) for ema in (0.999, 0.0)
+    )
+    store = 4 * num_params(model)
+    assert (ours[0] - theirs[0], ours[1] - theirs[1]) == (store, 2 * store)  # in two checkpoints
 
 
 @pytest.mark.parametrize(

@@ -95,10 +95,12 @@ def test_a_pretraining_of_the_teachers_side_is_one_for_all(tmp_path, name):
         torch.testing.assert_close(joint_gradients[key], gradient)
 
 
+@pytest.mark.parametrize("keep_best", [None, 1.0])
 @pytest.mark.parametrize("taught", [True, False])
-def test_minutes_are_kept_whichever_candidates_the_timed_steps_draw(tmp_path, monkeypatch, taught):
-    """By a clock on which a step takes as long as it has operations."""
+def test_minutes_are_kept_whichever_candidates_the_timed_steps_draw(tmp_path, monkeypatch, taught, keep_best):
+    """By a clock on which a step takes as long as it has operations, of an image of its batch of 4."""
     weights = {} if taught else {"logit_weight": 0, "feature_weight": 0}
+    weights["keep_best"] = keep_best
     s, ladder = run_and_ladder(tmp_path, minutes=10, sampling="sandwich", num_random=1, seed=3, **weights)
     teacher, seconds = float(taught), {}
 
@@ -116,7 +118,8 @@ def test_minutes_are_kept_whichever_candidates_the_timed_steps_draw(tmp_path, mo
     epochs = plan.plan_with_joint(s, ladder, amd.bill)
     usual = teacher + 3 * (0.2 + 0.6)
     steps = s.train.steps_per_epoch
+    distill = steps * seconds["distill"]
+    if keep_best:
+        distill += len(s.data.selection) * 0.2 / 4
     share = s.config.minutes_of_path / 10
-    assert epochs.joint * steps * usual + epochs.distill * steps * seconds["distill"] == pytest.approx(
-        600 * share
-    )
+    assert epochs.joint * steps * usual + epochs.distill * distill == pytest.approx(600 * share)

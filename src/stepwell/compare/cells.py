@@ -128,10 +128,12 @@ class Cell:
                 f"{self.file} is damaged, or of another version of stepwell; remove it"
             ) from None
         now = options_of(self.config)
-        for name in sorted(now.keys() | result.options.keys()):
-            if now.get(name) != result.options.get(name):
+        # An option that is newer than the cell: it was made as if it had its default.
+        before = {**options_of(CompressConfig()), **result.options}
+        for name in sorted(now.keys() | before.keys()):
+            if now.get(name) != before.get(name):
                 raise RunDirError(
-                    f"{self.file} was made with {name}: {result.options.get(name)}, now it is "
+                    f"{self.file} was made with {name}: {before.get(name)}, now it is "
                     f"{now.get(name)}; give the old value to go on, or choose another --out"
                 )
         return result

@@ -26,6 +26,7 @@ from stepwell.config.options import (
     TrainingOptions,
     Way,
 )
+from stepwell.config.recipe_options import RecipeOptions, check_recipe, check_recipe_with_losses
 
 
 # Fields come in the order of the bases from last to first: in the help, and in config.yaml.
@@ -36,6 +37,7 @@ class CompressConfig(
     LossOptions,
     GridOptions,
     ScoreOptions,
+    RecipeOptions,
     TrainingOptions,
     DataOptions,
     StudentOptions,
@@ -69,6 +71,12 @@ class CompressConfig(
         """The share of `minutes` that the path has: a control of equal compute takes the other half."""
         return self.minutes if self.minutes is None or self.control == "none" else self.minutes / 2
 
+    @model_validator(mode="after")
+    def _recipe(self) -> Self:
+        check_recipe(self, self.batch_size)
+        check_recipe_with_losses(self, self)
+        return self
+
 
 class CompareConfig(CompressConfig):
     """All options of a comparison: those of `compress`, which all its runs share, and what differs."""
@@ -95,11 +103,19 @@ class CompareConfig(CompressConfig):
     """Size of a suite: hours on two cores, on one GPU, or the published recipe."""
 
 
-class TrainConfig(TrainingOptions, DataOptions, StartOptions):
+class TrainConfig(RecipeOptions, TrainingOptions, DataOptions, StartOptions):
     """All options of fine-tuning a teacher."""
 
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Share of the target that is spread over all classes."""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Learning rate of each layer as a multiple of that of the layer after it, the classifier's being `lr`;
+    0.65 to 0.85 keep what a pre-trained transformer knows. 1 trains all layers alike."""
+
+    @model_validator(mode="after")
+    def _recipe(self) -> Self:
+        check_recipe(self, self.batch_size)
+        return self
 
 
 class DemoConfig(Options):

@@ -60,6 +60,11 @@ class LossFacts:
         return "labels" in self.given
 
     @property
+    def needs_unmixed(self) -> bool:
+        """Whether it must know which class, or which training image, an image is: a mixed one is two."""
+        return not {"labels", "indices"}.isdisjoint(self.given)
+
+    @property
     def needs_states(self) -> bool:
         """Whether it compares hidden states; the features before the classifier are there in every model."""
         return self.needs_maps or not {"states", "student_states"}.isdisjoint(self.reads)

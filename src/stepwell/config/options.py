@@ -168,6 +168,8 @@ class LossOptions(Options):
 
     task_weight: NotNegative = 1.0
     """Weight of the cross-entropy with the labels; 0 needs no labels."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the labels' target that is spread over all classes, in that cross-entropy."""
     logit_weight: NotNegative = 1.0
     """Weight of the loss on the logits; the paper's alpha."""
     feature_weight: NotNegative = 1.0

@@ -6,6 +6,10 @@
 Both keep one promise: what an image looks like in an epoch depends on (seed, training, epoch, image) and on
 nothing else - not on the batch size, the order, the number of workers or of machines - so a run that is
 resumed sees what the unbroken run would have seen, and no training of a run sees what another one saw.
+
+With `--mixup` or `--cutmix` it is then mixed with another image of its batch, which depends on (seed,
+training, epoch, step) and on the batch: not the same with another batch size, but the same again in a run
+that is resumed.
 """
 
 from __future__ import annotations
@@ -15,25 +19,31 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float32, Int64
+from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
 from stepwell.config.options import Augment, DataOptions
+from stepwell.config.recipe_options import PLAIN, RecipeOptions
 from stepwell.data.feed import Feed
 from stepwell.data.images import ImageSet
+from stepwell.data.mixing import erase, mix
 from stepwell.data.randomness import generator
 from stepwell.data.spec import InputSpec
 from stepwell.data.transforms import NUM_RANDOM, TrainTransform, augment_batch, normalise, resolve_augment
+from stepwell.errors import ConfigError
 
 OnBatch = Callable[[Tensor], None]
 """Is told the indices of the images of every batch before it is used."""
 
 
 class Batch(NamedTuple):
-    """Images ready for the model, on its device; `indices` point into the `ImageSet`."""
+    """Images ready for the model, on its device; `indices` point into the `ImageSet`.
+
+    `labels` are a class for each image, or, of mixed images, a probability for each class.
+    """
 
     images: Float32[Tensor, "batch channels height width"]
-    labels: Int64[Tensor, " batch"]
+    labels: Int64[Tensor, " batch"] | Float[Tensor, "batch classes"]
     indices: Int64[Tensor, " batch"]
 
 
@@ -47,6 +57,11 @@ class TrainBatches:
         seed: With the training's name, the epoch and the image, all that randomness depends on.
         device: Where batches go.
         on_batch: Whoever looks on.
+        recipe: What else is done to images.
+        num_classes: Classes of the labels of mixed images.
+
+    Raises:
+        ConfigError: There is no RandAugment in this kind of augmentation.
     """
 
     def __init__(
@@ -57,13 +72,21 @@ class TrainBatches:
         seed: int,
         device: torch.device,
         on_batch: OnBatch | None = None,
+        recipe: RecipeOptions = PLAIN,
+        num_classes: int = 0,
     ) -> None:
         self.spec, self.seed, self.device, self._on_batch = spec, seed, device, on_batch
+        self.recipe, self.num_classes = recipe, num_classes
         self.augment: Augment = resolve_augment(options.augment, spec)
         self.batch_size = min(options.batch_size, len(images))
         self.steps_per_epoch = len(images) // self.batch_size
         self.labels = torch.tensor(images.labels, dtype=torch.int64)
-        transform = TrainTransform(spec) if self.augment == "resized-crop" else None
+        if recipe.rand_augment and self.augment != "resized-crop":
+            raise ConfigError(
+                f"--rand-augment works on images as they are decoded, and --augment {self.augment} decodes "
+                f"them once: give --augment resized-crop, too"
+            )
+        transform = TrainTransform(spec, recipe.rand_augment) if self.augment == "resized-crop" else None
         self._feed = Feed(images, spec, options, device, transform)
 
     def blank(self, like: torch.nn.Module) -> Tensor:
@@ -85,11 +108,18 @@ class TrainBatches:
         table = torch.rand(num_images, NUM_RANDOM, generator=generator("augment", seed, epoch))
         order = torch.randperm(num_images, generator=generator("shuffle", seed, epoch))
         chunks = order.split(self.batch_size)[first_step : self.steps_per_epoch]
-        for pixels, indices in self._feed.batches(chunks, seed, epoch):
+        for step, (pixels, indices) in enumerate(self._feed.batches(chunks, seed, epoch), start=first_step):
             if self._on_batch is not None:
                 self._on_batch(indices)
             augmented = augment_batch(pixels, table[indices].to(self.device), self.augment)
-            yield _batch(augmented, self.labels, indices, self.spec)
+            batch = _batch(augmented, self.labels, indices, self.spec)
+            if self.recipe.random_erasing:
+                erase(batch.images, indices, self.recipe.random_erasing, seed, epoch)
+            if self.recipe.mixes:
+                moment = (seed, epoch, step)
+                soft = mix(batch.images, batch.labels, self.recipe, self.num_classes, moment)
+                batch = batch._replace(labels=soft)
+            yield batch
 
 
 class EvalBatches:

@@ -11,20 +11,20 @@ import numpy as np
 import torch
 
 
-def _mix(*parts: int | str) -> int:
+def seed_of(*parts: int | str) -> int:
     """One seed from several; hashed, so that seed 1 of epoch 2 has nothing to do with seed 2 of epoch 1."""
     return int.from_bytes(blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
 
 
 def generator(*parts: int | str) -> torch.Generator:
     """A generator for one purpose."""
-    return torch.Generator().manual_seed(_mix(*parts))
+    return torch.Generator().manual_seed(seed_of(*parts))
 
 
 @contextmanager
 def seeded(*parts: int | str) -> Iterator[None]:
     """Seed the three generators that transforms draw from, and put them back afterwards."""
-    seed = _mix(*parts)
+    seed = seed_of(*parts)
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(seed)
     np.random.seed(seed % 2**32)

@@ -1,14 +1,14 @@
 """What happens to pixels: one image decoded and cropped, a batch augmented and normalised.
 
 Augmentation of a batch is tensor arithmetic, driven by a table of uniform numbers that the caller draws, so
-that the same numbers always make the same image. RandAugment is left out: one of its operations fails on
-current Pillow. EXIF rotation is ignored, as timm ignores it.
+that the same numbers always make the same image. EXIF rotation is ignored, as timm ignores it.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -124,18 +124,30 @@ class _EvalTransform:
 
 
 class TrainTransform:
-    """timm's ImageNet recipe: random resized crop, flip, colour jitter."""
+    """timm's ImageNet recipe: random resized crop, flip, colour jitter or RandAugment in timm's notation."""
 
-    def __init__(self, spec: InputSpec) -> None:
+    def __init__(self, spec: InputSpec, rand_augment: str | None = None) -> None:
         self._channels = spec.channels
-        self._transform: Any = _timm_transform(spec, is_training=True)
+        self._transform: Any = _timm_transform(spec, is_training=True, rand_augment=rand_augment)
+        _keep_a_bit(self._transform)
 
     def __call__(self, image: Image.Image) -> Tensor:
         """Draw a random crop; uint8."""
         return self._transform(_with_channels(image, self._channels))
 
 
-def _timm_transform(spec: InputSpec, is_training: bool) -> object:
+def _keep_a_bit(transform: Any) -> None:  # noqa: ANN401
+    """Let no RandAugment posterize to 0 bits, as timm's does now and then: Pillow refuses to."""
+    for op in (op for part in transform.transforms for op in getattr(part, "ops", ())):
+        if op.name.startswith("Posterize"):
+            op.level_fn = partial(_at_least_one_bit, op.level_fn)
+
+
+def _at_least_one_bit(bits_of: Callable[..., tuple[int]], *level: object) -> tuple[int]:
+    return (max(1, *bits_of(*level)),)
+
+
+def _timm_transform(spec: InputSpec, is_training: bool, rand_augment: str | None = None) -> object:
     from timm.data.transforms_factory import create_transform  # late: importing timm takes seconds
 
     # normalize=False leaves uint8, a quarter of the bytes that workers send.
@@ -145,6 +157,8 @@ def _timm_transform(spec: InputSpec, is_training: bool) -> object:
         interpolation=spec.interpolation,
         crop_pct=spec.crop_pct,
         crop_mode=spec.crop_mode,
+        mean=spec.mean,  # of what is turned into the image from outside
+        auto_augment=rand_augment,
         normalize=False,
     )
 

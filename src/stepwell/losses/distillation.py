@@ -106,7 +106,7 @@ class Distillation(nn.Module):
         given = teacher._replace(logits=teacher.logits[:num_images])
         parts, total = {}, []
         if task and options.task_weight:
-            parts["task"] = loss_per_image(plain.logits, target.labels).mean()
+            parts["task"] = loss_per_image(plain.logits, target.labels, options.label_smoothing).mean()
             total.append(options.task_weight * parts["task"])
         if self.logit is not None:
             parts["logit"] = self.logit(*arguments(options.logit_facts, plain, given, target))

@@ -34,7 +34,8 @@ def _full(tensor: Tensor) -> Tensor:
 class Target(NamedTuple):
     """What is known of the images of a batch."""
 
-    labels: Int[Tensor, " batch"]
+    labels: Int[Tensor, " batch"] | Float[Tensor, "batch classes"]
+    """A class for each; or, of mixed images, a probability for each class."""
     indices: Int[Tensor, " batch"]
     """Their places among the training images."""
     progress: float

@@ -88,9 +88,15 @@ class Costs:
         """
         kept = max(1, len(teachers) - drop)
         taught_by = sum(teachers) * kept / len(teachers)
-        return self._main(epochs, taught_by, student, kept) + self._pretraining(
+        training = self._main(epochs, taught_by, student, kept) + self._pretraining(
             epochs, taught_by, student, kept
         )
+        return training + self.keeping_best(epochs, student)
+
+    def keeping_best(self, epochs: float, student: float) -> float:
+        """Evaluations in the middle of a training of `epochs`, if the best weights are to be kept."""
+        every = self.options.keep_best
+        return epochs / every * self.evaluating(student) if every else 0.0
 
     def single_step(self, epochs: float) -> float:
         """Distilling the student straight from the teacher."""

@@ -50,13 +50,15 @@ def memory_and_disk(
         num_train: Training images.
         losses: Of the path.
     """
-    store = num_params(skeletons[-1])
+    store, student = num_params(skeletons[-1]), num_params(skeletons[0])
+    averages = 1 if config.ema else 0
     banks, read = memory_bytes(config, num_train, config.batch_size)
     activations = activation_bytes(skeletons[-1], spec, config.batch_size * config.views)
-    # Of every trained parameter: weight, gradient, two moments.
-    memory = 4 * num_params(model) + 16 * store + activations + losses.kept * banks + losses.in_a_step * read
+    # Of every trained parameter: weight, gradient, two moments, the average.
+    trained = (16 + 4 * averages) * store
+    memory = 4 * num_params(model) + trained + activations + losses.kept * banks + losses.in_a_step * read
     # The store and the students, and while it trains two checkpoints: weights, two moments, memories.
-    disk = 4 * (store + 4 * num_params(skeletons[0])) + 2 * (12 * store + losses.kept * banks)
+    disk = 4 * (store + 4 * student) + 2 * ((12 + 4 * averages) * store + losses.kept * banks)
     return memory, disk
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +24,10 @@ from stepwell.run.device import autocast_of, set_up_torch
 from stepwell.run.progress import say
 from stepwell.run.run_dir import RunDir, Stage, writing
 from stepwell.setting.classes import in_order_of_model
-from stepwell.tasks.classification import evaluate, in_words, loss_per_image
+from stepwell.tasks.classification import evaluate, in_words, loss_per_image, resolve_metric
+from stepwell.training.handed_on import performance_of
 from stepwell.training.loop import Course, Trained, fit, seconds_per_step
-from stepwell.training.optimizer import no_decay_of
+from stepwell.training.optimizer import layer_scales, no_decay_of
 from stepwell.version import __version__
 
 
@@ -61,6 +63,7 @@ def train(config: TrainConfig) -> str:
     device = set_up_torch(config)
     model, keeps_head = _start(config, len(data.classes))
     model = model.to(device)
+    layer_scales(model, config.layer_decay)  # refused now, if it cannot be
     args = {"num_classes": len(data.classes), **parse_model_args(config.model_args)}
     spec = as_asked(input_spec(model, args), model, config, data.white_level)
     check_runs(model, spec, config.model, "--image-size, or --model-args img_size=")
@@ -69,13 +72,16 @@ def train(config: TrainConfig) -> str:
         data = in_order_of_model(model.eval(), spec, data, config, device)
     model.train()
     # Decoded now: a bad image is an error before the folder is made.
-    batches = TrainBatches(data.train, spec, config, config.seed, device)
+    batches = TrainBatches(
+        data.train, spec, config, config.seed, device, recipe=config, num_classes=len(data.classes)
+    )
+    selection = EvalBatches(data.selection, spec, config, device) if config.keep_best else None
     test = EvalBatches(data.test, spec, config, device)
     run = RunDir.open(config.out_dir, config)
     run.check_identity({"data": data.fingerprint})
     with run.stage("train", Trained) as stage:
         if stage.is_new:
-            trained = _fit(config, model, batches, device, stage)
+            trained = _fit(config, model, batches, selection, stage)
             # All of it: a model with BatchNorm is not whole without its statistics.
             stage.result = trained.model_copy(update={"tensors": model.state_dict()})
     model.load_state_dict(stage.result.tensors)
@@ -121,14 +127,26 @@ def _start(config: TrainConfig, num_classes: int) -> tuple[nn.Module, bool]:
 
 
 def _fit(
-    config: TrainConfig, model: nn.Module, batches: TrainBatches, device: torch.device, stage: Stage[Trained]
+    config: TrainConfig,
+    model: nn.Module,
+    batches: TrainBatches,
+    selection: EvalBatches | None,
+    stage: Stage[Trained],
 ) -> Trained:
-    step = ClassifyStep(model, config.label_smoothing, autocast_of(config, device))
+    step = ClassifyStep(model, config.label_smoothing, autocast_of(config, batches.device))
     epochs = config.epochs
     checkpoint = stage.checkpoints / "main.safetensors"
     if config.minutes is not None and not checkpoint.exists():  # which knows for how long it was begun
-        epochs = epochs_in(config.minutes, seconds_per_step(step, batches) * batches.steps_per_epoch)
+        seconds = seconds_per_step(step, batches) * batches.steps_per_epoch
+        if selection is not None and config.keep_best:
+            # Forward alone, which is a third of a step.
+            seconds *= 1 + len(selection.labels) / (3 * len(batches.labels) * config.keep_best)
+        epochs = epochs_in(config.minutes, seconds)
         say(f"train: {epochs:.1f} epochs fit into {config.minutes:g} minutes")
+    judge = None
+    if selection is not None:
+        metric = resolve_metric("auto", len(selection.labels))
+        judge = partial(performance_of, model, selection, metric)
     course = Course(
         name=stage.name,
         parameters=dict(model.named_parameters()),
@@ -136,6 +154,8 @@ def _fit(
         lr=config.lr,
         no_decay=no_decay_of(model),
         modules=[model],
+        lr_scales=layer_scales(model, config.layer_decay),
+        judge=judge,
         checkpoint=checkpoint,
     )
-    return fit(course, step, batches, config)
+    return fit(course, step, batches, config, config)

@@ -141,8 +141,9 @@ def _usual_step(s: Setting, ladder: Ladder) -> float:
 
 
 def _seconds_per_epoch(s: Setting, chain: Sequence[Rung]) -> float:
-    """Of all steps down a chain together, a pretraining of each included."""
-    seconds = 0.0
+    """Of all steps down a chain together, with a pretraining of each, and what is evaluated in between."""
+    seconds, costs = 0.0, s.costs([chain[-1].scale])
     for upper, lower in itertools.pairwise(chain):
-        seconds += seconds_per_step(distill_step(s, [upper], lower), s.train)
+        evaluated = costs.keeping_best(1, lower.scale) / costs.step_down(1, lower.scale, [upper.scale])
+        seconds += seconds_per_step(distill_step(s, [upper], lower), s.train) / (1 - evaluated)
     return seconds * s.train.steps_per_epoch * (1 + s.config.pretraining_epochs(1))

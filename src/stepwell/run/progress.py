@@ -16,6 +16,8 @@ console = Console(stderr=True, highlight=False)
 
 _SECONDS_BETWEEN_LINES = 15.0
 
+_is_shown = False  # a terminal has room for one bar
+
 Advance = Callable[[str], None]
 """Call once per finished item, with a short note such as `loss 0.123` (or nothing)."""
 
@@ -25,8 +27,20 @@ def progress(description: str, total: int) -> Iterator[Advance]:
     """Show how far a loop of `total` items is: a bar on a terminal, now and then a line in a log.
 
     A terminal shows nothing for the first half second, a log nothing for the first seconds: what is quick
-    stays quiet.
+    stays quiet, and so is a loop within another.
     """
+    global _is_shown
+    if _is_shown:
+        yield lambda _note="": None
+        return
+    _is_shown = True
+    try:
+        yield from _shown(description, total)
+    finally:
+        _is_shown = False
+
+
+def _shown(description: str, total: int) -> Iterator[Advance]:
     if console.is_terminal:
         yield from _bar(description, total)
     else:

@@ -196,6 +196,8 @@ def _check_same(before: Mapping[str, object], config: Options, path: Path) -> No
             f"{path} belongs to another command or another version of stepwell (its config.yaml has "
             f"{unknown[0]}); choose another --out"
         )
+    # An option that is newer than the run: it was made as if it had its default.
+    before = {**type(config).model_construct().model_dump(mode="json"), **before}
     for name in sorted(now.keys() | before.keys()):
         if name not in _MAY_CHANGE and not _same(before.get(name), now.get(name)):
             raise RunDirError(

@@ -132,7 +132,14 @@ class Setting:
     def train(self) -> TrainBatches:
         """Training images, augmented, in random order."""
         return TrainBatches(
-            self.data.train, self.spec, self.config, self.config.seed, self.device, self._shown("training")
+            self.data.train,
+            self.spec,
+            self.config,
+            self.config.seed,
+            self.device,
+            self._shown("training"),
+            recipe=self.config,
+            num_classes=len(self.classes),
         )
 
     @cached_property

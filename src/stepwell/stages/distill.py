@@ -19,6 +19,7 @@ from stepwell.losses.observe import Observed
 from stepwell.models.ladder import Ladder
 from stepwell.setting.rungs import Rung
 from stepwell.setting.setting import Setting
+from stepwell.training.handed_on import performance_of
 from stepwell.training.lesson import Lesson
 from stepwell.training.loop import Trained, fit
 from stepwell.training.optimizer import no_decay_of
@@ -56,10 +57,11 @@ def distill(
                 lr=s.config.distill_lr or s.config.lr,
                 no_decay=no_decay_of(student.model),
                 modules=[student.model],
+                judge=lambda: performance_of(student.model, s.selection, s.metric),
             )
             # The student learns in the last one; with some losses a pretraining comes before.
             for course in courses:
-                stage.result = fit(course, step, s.train, s.config)
+                stage.result = fit(course, step, s.train, s.config, s.config)
             state = {key: tensor.detach() for key, tensor in student.model.state_dict().items()}
             scales = [teacher.scale for teacher in teachers]
             passes = student.passes + s.costs(ladder.scales).step_down(epochs, student.scale, scales, drop)

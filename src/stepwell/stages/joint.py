@@ -45,7 +45,7 @@ def joint(s: Setting, ladder: Ladder, epochs: float) -> SharedWeights:
             )
             # The candidates learn in the last one; with some losses a pretraining comes before.
             for course in courses:
-                stage.result = fit(course, step, s.train, s.config)
+                stage.result = fit(course, step, s.train, s.config, s.config)
             recalibrate_all(shared, s.of_statistics)
             passes = s.costs(ladder.scales).joint(epochs)
             tensors = {**shared.state(), **fingerprints(shared, s.spec)}

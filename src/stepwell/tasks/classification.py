@@ -38,13 +38,15 @@ Forward = Callable[[Tensor], Tensor]
 
 
 def loss_per_image(
-    logits: Float[Tensor, "batch classes"], labels: Int[Tensor, " batch"], label_smoothing: float = 0.0
+    logits: Float[Tensor, "batch classes"],
+    labels: Int[Tensor, " batch"] | Float[Tensor, "batch classes"],
+    label_smoothing: float = 0.0,
 ) -> Float[Tensor, " batch"]:
     """Cross-entropy of each image, in fp32.
 
     Args:
         logits: What the model returns.
-        labels: The true classes.
+        labels: The true classes; or, of mixed images, a probability for each class.
         label_smoothing: Share of the target that is spread over all classes, in [0, 1).
     """
     return F.cross_entropy(logits.float(), labels, reduction="none", label_smoothing=label_smoothing)

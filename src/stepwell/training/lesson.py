@@ -21,6 +21,7 @@ from stepwell.losses.distillation import Distillation, loss_parameters
 from stepwell.losses.observe import Observed
 from stepwell.losses.output import Output, Target
 from stepwell.run.run_dir import Stage
+from stepwell.training.handed_on import Judge
 from stepwell.training.loop import Course
 
 
@@ -72,6 +73,7 @@ class Lesson:
         lr: float,
         no_decay: frozenset[str],
         modules: Sequence[nn.Module],
+        judge: Judge | None = None,
     ) -> Iterator[Course]:
         """The trainings of a stage: the student's, and with some losses a pretraining before it.
 
@@ -84,7 +86,8 @@ class Lesson:
             epochs: Passes over the images of the student's training.
             lr: Peak learning rate of both.
             no_decay: Names of the student's parameters without weight decay.
-            modules: All that changes while training besides parameters; the losses are added.
+            modules: The models that are trained; the losses are their aids.
+            judge: How good the student is.
         """
         main = stage.checkpoints / "main.safetensors"
         undecayed = {f"losses.{i}.{n}" for i, loss in enumerate(self.losses) for n in loss.no_weight_decay()}
@@ -101,6 +104,8 @@ class Lesson:
                 epochs=epochs if is_main else options.pretraining_epochs(epochs),
                 lr=lr,
                 no_decay=no_decay | undecayed,
-                modules=[*modules, *self.losses],
+                modules=modules,
+                aids=self.losses,
+                judge=judge if is_main else None,
                 checkpoint=main if is_main else stage.checkpoints / f"{phase}.safetensors",
             )

@@ -1,7 +1,7 @@
 """The one training loop: every stage that trains passes its own step function and uses this.
 
 for each batch:   losses = step(batch)      # forward and backward; gradients are left in the parameters
-                  clip, optimizer.step(), next learning rate
+                  clip, optimizer.step(), next learning rate: after every batch, or every N of them
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -19,20 +19,23 @@ import torch
 from torch import Tensor, nn
 
 from stepwell.config.options import TrainingOptions
+from stepwell.config.recipe_options import PLAIN, RecipeOptions
 from stepwell.data.batches import Batch, TrainBatches
 from stepwell.errors import DivergedError
 from stepwell.run.checkpoint import Checkpoint
 from stepwell.run.progress import progress, say
 from stepwell.run.run_dir import StageResult
+from stepwell.training.handed_on import HandedOn, Judge
 from stepwell.training.optimizer import make_optimizer, make_scheduler
 
 Step = Callable[[Batch, int, float], Mapping[str, Tensor]]
-"""Given a batch, the number of the step and the share of the training behind it: leaves gradients in the
-parameters, returns detached losses, `loss` among them."""
+"""Given a batch, the number of the step and the share of the training behind it: adds gradients to those in
+the parameters, returns detached losses, `loss` among them."""
 
 
 TIMED_STEPS = range(1, 6)
 """Which steps say how long one takes; the first of all is slower."""
+_FEW_MOVES = 10  # that a training is hardly one
 _CHECK_EVERY = 10  # steps; reading a loss waits for the device, so not every step is looked at
 
 
@@ -58,7 +61,11 @@ class Course:
         epochs: Passes over the images; a fraction ends within an epoch.
         lr: Peak learning rate.
         no_decay: Names of parameters without weight decay, besides those of one dimension.
-        modules: All that changes while training besides the parameters: statistics, memories of losses.
+        modules: The models that are trained; what changes in them besides parameters is handed on, too:
+            statistics.
+        aids: What changes while training and is then thrown away: losses with parameters and memories.
+        lr_scales: Learning rates of parameters as a multiple of `lr`, by name, where not 1.
+        judge: How good the models are now; asked if the best weights are to be kept.
         checkpoint: The file that keeps the state of this training. If it is there, the training resumes from
             it, for as many steps as it was begun with.
     """
@@ -69,22 +76,41 @@ class Course:
     lr: float
     no_decay: frozenset[str] = frozenset()
     modules: Sequence[nn.Module] = ()
+    aids: Sequence[nn.Module] = ()
+    lr_scales: Mapping[str, float] = field(default_factory=dict)
+    judge: Judge | None = None
     checkpoint: Path | None = None
 
+    @property
+    def handed_on(self) -> dict[str, nn.Parameter]:
+        """The parameters that are not those of aids."""
+        thrown_away = {id(parameter) for aid in self.aids for parameter in aid.parameters()}
+        return {name: p for name, p in self.parameters.items() if id(p) not in thrown_away}
 
-def fit(course: Course, step: Step, batches: TrainBatches, options: TrainingOptions) -> Trained:
+
+def fit(
+    course: Course,
+    step: Step,
+    batches: TrainBatches,
+    options: TrainingOptions,
+    recipe: RecipeOptions = PLAIN,
+) -> Trained:
     """Train for `course.epochs` passes over `batches`.
 
-    A parameter without a gradient in some step is left alone in it: AdamW neither decays nor moves it.
+    A step is a batch. The optimizer moves once for every `recipe.accumulate` of them, by their mean gradient;
+    schedule, clipping and average go by its moves. A parameter without a gradient in a move is left alone in
+    it: AdamW neither decays nor moves it.
 
     Args:
         course: What is trained.
         step: See `Step`; called with the step's number, from which it takes anything random.
         batches: The training images.
         options: Optimizer, schedule and clipping.
+        recipe: How many batches make a move, and which weights are handed on.
 
     Returns:
-        The course of the training, with the trained parameters (not copies) as `tensors`.
+        The course of the training, with the trained parameters (not copies) as `tensors`: the last ones,
+        their average or the best, which are then in the models.
 
     Raises:
         DivergedError: A loss is NaN or infinite.
@@ -93,31 +119,45 @@ def fit(course: Course, step: Step, batches: TrainBatches, options: TrainingOpti
     parameters, num_steps = course.parameters, max(1, round(course.epochs * batches.steps_per_epoch))
     # What draws numbers (dropout) draws the same ones whichever stages this process has been through.
     torch.manual_seed(crc32(f"{batches.seed}:{course.name}".encode()))
-    optimizer = make_optimizer(parameters, course.lr, options, course.no_decay)
+    optimizer = make_optimizer(parameters, course.lr, options, course.no_decay, course.lr_scales)
     log = _Log(course.name, num_steps, course.lr)
-    keep = Checkpoint(course.checkpoint, parameters, course.modules) if course.checkpoint else None
+    handed_on = HandedOn(course.handed_on, course.modules, recipe, batches.steps_per_epoch, course.judge)
+    changing = [*course.modules, *course.aids, *handed_on.modules]
+    keep = Checkpoint(course.checkpoint, parameters, changing) if course.checkpoint else None
     done = 0
     if keep and (saved := keep.restore(optimizer)):
         done, num_steps = log.restore(*saved)
         say(f"{course.name}: resumes after step {done} of {num_steps}")
-    scheduler = make_scheduler(optimizer, num_steps, options)
+    num_moves = math.ceil(num_steps / recipe.accumulate)
+    if num_moves < _FEW_MOVES and recipe.accumulate > 1 and not done:
+        say(f"warning: {course.name}: --accumulate {recipe.accumulate} leaves {num_moves} moves in all")
+    scheduler = make_scheduler(optimizer, num_moves, options)
     start = time.monotonic()
     with progress(course.name, num_steps - done) as advance:
         coming = itertools.islice(_endless(batches, done, course.name), num_steps - done)
         for number, batch in enumerate(coming, start=done):
-            scheduler.step_update(number)
-            optimizer.zero_grad(set_to_none=True)
+            move, place = divmod(number, recipe.accumulate)
+            is_last = number + 1 == num_steps
+            if place == 0:
+                scheduler.step_update(move)
+                optimizer.zero_grad(set_to_none=True)
             log.add(step(batch, number, number / num_steps))
-            if options.clip_norm:
-                nn.utils.clip_grad_norm_(parameters.values(), options.clip_norm)
-            if (number + 1) % _CHECK_EVERY == 0 or number + 1 == num_steps:
-                log.close_stretch(number + 1, optimizer.param_groups[0]["lr"])
-            optimizer.step()
+            moves = place + 1 == recipe.accumulate or is_last
+            if moves:
+                _divide_gradients(parameters.values(), place + 1)
+                if options.clip_norm:
+                    nn.utils.clip_grad_norm_(parameters.values(), options.clip_norm)
+            if (number + 1) % _CHECK_EVERY == 0 or is_last:
+                log.close_stretch(number + 1, _base_lr(optimizer))
+            if moves:
+                optimizer.step()
+                handed_on.after_update(move, range(number - place, number + 1), is_last)
             advance(log.note)
-            if keep:
+            if keep and moves:  # between two moves there are gradients, which are not kept
                 keep.save_if_due(optimizer, *log.state(number + 1))
     seconds = keep.seconds if keep else time.monotonic() - start
     log.check_weights(parameters)
+    handed_on.hand_over(course.name)
     return Trained(
         step=log.steps,
         losses=log.losses,
@@ -127,6 +167,19 @@ def fit(course: Course, step: Step, batches: TrainBatches, options: TrainingOpti
         images_per_second=num_steps * batches.batch_size / max(seconds, 1e-9),
         tensors={name: parameter.detach() for name, parameter in parameters.items()},
     )
+
+
+def _divide_gradients(parameters: Iterable[nn.Parameter], num_batches: int) -> None:
+    """From the sum over batches to the mean."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if num_batches > 1 and gradients:
+        torch._foreach_div_(gradients, num_batches)
+
+
+def _base_lr(optimizer: torch.optim.Optimizer) -> float:
+    """The learning rate of a parameter without a scale of its own."""
+    group = optimizer.param_groups[0]
+    return group["lr"] / group["lr_scale"]
 
 
 def _endless(batches: TrainBatches, done: int = 0, training: str = "") -> Iterator[Batch]:

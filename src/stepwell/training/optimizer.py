@@ -8,12 +8,14 @@ from collections.abc import Iterable, Mapping
 from typing import cast
 
 import torch
+from timm.optim import param_groups_layer_decay
 from timm.scheduler.cosine_lr import CosineLRScheduler
 from timm.scheduler.poly_lr import PolyLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
 from stepwell.config.options import TrainingOptions
+from stepwell.errors import ConfigError
 
 POSITIONS = re.compile(
     r"(^|[._])(rel(ative)?_pos|abs(olute)?_pos|pos(ition(al)?)?_?(emb|enc|bias|table))"
@@ -41,20 +43,54 @@ def _is_plain(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim <= 1 or is_beside or POSITIONS.search(name) is not None
 
 
+def layer_scales(model: nn.Module, decay: float) -> dict[str, float]:
+    """Learning rate of each parameter as a multiple of that of the last layer's: decay^(layers after it).
+
+    Bao et al., BEiT, ICLR 2022 (and Clark et al., ELECTRA, ICLR 2020); timm knows the layers of its models.
+
+    Args:
+        model: The model that is trained.
+        decay: In (0, 1]; 1 gives no scales.
+
+    Raises:
+        ConfigError: The model does not say what its layers are.
+    """
+    if decay == 1:
+        return {}
+    name = type(model).__name__
+    if not hasattr(model, "group_matcher"):
+        raise ConfigError(
+            f"--layer-decay {decay:g}: this {name} does not say in which order its layers follow each other "
+            f"(timm's group_matcher); leave it out"
+        )
+    groups = param_groups_layer_decay(model, layer_decay=decay)
+    scales = {id(parameter): group["lr_scale"] for group in groups for parameter in group["params"]}
+    if len(set(scales.values())) == 1:
+        raise ConfigError(f"--layer-decay {decay:g}: this {name} is a single layer to timm; leave it out")
+    return {name: scales[id(parameter)] for name, parameter in model.named_parameters()}
+
+
 def make_optimizer(
-    parameters: Mapping[str, nn.Parameter], lr: float, options: TrainingOptions, no_decay: frozenset[str]
+    parameters: Mapping[str, nn.Parameter],
+    lr: float,
+    options: TrainingOptions,
+    no_decay: frozenset[str],
+    lr_scales: Mapping[str, float] | None = None,
 ) -> torch.optim.Optimizer:
     """An optimizer that decays weight matrices only: no norms, biases, or names in `no_decay`.
 
     An increment of the shared store (`blocks.0.mlp.fc1.weight+3`) is treated as the parameter it belongs to.
+    The schedulers of timm multiply the learning rate of a group by its `lr_scale`.
     """
-    decayed, plain = [], []
+    found: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
         base = name.split("+")[0]
         is_vector = parameter.ndim <= 1 or base.endswith(".bias") or base in no_decay
-        (plain if is_vector else decayed).append(parameter)
-    both = [{"params": decayed, "weight_decay": options.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    groups = [group for group in both if group["params"]]
+        found.setdefault((is_vector, (lr_scales or {}).get(name, 1.0)), []).append(parameter)
+    groups = [
+        {"params": found[key], "weight_decay": 0.0 if key[0] else options.weight_decay, "lr_scale": key[1]}
+        for key in sorted(found)  # the same order in a training that resumes, by which the state is kept
+    ]
     match options.optimizer:
         case "adamw":
             return torch.optim.AdamW(groups, lr=lr, fused=True)
