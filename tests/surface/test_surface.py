@@ -50,7 +50,7 @@ COMPRESS = TRAINING | {
     "--student", "--student-args", "--student-init", "--student-pretrained", "--student-weights",
     "--student-weights-key", "--weights-key",
     "--path", "--assistants", "--num-assistants", "--drop", "--logit-loss", "--feature-loss", "--logit-args",
-    "--feature-args", "--loss-warmup", "--first-epochs",
+    "--feature-args", "--loss-warmup", "--first-epochs", "--budget-epochs", "--joint-share",
 }  # fmt: skip
 FLAGS = {
     "train": TRAINING | {"--layer-decay", "--model", "--pretrained", "--weights", "--weights-key"},

@@ -100,7 +100,9 @@ def run_arms(arms: Sequence[Arm], config: CompareConfig, out: Path) -> list[Row]
     searched_with, *others = config.seeds
     searched = _search(arms, config, out, searched_with, "search" if len(config.lrs) > 1 else "first seed")
     controls: dict[str, Arm] = {}
-    if config.controls:
+    # Within a budget all paths cost the same, and the single step among them is everyone's control.
+    has_own_control = config.budget is not None and any(arm.is_single_step for arm in arms)
+    if config.controls and not has_own_control:
         for arm in arms:
             if not arm.is_single_step:
                 epochs = searched[arm.name].epochs_of_equal_compute

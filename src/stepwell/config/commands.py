@@ -10,7 +10,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from stepwell.config.base import Count, Fraction, Positive, Seed
+from stepwell.config.base import Count, Fraction, Positive, Seed, flag_of
 from stepwell.config.model_options import StartOptions, StudentOptions
 from stepwell.config.options import (
     DataOptions,
@@ -27,6 +27,13 @@ from stepwell.config.options import (
     Way,
 )
 from stepwell.config.recipe_options import RecipeOptions, check_recipe, check_recipe_with_losses
+
+
+LENGTHS = ("epochs", "minutes", "budget_epochs")
+"""What says how long a run is: at most one of them is given."""
+DEFAULT_BUDGET = 60.0
+DEFAULT_EPOCHS = 30.0
+"""Of `train`, where no length is given."""
 
 
 # Fields come in the order of the bases from last to first: in the help, and in config.yaml.
@@ -52,18 +59,23 @@ class CompressConfig(
     run, and hand out the one that does better on the selection images."""
     latency_threads: Count = 1
     """Threads of onnxruntime when latency is measured."""
-    preset: Literal["default", "paper"] = "default"
-    """`paper`: Algorithm 1 as printed (all candidates in every step, raw feature distances, NPSD)."""
+    preset: Literal["default", "quick", "long", "paper"] = "default"
+    """`quick` and `long`: a fourth and four times of the usual budget. `paper`: Algorithm 1 as printed (all
+    candidates in every step, as many epochs together as in the last step, raw feature distances, NPSD)."""
 
     @property
-    def has_budget(self) -> bool:
-        """Whether epochs follow from a cost or a time for the whole path."""
-        return self.minutes is not None or self.budget_epochs is not None
+    def budget(self) -> float | None:
+        """Cost of the path in epochs of a single step; None where epochs or minutes say how long it is."""
+        if self.epochs is None and self.minutes is None:
+            return self.budget_epochs or DEFAULT_BUDGET
+        return None
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
-        if self.minutes is not None and self.budget_epochs is not None:
-            raise ValueError("--minutes and --budget-epochs are each a length of the run: give one of them")
+        given = [name for name in LENGTHS if getattr(self, name) is not None]
+        if len(given) > 1:
+            flags = " and ".join(flag_of(name) for name in given)
+            raise ValueError(f"{flags} each say how long the run is: give one of them")
         return self
 
     @property

@@ -10,14 +10,17 @@ import yaml
 from pydantic import ValidationError
 
 from stepwell.config.base import FLAGS
+from stepwell.config.commands import LENGTHS
 from stepwell.config.loss_facts import feature_facts, logit_facts
 from stepwell.config.options import Options
 from stepwell.errors import ConfigError, did_you_mean
 
 PRESETS: dict[str, dict[str, object]] = {
     "default": {},
+    "quick": {"budget_epochs": 15.0},
+    "long": {"budget_epochs": 240.0},
     # What Algorithm 1 of the supplementary prints, with our readings where it is silent (docs/method.md).
-    "paper": {"sampling": "all", "feature_scale": "raw", "lr": 3e-3, "rule": "npsd"},
+    "paper": {"sampling": "all", "feature_scale": "raw", "lr": 3e-3, "rule": "npsd", "epochs": 30.0},
 }
 
 ConfigT = TypeVar("ConfigT", bound=Options)
@@ -45,7 +48,9 @@ def make_config(kind: type[ConfigT], values: Mapping[str, object]) -> ConfigT:
 
 def implied(values: Mapping[str, object]) -> dict[str, object]:
     """What the preset and the losses among `values` set, where `values` do not."""
-    preset = PRESETS.get(str(values.get("preset", "default")), {})
+    preset = dict(PRESETS.get(str(values.get("preset", "default")), {}))
+    if any(values.get(name) is not None for name in LENGTHS):
+        preset = {name: value for name, value in preset.items() if name not in LENGTHS}
     named = {**preset, **values}
     losses = logit_facts(str(named.get("logit_loss", ""))), feature_facts(str(named.get("feature_loss", "")))
     return {**preset, **losses[0].implied, **losses[1].implied}

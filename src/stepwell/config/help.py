@@ -9,8 +9,13 @@ Groups = Mapping[str, tuple[tuple[str, str], ...]]
 
 _IMAGES = ("--data DIR", "train/CLASS/* with val/ or test/, or a folder of classes")
 _LENGTH = (
-    ("--epochs N", "passes over the images, of each training (30)"),
+    ("--epochs N", "passes over the images (30)"),
     ("--minutes M", "or: all training within this time"),
+)
+_BUDGET = (
+    ("--budget-epochs N", "cost of it all, in epochs of plain distillation (60)"),
+    ("--minutes M", "or: all training within this time"),
+    ("--epochs N", "or: so many epochs for every training"),
 )
 _MACHINE = (
     ("--device NAME", "cpu, cuda, mps, ...; by default the GPU if there is one"),
@@ -29,7 +34,7 @@ _COMPRESS: Groups = {
         ("--control NAME", "equal_compute: also without an assistant; the better is kept"),
         ("--student MODEL", "a student of another architecture"),
         ("--path NAME", "another way down than amd, such as single-step or takd"),
-        *_LENGTH,
+        *_BUDGET,
     ),
     "on what": _MACHINE,
 }
@@ -66,7 +71,7 @@ MAIN_OPTIONS: Mapping[str, Groups] = {
             ("--seeds N ...", "every row runs once with each (0 1 2)"),
             ("--lrs RATE ...", "rates that every row tries, with one seed"),
             ("--keep SHARE", "of the units that students keep (0.1)"),
-            ("--epochs N", "passes over the images, of each training (30)"),
+            ("--budget-epochs N", "cost of each, in epochs of plain distillation (60)"),
             ("--jobs N", "runs side by side (1)"),
         ),
         "on what": _MACHINE,

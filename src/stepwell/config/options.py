@@ -26,7 +26,7 @@ from stepwell.errors import did_you_mean
 
 Augment = Literal["auto", "none", "affine", "crop", "resized-crop"]
 Schedule = Literal["cosine", "linear", "cosine-restarts"]
-Rule = Literal["performance", "npsd", "npsd-chord-teacher", "npsd-chord-student", "lambda"]
+Rule = Literal["performance", "npsd", "npsd-chord-teacher", "npsd-chord-student", "lambda", "thrift", "nearest-2.5"]
 MetricOption = Literal["auto", "top1", "likelihood"]
 Way = Literal["amd", "amd-manual", "single-step", "takd", "dgkd", "mmd", "mmd-os"]
 
@@ -87,7 +87,7 @@ class DataOptions(Options):
 class TrainingOptions(Options):
     """How every training stage runs."""
 
-    epochs: Positive = 30.0
+    epochs: Positive | None = None
     """Passes over the training images, of each training stage; need not be whole."""
     minutes: Positive | None = None
     """Wall-clock budget of all training together; sets the epochs by timing a few steps first."""
@@ -251,7 +251,7 @@ class JointOptions(Options):
     """Random candidates per step besides the smallest, with sandwich sampling."""
     joint_epochs: Positive | None = None
     """Epochs of the joint stage; by default `epochs`, or what `joint_share` of a budget allows."""
-    joint_share: Fraction = 0.25
+    joint_share: Fraction = 0.5
     """Share of the path's cost or time that the joint stage takes of `--budget-epochs` or `--minutes`."""
     joint_lr: Positive | None = None
     """Peak learning rate of the joint stage; `lr` if not given."""
@@ -260,10 +260,11 @@ class JointOptions(Options):
 class SelectOptions(Options):
     """How the assistant is chosen."""
 
-    rule: Rule = "performance"
+    rule: Rule = "thrift"
     """performance: the candidate that performs best; npsd: just before the steepest fall (our reading of
-    AMD's NPSD); npsd-chord-*: minus the slope to teacher or student; lambda: MiniDisc's P + 0.2 (1 - S).
-    Every run computes all."""
+    AMD's NPSD); npsd-chord-*: minus the slope to teacher or student; lambda: MiniDisc's P + 0.2 (1 - S);
+    thrift: P + 0.5 (1 - S), since a smaller assistant leaves more of a budget for the student; nearest-2.5:
+    nearest to 2.5 times the student. Every run computes all."""
     metric: MetricOption = "auto"
     """Performance P of a candidate on the selection images: `top1` / 100, or `likelihood` (geometric mean of
     the probability given to the true class); `auto` is likelihood below 2,000 images, where top1 is noise."""
@@ -275,8 +276,9 @@ class PathOptions(Options):
     """Which way down from teacher to student."""
 
     budget_epochs: Positive | None = None
-    """Cost of the whole path: that of distilling straight from the teacher for so many epochs. Sets the
-    epochs of every training; what a small assistant saves goes into the last step."""
+    """Cost of the whole path: that of distilling straight from the teacher for so many epochs; 60 if
+    neither this nor epochs nor minutes are given. Sets the epochs of every training; what a small assistant
+    saves goes into the last step."""
     path: Way = "amd"
     """amd: candidates trained together, one chosen as the assistant. amd-manual: the same, but a student via
     every candidate. single-step: no assistant. takd: the assistants given, one after another. dgkd:

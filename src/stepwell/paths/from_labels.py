@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from stepwell.config.commands import TrainConfig
+from stepwell.config.commands import DEFAULT_EPOCHS, TrainConfig
 from stepwell.data.batches import Batch, EvalBatches, TrainBatches
 from stepwell.data.splits import resolve_data
 from stepwell.errors import ConfigError
@@ -134,7 +134,7 @@ def _fit(
     stage: Stage[Trained],
 ) -> Trained:
     step = ClassifyStep(model, config.label_smoothing, autocast_of(config, batches.device))
-    epochs = config.epochs
+    epochs = config.epochs or DEFAULT_EPOCHS
     checkpoint = stage.checkpoints / "main.safetensors"
     if config.minutes is not None and not checkpoint.exists():  # which knows for how long it was begun
         seconds = seconds_per_step(step, batches) * batches.steps_per_epoch

@@ -50,16 +50,17 @@ def expected_epochs(s: Setting, ladder: Ladder, bill: Bill) -> Epochs:
 
 
 def epochs_of(costs: Costs, bill: Bill, config: CompressConfig) -> Epochs:
-    """The epochs that were asked for, or those whose cost is `--budget-epochs`."""
-    if config.budget_epochs is None:
+    """The epochs that were asked for, or those whose cost is the budget."""
+    if config.epochs is not None:
         return Epochs(joint=config.joint_epochs or config.epochs, distill=config.epochs)
+    assert config.budget is not None, "minutes are planned with a clock"
 
     def cost(joint: float, distill: float) -> float:
         """Of all but the scores, which a single step needs too."""
         passes = bill(costs, Epochs(joint=joint, distill=distill), config)
         return sum(passes.values()) - passes["score"]
 
-    budget = costs.single_step(config.budget_epochs)
+    budget = costs.single_step(config.budget)
     if cost(1, 1) == cost(2, 1):  # the path has no joint training
         epochs = epochs_for(budget, lambda epochs: cost(1, epochs))
         return Epochs(joint=epochs, distill=epochs)
@@ -101,7 +102,7 @@ def plan_steps(s: Setting, ladder: Ladder, epochs: Epochs, chain: Sequence[Rung]
         epochs: What was planned before the assistant was known.
         chain: From the assistant down to the student, none of them trained since the joint training.
     """
-    if not s.config.has_budget:
+    if s.config.epochs is not None:
         return epochs
     with s.run.stage("plan steps", Epochs) as stage:
         if stage.is_new:
@@ -119,9 +120,9 @@ def _in_time(s: Setting, chain: Sequence[Rung]) -> float:
 
 
 def _for_the_rest(s: Setting, ladder: Ladder, chain: Sequence[Rung]) -> float:
-    assert s.config.budget_epochs is not None
+    assert s.config.budget is not None
     costs, spent = s.costs(ladder.scales), bill_of(s.run)
-    budget = costs.single_step(s.config.budget_epochs)
+    budget = costs.single_step(s.config.budget)
     left = budget - sum(passes for stage, passes in spent.items() if stage != "score")
 
     def cost(epochs: float) -> float:

@@ -15,6 +15,8 @@ RULES = {
     "npsd-chord-teacher": "Minus the slope of the straight line from the candidate up to the teacher.",
     "npsd-chord-student": "Minus the slope of the straight line from the student's rung up to the candidate.",
     "lambda": "Performance plus a reward for being small, P + 0.2 (1 − S): the rule of MiniDisc.",
+    "thrift": "The same with a reward of 0.5: what a small assistant saves trains the student longer.",
+    "nearest-2.5": "Nearest to 2.5 times the student's operations: the law of capacity gap.",
 }
 """What each selection rule looks at; the largest value wins."""
 STAGES = {

@@ -27,6 +27,11 @@ from stepwell.setting.setting import Setting
 from stepwell.tasks.classification import Metric, evaluate, performance
 
 LAMBDA = 0.2  # MiniDisc's published setting
+THRIFT = 0.5
+"""What the whole of the teacher's operations is worth in performance (docs/experiments.md): a smaller
+assistant leaves more of a budget for the student."""
+CAPACITY_GAP = 2.5
+"""How many times the student's size the best teacher has (Zhang et al., ACL 2025)."""
 
 
 def select(s: Setting, ladder: Ladder, models: Iterable[nn.Module]) -> Choice:
@@ -178,6 +183,8 @@ def rule_values(candidates: Sequence[Point], teacher: Point, rule: Rule) -> list
             `npsd-chord-teacher`: -(P_T - P_i) / (1 - S_i), minus the slope of the chord to the teacher.
             `npsd-chord-student`: -(P_i - P_S) / (S_i - S_S), minus the slope of the chord to the student.
             `lambda`: P_i + 0.2 (1 - S_i), MiniDisc's trade-off.
+            `thrift`: P_i + 0.5 (1 - S_i), the same at the price that a budget puts on an assistant.
+            `nearest-2.5`: -|S_i / S_S - 2.5|, the "law of capacity gap": 2.5 times the student's size.
     """
     student = candidates[0]
     values: list[float | None] = [None]  # the student's scale is no assistant, only the last lower neighbour
@@ -197,6 +204,10 @@ def rule_values(candidates: Sequence[Point], teacher: Point, rule: Rule) -> list
                 values.append(_negative(_slope(student, point)))
             case "lambda":
                 values.append(point.performance + LAMBDA * (1 - point.scale))
+            case "thrift":
+                values.append(point.performance + THRIFT * (1 - point.scale))
+            case "nearest-2.5":
+                values.append(-abs(point.scale / student.scale - CAPACITY_GAP))
     return values
 
 
