@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from small_world import QUICK, stepwell
+from small_world import QUICK, SMALL, stepwell
 
 import stepwell as package
 from stepwell.cli import main
@@ -154,7 +154,7 @@ def test_a_student_from_a_file(data, teacher, tmp_path, quick):
 @pytest.mark.parametrize("student", [(), OTHER])
 def test_minutes_are_planned_by_the_steps_that_will_run(data, teacher, tmp_path, quick, student):
     """Also where the hidden states alone teach."""
-    words = ("--teacher", teacher, "--data", data, "--out", tmp_path / "run", *QUICK, *student)
+    words = ("--teacher", teacher, "--data", data, "--out", tmp_path / "run", *SMALL, *student)
     stepwell("compress", *words, "--task-weight", 0, "--logit-weight", 0, "--minutes", "0.01")
     losses = json.loads((tmp_path / "run" / "result.json").read_text())["histories"]["distill"]["losses"]
     assert losses.keys() == {"loss", "feature"}

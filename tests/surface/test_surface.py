@@ -22,6 +22,7 @@ from packaging.version import Version
 import stepwell
 from stepwell import cli
 from stepwell.config.base import flag_of
+from stepwell.config.commands import DEFAULT_BUDGET, DEFAULT_EPOCHS
 from stepwell.config.help import MAIN_OPTIONS
 from stepwell.measure.budget import DEFAULT_KEEP
 
@@ -119,7 +120,9 @@ def test_defaults_are_what_the_first_screen_says(command: str) -> None:
         if said := re.search(r"\(([^()]+)\)$", text):
             name = fields[flag.split()[0]]
             default = kind.model_fields[name].get_default()
-            default = {"keep_ratio": DEFAULT_KEEP}.get(name, default)  # where no other budget is given
+            # Where no other budget, or no other length, is given.
+            instead = {"keep_ratio": DEFAULT_KEEP, "budget_epochs": DEFAULT_BUDGET, "epochs": DEFAULT_EPOCHS}
+            default = instead.get(name, default)
             values = default if isinstance(default, tuple) else (default,)
             assert said[1] == " ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in values), flag
             compared += 1

@@ -26,7 +26,9 @@ from stepwell.errors import did_you_mean
 
 Augment = Literal["auto", "none", "affine", "crop", "resized-crop"]
 Schedule = Literal["cosine", "linear", "cosine-restarts"]
-Rule = Literal["performance", "npsd", "npsd-chord-teacher", "npsd-chord-student", "lambda", "thrift", "nearest-2.5"]
+Rule = Literal[
+    "performance", "npsd", "npsd-chord-teacher", "npsd-chord-student", "lambda", "thrift", "nearest-2.5"
+]
 MetricOption = Literal["auto", "top1", "likelihood"]
 Way = Literal["amd", "amd-manual", "single-step", "takd", "dgkd", "mmd", "mmd-os"]
 
