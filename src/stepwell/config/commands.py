@@ -28,7 +28,6 @@ from stepwell.config.options import (
 )
 from stepwell.config.recipe_options import RecipeOptions, check_recipe, check_recipe_with_losses
 
-
 LENGTHS = ("epochs", "minutes", "budget_epochs")
 """What says how long a run is: at most one of them is given."""
 DEFAULT_BUDGET = 60.0

@@ -26,8 +26,12 @@ from stepwell.errors import did_you_mean
 
 Augment = Literal["auto", "none", "affine", "crop", "resized-crop"]
 Schedule = Literal["cosine", "linear", "cosine-restarts"]
-Rule = Literal["performance", "npsd", "npsd-chord-teacher", "npsd-chord-student", "lambda", "thrift", "nearest-2.5"]
-MetricOption = Literal["auto", "top1", "likelihood"]
+Rule = Literal[
+    "performance", "npsd", "npsd-chord-teacher", "npsd-chord-student", "lambda", "thrift", "nearest-2.5"
+]
+MetricOption = Literal["auto", "top1", "mAP", "cosine", "likelihood"]
+TaskName = Literal["classification", "multi-label", "features"]
+"""What a model is for: one class for each image, or as many as there are in it, or an embedding."""
 Way = Literal["amd", "amd-manual", "single-step", "takd", "dgkd", "mmd", "mmd-os"]
 
 Suite = Literal[
@@ -48,6 +52,10 @@ class DataOptions(Options):
     data: str = ""
     """Image folder (train/CLASS/* with val/ and/or test/, or one folder of classes, or a flat folder of
     images with metadata.csv or without labels), or a data set of timm such as torch/cifar10 or hfds/NAME."""
+    task: Literal["auto", TaskName] = "auto"
+    """`classification`: one class for each image. `multi-label`: as many as it has, or none; read from lists
+    or columns of 0 and 1 in a table. `features`: an embedding, with or without labels. `auto` takes what data
+    and teacher say."""
     data_root: Path | None = None
     """Where a data set of timm lies on disk (torch/cifar10 and the like)."""
     selection_data: Path | None = None
@@ -82,6 +90,11 @@ class DataOptions(Options):
     """Standard deviation that images are normalised by, likewise."""
     workers: Annotated[int, Field(ge=0)] = 2
     """Processes that decode images; sets that fit in memory are decoded once and need none."""
+
+    @property
+    def labels_are(self) -> Literal["auto", "classification", "multi-label"]:
+        """How labels are read."""
+        return "auto" if self.task == "features" else self.task
 
 
 class TrainingOptions(Options):
@@ -266,8 +279,9 @@ class SelectOptions(Options):
     thrift: P + 0.5 (1 - S), since a smaller assistant leaves more of a budget for the student; nearest-2.5:
     nearest to 2.5 times the student. Every run computes all."""
     metric: MetricOption = "auto"
-    """Performance P of a candidate on the selection images: `top1` / 100, or `likelihood` (geometric mean of
-    the probability given to the true class); `auto` is likelihood below 2,000 images, where top1 is noise."""
+    """Performance P of a candidate on the selection images: `top1` / 100 (with several classes an image,
+    `mAP` / 100), or `likelihood` (geometric mean of the probability given to the truth); `auto` is likelihood
+    below 2,000 images, where the others are noise."""
     assistant: Fraction | None = None
     """Use the candidate nearest to this keep ratio as the assistant, whatever the rule says."""
 
