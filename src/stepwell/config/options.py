@@ -91,11 +91,6 @@ class DataOptions(Options):
     workers: Annotated[int, Field(ge=0)] = 2
     """Processes that decode images; sets that fit in memory are decoded once and need none."""
 
-    @property
-    def labels_are(self) -> Literal["auto", "classification", "multi-label"]:
-        """How labels are read."""
-        return "auto" if self.task == "features" else self.task
-
 
 class TrainingOptions(Options):
     """How every training stage runs."""

@@ -26,6 +26,7 @@ from stepwell.data.folders import (
 )
 from stepwell.data.found import Found
 from stepwell.data.listing import subfolders
+from stepwell.data.table_files import labels_are
 from stepwell.data.tables import say_unread
 from stepwell.errors import DataError
 from stepwell.run.progress import say
@@ -47,7 +48,7 @@ def find(options: DataOptions) -> Found:
     if (folder / "train").is_dir():
         return _found(folder, _read_splits(folder, options))
     _check_not_splits(folder, skip)
-    whole = read_folder(folder, skip, task=options.labels_are)
+    whole = read_folder(folder, skip, task=labels_are(options))
     say_unread([whole.said])
     return _found(folder, whole.of_splits("train"))
 
@@ -56,7 +57,7 @@ def _read_splits(folder: Path, options: DataOptions) -> dict[str, ImageFolder]:
     """The images of each split: those of the folder of that name, unless a table sorts them otherwise."""
     skip = options.skip_names
     read = {
-        split: read_folder(folder / name, skip, is_split=True, task=options.labels_are)
+        split: read_folder(folder / name, skip, is_split=True, task=labels_are(options))
         for split, name in _split_folders(folder, skip).items()
     }
     say_unread(images.said for images in read.values())

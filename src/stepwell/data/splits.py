@@ -21,6 +21,7 @@ from stepwell.data.images import ImageSet, in_threads, num_cpus, readable
 from stepwell.data.labels import classes_of, reordered
 from stepwell.data.look import warn_if_dark, white_level_of
 from stepwell.data.sources import find
+from stepwell.data.table_files import labels_are
 from stepwell.errors import DataError
 from stepwell.run.progress import say
 
@@ -158,7 +159,7 @@ def _with_selection_data(found: Found, options: DataOptions) -> Found:
     if found.selection is not None:
         say(f"not read: {found.selection_from} of {readable(options.data)}, since --selection-data was given")
     folder = existing_folder(options.selection_data, "--selection-data")
-    images = read_one_split(folder, options.skip_names, "--selection-data", options.labels_are)
+    images = read_one_split(folder, options.skip_names, "--selection-data", labels_are(options))
     selection = images_like(images, found.classes, found.train.is_multi_label)
     return replace(found, selection=selection, selection_from=readable(str(options.selection_data)))
 

@@ -19,11 +19,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from stepwell.config.options import DataOptions
 from stepwell.data.class_lists import lists_of_classes, split_lists
 from stepwell.data.labels import Name, are_several
 from stepwell.errors import DataError
 
 Task = Literal["auto", "classification", "multi-label"]
+
+
+def labels_are(options: DataOptions) -> Task:
+    """How labels are read: where none are learnt, as they look."""
+    return "auto" if options.task == "features" else options.task
+
 
 _FILE = (
     "file_name", "filename", "file", "image", "image_name", "image_file", "image_path", "filepath", "path",

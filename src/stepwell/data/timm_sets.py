@@ -17,6 +17,7 @@ from stepwell.data.folders import join
 from stepwell.data.found import Found
 from stepwell.data.images import ImageSet, TimmReader, one_line
 from stepwell.data.labels import Label, classes_of
+from stepwell.data.table_files import labels_are
 from stepwell.data.tables import class_order
 from stepwell.data.timm_lists import LISTS, as_lists, bits_of_lists, kind_of, names_of_lists
 from stepwell.errors import DataError, did_you_mean
@@ -81,7 +82,7 @@ def _find_hugging_face(options: DataOptions, name: str) -> Found:
     columns = choose_columns(features, options)
     train = _rows(options, "train", columns)
     labels = _labels(train)
-    lists = as_lists(labels, options.labels_are)
+    lists = as_lists(labels, labels_are(options))
     if lists is not None and options.task == "classification":
         raise DataError(
             f"--task classification: column {columns[1]} of {options.data} lists several classes for an "
@@ -105,7 +106,7 @@ def _find_hugging_face(options: DataOptions, name: str) -> Found:
     def images(split: str, rows: Any, labels: Sequence[Any]) -> ImageSet:  # noqa: ANN401
         numbers: Sequence[Label]
         if lists is not None:
-            several = as_lists(labels, options.labels_are, sure=True) or []
+            several = as_lists(labels, labels_are(options), sure=True) or []
             numbers = bits_of_lists(several, classes, f"the {split} split of {options.data}")
         else:
             numbers = _numbers_of_names(labels, classes, split, options.data) if text else _numbers(labels)

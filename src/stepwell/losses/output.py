@@ -35,8 +35,8 @@ class Target(NamedTuple):
     """What is known of the images of a batch."""
 
     labels: Shaped[Tensor, "batch ..."]
-    """A class for each, (batch,); or floats (batch, classes): of mixed images a probability for each class, or
-    0 and 1 where an image has several."""
+    """A class for each, (batch,); or floats (batch, classes): of mixed images a probability for each class,
+    or 0 and 1 where an image has several."""
     indices: Int[Tensor, " batch"]
     """Their places among the training images."""
     progress: float
