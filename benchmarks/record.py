@@ -32,11 +32,17 @@ def summary(result: Result, seed: int) -> dict[str, Any]:
         "student": result.student,
         "control": result.control,
     }
-    kept = {"top1", "top1_interval", "selection_top1", "num_params", "macs", "latency_ms", "scale"}
+    kept = {"num_params", "macs", "latency_ms", "scale"}
     return {
         "seed": seed,
         "models": {
-            role: {**model.model_dump(mode="json", include=kept), "latency": model.latency.model_dump()}
+            role: {
+                "top1": model.quality,
+                "top1_interval": model.quality_interval,
+                "selection_top1": model.selection_quality,
+                **model.model_dump(mode="json", include=kept),
+                "latency": model.latency.model_dump(),
+            }
             for role, model in roles.items()
             if model is not None
         },
@@ -47,7 +53,12 @@ def summary(result: Result, seed: int) -> dict[str, Any]:
             "rule": result.selection.rule,
         },
         "candidates": [
-            {"keep_ratio": c.keep_ratio, "scale": c.scale, "top1": c.top1, "log_likelihood": c.log_likelihood}
+            {
+                "keep_ratio": c.keep_ratio,
+                "scale": c.scale,
+                "top1": c.quality,
+                "log_likelihood": c.log_likelihood,
+            }
             for c in result.candidates
         ],
         "seconds": result.seconds,

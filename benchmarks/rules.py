@@ -27,7 +27,7 @@ from stepwell.compare.table import as_svg
 from stepwell.config.options import Rule
 from stepwell.run.run_dir import write_atomically
 from stepwell.stages.select import Point, pick, rule_values
-from stepwell.tasks.classification import performance
+from stepwell.tasks.measures import performance
 
 DOCS = Path(__file__).parent.parent / "docs"
 TEXT = (Path(__file__).parent / "selection.md").read_text(encoding="utf-8")
@@ -64,7 +64,7 @@ def rules() -> dict[str, Callable[[CellResult], Values]]:
 
 def values_of(run: CellResult, rule: Rule, metric: Literal["top1", "likelihood"]) -> Values:
     """The rule's value for each candidate, from the figures of the selection images."""
-    points = [Point(c.scale, performance(c.top1, c.log_likelihood, metric)) for c in run.candidates]
+    points = [Point(c.scale, performance(c.quality, c.log_likelihood, metric)) for c in run.candidates]
     return rule_values(points, teacher_point(run, metric), rule)
 
 
@@ -82,7 +82,7 @@ def teacher_point(run: CellResult, metric: str) -> Point:
 
 def students(run: CellResult, measure: str) -> list[float]:
     """Test figures of the students via candidates 1, 2, ...: percent, or mean log-likelihood."""
-    return [t.top1 if measure == "top1" else t.log_likelihood for t in run.tried]
+    return [t.quality if measure == "top1" else t.log_likelihood for t in run.tried]
 
 
 def regret(run: CellResult, values: Values, measure: str) -> float:

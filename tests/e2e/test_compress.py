@@ -45,8 +45,8 @@ def test_result_holds_every_figure(finished):
     roles = [result.teacher, result.assistant, result.student, result.control]
     for model in roles:
         assert model is not None
-        low, high = model.top1_interval
-        assert 0 <= low <= model.top1 <= high <= 100
+        low, high = model.quality_interval
+        assert 0 <= low <= model.quality <= high <= 100
         assert model.latency_ms == model.latency.onnx_batch1 > 0
         assert min(model.latency.onnx_batch32, model.latency.eager_batch1, model.latency.eager_batch32) > 0
         assert 0 < model.scale <= 1
@@ -124,7 +124,7 @@ def test_the_report_needs_nothing_but_itself(finished):
     assert not re.search(r"""(src|href)\s*=\s*["']?(https?:)?//""", page)
     assert not re.search(r"""<(link|iframe|script[^>]+src)\b""", page)
     assert not re.search(r"@import|url\((?!['\"]?(data:|#))", page)
-    assert f"{result_of(finished).student.top1:.2f}" in page or "student" in page
+    assert f"{result_of(finished).student.quality:.2f}" in page or "student" in page
 
 
 def test_the_table_has_four_rows(finished):
@@ -152,7 +152,7 @@ def test_bf16(data, teacher, reference, tmp_path, quick):
     assert all(tensor.dtype == torch.float32 and tensor.isfinite().all() for tensor in ours.values())
     assert ours.keys() == theirs.keys()
     assert not all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert result_of(out).teacher.top1 == result_of(reference).teacher.top1  # measured in fp32
+    assert result_of(out).teacher.quality == result_of(reference).teacher.quality  # measured in fp32
 
 
 @pytest.mark.slow

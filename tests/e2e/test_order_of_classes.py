@@ -69,7 +69,7 @@ def test_a_run_in_natural_order(words, tmp_path, quick, capsys):
     said = "the classes are numbered as"
     assert said in capsys.readouterr().err
     result = result_of(run)
-    assert result.teacher.top1 == 100  # 16.7 with the labels by string
+    assert result.teacher.quality == 100  # 16.7 with the labels by string
     assert tuple(result.data.classes) == NUMBERS
     assert any(note.startswith("the classes are numbered as") for note in result.notes)
     assert tuple(read_card(run / "student").classes) == NUMBERS
@@ -91,7 +91,7 @@ def test_a_run_that_was_stopped_goes_on_in_the_same_order(words, tmp_path, quick
     with pytest.raises(KeyboardInterrupt):
         watched(observer, *words, "--out", tmp_path / "run")
     stepwell("compress", *words, "--out", tmp_path / "run")
-    assert result_of(tmp_path / "run").teacher.top1 == 100
+    assert result_of(tmp_path / "run").teacher.quality == 100
 
 
 def test_doctor_says_the_order(words, capsys):
@@ -150,7 +150,7 @@ def test_a_student_of_one_logit(tmp_path, quick):
     few = ("--keep", 0.3, "--num-candidates", 2, "--epochs", 1, "--batch-size", 16, "--augment", "none")
     run = tmp_path / "run"
     stepwell("compress", "--teacher", source, "--data", data, *few, "--out", run)
-    assert result_of(run).teacher.top1 == 100
+    assert result_of(run).teacher.quality == 100
     assert any("returns one number" in note for note in result_of(run).notes)
     student = package.load(run, factory=load_factory(source))
     with torch.no_grad():

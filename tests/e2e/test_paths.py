@@ -103,7 +103,7 @@ def test_the_best_student_on_the_selection_images_is_kept(data, teacher, tmp_pat
     best = max(result.tried, key=lambda tried: tried.selection_log_likelihood)
     assert result.assistant.keep_ratio == best.keep_ratio
     assert result.student.selection_log_likelihood == best.selection_log_likelihood
-    assert result.student.top1 == best.top1
+    assert result.student.quality == best.quality
     stage = tmp_path / "run" / "stages" / f"distill via {best.keep_ratio:g}"
     assert_same_weights(student_weights(tmp_path / "run"), load_file(stage / "tensors.safetensors"))
 

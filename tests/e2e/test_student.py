@@ -63,7 +63,7 @@ def test_the_student_answers_as_result_says(finished):
     result = result_of(finished)
     figures_of = result.control if result.handed_out == "control" else result.student
     assert figures_of is not None
-    assert 100 * right == pytest.approx(figures_of.top1)
+    assert 100 * right == pytest.approx(figures_of.quality)
 
 
 def test_parameters_and_operations_are_those_of_the_loaded_model(finished):

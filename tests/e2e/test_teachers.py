@@ -99,7 +99,7 @@ def test_a_student_can_be_the_teacher_of_a_further_run(data, reference, tmp_path
     stepwell("compress", *words)
     first, second = result_of(reference), result_of(out)
     assert second.teacher.num_params == first.student.num_params
-    assert second.teacher.top1 == first.student.top1
+    assert second.teacher.quality == first.student.quality
     assert second.student.num_params < first.student.num_params
     card = read_card(out / "student")
     assert card.widths.keys() == read_card(reference / "student").widths.keys()

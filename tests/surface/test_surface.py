@@ -35,7 +35,7 @@ PUBLIC = {"Compressed", "StepwellError", "__version__", "compress", "load"}
 TRAINING = {
     "--augment", "--batch-size", "--clip-norm", "--data", "--data-root", "--device", "--epochs",
     "--image-column", "--image-size", "--mean", "--std", "--label-column", "--lr",
-    "--skip-names", "--white-level",
+    "--skip-names", "--task", "--white-level",
     "--minutes", "--model-args", "--optimizer", "--out", "--precision", "--schedule", "--seed",
     "--class-order", "--selection-data",
     "--accumulate", "--cutmix", "--ema", "--keep-best", "--label-smoothing", "--mix-prob", "--mixup",

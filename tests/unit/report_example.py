@@ -26,10 +26,10 @@ def make_model(top1: float, scale: float, keep: float, speed: float = 1.0) -> di
     batch1 = round(0.4 + 6.1 * scale * speed, 4)
     latency = {"onnx_batch1": batch1, "onnx_batch32": 160 * scale + 8, "eager_batch1": 4 + 7 * scale}
     return {
-        "top1": top1,
-        "top1_interval": (top1 - 0.61, min(100.0, top1 + 0.57)),
+        "quality": top1,
+        "quality_interval": (top1 - 0.61, min(100.0, top1 + 0.57)),
         "log_likelihood": -0.31,
-        "selection_top1": top1 - 0.4,
+        "selection_quality": top1 - 0.4,
         "selection_log_likelihood": -0.33,
         "calibration_error": 2.31 + 3 * (1 - scale),
         "num_params": int(5_526_346 * keep) + 61_000,
@@ -54,7 +54,7 @@ def make_candidates(num: int, depth: int, heads: int, neurons: int) -> list[dict
             widths[f"blocks.{i}.attn"] = round(heads * share)
             widths[f"blocks.{i}.mlp"] = round(neurons * share / 8) * 8
         candidates.append({
-            "keep_ratio": keep, "scale": scale, "top1": top1, "top1_interval": (top1 - 0.9, top1 + 0.8),
+            "keep_ratio": keep, "scale": scale, "quality": top1, "quality_interval": (top1 - 0.9, top1 + 0.8),
             "log_likelihood": -0.3, "num_params": int(5_526_346 * keep), "macs": int(1_079_000_000 * scale),
             "widths": widths,
         })  # fmt: skip
@@ -63,7 +63,7 @@ def make_candidates(num: int, depth: int, heads: int, neurons: int) -> list[dict
 
 def make_selection(candidates: list[dict[str, Any]]) -> dict[str, Any]:
     """The rules' values as they are defined, P being top1 / 100; the ends of the ladder may be undefined."""
-    points = [(c["scale"], c["top1"] / 100) for c in candidates]
+    points = [(c["scale"], c["quality"] / 100) for c in candidates]
     student = points[-1]
     values: dict[str, list[float | None]] = {
         "performance": [p[1] for p in points[:-1]] + [None],
@@ -126,7 +126,7 @@ def make_result(
             "labels": "true", "teacher_saw_selection": "no", "bad_images": 0,
         },
         "teacher": make_model(93.17, 1.0, 1.0),
-        "assistant": {**make_model(87.65, 0.224, 0.2), "selection_top1": candidates[-2]["top1"]},
+        "assistant": {**make_model(87.65, 0.224, 0.2), "selection_quality": candidates[-2]["quality"]},
         "student": make_model(88.46, 0.127, 0.1),
         "control": make_model(86.92, 0.127, 0.1),
         "handed_out": "student",

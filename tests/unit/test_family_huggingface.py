@@ -374,12 +374,18 @@ def test_id2label_in_another_order(tmp_path):
         settled(others, found)
 
 
-@pytest.mark.brings("model", "a transformers model of problem_type multi_label_classification", "refused")
+@pytest.mark.brings(
+    "model",
+    "a transformers model of problem_type multi_label_classification",
+    "an image may have several classes; with images of one class each, one line",
+)
 def test_several_classes_in_one_image(tmp_path):
     folder = save(tmp_path / "model", "vit", problem_type="multi_label_classification")
     images = grey_images(tmp_path / "images", tuple("abcde"), num_each=3, size=16)
-    with pytest.raises(UnsupportedModelError, match=r"several classes in one image \(problem_type"):
-        settled(images, load_teacher(str(folder), None, {}, 5))
-    folder = save(tmp_path / "number", "vit", num_labels=1)
+    found = load_teacher(str(folder), None, {}, 5)
+    with pytest.raises(ConfigError, match="was trained for the task multi-label, as where one image has sev"):
+        settled(images, found)
+    _, data = settled(images, found, task="multi-label")
+    assert data.train.labels[0] == (1, 0, 0, 0, 0)
     with pytest.raises(UnsupportedModelError, match="returns a number, no classes"):
-        settled(images, load_teacher(str(folder), None, {}, 5))
+        load_teacher(str(save(tmp_path / "number", "vit", num_labels=1)), None, {}, 5)

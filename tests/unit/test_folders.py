@@ -233,7 +233,7 @@ def test_one_table_for_images_in_a_folder_of_their_own(tmp_path):
         ),
         (
             "file_name,label\n000.png,a\n000.png,b\n",
-            "gives 000.png two labels, a and b: one class for each image",
+            "gives 000.png two labels, a and b: one class for each image, or --task multi-label",
         ),
         ("file_name,label\n" + "".join(f"{i:03d}.png,{i / 7}\n" for i in range(12)), "holds numbers such as"),
     ],

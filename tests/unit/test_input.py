@@ -14,7 +14,7 @@ from stepwell.models.card import digest
 from stepwell.models.input import as_asked, check_runs, check_trains, input_spec, with_image_size
 from stepwell.models.teacher import teacher_from_module
 from stepwell.pruning.skeleton import build_skeleton, fill
-from stepwell.tasks.classification import check_output
+from stepwell.tasks.outputs import check_output
 
 SPEC = InputSpec((16, 16), 3, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 

@@ -8,7 +8,7 @@ import timm
 from test_data import error_of, resolve, sizes
 from test_folders import labels_of, write_flat
 
-from stepwell.data.tables import lists_of_classes
+from stepwell.data.class_lists import lists_of_classes
 
 BY_HASH = "a tenth by hash of the file name"
 
@@ -167,31 +167,27 @@ def test_selection_data_with_splits(tmp_path):
 # --- several classes in one image
 
 SEVERAL = (
-    "several classes in one image, or none, are not supported; give each image one, or pass --skip-names "
-    "labels.csv to use the images without labels"
+    "--task multi-label reads several classes in one image, or none; else give each image one, or pass "
+    "--skip-names labels.csv to use the images without labels"
 )
 
 
 @pytest.mark.parametrize(
     "labels",
     [
-        pytest.param(
-            ["a,a", "a,b", "a,c"],
-            marks=pytest.mark.brings(
-                "folder", "a table with several classes for an image", "Refused in one line."
-            ),
-        ),
+        ["a,a", "a,b", "a,c"],
         ["a|b", "b|a"],
         ["a", "b", "a; b"],
         ["['a', 'b']", "['b', 'c']"],
         ["rust", "scab", "scab rust"],
     ],
 )
-def test_lists_of_classes(tmp_path, labels):
+def test_lists_of_classes_where_each_image_should_have_one(tmp_path, labels):
     rows = [(file, f'"{labels[i % len(labels)]}"') for i, file in enumerate(write_flat(tmp_path))]
     table = write_table(tmp_path / "labels.csv", "file_name,labels", rows)
-    assert error_of(tmp_path).startswith(f"{table} has labels such as ")
-    assert error_of(tmp_path).endswith(SEVERAL)
+    error = error_of(tmp_path, task="classification")
+    assert error.startswith(f"{table} has labels such as ")
+    assert error.endswith(SEVERAL)
     assert not resolve(tmp_path, skip_names=("labels.csv",)).labelled
 
 
@@ -228,7 +224,9 @@ def test_more_values_than_columns(tmp_path):
 
 
 @pytest.mark.brings(
-    "folder", "a table with a column of 0 and 1 for each class", "Read, if each image has a single 1."
+    "folder",
+    "a table with a column of 0 and 1 for each class, and a single 1 in each row",
+    "Each image has one class.",
 )
 @pytest.mark.parametrize("one", ["1", "1.0", "True"])
 def test_one_hot(tmp_path, one):
@@ -246,7 +244,8 @@ def test_one_hot(tmp_path, one):
 def test_not_one_hot(tmp_path, bits, has):
     rows = [(file, *(bits if i == 5 else (1, 0))) for i, file in enumerate(write_flat(tmp_path))]
     table = write_table(tmp_path / "labels.csv", "image,cat,dog", rows)
-    assert error_of(tmp_path) == f"{table} gives 005.png {has}, in its columns of 0 and 1: {SEVERAL}"
+    expected = f"{table} gives 005.png {has}, in its columns of 0 and 1: {SEVERAL}"
+    assert error_of(tmp_path, task="classification") == expected
 
 
 # --- competitions

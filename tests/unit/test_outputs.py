@@ -9,15 +9,11 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from grey import CPU, ReadsGrey, grey_images, settled
-from stepwell.config.commands import CompressConfig
-from stepwell.data.splits import resolve_data
+from grey import ReadsGrey, grey_images, settled
 from stepwell.errors import ConfigError, DataError, ModelError
 from stepwell.models.card import Architecture, build
 from stepwell.models.teacher import teacher_from_module
-from stepwell.setting.classes import settle
-from stepwell.tasks.classification import check_output
-from stepwell.tasks.outputs import AsLogits, last_operation, logits_of, meaning_of
+from stepwell.tasks.outputs import AsLogits, check_output, last_operation, logits_of, meaning_of
 from stepwell.training.optimizer import no_decay_of
 
 NAMES = ("a", "b", "c")
@@ -83,14 +79,19 @@ def test_a_log_softmax_at_the_end(three):
     assert teacher.notes == ()
 
 
-@pytest.mark.brings("model", "a sigmoid per class (several classes in one image)", "refused")
+@pytest.mark.brings(
+    "model",
+    "a sigmoid per class, and images of one class each",
+    "one line: --task multi-label, or return the logits before it",
+)
 @pytest.mark.parametrize("end", [torch.sigmoid, nn.Sigmoid(), lambda z: z.sigmoid().view(-1, 3)])
 def test_a_sigmoid_per_class(three, end):
     with pytest.raises(ConfigError) as error:
         settled(three, Ends(3, end))
     assert str(error.value) == (
-        "Ends ends in a sigmoid for each class, as where one image has several: classes that do not exclude "
-        "each other are not supported; if each image has one class, return the logits before it"
+        f"Ends ends in a sigmoid for each class, as where one image has several classes, and each image of "
+        f"{three} has one: pass --task multi-label to read them so; or, if each image has one class, return "
+        f"the logits of classes that exclude each other"
     )
 
 
@@ -162,18 +163,39 @@ def test_one_logit_without_labels(tmp_path):
 
 
 @pytest.mark.brings(
-    "model", "an embedding: unit vectors, or num_classes=0 of timm", "refused: it needs a classifier"
+    "model",
+    "an embedding (unit vectors, or num_classes=0 of timm) with `--task classification`",
+    "one line: --task features, or a classifier first",
+)
+def test_an_embedding_where_classes_are_wanted(three):
+    way_out = "classification is measured by classes: pass --task features to distil its embedding, or fine-"
+    with pytest.raises(
+        ModelError, match=f"Ends returns vectors of length 1, and a run for the task {way_out}"
+    ):
+        settled(three, Ends(3, nn.functional.normalize), task="classification")
+    bare = teacher_from_module(timm.create_model("test_resnet", num_classes=0), None)
+    with pytest.raises(ModelError, match=rf"has no classifier \(num_classes=0\), and a run .* {way_out}"):
+        settled(three, bare, task="classification")
+
+
+@pytest.mark.brings(
+    "model",
+    "an embedding: unit vectors, or num_classes=0 of timm",
+    "the student learns the embedding; cosine is measured, and nearest neighbours where there are labels",
 )
 def test_an_embedding(three):
-    with pytest.raises(ConfigError, match="Ends returns 3 numbers of length 1, an embedding and no classes"):
-        settled(three, Ends(3, nn.functional.normalize))
-    bare = timm.create_model("test_resnet", num_classes=0)
-    teacher = teacher_from_module(bare, None)
-    config = CompressConfig(data=str(three))
-    with pytest.raises(
-        ModelError, match=r"has no classifier \(num_classes=0\): the \d+ numbers .* fine-tune it"
-    ):
-        settle(teacher, resolve_data(config), config, CPU)
+    teacher, data = settled(three, Ends(3, nn.functional.normalize))
+    assert (data.task, data.classes) == ("features", NAMES)
+    assert teacher.notes == (
+        "Ends returns an embedding of 3 numbers and no classes: the student learns that, and is measured by "
+        "its cosine with it",
+    )
+    bare = teacher_from_module(timm.create_model("test_resnet", num_classes=0), None)
+    assert settled(three, bare)[1].task == "features"
+    # Whatever a model returns may be taken for an embedding.
+    assert settled(three, Ends(3, nn.Identity()), task="features")[1].task == "features"
+    with pytest.raises(ModelError, match="returns the same for all of 26 training images"):
+        settled(three, Ends(3, lambda z: nn.functional.normalize(z * 0 + 1)))
 
 
 @pytest.mark.brings("model", "outputs that are NaN on real images", "refused, with the first image")
@@ -241,8 +263,7 @@ KEYS = [str(i) for i in range(50)]
 def test_numbers_between_0_and_1_that_spread_widely_are_no_logits():
     """Whatever the last operation was, such as one that keeps them off 0 and 1."""
     wide = torch.rand(50, 3, generator=torch.Generator().manual_seed(0))
-    with pytest.raises(ConfigError, match="ends in a sigmoid for each class"):
-        meaning_of(wide, "Div", "It", KEYS)
+    assert meaning_of(wide, "Div", "It", KEYS) == "class probabilities"
     assert meaning_of(wide[:, :1], "Div", "It", KEYS) == "one probability"
     assert meaning_of(0.1 * wide, "Addmm", "It", KEYS) == "logits"
     assert meaning_of(wide - 0.5, "Addmm", "It", KEYS) == "logits"
@@ -270,3 +291,10 @@ def test_images_of_a_batch_are_kept_apart(tmp_path):
     folder = grey_images(tmp_path / "images", ("a", "b", "c"))
     with pytest.raises(ModelError, match=r"returns 1 rows for \d+ images: its forward pass must keep"):
         settled(folder, Mixes(3))
+
+
+def test_a_sigmoid_that_is_unsure_is_no_softmax():
+    """All near 0.5: the sums are as equal as those of probabilities."""
+    unsure = 0.5 + 1e-5 * torch.rand(50, 3, generator=torch.Generator().manual_seed(0))
+    assert meaning_of(unsure, "Sigmoid", "It", KEYS) == "class probabilities"
+    assert meaning_of(unsure, "Div", "It", KEYS) == "probabilities"

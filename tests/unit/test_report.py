@@ -15,6 +15,7 @@ from report_example import CIFAR, make_model, make_predictions, make_result, thu
 from stepwell.errors import RunDirError
 from stepwell.paths import amd, amd_manual, dgkd, mmd, mmd_os, single_step, takd
 from stepwell.report import plots, report, wording
+from stepwell.report.by_class import class_changes, disagreements
 from stepwell.report.result import Result
 
 NOTE = "the teacher may have seen the selection images"
@@ -181,7 +182,7 @@ def test_a_missing_control_is_said(write):
 
 @pytest.mark.usefixtures("no_figures")
 def test_a_control_that_won_is_said_plainly(write):
-    control = {**make_model(89.10, 0.127, 0.1), "selection_top1": 88.99}
+    control = {**make_model(89.10, 0.127, 0.1), "selection_quality": 88.99}
     page = Page(write(make_result(control=control, handed_out="control", decided_by="top1")))
     assert "at 89.10 % instead of 93.17 %" in page.text
     assert re.search(r"handed out as the student is the\s+control\s*:", page.text)
@@ -297,7 +298,7 @@ def test_stages_without_history_or_speed_are_left_out(write):
     ],
 )
 def test_paths_that_choose_no_assistant_by_rule(write, no_figures, path, way, said):
-    tried = {"keep_ratio": 0.4, "scale": 0.42, "selection_top1": 81.5, "selection_log_likelihood": -0.7}
+    tried = {"keep_ratio": 0.4, "scale": 0.42, "selection_quality": 81.5, "selection_log_likelihood": -0.7}
     page = Page(
         write(
             make_result(
@@ -307,7 +308,7 @@ def test_paths_that_choose_no_assistant_by_rule(write, no_figures, path, way, sa
                 higher_assistants=[make_model(90.0, 0.5, 0.5)] if path == "takd" else [],
                 selection=None,
                 candidates=[],
-                tried=[{**tried, "top1": 80.25, "log_likelihood": -0.71}] if path == "mmd" else [],
+                tried=[{**tried, "quality": 80.25, "log_likelihood": -0.71}] if path == "mmd" else [],
             )
         )
     )
@@ -350,13 +351,13 @@ def test_class_changes_are_sorted_and_exact():
     predictions = report.TestPredictions(
         labels, sure[[0, 0, 0, 0, 1, 0, 3]], sure[[0, 1, 0, 0, 1, 1, 3]], [""] * 7
     )
-    changes = report._class_changes(predictions, ["a", "b", "c", "d"])
+    changes = class_changes(predictions, ["a", "b", "c", "d"])
     assert [(c.name, c.change, c.num_images) for c in changes] == [
         ("a", -25.0, 4),
         ("d", 0.0, 1),
         ("b", 50.0, 2),
     ]
-    assert report._disagreements(predictions) == ([1], [5])
+    assert disagreements(predictions) == ([1], [5])
 
 
 def test_reliability_bins():
@@ -435,3 +436,13 @@ def test_a_failed_write_leaves_the_old_report(tmp_path, monkeypatch):
 )
 def test_wording(said, expected):
     assert said == expected
+
+
+def test_a_result_of_the_time_when_quality_was_called_top1_is_read(tmp_path):
+    result = make_result()
+    text = result.to_json().replace('quality"', 'top1"').replace('quality_interval"', 'top1_interval"')
+    text = text.replace('  "measure": "top1",\n', "")
+    assert '"selection_top1": ' in text
+    assert "quality" not in text
+    (tmp_path / "result.json").write_text(text)
+    assert Result.load(tmp_path / "result.json") == result

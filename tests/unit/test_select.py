@@ -7,7 +7,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from stepwell.stages.select import Point, all_rules, pick, rule_values
-from stepwell.tasks.classification import performance
+from stepwell.tasks.measures import performance
 
 SLOPES = ["npsd", "npsd-chord-teacher", "npsd-chord-student"]
 RULES = ["performance", "lambda", "thrift", "nearest-2.5", *SLOPES]
@@ -231,8 +231,10 @@ def gap(values) -> float:
 
 
 def test_performance_is_a_share_or_a_probability():
-    assert performance(top1=87.5, log_likelihood=-1.0, metric="top1") == 0.875
-    assert performance(top1=87.5, log_likelihood=math.log(0.25), metric="likelihood") == pytest.approx(0.25)
+    assert performance(quality=87.5, log_likelihood=-1.0, metric="top1") == 0.875
+    assert performance(quality=87.5, log_likelihood=math.log(0.25), metric="likelihood") == pytest.approx(
+        0.25
+    )
     # The geometric mean of 1/2 and 1/8.
     mean_log = (math.log(1 / 2) + math.log(1 / 8)) / 2
     assert performance(0.0, mean_log, "likelihood") == pytest.approx(0.25)

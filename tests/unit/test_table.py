@@ -35,7 +35,7 @@ def test_the_worse_one_on_test_images_may_be_handed_out() -> None:
 
 
 def test_top1_where_it_decided() -> None:
-    shares = ({"selection_top1": 90.25}, {"selection_top1": 89.5})
+    shares = ({"selection_quality": 90.25}, {"selection_quality": 89.5})
     text = words(**models(*shares), handed_out="student", decided_by="top1")
     assert "its top1 on the 5000 selection images, which decide, is 90.2 %, the other's 89.5 %." in text
 

@@ -195,7 +195,45 @@ def test_labels_that_are_text(monkeypatch):
     labels["test"] = ["cat", "eel"]
     assert error_of("hfds/pets") == ("the test split of hfds/pets adds eel to the classes of its train split")
     labels["train"] = ["dog,cat", "cat"] * 10
-    assert error_of("hfds/pets") == (
-        "hfds/pets has labels such as 'dog,cat': several classes in one image are not "
-        "supported; --label-column takes another column"
+    assert error_of("hfds/pets", task="classification") == (
+        "hfds/pets has labels such as 'dog,cat': --task multi-label reads several classes in one image, and "
+        "--label-column takes another column"
+    )
+    labels["test"] = ["cat"]
+    labels["validation"] = ["cat, dog", ""]
+    data = resolve("hfds/pets")
+    assert (data.task, data.classes) == ("multi-label", ("cat", "dog"))
+    assert (data.test.labels, data.selection.labels) == (((1, 0),), ((1, 1), (0, 0)))
+
+
+@pytest.mark.brings(
+    "folder",
+    "`hfds/NAME` whose labels are lists of ClassLabel",
+    "An image may have several classes, or none; the names are those of the column.",
+)
+def test_labels_that_are_lists(monkeypatch):
+    """The column is found by its type; a test split without any label is no test split."""
+    labels = {"train": [[0, 2], [], [1]] * 10, "validation": [[2], [1, 0]], "test": [[], []]}
+    listed = SimpleNamespace(feature=ClassLabel())
+    listed.feature.names = ["tree", "car", "dog"]
+    features = {"pixels": Image(), "caption": Value("string"), "objects": listed}
+
+    def create_dataset(name, root, split, download, input_key, target_key):
+        table = Table({target_key: labels[split]})
+        return SimpleNamespace(reader=SimpleNamespace(dataset=table, label_key=target_key))
+
+    class Table(dict):
+        info = SimpleNamespace(splits=dict.fromkeys(labels))
+
+    assert columns(features) == ("pixels", "objects")
+    monkeypatch.setattr(timm_sets.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(timm_sets, "_features", lambda options, name: features)
+    monkeypatch.setattr("timm.data.dataset_factory.create_dataset", create_dataset)
+    data = resolve("hfds/streets")
+    assert (data.task, data.classes, data.test_from) == ("multi-label", ("tree", "car", "dog"), "validation")
+    assert data.test.labels == ((0, 0, 1), (1, 1, 0))
+    assert set(data.train.labels) == {(1, 0, 1), (0, 0, 0), (0, 1, 0)}
+    assert error_of("hfds/streets", task="classification") == (
+        "--task classification: column objects of hfds/streets lists several classes for an image; "
+        "--label-column takes another"
     )

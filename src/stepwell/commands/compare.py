@@ -16,6 +16,7 @@ from stepwell.errors import ConfigError, RunDirError
 from stepwell.models.teacher import load_teacher
 from stepwell.paths.begin import require
 from stepwell.run.run_dir import RunDir, write_atomically, writing
+from stepwell.setting.agreed_task import teacher_task
 from stepwell.version import __version__
 
 
@@ -33,12 +34,18 @@ def run(config: CompareConfig) -> str:
         require(config, "compare", "teacher", "data")
         arms = arms_of(config)
     config = _with_threads(config)
-    with writing(out):
-        (out / "stages").mkdir(parents=True, exist_ok=True)
     data = resolve_data(config)
     teacher = load_teacher(
         config.teacher, config.teacher_weights, config.model_args, len(data.classes), config.weights_key
     )
+    task = next((t for t in (data.task, teacher_task(teacher, config)) if t != "classification" and t), None)
+    if task is not None:
+        raise ConfigError(
+            f"compare tables are of top1, and this would be the task {task}: run stepwell compress for each "
+            f"way instead"
+        )
+    with writing(out):
+        (out / "stages").mkdir(parents=True, exist_ok=True)
     RunDir(out).check_identity({"teacher": teacher.digest, "data": data.fingerprint})
     rows = run_arms(arms, config, out)
     shutil.rmtree(out / "unfinished", ignore_errors=True)

@@ -18,6 +18,7 @@ from torch import nn
 from stepwell.config.commands import CompressConfig
 from stepwell.config.own_code import is_own_code
 from stepwell.data.folders import join
+from stepwell.data.labels import classes_of
 from stepwell.data.spec import InputSpec
 from stepwell.data.splits import Data, resolve_data
 from stepwell.errors import DataError
@@ -46,7 +47,7 @@ from stepwell.run.progress import progress
 from stepwell.setting.classes import settle
 from stepwell.setting.prepare import groups_of
 from stepwell.stages.grid import make_grid
-from stepwell.tasks.classification import check_classes
+from stepwell.tasks.task import task_of
 
 
 def run(config: CompressConfig) -> str:
@@ -121,12 +122,13 @@ def _classes(teacher: Teacher, data: Data | None, config: CompressConfig) -> tup
     try:
         if not teacher.digest:  # no weights, so it can be asked for nothing but their number
             classes = getattr(teacher.model, "num_classes", None) or len(data.classes)
-            check_classes(classes, "the model", data)
+            task_of(data.task).check_classes(classes, "the model", data)
             return teacher, []
         teacher, data = settle(teacher, data, config, torch.device("cpu"))
     except DataError as error:
         return teacher, [f"warning: {error}"]
-    order = [f"classes, as the teacher numbers them: {join(data.classes, most=12)}"] if data.labelled else []
+    order = [f"classes, as the teacher numbers them: {join(data.classes, most=12)}"]
+    order = order if data.labelled and data.task != "features" else []
     return teacher, [*order, *teacher.notes]
 
 
@@ -141,10 +143,13 @@ def _images(data: Data | None) -> list[str]:
         f"  {len(data.test):,} to test on ({data.test_from})",
     ]
     if data.labelled:
-        counts = Counter(data.train.labels)
+        counts = Counter(each for label in data.train.labels for each in classes_of(label))
         fewest, most = min(counts.values()), max(counts.values())
         each = f"{most:,}" if fewest == most else f"{fewest:,} to {most:,}"
         lines.append(f"  {len(data.classes):,} classes with {each} training images each")
+        if data.task == "multi-label":
+            none = sum(not classes_of(label) for label in data.train.labels)
+            lines.append(f"  an image may have several classes; {none:,} training images have none")
     else:
         lines.append("  without labels")
     if data.white_level is not None:

@@ -68,11 +68,11 @@ def _selection(result: Result, selection: SelectionResult, latencies: list[Laten
 
 def _tried(result: Result) -> list[str]:
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    for column in ("assistant keeps", "scale", "selection top1 %", "test top1 %"):
+    for column in ("assistant keeps", "scale", f"selection {result.measure} %", f"test {result.measure} %"):
         table.add_column(column, justify="right")
     for tried in result.tried:
         cells = (f"{tried.keep_ratio:g}", f"{tried.scale:.3f}")
-        table.add_row(*cells, f"{tried.selection_top1:.2f}", f"{tried.top1:.2f}")
+        table.add_row(*cells, f"{tried.selection_quality:.2f}", f"{tried.quality:.2f}")
     return ["The student via each assistant:", "", render(table), ""]
 
 
@@ -135,7 +135,7 @@ def _latencies(run: Path, result: Result, factory: Factory | None) -> list[Laten
 
 def _ladder_table(result: Result, selection: SelectionResult, latencies: list[Latency]) -> str:
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    columns = ["keep", "scale", "params", "MACs", "top1 %", "95 % interval", "log-lik."]
+    columns = ["keep", "scale", "params", "MACs", f"{result.measure} %", "95 % interval", "log-lik."]
     columns += ["batch 1", "batch 32"] if latencies else []
     for column in columns:
         table.add_column(column, justify="right")
@@ -146,9 +146,9 @@ def _ladder_table(result: Result, selection: SelectionResult, latencies: list[La
             f"{c.scale:.3f}",
             short_number(c.num_params),
             short_number(c.macs),
-            f"{c.top1:.2f}",
-            f"{c.top1_interval[0]:.1f} - {c.top1_interval[1]:.1f}",
-            f"{c.log_likelihood:.3f}",
+            f"{c.quality:.2f}",
+            f"{c.quality_interval[0]:.1f} - {c.quality_interval[1]:.1f}",
+            "-" if c.log_likelihood is None else f"{c.log_likelihood:.3f}",
         ]
         if latencies:
             row += [f"{milliseconds:.2f} ms" for milliseconds in _milliseconds(latencies)[i].values()]
@@ -159,7 +159,7 @@ def _ladder_table(result: Result, selection: SelectionResult, latencies: list[La
 
 
 def _why(chosen: SelectionResult) -> str:
-    measure = "top1" if chosen.metric == "top1" else "the likelihood of the true class"
+    measure = "the likelihood of the truth" if chosen.metric == "likelihood" else chosen.metric
     if chosen.rule == "by hand":
         return f"The assistant keeps {chosen.pick:g}, as --assistant asked."
     if chosen.rule == "best student":

@@ -14,7 +14,10 @@ from stepwell.models.factory import load_factory
 
 
 def run(config: PredictConfig) -> str:
-    """One line per image: its most probable classes, in percent."""
+    """One line per image: its most probable classes, in percent.
+
+    Where it may have several: those that are more probable than not, and in brackets the next ones.
+    """
     if not config.images:
         raise ConfigError("predict needs image files after the model; see stepwell predict --help")
     folder = find_model_dir(config.model)
@@ -23,6 +26,8 @@ def run(config: PredictConfig) -> str:
             f"{config.model} holds no model: no stepwell.json in it, its student/ or its teacher/"
         )
     card = read_card(folder)
+    if card.task == "features":
+        raise ModelError(f"{folder} holds a model of embeddings, which names no classes: use stepwell.load")
     transform = eval_transform(card.input)
     pixels = []
     for file in config.images:
@@ -34,9 +39,9 @@ def run(config: PredictConfig) -> str:
             raise DataError(f"cannot decode {file}: {one_line(error)}") from None
     model = load(folder, load_factory(config.teacher) if config.teacher else None)
     with torch.no_grad():
-        probabilities = torch.cat(
-            [model(normalise(image[None], card.input)).softmax(dim=1) for image in pixels]
-        )
+        logits = torch.cat([model(normalise(image[None], card.input)) for image in pixels])
+    several = card.task == "multi-label"
+    probabilities = logits.sigmoid() if several else logits.softmax(dim=1)
     if not probabilities.isfinite().all():
         raise ModelError(f"{folder} answers with NaN: its weights are damaged")
     classes = [printable(name) for name in card.classes]
@@ -44,7 +49,15 @@ def run(config: PredictConfig) -> str:
     width = max(map(len, names))
     lines = []
     for name, row in zip(names, probabilities, strict=True):
-        values, indices = row.topk(min(config.top, len(row)))
+        values, indices = row.sort(descending=True, stable=True)
         answers = [f"{classes[i]} {100 * v:.1f} %" for v, i in zip(values, indices, strict=True)]
-        lines.append(f"{name:<{width}}  {', '.join(answers)}")
+        said = _several(answers, int((row > 0.5).sum()), config.top) if several else answers[: config.top]
+        lines.append(f"{name:<{width}}  {', '.join(said)}")
     return "\n".join(lines)
+
+
+def _several(answers: list[str], num: int, top: int) -> list[str]:
+    """The first `num`, which are more probable than not, and as many of the others as make `top` of all."""
+    others = ", ".join(answers[num : max(num, top)])
+    said = answers[:num] or ["none"]
+    return [*said[:-1], f"{said[-1]} ({others})" if others else said[-1]]

@@ -145,7 +145,7 @@ def options_of(config: CompressConfig) -> dict[str, Any]:
     What teacher, images and their classes are is held by the comparison's own identity.
     """
     options = config.model_dump(mode="json")
-    for name in ("out_dir", "device", "workers", "threads", "data", "teacher", "class_order"):
+    for name in ("out_dir", "device", "workers", "threads", "data", "teacher", "class_order", "task"):
         del options[name]
     for name in ("logit_loss", "feature_loss"):
         if is_own_code(options[name]):

@@ -40,6 +40,7 @@ class LossFacts:
         pretraining_share: Epochs of that training as a share of those of the student's.
         rotations: Whether it makes four images of each, by turns of 90 degrees, which both models see.
         implied: Options that its authors use, where the user gives none.
+        exclusive: Whether it is defined only where each image has one class: it has a softmax, or asks which.
     """
 
     reads: tuple[Reads, ...]
@@ -48,6 +49,7 @@ class LossFacts:
     pretraining_share: float = 1 / 8
     rotations: bool = False
     implied: Mapping[str, Any] = field(default_factory=dict)
+    exclusive: bool = False
 
     @property
     def views(self) -> int:
@@ -91,12 +93,15 @@ OWN_CODE = LossFacts(reads=("outputs",), given=("target",))
 LOGIT_LOSSES: Mapping[str, LossFacts] = {
     "kd": LossFacts(reads=("logits",)),
     "dkd": LossFacts(
-        reads=("logits",), given=("labels",), implied={"temperature": 4.0, "loss_warmup": 1 / 12}
+        reads=("logits",),
+        given=("labels",),
+        implied={"temperature": 4.0, "loss_warmup": 1 / 12},
+        exclusive=True,
     ),
-    "dist": LossFacts(reads=("logits",), implied={"logit_weight": 2.0}),
+    "dist": LossFacts(reads=("logits",), implied={"logit_weight": 2.0}, exclusive=True),
     # The labels are in it.
-    "pld": LossFacts(reads=("logits",), given=("labels",), implied={"task_weight": 0.0}),
-    "taid": LossFacts(reads=("logits",), given=("progress",)),
+    "pld": LossFacts(reads=("logits",), given=("labels",), implied={"task_weight": 0.0}, exclusive=True),
+    "taid": LossFacts(reads=("logits",), given=("progress",), exclusive=True),
 }
 
 FEATURE_LOSSES: Mapping[str, LossFacts] = {
@@ -113,15 +118,19 @@ FEATURE_LOSSES: Mapping[str, LossFacts] = {
     "cc": LossFacts(reads=("features",), implied={"feature_weight": 0.02}),
     "rkd": LossFacts(reads=("features",)),
     "pkt": LossFacts(reads=("features",), implied={"feature_weight": 30000.0}),
-    "crd": LossFacts(reads=("features",), given=("indices",), implied={"feature_weight": 0.8}),
+    # Its negatives are images of other classes.
+    "crd": LossFacts(
+        reads=("features",), given=("indices",), implied={"feature_weight": 0.8}, exclusive=True
+    ),
     "sskd": LossFacts(
         reads=("features", "logits"),
         given=("labels",),
         pretraining="loss",
         pretraining_share=1 / 4,
         rotations=True,
+        exclusive=True,
     ),
-    "ofa": LossFacts(reads=("student_states", "logits"), given=("labels",)),
+    "ofa": LossFacts(reads=("student_states", "logits"), given=("labels",), exclusive=True),
 }
 
 

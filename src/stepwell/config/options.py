@@ -29,7 +29,9 @@ Schedule = Literal["cosine", "linear", "cosine-restarts"]
 Rule = Literal[
     "performance", "npsd", "npsd-chord-teacher", "npsd-chord-student", "lambda", "thrift", "nearest-2.5"
 ]
-MetricOption = Literal["auto", "top1", "likelihood"]
+MetricOption = Literal["auto", "top1", "mAP", "cosine", "likelihood"]
+TaskName = Literal["classification", "multi-label", "features"]
+"""What a model is for: one class for each image, or as many as there are in it, or an embedding."""
 Way = Literal["amd", "amd-manual", "single-step", "takd", "dgkd", "mmd", "mmd-os"]
 
 Suite = Literal[
@@ -50,6 +52,10 @@ class DataOptions(Options):
     data: str = ""
     """Image folder (train/CLASS/* with val/ and/or test/, or one folder of classes, or a flat folder of
     images with metadata.csv or without labels), or a data set of timm such as torch/cifar10 or hfds/NAME."""
+    task: Literal["auto", TaskName] = "auto"
+    """`classification`: one class for each image. `multi-label`: as many as it has, or none; read from lists
+    or columns of 0 and 1 in a table. `features`: an embedding, with or without labels. `auto` takes what data
+    and teacher say."""
     data_root: Path | None = None
     """Where a data set of timm lies on disk (torch/cifar10 and the like)."""
     selection_data: Path | None = None
@@ -268,8 +274,9 @@ class SelectOptions(Options):
     thrift: P + 0.5 (1 - S), since a smaller assistant leaves more of a budget for the student; nearest-2.5:
     nearest to 2.5 times the student. Every run computes all."""
     metric: MetricOption = "auto"
-    """Performance P of a candidate on the selection images: `top1` / 100, or `likelihood` (geometric mean of
-    the probability given to the true class); `auto` is likelihood below 2,000 images, where top1 is noise."""
+    """Performance P of a candidate on the selection images: `top1` / 100 (with several classes an image,
+    `mAP` / 100), or `likelihood` (geometric mean of the probability given to the truth); `auto` is likelihood
+    below 2,000 images, where the others are noise."""
     assistant: Fraction | None = None
     """Use the candidate nearest to this keep ratio as the assistant, whatever the rule says."""
 

@@ -19,13 +19,14 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Float32, Int64
+from jaxtyping import Float32, Int64, Shaped
 from torch import Tensor
 
 from stepwell.config.options import Augment, DataOptions
 from stepwell.config.recipe_options import PLAIN, RecipeOptions
 from stepwell.data.feed import Feed
 from stepwell.data.images import ImageSet
+from stepwell.data.labels import Label, as_tensor
 from stepwell.data.mixing import erase, mix
 from stepwell.data.randomness import generator
 from stepwell.data.spec import InputSpec
@@ -39,11 +40,12 @@ OnBatch = Callable[[Tensor], None]
 class Batch(NamedTuple):
     """Images ready for the model, on its device; `indices` point into the `ImageSet`.
 
-    `labels` are a class for each image, or, of mixed images, a probability for each class.
+    `labels` are a class for each image, (batch,); or floats (batch, classes): of mixed images a probability
+    for each class, or 0 and 1 where an image has several.
     """
 
     images: Float32[Tensor, "batch channels height width"]
-    labels: Int64[Tensor, " batch"] | Float[Tensor, "batch classes"]
+    labels: Shaped[Tensor, "batch ..."]
     indices: Int64[Tensor, " batch"]
 
 
@@ -80,7 +82,7 @@ class TrainBatches:
         self.augment: Augment = resolve_augment(options.augment, spec)
         self.batch_size = min(options.batch_size, len(images))
         self.steps_per_epoch = len(images) // self.batch_size
-        self.labels = torch.tensor(images.labels, dtype=torch.int64)
+        self.labels = as_tensor(images.labels)
         if recipe.rand_augment and self.augment != "resized-crop":
             raise ConfigError(
                 f"--rand-augment works on images as they are decoded, and --augment {self.augment} decodes "
@@ -140,13 +142,13 @@ class EvalBatches:
         spec: InputSpec,
         options: DataOptions,
         device: torch.device,
-        labels: Sequence[int] | None = None,
+        labels: Sequence[Label] | Tensor | None = None,
         on_batch: OnBatch | None = None,
     ) -> None:
         self.spec, self.batch_size, self._on_batch = spec, options.batch_size, on_batch
         labels = images.labels if labels is None else labels
         assert len(labels) == len(images)
-        self.labels = torch.tensor(labels, dtype=torch.int64)
+        self.labels = labels if isinstance(labels, Tensor) else as_tensor(labels)
         self._feed = Feed(images, spec, options, device, None)
 
     def __len__(self) -> int:

@@ -12,8 +12,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from stepwell.data import tables
+from stepwell.data.class_lists import split_lists
 from stepwell.data.images import FolderReader, ImageSet, readable
+from stepwell.data.labels import Name, all_names, are_several, numbered
 from stepwell.data.listing import check_no_masks, left_out, list_images, subfolders
+from stepwell.data.table_files import Task
 from stepwell.data.tables import TableLabels
 from stepwell.errors import DataError, did_you_mean
 from stepwell.run.progress import say
@@ -26,7 +29,7 @@ class ImageFolder:
     Attributes:
         path: The folder.
         keys: Its images, sorted.
-        names: The class of each; empty without labels.
+        names: The class of each, or all classes of each; empty without labels.
         classes: All classes in their order, those without images among them.
         reader: Opens images by their keys.
         said: What a table says of them.
@@ -35,7 +38,7 @@ class ImageFolder:
 
     path: Path
     keys: tuple[str, ...]
-    names: tuple[str, ...]
+    names: tuple[Name, ...]
     classes: tuple[str, ...]
     reader: FolderReader
     said: TableLabels = field(default_factory=TableLabels)
@@ -65,7 +68,7 @@ class ImageFolder:
             self,
             keys=tuple(self.keys[i] for i in those),
             names=names,
-            classes=tables.class_order(names),
+            classes=self.said.classes or tables.class_order(all_names(names)),
             part=f"the {split} rows of",
         )
 
@@ -81,13 +84,16 @@ def existing_folder(path: Path, option: str) -> Path:
     raise DataError(f"there is no folder {path}{did_you_mean(path.name, siblings)}")
 
 
-def read_folder(folder: Path, skip: Sequence[str], is_split: bool = False) -> ImageFolder:
+def read_folder(
+    folder: Path, skip: Sequence[str], is_split: bool = False, task: Task = "auto"
+) -> ImageFolder:
     """List the images of a folder of classes, or of a flat folder with or without a table of labels.
 
     Args:
         folder: An existing folder.
         skip: Patterns of names that are left out.
         is_split: Whether it is one of several splits, so that all tables beside it are about images.
+        task: Whether images have one class each, or several; `auto`: as a table looks.
 
     Raises:
         DataError: It holds no images, or images in no order that makes sense.
@@ -104,17 +110,27 @@ def read_folder(folder: Path, skip: Sequence[str], is_split: bool = False) -> Im
     root = Path(os.path.realpath(folder))
     links = {key: true for key, true in files.items() if true != os.path.join(root, key)}
     reader = FolderReader(root, links)
-    said = tables.labels_from_tables(folder, keys, skip, is_split) if _in_one_place(keys) else TableLabels()
+    said = TableLabels()
+    if _in_one_place(keys):
+        said = tables.labels_from_tables(folder, keys, skip, is_split, task)
     if said.names:
-        names = tuple(map(readable, said.names))
-        return ImageFolder(folder, keys, names, tables.class_order(names), reader, said)
+        names = tuple(map(_readable, said.names))
+        said = replace(said, classes=tuple(map(readable, said.classes)))
+        classes = said.classes or tables.class_order(all_names(names))
+        return ImageFolder(folder, keys, names, classes, reader, said)
     names, classes = _class_folders(folder, keys, skip)
+    if task == "multi-label":  # a folder says one class of each of its images
+        names = tuple((name,) for name in names)
     return ImageFolder(folder, keys, names, classes, reader, said)
 
 
-def read_one_split(folder: Path, skip: Sequence[str], option: str) -> ImageFolder:
+def _readable(name: Name) -> Name:
+    return readable(name) if isinstance(name, str) else tuple(map(readable, name))
+
+
+def read_one_split(folder: Path, skip: Sequence[str], option: str, task: Task = "auto") -> ImageFolder:
     """As `read_folder`, for images that all serve one purpose; `option` is what the user set to it."""
-    images = read_folder(folder, skip)
+    images = read_folder(folder, skip, task=task)
     tables.say_unread([images.said])
     if len(splits := sorted(set(images.said.splits))) > 1:
         raise DataError(
@@ -156,7 +172,10 @@ def training_images(folder: ImageFolder) -> tuple[tuple[str, ...], ImageSet]:
     Raises:
         DataError: A class is empty, or there is but one.
     """
-    if empty := sorted(set(folder.classes) - set(folder.names)):
+    empty = sorted(set(folder.classes) - all_names(folder.names))
+    if empty and are_several(folder.names):
+        say(f"warning: no image of class {join(empty)} in {folder.where}: nothing is learnt of it")
+    elif empty:
         raise DataError(
             f"no image in class folder {join(empty)} of {folder.path}: add images, or remove the folder"
         )
@@ -167,8 +186,13 @@ def training_images(folder: ImageFolder) -> tuple[tuple[str, ...], ImageSet]:
     return folder.classes, _image_set(folder, folder.classes)
 
 
-def images_like(folder: ImageFolder, classes: Sequence[str]) -> ImageSet:
+def images_like(folder: ImageFolder, classes: Sequence[str], several: bool = False) -> ImageSet:
     """Images of another split, labelled by `classes`; says which of them it lacks.
+
+    Args:
+        folder: The images.
+        classes: Those of the training images.
+        several: Whether each of these may have several.
 
     Raises:
         DataError: It holds other classes, or only one of the two has labels.
@@ -177,7 +201,13 @@ def images_like(folder: ImageFolder, classes: Sequence[str]) -> ImageSet:
         has = f"the training images have labels but {folder.where} does not"
         lacks = f"{folder.where} has labels but the training images do not"
         raise DataError(f"{has if classes else lacks}: give both labels, or neither")
-    present = set(folder.names)
+    folder = _as_lists(folder, classes) if several else folder
+    if are_several(folder.names) and not several:
+        raise DataError(
+            f"{folder.where} gives images several classes, or none, and the training images have one each: "
+            f"pass --task multi-label to read both so"
+        )
+    present = all_names(folder.names)
     if extra := sorted(present - set(classes)):
         raise DataError(
             f"the classes of {folder.where} are not those of the training images: it adds {join(extra)}"
@@ -188,9 +218,17 @@ def images_like(folder: ImageFolder, classes: Sequence[str]) -> ImageSet:
     return _image_set(folder, classes)
 
 
+def _as_lists(folder: ImageFolder, classes: Sequence[str]) -> ImageFolder:
+    """The folder with lists of classes: seen by itself, a split need not look as if it had any."""
+    names = tuple(
+        name if isinstance(name, tuple) else (name,) if name in classes else split_lists([name])[0]
+        for name in folder.names
+    )
+    return replace(folder, names=names)
+
+
 def _image_set(folder: ImageFolder, classes: Sequence[str]) -> ImageSet:
-    index = {name: i for i, name in enumerate(classes)}
-    labels = tuple(index[name] for name in folder.names) or (-1,) * len(folder.keys)
+    labels = numbered(folder.names, classes) or (-1,) * len(folder.keys)
     return ImageSet(folder.keys, labels, folder.reader)
 
 

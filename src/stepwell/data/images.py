@@ -13,6 +13,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 from PIL import Image
 
 from stepwell.data.depth import is_deep, to_8_bits
+from stepwell.data.labels import Label, are_several
 from stepwell.errors import DataError
 from stepwell.run.progress import progress
 
@@ -98,20 +99,25 @@ class ImageSet:
 
     Attributes:
         keys: Stable names such as `CLASS/0001.jpg`, relative to the split's folder.
-        labels: Class index of each image; -1 means no label.
+        labels: Class index of each image, -1 meaning no label; or 0 and 1 for each class; see labels.py.
         reader: Opens an image by its key.
         white_level: The value that is white in images of more than 8 bits or of floats; see depth.py.
         cache: Decoded images, by input size; filled by batches.py so that a run decodes them once.
     """
 
     keys: tuple[str, ...]
-    labels: tuple[int, ...]
+    labels: tuple[Label, ...]
     reader: Reader = field(repr=False)
     white_level: float | None = None
     cache: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    @property
+    def is_multi_label(self) -> bool:
+        """Whether each image may have several classes."""
+        return are_several(self.labels)
 
     def open(self, index: int) -> Image.Image:
         """Decode one image, to 8 bits a value.

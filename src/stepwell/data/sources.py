@@ -26,6 +26,7 @@ from stepwell.data.folders import (
 )
 from stepwell.data.found import Found
 from stepwell.data.listing import subfolders
+from stepwell.data.table_files import labels_are
 from stepwell.data.tables import say_unread
 from stepwell.errors import DataError
 from stepwell.run.progress import say
@@ -45,17 +46,18 @@ def find(options: DataOptions) -> Found:
     folder = existing_folder(Path(options.data), "--data")
     skip = options.skip_names
     if (folder / "train").is_dir():
-        return _found(folder, _read_splits(folder, skip))
+        return _found(folder, _read_splits(folder, options))
     _check_not_splits(folder, skip)
-    whole = read_folder(folder, skip)
+    whole = read_folder(folder, skip, task=labels_are(options))
     say_unread([whole.said])
     return _found(folder, whole.of_splits("train"))
 
 
-def _read_splits(folder: Path, skip: Sequence[str]) -> dict[str, ImageFolder]:
+def _read_splits(folder: Path, options: DataOptions) -> dict[str, ImageFolder]:
     """The images of each split: those of the folder of that name, unless a table sorts them otherwise."""
+    skip = options.skip_names
     read = {
-        split: read_folder(folder / name, skip, is_split=True)
+        split: read_folder(folder / name, skip, is_split=True, task=labels_are(options))
         for split, name in _split_folders(folder, skip).items()
     }
     say_unread(images.said for images in read.values())
@@ -97,7 +99,7 @@ def _found(folder: Path, parts: Mapping[str, ImageFolder]) -> Found:
             instead = f"{used[0].called} is tested on" if part is parts.get("test") and used else ""
             instead = instead or "a tenth of the training images is set aside"
             say(f"{part.called} has no labels: {instead} instead")
-    others = [(images_like(part, classes), part.called) for part in used]
+    others = [(images_like(part, classes, train.is_multi_label), part.called) for part in used]
     test, selection = (*others, (None, ""), (None, ""))[:2]
     return Found(classes, train, *test, *selection)
 

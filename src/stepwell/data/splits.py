@@ -13,13 +13,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 
-from stepwell.config.options import DataOptions
+from stepwell.config.options import DataOptions, TaskName
 from stepwell.data.class_names import in_order_of, read_class_order
 from stepwell.data.folders import existing_folder, images_like, join, read_one_split
 from stepwell.data.found import Found
 from stepwell.data.images import ImageSet, in_threads, num_cpus, readable
+from stepwell.data.labels import classes_of, reordered
 from stepwell.data.look import warn_if_dark, white_level_of
 from stepwell.data.sources import find
+from stepwell.data.table_files import labels_are
 from stepwell.errors import DataError
 from stepwell.run.progress import say
 
@@ -47,6 +49,7 @@ class Data:
         fingerprint: Hash over all keys, labels and splits: equal means the same files, by name, with the same
             labels in the same splits.
         white_level: The value of white in images of more than 8 bits; None where they have 8, or say it.
+        task: Whether each image has one class, or may have several.
     """
 
     classes: tuple[str, ...]
@@ -59,6 +62,7 @@ class Data:
     num_bad_images: int
     fingerprint: str
     white_level: float | None = None
+    task: TaskName = "classification"
 
     @property
     def labelled(self) -> bool:
@@ -92,6 +96,7 @@ def resolve_data(options: DataOptions) -> Data:
         train, selection = _carve(train, "selection")
     splits = {"training": train, "selection": selection, "test": test}
     _check_disjoint(splits)
+    _check_some_class(splits, source)
     data = Data(
         classes=found.classes,
         train=train,
@@ -103,6 +108,7 @@ def resolve_data(options: DataOptions) -> Data:
         num_bad_images=num_given - num_good,
         fingerprint=_fingerprint(found.classes, splits),
         white_level=white_level,
+        task=_task(train, options),
     )
     if options.class_order is None or not data.labelled:
         return data
@@ -110,6 +116,12 @@ def resolve_data(options: DataOptions) -> Data:
     return in_order(
         data, in_order_of(theirs, data.classes, f"--class-order {options.class_order}", data.source)
     )
+
+
+def _task(train: ImageSet, options: DataOptions) -> TaskName:
+    if options.task != "auto":
+        return options.task
+    return "multi-label" if train.is_multi_label else "classification"
 
 
 def in_order(data: Data, classes: Sequence[str]) -> Data:
@@ -137,9 +149,8 @@ def relabelled(images: ImageSet, before: Sequence[str], after: Sequence[str]) ->
     """The same images with the labels that their classes have in the order `after`."""
     if tuple(before) == tuple(after):
         return images
-    place = {name: i for i, name in enumerate(after)}
     # The cache of decoded images is the same: it knows no labels.
-    return replace(images, labels=tuple(place[before[label]] for label in images.labels))
+    return replace(images, labels=reordered(images.labels, before, after))
 
 
 def _with_selection_data(found: Found, options: DataOptions) -> Found:
@@ -148,7 +159,8 @@ def _with_selection_data(found: Found, options: DataOptions) -> Found:
     if found.selection is not None:
         say(f"not read: {found.selection_from} of {readable(options.data)}, since --selection-data was given")
     folder = existing_folder(options.selection_data, "--selection-data")
-    selection = images_like(read_one_split(folder, options.skip_names, "--selection-data"), found.classes)
+    images = read_one_split(folder, options.skip_names, "--selection-data", labels_are(options))
+    selection = images_like(images, found.classes, found.train.is_multi_label)
     return replace(found, selection=selection, selection_from=readable(str(options.selection_data)))
 
 
@@ -161,9 +173,11 @@ def _carve(images: ImageSet, name: str) -> tuple[ImageSet, ImageSet]:
     place = [_place(name, key) for key in images.keys]
     members: dict[int, list[int]] = {}
     for i, label in enumerate(images.labels):
-        members.setdefault(label, []).append(i)
+        for each in classes_of(label):
+            members.setdefault(each, []).append(i)
     # The image of each class that hashes highest is the one that always stays.
-    movable = [i for group in members.values() for i in sorted(group, key=place.__getitem__)[:-1]]
+    staying = {max(group, key=place.__getitem__) for group in members.values()}
+    movable = [i for i in range(len(images)) if i not in staying]
     if not movable:
         raise DataError(
             f"too few images to set some aside for the {name} split: {len(images)} images in {len(members)} "
@@ -191,6 +205,16 @@ def _check_disjoint(splits: Mapping[str, ImageSet]) -> None:
                 )
 
 
+def _check_some_class(splits: Mapping[str, ImageSet], source: str) -> None:
+    """Where images may have several classes or none, those that are measured on must have some."""
+    for name, images in splits.items():
+        if images.is_multi_label and not any(map(classes_of, images.labels)):
+            raise DataError(
+                f"none of the {len(images)} {name} images of {source} has a class, so nothing can be "
+                f"measured on them: give more, or a split of your own (val/, test/)"
+            )
+
+
 def _fingerprint(classes: Sequence[str], splits: Mapping[str, ImageSet]) -> str:
     digest = blake2b(repr(tuple(classes)).encode(), digest_size=16)
     for name, images in splits.items():
@@ -212,9 +236,11 @@ def _without_bad(images: ImageSet, classes: Sequence[str], split: str) -> ImageS
 
     results = in_threads(decodes, len(images), "looking for bad images", num_cpus())
     good = images.subset(index for index, ok in enumerate(results) if ok)
-    if lost := sorted(set(images.labels) - set(good.labels)):
+    there, left = ([set(classes_of(label)) for label in some.labels] for some in (images, good))
+    if lost := sorted(set().union(*there) - set().union(*left)):
         which = f"of class {join([classes[i] for i in lost])} " if classes else ""
-        where = images.reader.identity(images.keys[images.labels.index(lost[0])])
+        first = next(i for i, those in enumerate(there) if lost[0] in those)
+        where = images.reader.identity(images.keys[first])
         text = f"no image {which}beside {where} can be decoded"
         if split == "train" or not len(good):
             raise DataError(f"{text}: add images that can")

@@ -3,6 +3,9 @@
 file_name,label             one class each
 file_name,label,split       and the split it belongs to: train, validation (val, valid) or test
 image,cat,dog               one column for each class, with a single 1 in each row
+
+Where images have several classes, a label is a list (`cat dog`, `cat|dog`, in JSON a list), or there are any
+number of 1s in a row; an empty label is an image without any class.
 """
 
 from __future__ import annotations
@@ -14,9 +17,20 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
+from stepwell.config.options import DataOptions
+from stepwell.data.class_lists import lists_of_classes, split_lists
+from stepwell.data.labels import Name, are_several
 from stepwell.errors import DataError
+
+Task = Literal["auto", "classification", "multi-label"]
+
+
+def labels_are(options: DataOptions) -> Task:
+    """How labels are read: where none are learnt, as they look."""
+    return "auto" if options.task == "features" else options.task
+
 
 _FILE = (
     "file_name", "filename", "file", "image", "image_name", "image_file", "image_path", "filepath", "path",
@@ -50,27 +64,38 @@ class Row(NamedTuple):
     """What a table says of one image; `split` is empty where it has no such column."""
 
     image: str
-    label: str
+    label: Name
     split: str
 
 
 @dataclass(frozen=True)
 class Table:
-    """Names of images, with or without folders and endings, and the class and split of each.
+    """Names of images, with or without folders and endings, and the class or classes and split of each.
 
     Attributes:
         path: The file.
-        rows: Those that have a label.
+        rows: Those that have a label; all, where images have several classes or none.
         unread: Columns that seem to sort images into splits, and are not read.
+        classes: The columns of 0 and 1, where images have several classes and these say which.
     """
 
     path: Path
     rows: Sequence[Row]
     unread: Sequence[str]
+    classes: tuple[str, ...] = ()
+
+    @property
+    def is_multi_label(self) -> bool:
+        """Whether each image may have several classes."""
+        return are_several([row.label for row in self.rows])
 
 
-def read_table(path: Path) -> Table | None:
+def read_table(path: Path, task: Task = "auto") -> Table | None:
     """The rows of a table; None if it has no columns of files and labels.
+
+    Args:
+        path: The file.
+        task: Whether images have one class each, or several; `auto`: as the table looks.
 
     Raises:
         DataError: It is damaged, gives an image several classes, or names splits that are unknown.
@@ -88,14 +113,17 @@ def read_table(path: Path) -> Table | None:
     rest = [column for column in columns if column not in (file, split, *unread)]
     if not rest and split is None:
         rest, unread = unread, []  # file_name,set: of two columns, the other is the class
-    labels = _labels(path, records, file, rest)
+    labels = _labels(path, records, file, rest, task)
     if labels is None:
         return None
+    several = are_several(labels)
+    by_columns = several and _label_column(rest) is None
     rows = [
         Row(str(record.get(file) or ""), label, "" if split is None else _SPLIT_WORDS[_word(record, split)])
         for record, label in zip(records, labels, strict=True)
     ]
-    return Table(path, [row for row in rows if row.image and row.label], unread)
+    rows = [row for row in rows if row.image and (row.label or several)]
+    return Table(path, rows, unread, tuple(column.strip() for column in rest) if by_columns else ())
 
 
 def _text(path: Path) -> str:
@@ -169,23 +197,48 @@ def _by_name(column: str) -> int:
     return _SPLIT.index(_plain(column))
 
 
-def _labels(path: Path, records: Sequence[Record], file: str, rest: Sequence[str]) -> list[str] | None:
-    """The class of each row by the columns `rest`, empty where it has none; None where none has."""
-    column = _column(rest, _LABEL) or (rest[0] if len(rest) == 1 else None)
+def _label_column(rest: Sequence[str]) -> str | None:
+    return _column(rest, _LABEL) or (rest[0] if len(rest) == 1 else None)
+
+
+def _labels(
+    path: Path, records: Sequence[Record], file: str, rest: Sequence[str], task: Task
+) -> Sequence[Name] | None:
+    """The class or classes of each row by the columns `rest`, empty where it has none; None: none has any."""
+    column = _label_column(rest)
     if column is None:
-        return _from_bits(path, records, file, rest)
+        return _from_bits(path, records, file, rest, task)
     values = ["" if record.get(column) is None else record[column] for record in records]
+    if task != "classification" and any(isinstance(value, list) for value in values):
+        return _from_json_lists(values, numbers=task == "multi-label")
     if any(not isinstance(value, (str, int)) for value in values):
-        return None  # boxes, lists, numbers with a fraction: no classes
-    return [str(value).strip() for value in values]
+        return None  # boxes, numbers with a fraction: no classes
+    labels = [str(value).strip() for value in values]
+    if task == "multi-label" or (task == "auto" and lists_of_classes(labels)):
+        return split_lists(labels)
+    return labels
 
 
-def _from_bits(path: Path, records: Sequence[Record], file: str, rest: Sequence[str]) -> list[str] | None:
+def _from_json_lists(values: Sequence[object], numbers: bool) -> Sequence[Name] | None:
+    """The classes in lists of JSON; None where they list something else. Lists of numbers may be boxes, and
+    are classes only where the user says so."""
+    lists = [value if isinstance(value, list) else [value] for value in values]
+    allowed = (str, int) if numbers else str
+    if not all(isinstance(each, allowed) for those in lists for each in those):
+        return None
+    return [tuple(dict.fromkeys(str(each).strip() for each in those if each != "")) for those in lists]
+
+
+def _from_bits(
+    path: Path, records: Sequence[Record], file: str, rest: Sequence[str], task: Task
+) -> Sequence[Name] | None:
     """The names of the columns that hold the 1s; None where other columns than of 0 and 1 are there."""
     bits = [[_BITS.get(_word(record, column)) for column in rest] for record in records]
     if len(rest) < 2 or any(None in row for row in bits):
         return None
     names = [[column.strip() for column, bit in zip(rest, row, strict=True) if bit] for row in bits]
+    if task == "multi-label" or (task == "auto" and any(len(those) != 1 for those in names)):
+        return [tuple(those) for those in names]
     for record, those in zip(records, names, strict=True):
         if len(those) != 1:
             has = f"the classes {' and '.join(those[:2])}" if those else "no class"
@@ -194,8 +247,8 @@ def _from_bits(path: Path, records: Sequence[Record], file: str, rest: Sequence[
 
 
 def several_classes(path: Path, what: str) -> DataError:
-    """The one answer to a table that does not give each image one class."""
+    """The one answer to a table that does not give each image one class, though each should have one."""
     return DataError(
-        f"{path} {what}: several classes in one image, or none, are not supported; give each image one, or "
-        f"pass --skip-names {path.name} to use the images without labels"
+        f"{path} {what}: --task multi-label reads several classes in one image, or none; else give each "
+        f"image one, or pass --skip-names {path.name} to use the images without labels"
     )

@@ -10,14 +10,14 @@ read is in table_files.py.
 from __future__ import annotations
 
 import os
-import re
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from stepwell.data.class_lists import lists_of_classes
+from stepwell.data.labels import Name, all_names, are_several
 from stepwell.data.listing import entries
-from stepwell.data.table_files import Row, Table, read_table, several_classes
+from stepwell.data.table_files import Row, Table, Task, read_table, several_classes
 from stepwell.errors import DataError
 from stepwell.run.progress import say
 
@@ -30,26 +30,31 @@ class TableLabels:
     """What tables say of the images of one folder.
 
     Attributes:
-        names: The class of each image; empty where no table says it.
+        names: The class or the classes of each image; empty where no table says it.
         splits: train, validation or test for each image; empty where no table says it.
         path: The table that was read.
         unread: Tables that are there, where none was read.
+        classes: All classes in their order, where the table's columns say it.
     """
 
-    names: tuple[str, ...] = ()
+    names: tuple[Name, ...] = ()
     splits: tuple[str, ...] = ()
     path: Path | None = None
     unread: tuple[Path, ...] = ()
+    classes: tuple[str, ...] = ()
 
 
-def labels_from_tables(folder: Path, keys: Sequence[str], skip: Sequence[str], is_split: bool) -> TableLabels:
-    """The class of each image of a folder without class folders.
+def labels_from_tables(
+    folder: Path, keys: Sequence[str], skip: Sequence[str], is_split: bool, task: Task = "auto"
+) -> TableLabels:
+    """The class or classes of each image of a folder without class folders.
 
     Args:
         folder: Where the images lie; the table may lie beside it.
         keys: Their names.
         skip: Patterns of names that are left out.
         is_split: Whether it is one of several splits, so that all tables beside it are about images.
+        task: Whether images have one class each, or several; `auto`: as the table looks.
 
     Raises:
         DataError: A table is damaged, names only a part of the images, or contradicts itself.
@@ -60,15 +65,23 @@ def labels_from_tables(folder: Path, keys: Sequence[str], skip: Sequence[str], i
         beside = [path for path in beside if _is_known(path, here.name)]
     files = _tables_in(folder, skip) + beside
     for path in files:
-        table = read_table(path) if _is_known(path, here.name) else None
+        table = read_table(path, task) if _is_known(path, here.name) else None
         found = None if table is None else _rows_of(table, folder, keys)
         if table is not None and found is not None:
-            say(f"labels are read from {path}")
+            say(f"labels are read from {path}{_several_in_words(table)}")
             for column in table.unread:
                 say(f"column {column} of {path} is not read: a column split of train, validation, test is")
             splits = tuple(row.split for row in found) if found[0].split else ()
-            return TableLabels(tuple(row.label for row in found), splits, path)
+            names = tuple(row.label for row in found)
+            return TableLabels(names, splits, path, classes=table.classes)
     return TableLabels(unread=tuple(files))
+
+
+def _several_in_words(table: Table) -> str:
+    if not table.is_multi_label:
+        return ""
+    counts = [len(row.label) for row in table.rows]
+    return f": several classes in one image are allowed, and {min(counts)} to {max(counts)} are there"
 
 
 def say_unread(folders: Iterable[TableLabels]) -> None:
@@ -125,10 +138,12 @@ def _rows_of(table: Table, folder: Path, keys: Sequence[str]) -> list[Row] | Non
     for row in rows:
         key = known.get(row.image)
         first = row if key is None else found.setdefault(key, row)
-        if first.label != row.label:
+        if key is not None and isinstance(first.label, tuple):  # a row for each class of an image
+            found[key] = first._replace(label=tuple(dict.fromkeys([*first.label, *row.label])))
+        elif first.label != row.label:
             raise DataError(
                 f"{table.path} gives {key} two labels, {first.label} and {row.label}: one class for each "
-                "image"
+                "image, or --task multi-label"
             )
         if first.split != row.split:
             raise DataError(
@@ -141,7 +156,8 @@ def _rows_of(table: Table, folder: Path, keys: Sequence[str]) -> list[Row] | Non
             f"{table.path} has no label for {len(missing):,} of {len(keys):,} images in {folder} "
             f"({missing[0]}, ...): add rows, or move the images away"
         )
-    check_classes(table.path, {row.label for row in found.values()})
+    names = [row.label for row in found.values()]
+    check_classes(table.path, all_names(names), are_several(names))
     return [found[key] for key in keys]
 
 
@@ -160,8 +176,8 @@ def _names_of(keys: Sequence[str], folder: Path) -> Mapping[str, str]:
     return {**unique, **exact}
 
 
-def check_classes(path: Path, labels: Iterable[str]) -> None:
-    """Raise where the labels of a table are no classes.
+def check_classes(path: Path, labels: Iterable[str], several: bool = False) -> None:
+    """Raise where the labels of a table are no classes, or lists of them that were not taken apart.
 
     Raises:
         DataError: They are numbers with a fraction, or lists of classes.
@@ -178,27 +194,8 @@ def check_classes(path: Path, labels: Iterable[str]) -> None:
         raise DataError(
             f"{path} holds numbers such as {min(values, key=len)}, no classes: give each image one"
         )
-    if lists := lists_of_classes(values):
+    if not several and (lists := lists_of_classes(values)):
         raise several_classes(path, f"has labels such as {' and '.join(map(repr, lists[:2]))}")
-
-
-def lists_of_classes(labels: Iterable[str]) -> list[str]:
-    """Labels that list several classes: `a,b` beside `a,c`, or `a b` beside `a` and `b`; none if they do not.
-
-    `tench, Tinca tinca` is one class. Of the 1,000 classes of ImageNet a few share a word (two are called
-    panther), so lists are those sets where more than half of the labels with commas share a part.
-    """
-    values = set(labels)
-    parts = {value: {part.strip(" []()'\"") for part in re.split(r"[,;|]", value)} for value in values}
-    num_owners = Counter(part for those in parts.values() for part in those if part)
-    listed = sorted(value for value in values if re.search(r"[,;|]", value))
-    sharing = [value for value in listed if any(num_owners[part] > 1 for part in parts[value])]
-    if 2 * len(sharing) > len(listed):
-        return sharing
-    # `golden retriever` and `labrador retriever` share a word: here all words have to be labels themselves.
-    spaced = sorted(value for value in values if len(value.split()) > 1)
-    whole = [value for value in spaced if values.issuperset(value.split())]
-    return whole if 2 * len(whole) > len(spaced) else []
 
 
 def class_order(names: Iterable[str]) -> tuple[str, ...]:

@@ -12,10 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from stepwell.config.options import DataOptions
+from stepwell.data.class_lists import lists_of_classes
 from stepwell.data.folders import join
 from stepwell.data.found import Found
 from stepwell.data.images import ImageSet, TimmReader, one_line
-from stepwell.data.tables import class_order, lists_of_classes
+from stepwell.data.labels import Label, classes_of
+from stepwell.data.table_files import labels_are
+from stepwell.data.tables import class_order
+from stepwell.data.timm_lists import LISTS, as_lists, bits_of_lists, kind_of, names_of_lists
 from stepwell.errors import DataError, did_you_mean
 from stepwell.run.progress import progress, say
 
@@ -59,6 +63,8 @@ def find(options: DataOptions) -> Found:
     split = _TORCH_SETS[name]
     train, test = _rows(options, "train", None), _rows(options, split, None)
     labels = _numbers(_labels(train))
+    if options.task == "multi-label":
+        raise DataError(f"--task multi-label: each image of {options.data} has one class")
     classes = _names(train, labels)
     _check_some_classes(classes, options.data)
     return Found(
@@ -72,22 +78,38 @@ def find(options: DataOptions) -> Found:
 def _find_hugging_face(options: DataOptions, name: str) -> Found:
     if importlib.util.find_spec("datasets") is None:
         raise DataError(f"{options.data} needs the package datasets: pip install datasets")
-    columns = choose_columns(_features(options, name), options)
+    features = _features(options, name)
+    columns = choose_columns(features, options)
     train = _rows(options, "train", columns)
     labels = _labels(train)
-    if text := any(isinstance(label, str) for label in labels):
+    lists = as_lists(labels, labels_are(options))
+    if lists is not None and options.task == "classification":
+        raise DataError(
+            f"--task classification: column {columns[1]} of {options.data} lists several classes for an "
+            f"image; --label-column takes another"
+        )
+    text = any(isinstance(label, str) for label in labels)
+    if lists is not None:
+        classes = names_of_lists(features.get(columns[1]), lists)
+    elif text:
         classes = class_order(str(label) for label in labels)
-        if lists := lists_of_classes(classes):
+        if listed := lists_of_classes(classes):
             raise DataError(
-                f"{options.data} has labels such as {' and '.join(map(repr, lists[:2]))}: several classes in "
-                "one image are not supported; --label-column takes another column"
+                f"{options.data} has labels such as {' and '.join(map(repr, listed[:2]))}: "
+                f"--task multi-label reads several classes in one image, and --label-column takes another "
+                f"column"
             )
     else:
         classes = _names(train, _numbers(labels))
     _check_some_classes(classes, options.data)
 
     def images(split: str, rows: Any, labels: Sequence[Any]) -> ImageSet:  # noqa: ANN401
-        numbers = _numbers_of_names(labels, classes, split, options.data) if text else _numbers(labels)
+        numbers: Sequence[Label]
+        if lists is not None:
+            several = as_lists(labels, labels_are(options), sure=True) or []
+            numbers = bits_of_lists(several, classes, f"the {split} split of {options.data}")
+        else:
+            numbers = _numbers_of_names(labels, classes, split, options.data) if text else _numbers(labels)
         return _images(options, split, rows, numbers)
 
     others: dict[str, ImageSet] = {}
@@ -95,7 +117,8 @@ def _find_hugging_face(options: DataOptions, name: str) -> Found:
         if split in (train.dataset.info.splits or ()):
             rows = _rows(options, split, columns)
             found = images(split, rows, _labels(rows))
-            if max(found.labels) >= 0:  # test splits of competitions carry -1 everywhere
+            # Test splits of competitions carry -1, or no class, everywhere.
+            if any(number >= 0 for label in found.labels for number in classes_of(label)):
                 others[split] = found
     test = next(iter(others), "")
     selection = "validation" if len(others) == 2 else ""
@@ -114,13 +137,17 @@ def choose_columns(features: Mapping[str, object], options: DataOptions) -> Colu
     Raises:
         DataError: There is no such column, or more than one would do.
     """
-    kinds = {name: type(feature).__name__ for name, feature in features.items()}
+    kinds = {name: kind_of(feature) for name, feature in features.items()}
     texts = [name for name, feature in features.items() if getattr(feature, "dtype", "") in _TEXT_OR_NUMBER]
     image = _column(
         options.image_column, "--image-column", _of_kind(kinds, "Image"), _IMAGE_COLUMNS, kinds, options.data
     )
     # A column of text or numbers is taken for a label only by its name: it may be a caption or an index.
-    labels = _of_kind(kinds, "ClassLabel") or [name for name in texts if name in _LABEL_COLUMNS]
+    labels = (
+        _of_kind(kinds, "ClassLabel")
+        or _of_kind(kinds, LISTS)
+        or [name for name in texts if name in _LABEL_COLUMNS]
+    )
     label = _column(options.label_column, "--label-column", labels, _LABEL_COLUMNS, kinds, options.data)
     return image, label
 
@@ -186,7 +213,7 @@ def _rows(options: DataOptions, split: str, columns: Columns | None) -> Any:  # 
     return getattr(dataset, "reader", dataset)
 
 
-def _images(options: DataOptions, split: str, rows: Any, labels: Sequence[int]) -> ImageSet:  # noqa: ANN401
+def _images(options: DataOptions, split: str, rows: Any, labels: Sequence[Label]) -> ImageSet:  # noqa: ANN401
     reader = TimmReader(f"{options.data}/{split}", rows)
     return ImageSet(tuple(map(str, range(len(labels)))), tuple(labels), reader)
 

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from stepwell.config.loss_facts import FEATURE_LOSSES, LOGIT_LOSSES
-from stepwell.config.options import LossOptions
+from stepwell.config.options import LossOptions, TaskName
 from stepwell.config.own_code import load_function
 from stepwell.errors import ConfigError
 from stepwell.losses.ab import AB
@@ -27,11 +27,12 @@ from stepwell.losses.cc import CC
 from stepwell.losses.crd import CRD, bank_bytes
 from stepwell.losses.dist import dist_loss
 from stepwell.losses.dkd import dkd_loss
+from stepwell.losses.embedding import embedding_loss
 from stepwell.losses.feature import state_loss
 from stepwell.losses.fitnet import FitNet
 from stepwell.losses.fsp import fsp_loss
 from stepwell.losses.ft import FT
-from stepwell.losses.logit import kd_loss
+from stepwell.losses.logit import binary_kd_loss, kd_loss
 from stepwell.losses.nst import nst_loss
 from stepwell.losses.observe import Observed
 from stepwell.losses.ofa import OFA
@@ -61,6 +62,7 @@ class Pair:
         blank: The two images that the outputs are of.
         training_images: What is known of all training images, for losses with a memory.
         is_other_student: Whether the student is of another architecture than the teacher.
+        task: What both are for.
     """
 
     student: Output
@@ -69,6 +71,7 @@ class Pair:
     blank: Float[Tensor, "two channels height width"]
     training_images: TrainingImages
     is_other_student: bool = False
+    task: TaskName = "classification"
 
     def after(self, block: str) -> Callable[[Tensor], Output]:
         """The rest of the teacher behind `block`, borrowed: not saved, trained or decayed with the loss."""
@@ -87,8 +90,11 @@ def logit_loss(options: LossOptions, pair: Pair) -> Call | None:
     name, temperature = options.logit_loss, options.temperature
     made = partial(_made, name, "--logit-args", options.logit_args)
     match name:
+        case "kd" if pair.task == "features":
+            return made(embedding_loss)
         case "kd":
-            return made(kd_loss, temperature=temperature)
+            loss = kd_loss if pair.task == "classification" else binary_kd_loss
+            return made(loss, temperature=temperature)
         case "dkd":
             return made(dkd_loss, temperature=temperature)
         case "dist":

@@ -1,7 +1,7 @@
 """What a student minimises: the labels' term, one on the logits, one on hidden states or features.
 
 The defaults are AMD's loss (supplementary, Eq. 3 as we read it): cross-entropy, KL divergence, squared
-distance of hidden states.
+distance of hidden states. The first two are those of the task.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from stepwell.config.options import LossOptions
+from stepwell.config.options import LossOptions, TaskName
 from stepwell.errors import ConfigError
 from stepwell.losses.choose import Call, Pair, feature_loss, logit_loss
 from stepwell.losses.output import Output, Target, arguments
 from stepwell.losses.sskd import rotations
-from stepwell.tasks.classification import loss_per_image
+from stepwell.tasks.task import task_of
 
 Phase = Literal["pretraining", "main"]
 """Some losses have a pretraining; see `LossFacts.pretraining`."""
@@ -38,10 +38,19 @@ class Distillation(nn.Module):
         options: Weights, and over which share of the training the teacher's two terms rise from 0.
         logit: From the two models' logits; None where the weight is 0.
         feature: From their hidden states or features; None where the weight is 0, or one has no states.
+        task: What the models are for; the labels' term is its loss.
     """
 
-    def __init__(self, options: LossOptions, logit: Call | None, feature: Call | None) -> None:
+    def __init__(
+        self,
+        options: LossOptions,
+        logit: Call | None,
+        feature: Call | None,
+        task: TaskName = "classification",
+    ) -> None:
         super().__init__()
+        self._loss_per_image = task_of(task).loss_per_image
+        self._has_labels = task != "features"
         self.options, self.logit, self.feature = options, logit, feature
         self.phase: Phase = "main"
 
@@ -105,8 +114,9 @@ class Distillation(nn.Module):
         plain = student._replace(logits=student.logits[:num_images])
         given = teacher._replace(logits=teacher.logits[:num_images])
         parts, total = {}, []
-        if task and options.task_weight:
-            parts["task"] = loss_per_image(plain.logits, target.labels, options.label_smoothing).mean()
+        if task and options.task_weight and self._has_labels:
+            loss = self._loss_per_image(plain.logits, target.labels, options.label_smoothing)
+            parts["task"] = loss.mean()
             total.append(options.task_weight * parts["task"])
         if self.logit is not None:
             parts["logit"] = self.logit(*arguments(options.logit_facts, plain, given, target))
@@ -139,7 +149,7 @@ def make_distillation(options: LossOptions, pair: Pair, seed: int) -> Distillati
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         logit, feature = logit_loss(options, pair), feature_loss(options, pair)
-    loss = Distillation(options, logit, feature)
+    loss = Distillation(options, logit, feature, pair.task)
     kept = [module for module in loss.modules() if module is pair.observed_teacher.model]
     assert not kept, "a loss borrows of the teacher what Pair.after returns, and never keeps the teacher"
     return loss.to(pair.student.logits.device)
@@ -169,7 +179,9 @@ def loss_macs(loss: Distillation, pair: Pair, batch_size: int) -> dict[Phase, fl
     device, phases = pair.student.logits.device, {}
     student = _as_leaves(pair.student, batch_size * loss.options.views, learns=True)
     teacher = _as_leaves(pair.teacher, batch_size * loss.options.views, learns=False)
-    labels, indices = (torch.zeros(batch_size, dtype=torch.int64, device=device) for _ in range(2))
+    indices = torch.zeros(batch_size, dtype=torch.int64, device=device)
+    like = pair.training_images.labels
+    labels = indices if like is None else like.new_zeros((batch_size, *like.shape[1:]), device=device)
     for phase in loss.phases:
         loss.begin(phase)
         with torch.enable_grad(), FlopCounterMode(display=False) as counter:

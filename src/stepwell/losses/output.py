@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from stepwell.config.loss_facts import Given, LossFacts, Reads
@@ -34,8 +34,9 @@ def _full(tensor: Tensor) -> Tensor:
 class Target(NamedTuple):
     """What is known of the images of a batch."""
 
-    labels: Int[Tensor, " batch"] | Float[Tensor, "batch classes"]
-    """A class for each; or, of mixed images, a probability for each class."""
+    labels: Shaped[Tensor, "batch ..."]
+    """A class for each, (batch,); or floats (batch, classes): of mixed images a probability for each class,
+    or 0 and 1 where an image has several."""
     indices: Int[Tensor, " batch"]
     """Their places among the training images."""
     progress: float
@@ -45,8 +46,8 @@ class Target(NamedTuple):
 class TrainingImages(NamedTuple):
     """What is known of all training images, for losses that keep a memory of them."""
 
-    labels: Int[Tensor, " images"] | None
-    """None where there are none."""
+    labels: Shaped[Tensor, "images ..."] | None
+    """As in `Target`; None where there are none."""
     num_images: int
 
     @property

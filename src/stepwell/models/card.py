@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 import stepwell.zoo  # noqa: F401  (their names become names of timm)
+from stepwell.config.options import TaskName
 from stepwell.data.spec import InputSpec
 from stepwell.errors import ConfigError, DataError, ModelError, UnsupportedModelError
 from stepwell.models import huggingface, own_module
@@ -63,6 +64,8 @@ class Card(BaseModel):
     """Units kept per group; a group that is not named is whole."""
     classes: list[str]
     input: InputSpec
+    task: TaskName = "classification"
+    """What its answers are: one class, or a yes or no for each."""
     provenance: dict[str, Any] = {}
     """Versions, teacher, data and figures: for people; nothing is computed from it."""
 
@@ -130,7 +133,7 @@ def check_answers(model: nn.Module, card: Card, folder: Path) -> None:
         num_outputs = check_runs(model, card.input, f"its {type(model).__name__}", "size")
     except ConfigError as error:
         raise ModelError(f"{folder / CARD} is damaged, or for another model: {error}") from None
-    if num_outputs != len(card.classes):
+    if num_outputs != len(card.classes) and card.task != "features":
         raise ModelError(
             f"{folder / CARD} is damaged: it names {len(card.classes)} classes, but the model tells "
             f"{num_outputs} apart"

@@ -17,6 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from stepwell.config.options import TaskName
 from stepwell.data.images import one_line
 from stepwell.data.spec import InputSpec
 from stepwell.errors import ModelError, UnsupportedModelError
@@ -215,22 +216,22 @@ def class_names(model: nn.Module) -> tuple[str, ...] | None:
     return None if default or len(set(names)) < len(names) else names
 
 
-def check_exclusive_classes(model: nn.Module, name: str) -> None:
-    """Refuse a model that was trained for several classes in one image, or for a number.
+def task_of(model: nn.Module, name: str) -> TaskName | None:
+    """What a model was trained for, by its configuration; None where that does not say it.
 
     Raises:
-        UnsupportedModelError: Its configuration says so.
+        UnsupportedModelError: For a number.
     """
     if not isinstance(model, Classifier):
-        return
+        return None
     kind = getattr(model.config, "problem_type", None)
-    if kind == "multi_label_classification":
-        raise UnsupportedModelError(
-            f"{name} was trained for several classes in one image (problem_type: {kind}): only classes that "
-            f"exclude each other are supported"
-        )
     if kind == "regression" or model.num_classes == 1:
         raise UnsupportedModelError(f"{name} returns a number, no classes (problem_type: regression)")
+    tasks: dict[str | None, TaskName] = {
+        "multi_label_classification": "multi-label",
+        "single_label_classification": "classification",
+    }
+    return tasks.get(kind)
 
 
 def input_spec(model: Classifier, folder: Path | None = None) -> InputSpec:

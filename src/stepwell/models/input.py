@@ -17,7 +17,7 @@ from stepwell.data.images import one_line
 from stepwell.data.spec import InputSpec
 from stepwell.errors import ConfigError, ModelError
 from stepwell.models import huggingface
-from stepwell.tasks.classification import check_output
+from stepwell.tasks.outputs import check_output
 
 
 def input_spec(model: nn.Module, args: Mapping[str, Any] | None = None) -> InputSpec:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from stepwell.config.options import TaskName
 from stepwell.config.own_code import is_own_code
 from stepwell.data.spec import InputSpec
 from stepwell.errors import ConfigError, ModelError
@@ -49,6 +50,7 @@ class Teacher:
         digest: Fingerprint of its weights.
         trained_on: Fingerprint of the data that stepwell trained it on, or None.
         notes: What was found out about it that a careful reader should be told.
+        task: What it was trained for, where something says that.
     """
 
     model: nn.Module
@@ -60,6 +62,7 @@ class Teacher:
     digest: str
     trained_on: str | None = None
     notes: tuple[str, ...] = ()
+    task: TaskName | None = None
 
     @property
     def is_own_module(self) -> bool:
@@ -126,7 +129,8 @@ def teacher_from_module(module: nn.Module, classes: tuple[str, ...] | None) -> T
     inner = own_module.unwrapped(module)
     architecture = recognise(model, spec) or Architecture(source="factory", name=type(inner).__name__)
     classes = huggingface.class_names(model) or classes
-    return Teacher(model, architecture, spec, classes, {}, architecture.name, digest(model))
+    task = huggingface.task_of(model, name)
+    return Teacher(model, architecture, spec, classes, {}, architecture.name, digest(model), task=task)
 
 
 def _from_directory(path: Path, weights: Path | None, key: str | None, args: Mapping[str, Any]) -> Teacher:
@@ -153,6 +157,7 @@ def _from_directory(path: Path, weights: Path | None, key: str | None, args: Map
         classes=None if card.classes == placeholders(len(card.classes)) else tuple(card.classes),
         widths=card.widths,
         trained_on=card.provenance.get("data_fingerprint") if weights is None else None,
+        task=card.task,
     )
 
 
@@ -200,7 +205,8 @@ def _from_transformers(folder: Path, weights: Path | None) -> Teacher:
     spec, classes = huggingface.input_spec(model, folder), huggingface.class_names(model)
     _check_numbers(model, str(folder))
     architecture = recognise(model, spec) or Architecture(source="factory", name=str(folder))
-    return Teacher(model, architecture, spec, classes, {}, str(folder), digest(model))
+    task = huggingface.task_of(model, str(folder))
+    return Teacher(model, architecture, spec, classes, {}, str(folder), digest(model), task=task)
 
 
 def placeholders(num_classes: int) -> list[str]:

@@ -68,7 +68,9 @@ def begin(
 
 def _identity(s: Setting) -> dict[str, str]:
     """A fingerprint of everything that the options only name."""
-    identity = {"teacher": s.teacher.digest, "data": s.data.fingerprint}
+    # What images without labels are for, their names do not say.
+    task = "" if s.data.task == "classification" else f":{s.data.task}"
+    identity = {"teacher": s.teacher.digest, "data": f"{s.data.fingerprint}{task}"}
     if s.other_student is not None:
         identity["student"] = digest(s.other_student.model)
     for option, loss in (("--logit-loss", s.config.logit_loss), ("--feature-loss", s.config.feature_loss)):

@@ -24,7 +24,7 @@ from stepwell.run.device import autocast_of, set_up_torch
 from stepwell.run.progress import say
 from stepwell.run.run_dir import RunDir, Stage, writing
 from stepwell.setting.classes import in_order_of_model
-from stepwell.tasks.classification import evaluate, in_words, loss_per_image, resolve_metric
+from stepwell.tasks.task import Task, task_of
 from stepwell.training.handed_on import performance_of
 from stepwell.training.loop import Course, Trained, fit, seconds_per_step
 from stepwell.training.optimizer import layer_scales, no_decay_of
@@ -32,9 +32,10 @@ from stepwell.version import __version__
 
 
 @dataclass(frozen=True)
-class ClassifyStep:
-    """Cross-entropy with the labels, softened."""
+class LabelStep:
+    """The task's loss with the labels, softened."""
 
+    task: Task
     model: nn.Module
     label_smoothing: float
     autocast: torch.autocast
@@ -43,7 +44,7 @@ class ClassifyStep:
         """Forward and backward; returns the loss, detached."""
         with self.autocast:
             logits = self.model(batch.images)
-        loss = loss_per_image(logits, batch.labels, self.label_smoothing).mean()
+        loss = self.task.loss_per_image(logits, batch.labels, self.label_smoothing).mean()
         loss.backward()
         return {"loss": loss.detach()}
 
@@ -55,6 +56,8 @@ def train(config: TrainConfig) -> str:
     """
     require(config, "train", "model", "data", "out_dir")
     assert config.out_dir is not None
+    if config.task == "features":
+        raise ConfigError("train learns from labels, and an embedding from a teacher: see stepwell compress")
     data = resolve_data(config)
     if not data.labelled:
         raise ConfigError(
@@ -68,7 +71,8 @@ def train(config: TrainConfig) -> str:
     spec = as_asked(input_spec(model, args), model, config, data.white_level)
     check_runs(model, spec, config.model, "--image-size, or --model-args img_size=")
     check_trains(model, spec, config.model, min(config.batch_size, len(data.train)))
-    if keeps_head and config.class_order is None:
+    task = task_of(data.task)
+    if keeps_head and config.class_order is None and data.task == "classification":
         data = in_order_of_model(model.eval(), spec, data, config, device)
     model.train()
     # Decoded now: a bad image is an error before the folder is made.
@@ -81,21 +85,23 @@ def train(config: TrainConfig) -> str:
     run.check_identity({"data": data.fingerprint})
     with run.stage("train", Trained) as stage:
         if stage.is_new:
-            trained = _fit(config, model, batches, selection, stage)
+            step = LabelStep(task, model, config.label_smoothing, autocast_of(config, device))
+            trained = _fit(config, step, batches, selection, stage)
             # All of it: a model with BatchNorm is not whole without its statistics.
             stage.result = trained.model_copy(update={"tensors": model.state_dict()})
     model.load_state_dict(stage.result.tensors)
     model.eval()
 
-    meter = evaluate(model, test, "test images")
+    meter = task.evaluate(model, test, "test images")
     card = Card(
         architecture=timm_architecture(config.model, model, args),
         classes=list(data.classes),
         input=spec,
+        task=data.task,
         provenance={
             "data": data.source,
             "data_fingerprint": data.fingerprint,
-            "top1": meter.top1,
+            task.MEASURE: meter.quality,
             "stepwell": __version__,
             "torch": torch.__version__,
         },
@@ -105,7 +111,7 @@ def train(config: TrainConfig) -> str:
         with writing(folder):
             folder.mkdir(exist_ok=True)
         save_model(folder, model, card)
-    return f"{folder}: {in_words(meter, data.test_from)}, {num_params(model):,} parameters"
+    return f"{folder}: {task.in_words(meter, data.test_from)}, {num_params(model):,} parameters"
 
 
 def _start(config: TrainConfig, num_classes: int) -> tuple[nn.Module, bool]:
@@ -128,12 +134,12 @@ def _start(config: TrainConfig, num_classes: int) -> tuple[nn.Module, bool]:
 
 def _fit(
     config: TrainConfig,
-    model: nn.Module,
+    step: LabelStep,
     batches: TrainBatches,
     selection: EvalBatches | None,
     stage: Stage[Trained],
 ) -> Trained:
-    step = ClassifyStep(model, config.label_smoothing, autocast_of(config, batches.device))
+    model = step.model
     epochs = config.epochs or DEFAULT_EPOCHS
     checkpoint = stage.checkpoints / "main.safetensors"
     if config.minutes is not None and not checkpoint.exists():  # which knows for how long it was begun
@@ -145,8 +151,8 @@ def _fit(
         say(f"train: {epochs:.1f} epochs fit into {config.minutes:g} minutes")
     judge = None
     if selection is not None:
-        metric = resolve_metric("auto", len(selection.labels))
-        judge = partial(performance_of, model, selection, metric)
+        metric = step.task.resolve_metric("auto", len(selection.labels))
+        judge = partial(performance_of, model, selection, metric, step.task)
     course = Course(
         name=stage.name,
         parameters=dict(model.named_parameters()),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from torch import nn
+from torch import Tensor, nn
 
 from stepwell.data.batches import EvalBatches
 from stepwell.errors import ExportError, RunDirError
@@ -14,15 +14,29 @@ from stepwell.models.card import ONNX, WEIGHTS, Card, save_model
 from stepwell.models.export import export_onnx, temporary_folder
 from stepwell.report.result import ModelResult
 from stepwell.run.progress import say
-from stepwell.tasks.classification import Answers, evaluate, predict
+from stepwell.tasks import embedding
+from stepwell.tasks.task import Answers, Task
+
+
+def neighbours_top1(model: nn.Module, known: EvalBatches, answers: Answers, truth: Tensor) -> float:
+    """Top1 of the nearest neighbours by a model's embeddings.
+
+    Args:
+        model: It returns embeddings.
+        known: Training images, with their classes.
+        answers: Its embeddings of the test images.
+        truth: The classes of these.
+    """
+    bank = embedding.evaluate(model, known, "embeddings of the training images").probabilities
+    return embedding.nearest(bank, known.labels, answers.probabilities, truth)
 
 
 def figures_of(
+    task: Task,
     name: str,
     model: nn.Module,
+    images: tuple[EvalBatches, EvalBatches],
     *,
-    selection: EvalBatches,
-    test: EvalBatches,
     card: Card,
     teacher_macs: int,
     keep_ratio: float,
@@ -31,17 +45,19 @@ def figures_of(
     """A model's figures, and its answers on the test images.
 
     Args:
+        task: What it is for.
         name: Its role, for progress.
         model: The model, on the device of the batches.
-        selection: The images whose figures decide between student and control.
-        test: The images that are looked at once, for the report.
+        images: Those whose figures decide between student and control, and the test images, which are looked
+            at once, for the report.
         card: What the model would be saved with; also says its input.
         teacher_macs: Operations of the teacher, for the model's scale.
         keep_ratio: Fraction of units kept.
         threads: CPU threads of onnxruntime and of eager torch.
     """
-    on_selection = evaluate(model, selection, f"{name}: selection images")
-    answers = predict(model, test, f"{name}: test images")
+    selection, test = images
+    on_selection = task.evaluate(model, selection, f"{name}: selection images")
+    answers = task.predict(model, test, f"{name}: test images")
     with temporary_folder() as folder:
         say(f"  {name}: exporting and timing")
         onnx_file, not_exported = folder / ONNX, ""
@@ -55,10 +71,10 @@ def figures_of(
         file_bytes = (folder / WEIGHTS).stat().st_size
     macs, on_test = count_macs(model, card.input), answers.meter
     result = ModelResult(
-        top1=on_test.top1,
-        top1_interval=on_test.top1_interval,
+        quality=on_test.quality,
+        quality_interval=on_test.quality_interval,
         log_likelihood=on_test.log_likelihood,
-        selection_top1=on_selection.top1,
+        selection_quality=on_selection.quality,
         selection_log_likelihood=on_selection.log_likelihood,
         calibration_error=on_test.calibration_error,
         num_params=num_params(model),

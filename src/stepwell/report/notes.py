@@ -44,9 +44,12 @@ def notes(result: Result, teacher: Teacher, options: JointOptions) -> list[str]:
             f"The model does not say how its input is normalised: mean {teacher.spec.mean} and std "
             f"{teacher.spec.std} were assumed."
         )
-    if data.labels == "teacher":
+    if result.measure == "cosine":
+        told += _of_embeddings(result)
+    elif data.labels == "teacher":
         told.append(
-            "The images have no labels: top1 is agreement with the teacher, whose own is 100 by definition."
+            f"The images have no labels: {result.measure} is agreement with the teacher, whose own is 100 by "
+            f"definition."
         )
     if data.bad_images:
         told.append(f"{data.bad_images} images could not be decoded and were left out.")
@@ -58,6 +61,21 @@ def notes(result: Result, teacher: Teacher, options: JointOptions) -> list[str]:
     if data.num_selection < FEW_SELECTION_IMAGES and (result.selection or result.tried):
         told.append(
             f"Only {data.num_selection} selection images: the choice of the assistant is mostly noise."
+        )
+    return told
+
+
+def _of_embeddings(result: Result) -> list[str]:
+    told = [
+        "There are no classes: quality is the mean cosine of a model's embedding with the teacher's, whose "
+        "own is 100 by definition."
+    ]
+    student = (result.control if result.handed_out == "control" else None) or result.student
+    if result.teacher.neighbours_right is not None and student.neighbours_right is not None:
+        told.append(
+            f"The commonest class of the 20 nearest training images is right for "
+            f"{result.teacher.neighbours_right:.1f} % of the test images by the teacher's embedding, and for "
+            f"{student.neighbours_right:.1f} % by the student's."
         )
     return told
 

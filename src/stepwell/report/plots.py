@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
+from stepwell.report import wording
 from stepwell.report.result import CandidateResult, History, ModelResult, Result
 
 COLORS = {
@@ -81,16 +82,19 @@ class Reliability:
     def of(
         cls, labels: np.ndarray, probabilities: np.ndarray, num_bins: int = 15, fewest: int = 5
     ) -> Reliability:
-        """Sort the images into bins by the probability of the predicted class.
+        """Sort the images into bins by the probability of the predicted class; or, where an image may have
+        several, all of its classes by their probabilities.
 
         Args:
-            labels: True class of each image.
+            labels: True class of each image, or 0 and 1 for each class.
             probabilities: Images x classes.
             num_bins: Bins of equal width between 0 and 1.
             fewest: Bins with fewer images than this are left out: their accuracy is noise.
         """
-        top = probabilities.max(axis=1)
-        right = probabilities.argmax(axis=1) == labels
+        if labels.ndim == 2:
+            top, right = probabilities.ravel(), labels.ravel() > 0.5
+        else:
+            top, right = probabilities.max(axis=1), probabilities.argmax(axis=1) == labels
         bins = np.clip((top * num_bins).astype(int), 0, num_bins - 1)
         count = np.bincount(bins, minlength=num_bins)
         kept = count >= fewest
@@ -99,18 +103,20 @@ class Reliability:
 
 
 def accuracy_curve(result: Result, width: int = 820, height: int = 400) -> str:
-    """Accuracy of every candidate over its share of the teacher's MACs, with the four models marked."""
+    """Quality of every candidate over its share of the teacher's MACs, with the four models marked."""
     candidates = by_scale(result)
 
     def draw(figure: Figure) -> None:
         axes = figure.add_subplot()
-        top1 = [c.top1 for c in candidates]
-        reach = [[max(0.0, c.top1 - c.top1_interval[0]) for c in candidates],
-                 [max(0.0, c.top1_interval[1] - c.top1) for c in candidates]]  # fmt: skip
-        axes.axhline(result.teacher.selection_top1, color=COLORS["teacher"], linewidth=1, linestyle=_DOTTED)
+        quality = [c.quality for c in candidates]
+        reach = [[max(0.0, c.quality - c.quality_interval[0]) for c in candidates],
+                 [max(0.0, c.quality_interval[1] - c.quality) for c in candidates]]  # fmt: skip
+        axes.axhline(
+            result.teacher.selection_quality, color=COLORS["teacher"], linewidth=1, linestyle=_DOTTED
+        )
         axes.errorbar(
             [100 * c.scale for c in candidates],
-            top1,
+            quality,
             reach,
             color=COLORS["muted"],
             linewidth=1.4,
@@ -121,14 +127,15 @@ def accuracy_curve(result: Result, width: int = 820, height: int = 400) -> str:
             label="candidates, trained together",
         )
         for role, model in models_of(result):
-            _mark(axes, role, 100 * model.scale, model.selection_top1)
+            _mark(axes, role, 100 * model.scale, model.selection_quality)
         axes.set_xlim(0, 104)
         axes.margins(y=0.12)
         axes.set_xlabel("share of the teacher's operations (MACs), %")
         axes.set_ylabel(f"{measure_of(result)}, %")
         figure.legend(loc="outside upper left", ncols=5, columnspacing=1.0)  # never over the curve
 
-    return _render(f"curve{width}", "Accuracy of the candidates over their scale", width, height, draw)
+    title = f"{wording.MEASURES[result.measure].title} of the candidates over their scale"
+    return _render(f"curve{width}", title, width, height, draw)
 
 
 def _mark(axes: Axes, role: str, x: float, y: float) -> None:
@@ -240,8 +247,9 @@ def handed_out(result: Result) -> ModelResult:
 
 
 def measure_of(result: Result) -> str:
-    """What `top1` means in this run."""
-    return "top-1 accuracy" if result.data.labels == "true" else "agreement with the teacher"
+    """What `quality` means in this run."""
+    words = wording.MEASURES[result.measure]
+    return words.long if result.data.labels == "true" else words.agreement
 
 
 def by_scale(result: Result) -> list[CandidateResult]:

@@ -13,10 +13,9 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import jinja2
-import numpy as np
 from markupsafe import Markup
 from PIL import Image
 
@@ -24,28 +23,21 @@ from stepwell.data.folders import join
 from stepwell.data.images import readable
 from stepwell.errors import RunDirError
 from stepwell.report import plots, wording
+from stepwell.report.by_class import (
+    Said,
+    TestPredictions,
+    class_changes,
+    disagreements,
+    said_of,
+    truth_of,
+    untested,
+)
 from stepwell.report.result import Result
 
 MAX_THUMBNAILS = 24
 THUMBNAIL_SIZE = 96
 SHOWN_CLASSES = 15
 """Classes shown at each end, where there are more than twice as many."""
-
-
-@dataclass(frozen=True)
-class TestPredictions:
-    """What teacher and handed-out student say about every test image."""
-
-    __test__: ClassVar[bool] = False  # the name begins with Test, and pytest would collect it
-
-    labels: np.ndarray
-    """True class of each image, (N,)."""
-    teacher: np.ndarray
-    """Probabilities, (N, classes)."""
-    student: np.ndarray
-    """Probabilities, (N, classes)."""
-    keys: list[str]
-    """File name of each image."""
 
 
 @dataclass(frozen=True)
@@ -59,28 +51,15 @@ class _Line:
 
 
 @dataclass(frozen=True)
-class _ClassChange:
-    name: str
-    teacher: float
-    student: float
-    num_images: int
-
-    @property
-    def change(self) -> float:
-        """Points of accuracy."""
-        return self.student - self.teacher
-
-
-@dataclass(frozen=True)
 class _Disagreement:
-    """One test image with what the three say: (class, probability); the truth has no probability."""
+    """One test image with what the three say."""
 
     key: str
     image: str
     small: bool
     truth: str
-    teacher: tuple[str, float]
-    student: tuple[str, float]
+    teacher: Said
+    student: Said
 
 
 @dataclass(frozen=True)
@@ -120,17 +99,19 @@ def write_report(
 
 def _render(result: Result, predictions: TestPredictions, thumbnails: Callable[[int], Image.Image]) -> str:
     percent = wording.percent_format(result.data.num_test)
-    changes = _class_changes(predictions, result.data.classes)
+    has_classes = result.measure != "cosine"
+    changes = class_changes(predictions, result.data.classes) if has_classes else []
     shown = (
         changes if len(changes) <= 2 * SHOWN_CLASSES else changes[:SHOWN_CLASSES] + changes[-SHOWN_CLASSES:]
     )
-    lost, won = _disagreements(predictions)
+    lost, won = disagreements(predictions) if has_classes else ([], [])
     num_lost = min(len(lost), max(MAX_THUMBNAILS // 2, MAX_THUMBNAILS - len(won)))
     num_won = min(len(won), MAX_THUMBNAILS - num_lost)
 
+    shown_models = {"teacher": predictions.teacher, result.handed_out: predictions.student}
     reliability = {
-        "teacher": plots.Reliability.of(predictions.labels, predictions.teacher),
-        result.handed_out: plots.Reliability.of(predictions.labels, predictions.student),
+        role: plots.Reliability.of(predictions.labels, probabilities)
+        for role, probabilities in (shown_models if has_classes else {}).items()
     }
 
     def show(images: list[int]) -> list[_Disagreement]:
@@ -139,12 +120,14 @@ def _render(result: Result, predictions: TestPredictions, thumbnails: Callable[[
     return _template(percent).render(
         r=result,
         handed_out=plots.handed_out(result),
+        words=wording.MEASURES[result.measure],
         measure=plots.measure_of(result),
         models=plots.models_of(result),
         candidates=plots.by_scale(result),
         verdict=wording.verdict(result, plots.handed_out(result)),
         way=result.way,
         decision=wording.decision(result),
+        comparison=wording.comparison(result),
         table=_table(result, percent),
         rules=wording.RULES,
         stage_name=wording.stage,
@@ -153,7 +136,8 @@ def _render(result: Result, predictions: TestPredictions, thumbnails: Callable[[
         changes=shown,
         change_axis=_axis([change.change for change in shown]),
         num_changes=len(changes),
-        untested=join(_untested(predictions, result.data.classes), SHOWN_CLASSES),
+        untested=join(untested(predictions, result.data.classes) if has_classes else [], SHOWN_CLASSES),
+        has_classes=has_classes,
         shown_classes=SHOWN_CLASSES,
         num_lost=len(lost),
         num_won=len(won),
@@ -179,13 +163,14 @@ def _template(percent: Callable[[float], str]) -> jinja2.Template:
         "significant": wording.significant,
         "duration": wording.duration,
         "plural": wording.plural,
+        "sentence": lambda text: text[0].upper() + text[1:],
     }
     return environment.get_template("report.html.j2")
 
 
 def _axis(values: list[float]) -> tuple[float, float]:
     """Span of the bars' axis, and where 0 lies on it (0 to 1)."""
-    low, high = min(0.0, *values), max(0.0, *values)
+    low, high = min([0.0, *values]), max([0.0, *values])
     span = max(high - low, 1e-9)
     return span, -low / span
 
@@ -193,21 +178,27 @@ def _axis(values: list[float]) -> tuple[float, float]:
 def _table(result: Result, percent: Callable[[float], str]) -> list[_Line]:
     models = [model for _, model in plots.models_of(result)]
     measure = plots.measure_of(result)
-    top1 = [(percent(m.top1), "–".join(percent(bound) for bound in m.top1_interval)) for m in models]
-    errors = [model.calibration_error for model in models]
-    points = [wording.signed(error - errors[0], "{:.2f}".format) + " points" for error in errors]
+    quality = [(percent(m.quality), "–".join(percent(bound) for bound in m.quality_interval)) for m in models]
     return [
-        _Line(measure[0].upper() + measure[1:], "%", top1),
+        _Line(measure[0].upper() + measure[1:], "%", quality),
         _line("Parameters", "", [m.num_params for m in models], "fewer", "more"),
         _line("Operations per image", "MACs", [m.macs for m in models], "fewer", "more"),
         _times("Latency, batch 1", [m.latency.onnx_batch1 for m in models]),
         _times("Latency, batch 32", [m.latency.onnx_batch32 for m in models]),
         _times("PyTorch, batch 1", [m.latency.eager_batch1 for m in models]),
         _line("File", "B", [m.file_bytes for m in models], "smaller", "larger"),
-        _Line(
-            "Calibration error", "%", list(zip(map("{:.2f}".format, errors), ["", *points[1:]], strict=True))
-        ),
+        *_percent_line("Nearest neighbours, top-1", [m.neighbours_right for m in models]),
+        *_percent_line("Calibration error", [m.calibration_error for m in models]),
     ]
+
+
+def _percent_line(name: str, values: list[float | None]) -> list[_Line]:
+    """A line of percentages, with each model's difference from the first; none where they are not known."""
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
+        return []
+    points = [wording.signed(value - known[0], "{:.2f}".format) + " points" for value in known]
+    return [_Line(name, "%", list(zip(map("{:.2f}".format, known), ["", *points[1:]], strict=True)))]
 
 
 def _line(name: str, unit: str, values: list[float], better: str, worse: str) -> _Line:
@@ -238,7 +229,7 @@ def _figures(result: Result, reliability: dict[str, plots.Reliability]) -> dict[
             for stage, history in result.histories.items()
             if history.step
         },
-        "reliability": Markup(plots.reliability(reliability)),
+        "reliability": Markup(plots.reliability(reliability)) if reliability else "",
     }
 
 
@@ -255,49 +246,15 @@ def _heat_maps(result: Result) -> list[_HeatMap]:
     return [_HeatMap(kind, rows) for kind, rows in kinds.items()]
 
 
-def _untested(predictions: TestPredictions, names: Sequence[str]) -> list[str]:
-    """Classes without a test image."""
-    count = np.bincount(predictions.labels, minlength=len(names))
-    return [names[i] for i, n in enumerate(count) if not n]
-
-
-def _class_changes(predictions: TestPredictions, names: Sequence[str]) -> list[_ClassChange]:
-    """Accuracy per class, the largest loss first; classes without a test image are left out."""
-    labels = predictions.labels
-    count = np.bincount(labels, minlength=len(names))
-    right = [
-        np.bincount(labels, probabilities.argmax(axis=1) == labels, len(names))
-        for probabilities in (predictions.teacher, predictions.student)
-    ]
-    changes = [
-        _ClassChange(names[i], 100 * float(right[0][i] / n), 100 * float(right[1][i] / n), int(n))
-        for i, n in enumerate(count)
-        if n
-    ]
-    return sorted(changes, key=lambda change: change.change)
-
-
-def _disagreements(predictions: TestPredictions) -> tuple[list[int], list[int]]:
-    """Images that only the teacher, and only the student, gets right; the surest mistakes first."""
-    teacher_right = predictions.teacher.argmax(axis=1) == predictions.labels
-    student_right = predictions.student.argmax(axis=1) == predictions.labels
-    lost = np.flatnonzero(teacher_right & ~student_right)
-    won = np.flatnonzero(student_right & ~teacher_right)
-    lost = lost[np.argsort(-predictions.student[lost].max(axis=1, initial=0), kind="stable")]
-    won = won[np.argsort(-predictions.teacher[won].max(axis=1, initial=0), kind="stable")]
-    return lost.tolist(), won.tolist()
-
-
 def _disagreement(
     i: int, predictions: TestPredictions, names: Sequence[str], image: Image.Image
 ) -> _Disagreement:
-    said = [
-        (names[int(probabilities[i].argmax())], 100 * float(probabilities[i].max()))
+    teacher, student = (
+        said_of(probabilities[i], names, predictions.is_multi_label)
         for probabilities in (predictions.teacher, predictions.student)
-    ]
-    small = max(image.size) < THUMBNAIL_SIZE
-    truth = names[int(predictions.labels[i])]
-    return _Disagreement(readable(predictions.keys[i]), _data_uri(image), small, truth, said[0], said[1])
+    )
+    small, truth = max(image.size) < THUMBNAIL_SIZE, truth_of(predictions, i, names)
+    return _Disagreement(readable(predictions.keys[i]), _data_uri(image), small, truth, teacher, student)
 
 
 def _data_uri(image: Image.Image) -> str:

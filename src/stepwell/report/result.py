@@ -1,41 +1,55 @@
 """What a run says about itself: the contents of `result.json`, typed.
 
-Every accuracy is in percent with its 95 % interval; every latency in milliseconds per batch, with the
-threads it was measured on; every share is of the teacher.
+Every quality is the task's measure (`Result.measure`) in percent, with its 95 % interval; every latency in
+milliseconds per batch, with the threads it was measured on; every share is of the teacher. Where there was
+one task, quality was called top1: such files are read too.
 """
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
 from stepwell.errors import RunDirError
 from stepwell.measure.clock import Latency
 from stepwell.run.run_dir import StageResult
-from stepwell.tasks.classification import Metric, PairedTest
+from stepwell.tasks.measures import Measure, Metric, PairedBootstrap, PairedTest
 
 
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+def _before(name: str) -> AliasChoices:
+    """A field's name, and the one that it had in older files."""
+    return AliasChoices(name, name.replace("quality", "top1"))
+
+
+Quality = Annotated[float, Field(validation_alias=_before("quality"))]
+QualityInterval = Annotated[tuple[float, float], Field(validation_alias=_before("quality_interval"))]
+SelectionQuality = Annotated[float, Field(validation_alias=_before("selection_quality"))]
+
+
 class ModelResult(_Record):
     """One model: teacher, assistant, student or control."""
 
-    top1: float
-    """Percent of the test images."""
-    top1_interval: tuple[float, float]
-    """95 % Wilson interval of `top1`."""
-    log_likelihood: float
-    """Mean log-probability of the true class on the test images."""
-    selection_top1: float
-    """Percent of the selection images."""
-    selection_log_likelihood: float
-    calibration_error: float
+    quality: Quality
+    """On the test images."""
+    quality_interval: QualityInterval
+    """95 % interval of `quality`: Wilson's of top1, by bootstrap over images of others."""
+    log_likelihood: float | None
+    """Mean log-probability of the truth on the test images; None where there are no probabilities."""
+    selection_quality: SelectionQuality
+    """On the selection images."""
+    selection_log_likelihood: float | None
+    calibration_error: float | None
     """Expected calibration error on the test images, in percent (15 bins)."""
+    neighbours_right: float | None = None
+    """Of an embedding, where there are labels: percent of the test images whose class is the commonest among
+    the 20 nearest training images."""
     num_params: int
     macs: int
     """Multiply-accumulates of one image."""
@@ -57,9 +71,9 @@ class CandidateResult(_Record):
     keep_ratio: float
     scale: float
     """Measured share of the teacher's MACs; the S of NPSD."""
-    top1: float
-    top1_interval: tuple[float, float]
-    log_likelihood: float
+    quality: Quality
+    quality_interval: QualityInterval
+    log_likelihood: float | None
     num_params: int
     macs: int
     widths: dict[str, int]
@@ -73,12 +87,12 @@ class TriedResult(_Record):
     """The assistant's."""
     scale: float
     """The assistant's share of the teacher's MACs."""
-    selection_top1: float
+    selection_quality: SelectionQuality
     """The student's, on the selection images: decides which is kept."""
-    selection_log_likelihood: float
-    top1: float
+    selection_log_likelihood: float | None
+    quality: Quality
     """The student's, on the test images: looked at once, at the end."""
-    log_likelihood: float
+    log_likelihood: float | None
 
 
 class SelectionResult(_Record):
@@ -126,7 +140,7 @@ class DataResult(_Record):
     selection_from: str
     """`a tenth of the training images by hash of the file name`, or the folder that was given."""
     labels: Literal["true", "teacher"]
-    """`teacher`: the images have no labels, and top1 is agreement with the teacher."""
+    """`teacher`: the images have no labels, or they are not asked; quality is agreement with the teacher."""
     teacher_saw_selection: str
     """`no`, or why that is not known."""
     bad_images: int
@@ -155,6 +169,8 @@ class Result(_Record):
     """The way down, as `--path` names it."""
     way: str = ""
     """How the path went, in a sentence; empty in results of older versions."""
+    measure: Measure = "top1"
+    """What every `quality` is."""
     losses: dict[str, str]
     """The losses on `logits` and `features`."""
     keep_ratio: float
@@ -181,7 +197,8 @@ class Result(_Record):
     """Units of each group in the teacher."""
     group_kinds: dict[str, str]
     """What they are: `head`, `neuron` or `filter`."""
-    teacher_vs_student: PairedTest
+    teacher_vs_student: PairedTest | PairedBootstrap | None
+    """None where the teacher is itself what the student is measured by."""
     cost_vs_single_step: Cost
     teacher_passes: dict[str, float]
     """Cost of each stage of the path, in forward passes of the teacher on one image."""

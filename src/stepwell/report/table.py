@@ -13,10 +13,19 @@ from stepwell.report.wording import decision
 
 
 def result_table(result: Result, width: int = 110) -> str:
-    """Teacher, assistant, student and control: top1 with interval, size, operations, time, and ratios."""
+    """Teacher, assistant, student and control: quality with interval, size, operations, time, and ratios."""
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     table.add_column("")
-    for column in ("top1 %", "95 % interval", "params", "ratio", "MACs", "ratio", "latency", "speed-up"):
+    for column in (
+        f"{result.measure} %",
+        "95 % interval",
+        "params",
+        "ratio",
+        "MACs",
+        "ratio",
+        "latency",
+        "speed-up",
+    ):
         table.add_column(column, justify="right")
     roles = [
         ("teacher", result.teacher),
@@ -33,7 +42,7 @@ def result_table(result: Result, width: int = 110) -> str:
     student = "" if result.student_name is None else f" The student is a {result.student_name}."
     return (
         f"{render(table, width)}\n\n{_why_this_one(result)}"
-        f"top1 on {result.data.num_test} test images "
+        f"{result.measure} on {result.data.num_test} test images "
         f"({result.data.test_from}); latency: {result.runtime}, CPU, fp32, batch 1, {threads} thread(s)."
         f"{student}"
     )
@@ -58,9 +67,9 @@ def render(table: Table, width: int = 110) -> str:
 
 def _cells(model: ModelResult, result: Result) -> list[str]:
     teacher, milliseconds = result.teacher, result.milliseconds(model)
-    low, high = model.top1_interval
+    low, high = model.quality_interval
     return [
-        f"{model.top1:.2f}",
+        f"{model.quality:.2f}",
         f"{low:.1f} - {high:.1f}",
         short_number(model.num_params),
         f"{100 * model.num_params / teacher.num_params:.1f} %",

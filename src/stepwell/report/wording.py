@@ -2,9 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 from stepwell.report.result import ModelResult, Result
+from stepwell.tasks.measures import Measure, PairedTest
+
+
+@dataclass(frozen=True)
+class MeasureWords:
+    """How a measure is called.
+
+    Attributes:
+        short: In a sentence, behind a number.
+        long: In headings of columns, and axes.
+        title: Of the curve, as a sentence begins.
+        agreement: Where the teacher's answers stand in for labels.
+        of_class: What is said of each class.
+        right: What an image is, that a model is right about.
+    """
+
+    short: str
+    long: str
+    title: str
+    agreement: str
+    of_class: str
+    right: str
+
+
+_COSINE = "cosine with the teacher's embedding"
+MEASURES: Mapping[Measure, MeasureWords] = {
+    "top1": MeasureWords(
+        "top-1", "top-1 accuracy", "Accuracy", "agreement with the teacher", "accuracy", "predicted class"
+    ),
+    "mAP": MeasureWords(
+        "mAP",
+        "mean average precision (mAP)",
+        "Mean average precision",
+        "mAP by the teacher's answers",
+        "F1, more than 50\u202f% counting as yes,",
+        "classes of more than 50\u202f%",
+    ),
+    "cosine": MeasureWords("cosine", _COSINE, "Cosine", _COSINE, "", ""),
+}
 
 RULES = {
     "performance": "How well the candidate itself performs on the selection images. Where candidates share "
@@ -40,6 +80,10 @@ def stage(name: str) -> str:
     }.get(name.partition(" ")[0], name)
 
 
+def _fixed(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
 def decision(result: Result) -> str:
     """Why the model that was handed out was: what was compared on the selection images, and its figures.
 
@@ -49,9 +93,9 @@ def decision(result: Result) -> str:
         return ""
     control_kept = result.handed_out == "control"
     kept, other = (result.control, result.student) if control_kept else (result.student, result.control)
-    what, figures = "mean log-likelihood", [f"{m.selection_log_likelihood:.3f}" for m in (kept, other)]
-    if result.decided_by == "top1":
-        what, figures = "top1", [f"{m.selection_top1:.1f} %" for m in (kept, other)]
+    what, figures = "mean log-likelihood", [_fixed(m.selection_log_likelihood) for m in (kept, other)]
+    if result.decided_by != "likelihood":
+        what, figures = result.decided_by, [f"{m.selection_quality:.1f} %" for m in (kept, other)]
     return (
         f"its {what} on the {result.data.num_selection} selection images, which decide, is {figures[0]}, "
         f"the other's {figures[1]}"
@@ -73,19 +117,49 @@ def verdict(result: Result, handed_out: ModelResult) -> tuple[str, list[str]]:
     speed = f"{times(gain)} faster" if gain >= 1.05 else f"but not faster ({times(gain)} the teacher's speed)"
     where = f"batch 1, {result.runtime} CPU, {plural(teacher.latency.threads, 'thread')}"
     interval, teacher_interval = (
-        f"{percent(model.top1_interval[0])}–{percent(model.top1_interval[1])}\u202f%"
+        f"{percent(model.quality_interval[0])}–{percent(model.quality_interval[1])}\u202f%"
         for model in (handed_out, teacher)
     )
     if result.data.labels == "teacher":
-        words = f"agreeing with the teacher on {percent(handed_out.top1)}\u202f% of the test images"
+        words = f"agreeing with the teacher on {percent(handed_out.quality)}\u202f% of the test images"
+        if result.measure != "top1":
+            words = f"at {percent(handed_out.quality)}\u202f% {MEASURES[result.measure].agreement}"
         return f"{params}, {macs}, {speed}, {words}.", [where, f"95\u202f% interval {interval}"]
-    words = f"at {percent(handed_out.top1)}\u202f% instead of {percent(teacher.top1)}\u202f% top-1"
-    difference = f"{signed(handed_out.top1 - teacher.top1, percent)} points"
+    measure = MEASURES[result.measure].short
+    words = f"at {percent(handed_out.quality)}\u202f% instead of {percent(teacher.quality)}\u202f% {measure}"
+    difference = f"{signed(handed_out.quality - teacher.quality, percent)} points"
+    paired = result.teacher_vs_student
+    test = "McNemar" if isinstance(paired, PairedTest) else "bootstrap"
     return f"{params}, {macs}, {speed}, {words}.", [
         where,
         f"{difference}, 95\u202f% intervals {interval} and {teacher_interval}",
-        f"paired McNemar {p_value(result.teacher_vs_student.p_value)}",
+        *([f"paired {test} {p_value(paired.p_value)}"] if paired is not None else []),
     ]
+
+
+def comparison(result: Result) -> str:
+    """Whether the test images tell teacher and student apart; empty where that was not asked."""
+    found = result.teacher_vs_student
+    if found is None:
+        return ""
+    if isinstance(found, PairedTest):
+        counted = (
+            f"{found.only_teacher_right:,} are right only for the teacher and {found.only_student_right:,} "
+            f"only for the student"
+        )
+    else:
+        percent = percent_format(result.data.num_test)
+        low, high = (signed(bound, percent) for bound in found.difference_interval)
+        measure = MEASURES[result.measure].short
+        counted = (
+            f"drawn anew {found.num_draws} times, 95\u202f% of the differences in {measure} lie between "
+            f"{low} and {high} points"
+        )
+    apart = "the two differ by more than chance explains" if found.p_value < 0.05 else ""
+    return (
+        f"Of {plural(result.data.num_test, 'test image')}, {counted}; "
+        f"{apart or 'these images cannot tell the two apart'}."
+    )
 
 
 def percent_format(num_images: int) -> Callable[[float], str]:

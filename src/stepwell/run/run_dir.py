@@ -32,7 +32,8 @@ from stepwell.run.observer import Observer
 from stepwell.run.progress import say
 
 # These change where and how fast a run computes, not what; a folder may be moved, or named from elsewhere.
-_MAY_CHANGE = frozenset({"device", "workers", "out_dir"})
+# The task is found out where it is not given; what it came to is part of a run's identity.
+_MAY_CHANGE = frozenset({"device", "workers", "out_dir", "task"})
 
 
 class StageResult(BaseModel):

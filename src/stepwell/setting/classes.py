@@ -20,17 +20,19 @@ from stepwell.data.batches import EvalBatches
 from stepwell.data.class_names import WAY_OUT, in_order_of, read_class_order, usual_orders
 from stepwell.data.folders import join
 from stepwell.data.images import ImageSet, one_line
+from stepwell.data.labels import as_tensor
 from stepwell.data.spec import InputSpec
 from stepwell.data.splits import Data, in_order
 from stepwell.errors import DataError, ModelError
-from stepwell.models import huggingface
 from stepwell.models.card import Architecture
 from stepwell.models.input import check_runs
 from stepwell.models.teacher import Teacher
 from stepwell.run.progress import say
-from stepwell.tasks.classification import check_classes
+from stepwell.setting import several
+from stepwell.setting.agreed_task import agreed
 from stepwell.tasks.order import MANY, Fit, best_fit, disputed, fits_of, majority_order
-from stepwell.tasks.outputs import IN_WORDS, as_logits, last_operation, logits_of, meaning_of
+from stepwell.tasks.outputs import IN_WORDS, as_logits, last_operation, logits_of, meaning_of, sound_rows
+from stepwell.tasks.task import task_of
 
 ASKED = 256
 """Training images that the teacher answers; up to half as many more of classes whose place is in doubt."""
@@ -67,13 +69,12 @@ def settle(teacher: Teacher, data: Data, options: DataOptions, device: torch.dev
 
     Raises:
         DataError: Number or names of the classes differ, or the teacher has an unusual order.
-        ConfigError: The outputs are not those of exclusive classes.
+        ConfigError: The outputs are not those of classes, or of another task than the images.
         ModelError: The outputs are NaN, or the same for all images.
     """
-    huggingface.check_exclusive_classes(teacher.model, teacher.name)
+    data = agreed(data, options, teacher)
     num_outputs = check_runs(teacher.model, teacher.spec, teacher.name, "--image-size")
-    _check_has_classifier(teacher, num_outputs, data)
-    check_classes(num_outputs, teacher.name, data)
+    task_of(data.task).check_classes(num_outputs, teacher.name, data)
     teacher.model.to(device)
     given = None if options.class_order is None else read_class_order(options.class_order)
     if data.labelled and teacher.trained_on is not None and teacher.classes is not None and given is None:
@@ -81,15 +82,26 @@ def settle(teacher: Teacher, data: Data, options: DataOptions, device: torch.dev
         if ordered.fingerprint == teacher.trained_on:  # trained on these: nothing to find out
             return teacher, ordered
     answers = _ask(teacher, data, options, device)
-    teacher, logits = _understood(teacher, answers)
-    predicted = logits.argmax(dim=1)
+    if data.task == "features":
+        sound_rows(answers.numbers, teacher.name, answers.images.keys)
+        note = (
+            f"{teacher.name} returns an embedding of {num_outputs} numbers and no classes: the student "
+            f"learns that, and is measured by its cosine with it"
+        )
+        return replace(teacher, classes=None, notes=(*teacher.notes, note)), data
+    teacher, data, logits = _understood(teacher, data, options, answers)
+    several_classes, predicted = data.task == "multi-label", logits.argmax(dim=1)
+    if not data.labelled and several_classes:
+        several.check_finds_some(logits, teacher.name)
     if not data.labelled:
-        notes = (*teacher.notes, *_one_answer(predicted, teacher))
+        notes = (*teacher.notes, *([] if several_classes else _one_answer(predicted, teacher)))
         return replace(teacher, classes=_names(given, logits.shape[1], teacher), notes=notes), data
     if given is not None:
         order, note = data.classes, _other_names(teacher, data)
     elif teacher.classes is not None:
         order, note = _by_name(teacher, data), "matched by name"
+    elif several_classes:
+        order, note = several.order_by_trying(logits, answers.images, data)
     else:
         best = _by_trying(predicted, answers, teacher, data)
         order, note = best.order, f"{best.words}: {_right(best)}"
@@ -97,7 +109,11 @@ def settle(teacher: Teacher, data: Data, options: DataOptions, device: torch.dev
         note = f"the classes are numbered as {teacher.name} has them ({note})"
     elif given is None:
         note = ""
-    notes = [note, _near_chance(predicted, answers, teacher, data, order)]
+    if several_classes:
+        found = several.near_chance(logits, answers.images, data, order)
+    else:
+        found = _near_chance(predicted, answers, data, order)
+    notes = [note, _knows_nothing(teacher, found)]
     teacher = replace(teacher, notes=(*teacher.notes, *filter(None, notes)))
     return teacher, in_order(data, order)
 
@@ -121,20 +137,11 @@ def in_order_of_model(
     return in_order(data, best.order)
 
 
-def _check_has_classifier(teacher: Teacher, num_outputs: int, data: Data) -> None:
-    if getattr(teacher.model, "num_classes", None) == 0:
-        raise ModelError(
-            f"{teacher.name} has no classifier (num_classes=0): the {num_outputs} numbers that it returns "
-            f"are features, and a run is measured by classes; fine-tune it first (stepwell train --model ... "
-            f"--data {data.source if data.labelled else 'DIR'})"
-        )
-
-
 def _ask(teacher: Teacher, data: Data, options: DataOptions, device: torch.device) -> Answers:
     """What the teacher returns for training images, always the same ones."""
     everyone = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0)).tolist()
     chosen = everyone[:ASKED]
-    if data.labelled and teacher.classes is None:
+    if data.labelled and teacher.classes is None and data.task == "classification":
         unsure = set(disputed(data.classes))
         chosen += [i for i in everyone[ASKED:] if data.train.labels[i] in unsure][: ASKED // 2]
     images = data.train.subset(chosen)
@@ -159,19 +166,22 @@ def _ask(teacher: Teacher, data: Data, options: DataOptions, device: torch.devic
     return Answers(torch.cat(numbers), operation, images, min(ASKED, len(everyone)))
 
 
-def _understood(teacher: Teacher, answers: Answers) -> tuple[Teacher, Float[Tensor, "images classes"]]:
-    """The teacher as one that returns logits, and its answers as logits."""
+def _understood(
+    teacher: Teacher, data: Data, options: DataOptions, answers: Answers
+) -> tuple[Teacher, Data, Float[Tensor, "images classes"]]:
+    """The teacher as one that returns logits, the images as those of its task, and its answers as logits."""
     outputs = meaning_of(answers.numbers, answers.operation, teacher.name, answers.images.keys)
+    data = agreed(data, options, teacher, outputs)
     logits = logits_of(answers.numbers, outputs)
     if outputs == "logits":
-        return teacher, logits
+        return teacher, data, logits
     wrapped = replace(
         teacher,
         model=as_logits(teacher.model, outputs).eval(),
         architecture=teacher.architecture.model_copy(update={"outputs": outputs}),
         notes=(*teacher.notes, f"{teacher.name} {IN_WORDS[outputs]}"),
     )
-    return wrapped, logits
+    return wrapped, data, logits
 
 
 def _names(given: Sequence[str] | None, num_classes: int, teacher: Teacher) -> tuple[str, ...] | None:
@@ -214,7 +224,7 @@ def _by_trying(predicted: Int[Tensor, " images"], answers: Answers, teacher: Tea
     Raises:
         DataError: An unusual one fits clearly, and well.
     """
-    best, labels = _usual(predicted, answers, data), torch.tensor(answers.images.labels)
+    best, labels = _usual(predicted, answers, data), as_tensor(answers.images.labels)
     unusual = majority_order(predicted, labels, data.classes)
     if unusual is not None:
         usual, other = fits_of(
@@ -231,27 +241,28 @@ def _by_trying(predicted: Int[Tensor, " images"], answers: Answers, teacher: Tea
 
 def _usual(predicted: Int[Tensor, " images"], answers: Answers, data: Data) -> Fit:
     """The usual order that fits the teacher's answers, and the folders' own where no other fits clearly."""
-    labels = torch.tensor(answers.images.labels)
+    labels = as_tensor(answers.images.labels)
     # Images of classes that all orders number alike say nothing.
     telling = torch.isin(labels, torch.tensor(disputed(data.classes)))
     return best_fit(fits_of(predicted[telling], labels[telling], data.classes, usual_orders(data.classes)))
 
 
 def _near_chance(
-    predicted: Int[Tensor, " images"],
-    answers: Answers,
-    teacher: Teacher,
-    data: Data,
-    order: Sequence[str],
+    predicted: Int[Tensor, " images"], answers: Answers, data: Data, order: Sequence[str]
 ) -> str:
-    """A warning where the teacher's answers may have nothing to do with the images; empty where they have."""
-    labels = torch.tensor(answers.images.labels)[: answers.num_any]
+    """What is found if the teacher's answers may have nothing to do with the images; else nothing."""
+    labels = as_tensor(answers.images.labels)[: answers.num_any]
     (fit,) = fits_of(predicted[: answers.num_any], labels, data.classes, {"": order})
-    if not fit.is_chance:
+    return f"{_right(fit)}, chance is {fit.chance:.1f} %" if fit.is_chance else ""
+
+
+def _knows_nothing(teacher: Teacher, found: str) -> str:
+    """A warning, where that was found."""
+    if not found:
         return ""
     return (
-        f"WARNING: {teacher.name} knows these images no better than chance ({_right(fit)}, chance is "
-        f"{fit.chance:.1f} %), so it teaches nothing. Usual reasons: it numbers the classes in another order "
+        f"WARNING: {teacher.name} knows these images no better than chance ({found}), so it "
+        f"teaches nothing. Usual reasons: it numbers the classes in another order "
         f"(--class-order FILE); it wants another --mean than {_short(teacher.spec.mean)}, or another --std "
         f"than {_short(teacher.spec.std)}; its classifier is new or another's; it learnt other classes"
     )

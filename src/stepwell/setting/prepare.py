@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from stepwell.config.commands import CompressConfig
-from stepwell.config.options import DataOptions, LossOptions
+from stepwell.config.options import DataOptions
 from stepwell.data.batches import EvalBatches
 from stepwell.data.feed import decoded
 from stepwell.data.spec import InputSpec
@@ -30,8 +30,10 @@ from stepwell.pruning.units import Group
 from stepwell.run.device import find_device, set_up_torch
 from stepwell.run.progress import say
 from stepwell.run.run_dir import RunDir
+from stepwell.setting.agreed_task import teacher_task
 from stepwell.setting.classes import settle
 from stepwell.setting.setting import Setting
+from stepwell.setting.suits_task import check_no_labels_needed, check_suits_task
 from stepwell.setting.training_mode import check_training_mode, trainable_groups
 
 CPU = torch.device("cpu")
@@ -56,9 +58,10 @@ def prepare(
         ConfigError: There is no such device; or no labels, but a loss that needs them; or no filters, but a
             score that is for them.
     """
-    if not data.labelled:
-        _check_no_labels_needed(config, data.source)
+    if not data.labelled and teacher_task(teacher, config) != "features":
+        check_no_labels_needed(config, data.source)
     teacher, data = settle(teacher, data, config, find_device(config.device))
+    check_suits_task(config, data)
     teacher.model.cpu()
     num_classes = check_runs(teacher.model, teacher.spec, teacher.name, "--image-size")
     other_student = _other_student(config, teacher, num_classes, student)
@@ -74,6 +77,7 @@ def prepare(
     device = set_up_torch(config)
     teacher.model.to(device).eval().requires_grad_(False)
     names = data.classes or teacher.classes or tuple(placeholders(num_classes))
+    names = () if data.task == "features" else names
     s = Setting(config, run, teacher, groups, other_student, data, names, device)
     _check_something_to_learn(s)
     facts = config.feature_facts if config.feature_weight else None
@@ -90,20 +94,6 @@ def read_images(s: Setting) -> None:
     _ = s.train
     for images in (s.data.selection, s.data.test):
         decoded(images, s.spec, s.config)
-
-
-def _check_no_labels_needed(options: LossOptions, source: str) -> None:
-    if options.task_weight:
-        raise ConfigError(
-            f"{source} has no class folders, so there are no labels to learn: pass --task-weight 0 "
-            f"to learn from the teacher alone, or sort the images into train/CLASS/"
-        )
-    for option, weight, facts, name in (
-        ("--logit-loss", options.logit_weight, options.logit_facts, options.logit_loss),
-        ("--feature-loss", options.feature_weight, options.feature_facts, options.feature_loss),
-    ):
-        if weight and facts.needs_labels:
-            raise ConfigError(f"{option} {name} needs labels, and {source} has no class folders")
 
 
 def _other_student(
@@ -134,7 +124,7 @@ def _try_losses(s: Setting) -> dict[Phase, float]:
         answer = example = teacher(images)
         if (model := s.fresh_student()) is not None and s.other_student is not None:
             example = Observed(model, s.other_student.blocks)(images)
-    pair = Pair(example, answer, teacher, images, s.training_images, s.other_student is not None)
+    pair = Pair(example, answer, teacher, images, s.training_images, s.other_student is not None, s.data.task)
     loss = make_distillation(s.config, pair, s.config.seed)
     loss.views(images)
     if s.config.feature_weight and loss.feature is None:

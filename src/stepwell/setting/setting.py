@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from stepwell.config.commands import CompressConfig
 from stepwell.data.batches import EvalBatches, OnBatch, TrainBatches
 from stepwell.data.images import ImageSet
+from stepwell.data.labels import as_tensor, classes_of
 from stepwell.data.spec import InputSpec
 from stepwell.data.splits import Data
+from stepwell.errors import DataError
 from stepwell.losses.distillation import Phase
 from stepwell.losses.output import TrainingImages
 from stepwell.measure.cost import Costs
@@ -27,7 +29,8 @@ from stepwell.pruning.units import Group
 from stepwell.run.device import autocast_of
 from stepwell.run.observer import Split
 from stepwell.run.run_dir import RunDir
-from stepwell.tasks.classification import Metric, predict, resolve_metric
+from stepwell.tasks.measures import Metric
+from stepwell.tasks.task import Task, task_of
 from stepwell.training.optimizer import no_decay_of
 from stepwell.training.statistics import NUM_IMAGES, norms_with_statistics
 
@@ -70,6 +73,16 @@ class Setting:
         return self.teacher.spec
 
     @property
+    def task(self) -> Task:
+        """What the models are for."""
+        return task_of(self.data.task)
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether models are measured by labels, and not by the teacher."""
+        return self.data.labelled and self.data.task != "features"
+
+    @property
     def teacher_is_ours(self) -> bool:
         """Whether stepwell trained the teacher on the same images, and so left out the same ones."""
         return self.teacher.trained_on == self.data.fingerprint
@@ -92,7 +105,7 @@ class Setting:
     @cached_property
     def metric(self) -> Metric:
         """What the selection images are read by."""
-        return resolve_metric(self.config.metric, len(self.data.selection))
+        return self.task.resolve_metric(self.config.metric, len(self.data.selection))
 
     @property
     def autocast(self) -> torch.autocast:
@@ -145,7 +158,12 @@ class Setting:
     @cached_property
     def training_images(self) -> TrainingImages:
         """What is known of all training images, for losses that keep a memory of them."""
-        return TrainingImages(torch.tensor(self.data.train.labels), len(self.data.train))
+        return TrainingImages(as_tensor(self.data.train.labels), len(self.data.train))
+
+    @cached_property
+    def known(self) -> EvalBatches:
+        """All training images as they are, among which neighbours of test images are looked for."""
+        return EvalBatches(self.data.train, self.spec, self.config, self.device)
 
     @cached_property
     def scored(self) -> EvalBatches:
@@ -182,9 +200,14 @@ class Setting:
     def _plain(self, images: ImageSet, shown: OnBatch) -> EvalBatches:
         """Batches without augmentation, with the teacher's own answers as labels where there are none."""
         batches = EvalBatches(images, self.spec, self.config, self.device, on_batch=shown)
-        if self.data.labelled:
+        if self.has_labels:
             return batches
-        answers = predict(self.model, batches, "teacher's answers").probabilities.argmax(dim=1).tolist()
+        answers = self.task.predict(self.model, batches, "teacher's answers").decided
+        if not isinstance(answers, Tensor) and not any(map(classes_of, answers)):
+            raise DataError(
+                f"{self.teacher.name} finds no class more probable than not in any of {len(images)} images "
+                f"without labels, so no model can be measured by it: give labels, or other images"
+            )
         return EvalBatches(images, self.spec, self.config, self.device, answers, shown)
 
     def _shown(self, split: Split) -> OnBatch:
@@ -212,5 +235,6 @@ class Setting:
             widths=widths,
             classes=list(self.classes),
             input=self.spec,
+            task=self.data.task,
             provenance={"teacher": self.teacher.name, "data": self.data.source, **provenance},
         )

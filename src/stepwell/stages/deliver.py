@@ -11,13 +11,14 @@ from typing import Literal
 import torch
 from torch import nn
 
+from stepwell.data.labels import as_tensor
 from stepwell.errors import ExportError
 from stepwell.measure.hardware import hardware
 from stepwell.models.card import CARD, ONNX, Card, save_model
 from stepwell.models.export import export_onnx
 from stepwell.models.ladder import SAME, Ladder
 from stepwell.pruning.skeleton import build_skeleton, fill
-from stepwell.report.figures import figures_of
+from stepwell.report.figures import figures_of, neighbours_top1
 from stepwell.report.notes import notes
 from stepwell.report.report import TestPredictions, write_report
 from stepwell.report.result import Choice, Cost, DataResult, History, ModelResult, Result, TriedResult
@@ -25,7 +26,8 @@ from stepwell.run.progress import say
 from stepwell.run.run_dir import RunDir, StageResult, write_atomically, writing
 from stepwell.setting.rungs import Rung
 from stepwell.setting.setting import Setting
-from stepwell.tasks.classification import Answers, Metric, evaluate, mcnemar, performance
+from stepwell.tasks.measures import Metric, performance
+from stepwell.tasks.task import Answers
 from stepwell.training.loop import Trained
 from stepwell.version import __version__
 
@@ -147,7 +149,7 @@ def better_on_selection(delivered: Delivered, metric: Metric) -> Literal["studen
     if delivered.control is None:
         return "student"
     student, control = (
-        performance(m.selection_top1, m.selection_log_likelihood, metric)
+        performance(m.selection_quality, m.selection_log_likelihood, metric)
         for m in (delivered.student, delivered.control)
     )
     return "control" if control > student else "student"
@@ -166,14 +168,14 @@ def trainings_of(run: RunDir) -> dict[str, Trained]:
 def tried_result(s: Setting, assistant: Rung, student: Rung) -> TriedResult:
     """Figures of a student that was taught by `assistant`."""
     name = f"via {assistant.keep_ratio:g}"
-    selection = evaluate(student.model, s.selection, f"{name}: selection images")
-    test = evaluate(student.model, s.test, f"{name}: test images")
+    selection = s.task.evaluate(student.model, s.selection, f"{name}: selection images")
+    test = s.task.evaluate(student.model, s.test, f"{name}: test images")
     return TriedResult(
         keep_ratio=assistant.keep_ratio,
         scale=assistant.scale,
-        selection_top1=selection.top1,
+        selection_quality=selection.quality,
         selection_log_likelihood=selection.log_likelihood,
-        top1=test.top1,
+        quality=test.quality,
         log_likelihood=test.log_likelihood,
     )
 
@@ -194,15 +196,19 @@ def _measure_all(s: Setting, finished: Finished) -> Delivered:
     for role, (model, card, keep_ratio) in roles.items():
         if model is not None:
             figures[role], answers[role] = figures_of(
+                s.task,
                 role,
                 model.eval(),
-                selection=s.selection,
-                test=s.test,
+                (s.selection, s.test),
                 card=card,
                 teacher_macs=s.teacher_macs,
                 keep_ratio=keep_ratio,
                 threads=s.config.latency_threads,
             )
+            if s.data.task == "features" and s.data.labelled and not s.data.train.is_multi_label:
+                truth = as_tensor(s.data.test.labels)
+                share = neighbours_top1(model, s.known, answers[role], truth)
+                figures[role] = figures[role].model_copy(update={"neighbours_right": share})
     return Delivered(
         teacher=figures["teacher"],
         assistants=[found for role, found in figures.items() if role.startswith("assistant")],
@@ -224,7 +230,7 @@ def _student_card(s: Setting, finished: Finished, figures: ModelResult) -> Card:
         stepwell=__version__,
         torch=torch.__version__,
         keep_ratio=finished.student.keep_ratio,
-        top1=figures.top1,
+        **{s.task.MEASURE: figures.quality},
         num_params=figures.num_params,
         macs=figures.macs,
         # Only a student whose every ancestor left the selection images out can vouch for itself.
@@ -236,7 +242,7 @@ def _result(
     s: Setting, finished: Finished, delivered: Delivered, handed_out: Literal["student", "control"]
 ) -> Result:
     choice, trainings, tensors = finished.choice, trainings_of(s.run), delivered.tensors
-    answers = {role: Answers(tensors[role], tensors["labels"]) for role in ("teacher", handed_out)}
+    teacher, student = (s.task.Answers(tensors[role], tensors["labels"]) for role in ("teacher", handed_out))
     return Result(
         stepwell_version=__version__,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -245,6 +251,7 @@ def _result(
         student_name=s.other_student.name if s.other_student else None,
         path=s.config.path,
         way=finished.way,
+        measure=s.task.MEASURE,
         losses={"logits": s.config.logit_loss, "features": s.config.feature_loss},
         keep_ratio=delivered.student.keep_ratio,
         data=_data_result(s),
@@ -260,7 +267,7 @@ def _result(
         tried=delivered.tried,
         group_sizes={group.name: group.num_units for group in s.groups},
         group_kinds={group.name: group.kind for group in s.groups},
-        teacher_vs_student=mcnemar(answers["teacher"], answers[handed_out]),
+        teacher_vs_student=s.task.compare(teacher, student),
         cost_vs_single_step=_cost(s.run, finished),
         teacher_passes=bill_of(s.run),
         seconds={name: stage.seconds for name, stage in s.run.stages.items()},
@@ -291,7 +298,7 @@ def _data_result(s: Setting) -> DataResult:
         num_test=len(s.data.test),
         test_from=s.data.test_from,
         selection_from=s.data.selection_from,
-        labels="true" if s.data.labelled else "teacher",
+        labels="true" if s.has_labels else "teacher",
         teacher_saw_selection="no"
         if s.teacher_is_ours
         else "the teacher may have seen it: stepwell did not train it here",

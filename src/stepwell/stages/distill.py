@@ -57,7 +57,7 @@ def distill(
                 lr=s.config.distill_lr or s.config.lr,
                 no_decay=no_decay_of(student.model),
                 modules=[student.model],
-                judge=lambda: performance_of(student.model, s.selection, s.metric),
+                judge=lambda: performance_of(student.model, s.selection, s.metric, s.task),
             )
             # The student learns in the last one; with some losses a pretraining comes before.
             for course in courses:
@@ -119,7 +119,7 @@ def distill_step(s: Setting, teachers: Sequence[Rung], student: Rung, drop: int 
     with torch.no_grad():
         example = learner(images)
         pairs = [
-            Pair(example, teacher(images), teacher, images, s.training_images, student.is_other)
+            Pair(example, teacher(images), teacher, images, s.training_images, student.is_other, s.data.task)
             for teacher in observed
         ]
     losses = [make_distillation(s.config, pair, s.config.seed) for pair in pairs]

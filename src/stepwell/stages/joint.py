@@ -124,7 +124,7 @@ def joint_step(s: Setting, shared: SharedWeights) -> JointStep:
         answer = teacher(images)
         for index, student in enumerate(students):
             example = student.with_weights(shared.weights(index), images)
-            pair = Pair(example, answer, teacher, images, s.training_images)
+            pair = Pair(example, answer, teacher, images, s.training_images, task=s.data.task)
             # Another seed for each: the parameters of two losses must not start equal.
             losses.append(make_distillation(s.config, pair, s.config.seed + index))
             student.model.train()

@@ -32,6 +32,7 @@ from stepwell.pruning.units import Group, cuts_by_tensor, tensors_of
 from stepwell.run.progress import progress
 from stepwell.setting.setting import Setting
 from stepwell.tasks.classification import loss_per_image
+from stepwell.tasks.task import LossPerImage
 
 
 def score(s: Setting) -> Importance:
@@ -52,7 +53,12 @@ def _scores(s: Setting) -> Importance:
     if not others:
         return Importance(raw=norms, normalised=l2_normalised(norms), num_images=0)
     found = importance_by_gradient(
-        s.model, others, s.scored, reduction=s.config.score_reduction, autocast=s.autocast
+        s.model,
+        others,
+        s.scored,
+        reduction=s.config.score_reduction,
+        autocast=s.autocast,
+        loss_per_image=s.task.loss_per_image,
     )
     raw = {**found.raw, **norms}
     return Importance(raw=raw, normalised=l2_normalised(raw), num_images=found.num_images)
@@ -65,6 +71,7 @@ def importance_by_gradient(
     *,
     reduction: Literal["sample", "batch"] = "sample",
     autocast: torch.autocast | None = None,
+    loss_per_image: LossPerImage = loss_per_image,
 ) -> Importance:
     """The importance of every unit of `model` on `batches`.
 
@@ -75,6 +82,7 @@ def importance_by_gradient(
         reduction: `sample` takes the absolute value per image (AMD), `batch` of each batch's mean
             gradient (MiniDisc's code).
         autocast: The number format of the passes; sums are kept in fp32 all the same.
+        loss_per_image: The task's.
     """
     model.eval()
     parameters: dict[str, Tensor] = dict(model.named_parameters())

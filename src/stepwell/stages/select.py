@@ -24,7 +24,7 @@ from stepwell.run.progress import say
 from stepwell.run.run_dir import StageResult
 from stepwell.setting.rungs import Rung
 from stepwell.setting.setting import Setting
-from stepwell.tasks.classification import Metric, evaluate, performance
+from stepwell.tasks.measures import Metric, performance
 
 LAMBDA = 0.2  # MiniDisc's published setting
 THRIFT = 0.5
@@ -46,7 +46,7 @@ def select(s: Setting, ladder: Ladder, models: Iterable[nn.Module]) -> Choice:
         if stage.is_new:
             pairs = zip(ladder.candidates, models, strict=True)
             candidates = [candidate_result(s, candidate, model) for candidate, model in pairs]
-            teacher = evaluate(s.model, s.selection, "select: teacher").performance(s.metric)
+            teacher = s.task.evaluate(s.model, s.selection, "select: teacher").performance(s.metric)
             index, selection = choose(candidates, teacher, s.config, s.metric, len(s.data.selection))
             stage.result = Choice(
                 index=index,
@@ -73,7 +73,7 @@ def select_student(s: Setting, tried: Sequence[tuple[Rung, Rung]]) -> int:
     with s.run.stage("choose", Best) as stage:
         if stage.is_new:
             values = [
-                evaluate(student.model, s.selection, f"select: student via {assistant.keep_ratio:g}")
+                s.task.evaluate(student.model, s.selection, f"select: student via {assistant.keep_ratio:g}")
                 for assistant, student in tried
             ]
             performances = [meter.performance(s.metric) for meter in values]
@@ -85,13 +85,13 @@ def select_student(s: Setting, tried: Sequence[tuple[Rung, Rung]]) -> int:
 
 def candidate_result(s: Setting, candidate: Candidate, model: nn.Module) -> CandidateResult:
     """One candidate on the selection images."""
-    meter = evaluate(model, s.selection, f"select: candidate {candidate.keep_ratio:g}")
+    meter = s.task.evaluate(model, s.selection, f"select: candidate {candidate.keep_ratio:g}")
     macs = count_macs(model, s.spec)
     return CandidateResult(
         keep_ratio=candidate.keep_ratio,
         scale=macs / s.teacher_macs,
-        top1=meter.top1,
-        top1_interval=meter.top1_interval,
+        quality=meter.quality,
+        quality_interval=meter.quality_interval,
         log_likelihood=meter.log_likelihood,
         num_params=num_params(model),
         macs=macs,
@@ -158,7 +158,7 @@ def nearest(candidates: Sequence[CandidateResult], keep_ratio: float) -> int:
 
 
 def _points(candidates: Sequence[CandidateResult], metric: Metric) -> list[Point]:
-    return [Point(c.scale, performance(c.top1, c.log_likelihood, metric)) for c in candidates]
+    return [Point(c.scale, performance(c.quality, c.log_likelihood, metric)) for c in candidates]
 
 
 @dataclass(frozen=True)

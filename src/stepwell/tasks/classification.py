@@ -2,7 +2,6 @@
 
 loss_per_image   cross-entropy with the labels
 Meter            sums over images that give top1, log-likelihood, calibration; sums of parts add up
-check_output     logits (batch, classes) are what a model must return
 check_classes    teacher and images must have as many classes; their order is found in order.py
 in_words         how good a model is, for people
 """
@@ -10,31 +9,25 @@ in_words         how good a model is, for people
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from stepwell.config.options import MetricOption
 from stepwell.data.batches import EvalBatches
+from stepwell.data.labels import Label
 from stepwell.data.splits import Data
-from stepwell.errors import ConfigError, DataError
+from stepwell.errors import DataError
 from stepwell.run.progress import progress
+from stepwell.tasks import measures
+from stepwell.tasks.measures import NUM_BINS, Forward, Metric, PairedTest
 
-Metric = Literal["top1", "likelihood"]
-
-FEW_IMAGES = 2000
-"""Below this, top1 is so coarse that its differences are noise."""
-NUM_BINS = 15
-"""Of the calibration error."""
-
-Forward = Callable[[Tensor], Tensor]
-"""Images to logits."""
+NAME = "classification"
+MEASURE = "top1"
 
 
 def loss_per_image(
@@ -53,7 +46,7 @@ def loss_per_image(
 
 
 @dataclass
-class Meter:
+class Meter(measures.Meter):
     """How good a model is, as sums over images: `+` joins those of batches, or of processes.
 
     Attributes:
@@ -102,6 +95,16 @@ class Meter:
         return wilson_interval(self.top1, self.num_images)
 
     @property
+    def quality(self) -> float:
+        """`top1`, as it is called in every task."""
+        return self.top1
+
+    @property
+    def quality_interval(self) -> tuple[float, float]:
+        """95 % interval of `quality`."""
+        return self.top1_interval
+
+    @property
     def log_likelihood(self) -> float:
         """Mean log-probability of the true class."""
         return self.sum_log_likelihood / self.num_images
@@ -111,13 +114,9 @@ class Meter:
         """Expected calibration error in percent: mean |confidence - accuracy| over 15 equal bins."""
         return 100 * self.gaps.abs().sum().item() / self.num_images
 
-    def performance(self, metric: Metric) -> float:
-        """One number in [0, 1], larger is better."""
-        return performance(self.top1, self.log_likelihood, metric)
-
 
 @dataclass(frozen=True)
-class Answers:
+class Answers(measures.Answers):
     """A model's answers on a set of images, kept one by one.
 
     Attributes:
@@ -137,6 +136,11 @@ class Answers:
     def meter(self) -> Meter:
         """Their sums."""
         return Meter.of(self.probabilities, self.labels)
+
+    @property
+    def decided(self) -> list[Label]:
+        """The most probable class of each image."""
+        return self.probabilities.argmax(dim=1).tolist()
 
 
 def evaluate(forward: Forward, batches: EvalBatches, description: str = "evaluate") -> Meter:
@@ -159,16 +163,9 @@ def _answers(forward: Forward, batches: EvalBatches, description: str) -> Iterat
             advance("")
 
 
-def performance(top1: float, log_likelihood: float, metric: Metric) -> float:
-    """P in [0, 1]: the share of right answers, or the geometric mean of the true class's probability."""
-    return top1 / 100 if metric == "top1" else math.exp(log_likelihood)
-
-
 def resolve_metric(metric: MetricOption, num_images: int) -> Metric:
-    """`auto` is the likelihood on few images, where it says more than a count of right answers."""
-    if metric == "auto":
-        return "likelihood" if num_images < FEW_IMAGES else "top1"
-    return metric
+    """What the selection images are read by."""
+    return measures.resolved(metric, MEASURE, num_images)
 
 
 def wilson_interval(top1: float, num_images: int) -> tuple[float, float]:
@@ -179,16 +176,6 @@ def wilson_interval(top1: float, num_images: int) -> tuple[float, float]:
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
     # At 0 and at 100 % the formula's end is that very number; rounding must not leave top1 outside.
     return min(top1, 100 * max(0.0, centre - half)), max(top1, 100 * min(1.0, centre + half))
-
-
-class PairedTest(BaseModel):
-    """Teacher against student on the same test images (exact McNemar test)."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    only_teacher_right: int
-    only_student_right: int
-    p_value: float
 
 
 def mcnemar(teacher: Answers, student: Answers) -> PairedTest:
@@ -208,22 +195,7 @@ def mcnemar(teacher: Answers, student: Answers) -> PairedTest:
     )
 
 
-def check_output(output: object, name: str) -> int:
-    """Check that a model returned logits for one image; returns how many numbers it returned.
-
-    A binary classifier may return one number, also without a dimension of its own: see outputs.py.
-
-    Raises:
-        ConfigError: It returned something else.
-    """
-    if isinstance(output, Tensor) and (output.ndim == 2 or output.shape == (1,)):
-        return output.shape[-1]
-    found = f"a tensor {tuple(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
-    if isinstance(output, Mapping):
-        keys = [str(key) for key in output]
-        more = ", ..." if len(keys) > 5 else ""
-        found += f" with the keys {', '.join(keys[:5]) or '(none)'}{more}"
-    raise ConfigError(f"{name} must return logits (batch, classes), not {found} for one image")
+compare = mcnemar
 
 
 def check_classes(num_outputs: int, teacher: str, data: Data) -> None:
@@ -247,8 +219,5 @@ def check_classes(num_outputs: int, teacher: str, data: Data) -> None:
 
 def in_words(meter: Meter, test_from: str) -> str:
     """`top1 97.77 % (95 % interval 95.7 - 98.9) on 359 test images (test/)`."""
-    low, high = meter.top1_interval
-    return (
-        f"top1 {meter.top1:.2f} % (95 % interval {low:.1f} - {high:.1f}) on {meter.num_images} "
-        f"test images ({test_from})"
-    )
+    images = f"{meter.num_images} test images ({test_from})"
+    return measures.in_words(MEASURE, meter.top1, meter.top1_interval, images)

@@ -1,4 +1,4 @@
-"""What the numbers mean that a model returns: logits of exclusive classes are wanted.
+"""What the numbers mean that a model returns: logits of classes are wanted.
 
 Many a forward pass ends in something else. Where it is clear what is meant, the model is wrapped so that it
 returns logits, and so are its students; else there is one line that says what to change.
@@ -6,8 +6,8 @@ returns logits, and so are its students; else there is one line that says what t
     softmax                   its logarithm; logits are defined up to a constant
     one number                a binary classifier: the logits are 0 and that number
     one number, of a sigmoid  log(1 - p) and log p
-    a sigmoid per class       refused: classes that do not exclude each other are another task
-    an embedding              refused: no classes
+    a sigmoid per class       log p - log(1 - p): classes that do not exclude each other, several in an image
+    an embedding              no classes: another task
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from stepwell.errors import ConfigError, ModelError
 
-Outputs = Literal["logits", "probabilities", "one logit", "one probability"]
+Outputs = Literal["logits", "probabilities", "one logit", "one probability", "class probabilities"]
 
 IN_WORDS: Mapping[Outputs, str] = {
     "probabilities": "returns probabilities (a softmax at its end): their logarithms are taken for logits, "
@@ -30,6 +30,8 @@ IN_WORDS: Mapping[Outputs, str] = {
     "two logits, 0 and that number",
     "one probability": "returns one probability (a sigmoid at its end): it is read as that of the second "
     "class, and the student returns two logits, log(1 - p) and log p",
+    "class probabilities": "returns a probability for each class by itself (a sigmoid at its end): it is "
+    "taken off, and the student returns logits, log p - log(1 - p)",
 }
 """What is done with outputs that are no logits, for people."""
 
@@ -85,6 +87,8 @@ def logits_of(numbers: Float[Tensor, "batch ..."], outputs: Outputs) -> Float[Te
         case "one probability":
             number = numbers.reshape(-1, 1)
             return torch.cat([_log(1 - number), _log(number)], dim=1)
+        case "class probabilities":
+            return _log(numbers) - _log(1 - numbers)
 
 
 def _log(probabilities: Tensor) -> Tensor:
@@ -104,20 +108,13 @@ def last_operation(output: Tensor) -> str:
     return ""
 
 
-def meaning_of(
-    numbers: Float[Tensor, "images ..."], operation: str, name: str, keys: Sequence[str]
-) -> Outputs:
-    """What the numbers mean that a model returned for some images that differ.
-
-    Args:
-        numbers: As they were returned.
-        operation: The last operation of the forward pass, as `last_operation` has it.
-        name: The model's, for errors.
-        keys: The images', likewise.
+def sound_rows(
+    numbers: Float[Tensor, "images ..."], name: str, keys: Sequence[str]
+) -> Float[Tensor, "images numbers"]:
+    """A row for each image, if a model that returns these numbers can teach.
 
     Raises:
         ModelError: Some are NaN or infinite, or the same for all images.
-        ConfigError: They cannot be understood as logits of exclusive classes.
     """
     rows = numbers.reshape(len(numbers), -1).double()
     if len(bad := (~rows.isfinite().all(dim=1)).nonzero()):
@@ -132,21 +129,65 @@ def meaning_of(
             f"{name} returns the same for all of {len(rows)} training images: it cannot teach; are its "
             f"weights loaded, and its classifier trained?"
         )
+    return rows
+
+
+def have_length_1(numbers: Float[Tensor, "images numbers"]) -> bool:
+    """Whether they are unit vectors, as embeddings are that are to be compared, and no sure softmax."""
+    if bool((numbers >= 0).all()) and bool((numbers.sum(dim=1) - 1).abs().max() < 1e-3):
+        return False
+    return numbers.shape[1] > 1 and bool((numbers.norm(dim=1) - 1).abs().max() < 1e-3)
+
+
+def meaning_of(
+    numbers: Float[Tensor, "images ..."], operation: str, name: str, keys: Sequence[str]
+) -> Outputs:
+    """What the numbers mean that a model returned for some images that differ.
+
+    Args:
+        numbers: As they were returned.
+        operation: The last operation of the forward pass, as `last_operation` has it.
+        name: The model's, for errors.
+        keys: The images', likewise.
+
+    Raises:
+        ModelError: Some are NaN or infinite, or the same for all images.
+        ConfigError: They cannot be understood as logits of classes.
+    """
+    rows = sound_rows(numbers, name, keys)
+    spread = (rows.amax(dim=0) - rows.amin(dim=0)).max()
     in_unit = bool((rows >= 0).all() and (rows <= 1).all())
     is_sigmoid = operation == "Sigmoid" or (in_unit and len(rows) > 1 and bool(spread > _WIDE))
     if rows.shape[1] == 1:
         return "one probability" if in_unit and is_sigmoid else "one logit"
+    if in_unit and operation == "Sigmoid":  # an unsure one has equal sums too
+        return "class probabilities"
     sums = rows.sum(dim=1)
     if (rows >= 0).all() and (sums - sums.mean()).abs().max() < 1e-3 * sums.mean():
         return "probabilities"  # or so many times them: a factor is a constant among logarithms
     if is_sigmoid:
+        return "class probabilities"
+    if have_length_1(rows):
         raise ConfigError(
-            f"{name} ends in a sigmoid for each class, as where one image has several: classes that do not "
-            f"exclude each other are not supported; if each image has one class, return the logits before it"
-        )
-    if (rows.norm(dim=1) - 1).abs().max() < 1e-3:
-        raise ConfigError(
-            f"{name} returns {rows.shape[1]} numbers of length 1, an embedding and no classes: give it a "
-            f"classifier first (stepwell train --model ... on images in class folders)"
+            f"{name} returns {rows.shape[1]} numbers of length 1, an embedding and no classes: pass --task "
+            f"features to distil that, or give it a classifier first (stepwell train --model ...)"
         )
     return "logits"
+
+
+def check_output(output: object, name: str) -> int:
+    """Check that a model returned logits for one image; returns how many numbers it returned.
+
+    A binary classifier may return one number, also without a dimension of its own: see outputs.py.
+
+    Raises:
+        ConfigError: It returned something else.
+    """
+    if isinstance(output, Tensor) and (output.ndim == 2 or output.shape == (1,)):
+        return output.shape[-1]
+    found = f"a tensor {tuple(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
+    if isinstance(output, Mapping):
+        keys = [str(key) for key in output]
+        more = ", ..." if len(keys) > 5 else ""
+        found += f" with the keys {', '.join(keys[:5]) or '(none)'}{more}"
+    raise ConfigError(f"{name} must return logits (batch, classes), not {found} for one image")

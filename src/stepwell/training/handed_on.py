@@ -20,18 +20,22 @@ from stepwell.config.recipe_options import RecipeOptions
 from stepwell.data.batches import EvalBatches
 from stepwell.run.checkpoint import changed_by_training
 from stepwell.run.progress import say
-from stepwell.tasks.classification import Metric, evaluate
+from stepwell.tasks import classification
+from stepwell.tasks.measures import Metric
+from stepwell.tasks.task import Task
 from stepwell.training.statistics import norms_with_statistics
 
 Judge = Callable[[], float]
 """How good the weights are that are in the model now; larger is better."""
 
 
-def performance_of(model: nn.Module, images: EvalBatches, metric: Metric) -> float:
+def performance_of(
+    model: nn.Module, images: EvalBatches, metric: Metric, task: Task = classification
+) -> float:
     """How good a model is in the middle of its training; it is in training mode before and after."""
     model.eval()
     # Where it has just diverged there is NaN, of which no figure can be made; the loop will stop it.
-    meter = evaluate(lambda batch: torch.nan_to_num(model(batch)), images, "selection images")
+    meter = task.evaluate(lambda batch: torch.nan_to_num(model(batch)), images, "selection images")
     model.train()
     return meter.performance(metric)
 

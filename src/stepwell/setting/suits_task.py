@@ -1,0 +1,88 @@
+"""Which losses go with which task, and with images without labels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from stepwell.config.commands import CompressConfig
+from stepwell.config.loss_facts import FEATURE_LOSSES, LOGIT_LOSSES, LossFacts
+from stepwell.config.options import LossOptions
+from stepwell.data.splits import Data
+from stepwell.errors import ConfigError
+from stepwell.tasks.task import task_of
+
+
+def check_no_labels_needed(options: LossOptions, source: str) -> None:
+    """Check that nothing asks for labels.
+
+    Raises:
+        ConfigError: Something does.
+    """
+    if options.task_weight:
+        raise ConfigError(
+            f"{source} has no class folders, so there are no labels to learn: pass --task-weight 0 "
+            f"to learn from the teacher alone, or sort the images into train/CLASS/"
+        )
+    for option, weight, facts, name in (
+        ("--logit-loss", options.logit_weight, options.logit_facts, options.logit_loss),
+        ("--feature-loss", options.feature_weight, options.feature_facts, options.feature_loss),
+    ):
+        if weight and facts.needs_labels:
+            raise ConfigError(f"{option} {name} needs labels, and {source} has no class folders")
+
+
+def check_suits_task(config: CompressConfig, data: Data) -> None:
+    """Check that metric and losses are for the task of the images.
+
+    Raises:
+        ConfigError: One is not.
+    """
+    task_of(data.task).resolve_metric(config.metric, len(data.selection))
+    match data.task:
+        case "multi-label":
+            _check_several_classes(config)
+        case "features":
+            _check_embedding(config)
+        case "classification":
+            pass
+
+
+def _check_several_classes(config: CompressConfig) -> None:
+    given: tuple[tuple[str, float, str, Mapping[str, LossFacts]], ...] = (
+        ("--logit-loss", config.logit_weight, config.logit_loss, LOGIT_LOSSES),
+        ("--feature-loss", config.feature_weight, config.feature_loss, FEATURE_LOSSES),
+    )
+    for option, weight, name, known in given:
+        if weight and name in known and known[name].exclusive:
+            others = ", ".join(each for each, facts in known.items() if not facts.exclusive)
+            raise ConfigError(
+                f"{option} {name} is for one class an image, and here an image may have several: take "
+                f"{others}"
+            )
+
+
+def _check_embedding(config: CompressConfig) -> None:
+    """An embedding is learnt from the teacher's, and from hidden states."""
+    if config.task_weight and "task_weight" in config.model_fields_set:
+        raise ConfigError("--task-weight: an embedding is learnt from the teacher alone; leave it out, or 0")
+    if config.label_smoothing:
+        raise ConfigError("--label-smoothing softens labels, and an embedding is learnt from none")
+    if not config.logit_weight and not config.feature_weight:
+        raise ConfigError(
+            "--logit-weight and --feature-weight are 0: an embedding has nothing else to learn from"
+        )
+    if config.logit_weight and config.logit_loss in LOGIT_LOSSES and config.logit_loss != "kd":
+        raise ConfigError(
+            f"--logit-loss {config.logit_loss} is for classes, and the teacher returns an embedding: leave "
+            f"it out, and the distance between embeddings takes its place"
+        )
+    others = [name for name, facts in FEATURE_LOSSES.items() if not _reads_classifier(facts)]
+    if config.feature_weight and config.feature_loss in FEATURE_LOSSES and config.feature_loss not in others:
+        raise ConfigError(
+            f"--feature-loss {config.feature_loss} reads what a classifier reads or says, and there is none: "
+            f"take {', '.join(others)}"
+        )
+
+
+def _reads_classifier(facts: LossFacts) -> bool:
+    return facts.exclusive or not {"features", "logits"}.isdisjoint(facts.reads)

@@ -1,0 +1,155 @@
+"""A teacher without classes: its embedding is distilled, measured, delivered and loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from small_world import QUICK, all_test_images, data_of, result_of, stepwell, write_images
+
+import stepwell as package
+from conftest import made_once, without_files
+from stepwell.data.labels import as_tensor
+from stepwell.data.spec import InputSpec
+from stepwell.models.card import read_card
+from stepwell.models.export import export_onnx
+from stepwell.models.factory import load_factory
+from stepwell.report.report import write_report
+from stepwell.stages import deliver
+
+TOWER = """
+import timm, torch
+
+def build():
+    torch.manual_seed(0)
+    return timm.create_model(
+        "vit_tiny_patch16_224", img_size=16, patch_size=8, embed_dim=24, depth=2, num_heads=4, num_classes=0
+    )
+
+class Unit(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.tower = build()
+
+    def forward(self, images):
+        return torch.nn.functional.normalize(self.tower(images))
+
+def unit():
+    return Unit()
+"""
+
+
+@pytest.fixture(scope="module")
+def tower(tmp_path_factory: pytest.TempPathFactory) -> str:
+    file = tmp_path_factory.mktemp("tower") / "tower.py"
+    file.write_text(TOWER)
+    return f"{file}:build"
+
+
+@pytest.fixture(scope="module")
+def embedded(tmp_path_factory: pytest.TempPathFactory, data: Path, tower: str) -> Path:
+    """With a report, and without ONNX files."""
+
+    def compress(run: Path) -> None:
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            without_files(monkeypatch)
+            monkeypatch.setattr(deliver, "write_report", write_report)
+            stepwell("compress", "--teacher", tower, "--data", data, "--out", run, *QUICK)
+
+    return made_once(tmp_path_factory, "embedded", compress)
+
+
+@pytest.mark.brings(
+    "model",
+    "a tower without classes (DINOv2 of timm), with class folders",
+    "Its embedding is distilled; cosine and nearest neighbours are reported.",
+)
+def test_an_embedding_is_distilled(embedded, tower):
+    result = result_of(embedded)
+    assert (result.measure, result.decided_by, result.data.classes) == ("cosine", "cosine", [])
+    assert result.selection.metric == "cosine"
+    assert result.teacher.quality == pytest.approx(100)
+    assert result.teacher_vs_student is None
+    assert set(result.histories["distill"].losses) == {"loss", "logit", "feature"}
+    losses = result.histories["distill"].losses["logit"]
+    assert losses[-1] <= losses[0]
+    student, teacher = package.load(embedded, factory=load_factory(tower)), load_factory(tower)().eval()
+    images = all_test_images(embedded)
+    with torch.no_grad():
+        ours, theirs = student(images), teacher(images)
+    assert ours.shape == (24, 24)
+    cosine = torch.nn.functional.cosine_similarity(ours, theirs).mean().item()
+    assert result.student.quality == pytest.approx(100 * cosine, abs=1e-3)
+
+
+def test_nearest_neighbours_are_reported_where_there_are_labels(embedded):
+    result = result_of(embedded)
+    assert 0 <= result.student.neighbours_right <= 100
+    assert len(set(as_tensor(data_of(embedded).test.labels).tolist())) == 3
+    (note,) = [note for note in result.notes if "nearest training images" in note]
+    assert f"{result.teacher.neighbours_right:.1f} % of the test images by the teacher's embedding" in note
+
+
+def test_the_report_and_the_tables_say_cosine(embedded, capsys):
+    capsys.readouterr()
+    stepwell("inspect", embedded)
+    told = capsys.readouterr().out
+    assert "cosine %" in told
+    assert "cosine on 24 test images" in told
+    assert "top1" not in told
+    page = (embedded / "report.html").read_text()
+    assert "cosine with the teacher&#39;s embedding" in page
+    assert "Nearest neighbours, top-1" in page
+    assert 'id="calibration"' not in page
+    assert "top-1 accuracy" not in page
+
+
+def test_its_card_and_what_cannot_be_done_with_it(embedded, fails, data, tower, tmp_path):
+    card = read_card(embedded / "student")
+    assert (card.task, card.classes) == ("features", [])
+    image = next((data / "test").rglob("*.png"))
+    assert "names no classes: use stepwell.load" in fails("predict", embedded, image, "--teacher", tower)
+    words = ("--data", data, "--out", tmp_path / "out")
+    said = fails("compare", "--teacher", tower, *words, *QUICK)
+    assert said.endswith("this would be the task features: run stepwell compress for each way instead")
+    said = fails("train", "--model", "vit_tiny_patch16_224", "--task", "features", *words)
+    assert said.endswith("train learns from labels, and an embedding from a teacher: see stepwell compress")
+    said = fails("compress", "--teacher", tower, *words, *QUICK, "--task-weight", 0.5)
+    assert said.endswith("an embedding is learnt from the teacher alone; leave it out, or 0")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.brings(
+    "model", "unit vectors, and images without labels", "Distilled as an embedding; cosine is reported."
+)
+def test_unit_vectors_and_images_without_labels(tower, tmp_path, quick):
+    write_images(tmp_path / "flat", 60, seed=0, classes=())
+    source = tower.replace(":build", ":unit")
+    words = ("--teacher", source, "--data", tmp_path / "flat", "--image-size", 16)
+    stepwell("compress", *words, "--out", tmp_path / "run", *QUICK, "--path", "single-step")
+    result = result_of(tmp_path / "run")
+    assert (result.measure, result.data.labels, result.student.neighbours_right) == (
+        "cosine",
+        "teacher",
+        None,
+    )
+    student = package.load(tmp_path / "run", factory=load_factory(source))
+    with torch.no_grad():
+        norms = student(all_test_images(tmp_path / "run")).norm(dim=1)
+    assert norms.tolist() == pytest.approx([1.0] * len(norms), abs=1e-5)
+
+
+def test_a_rung_is_exported(embedded, tower, tmp_path):
+    words = ("--keep", 0.4, "--format", "safetensors", "--teacher", tower, "--out", tmp_path)
+    stepwell("export", embedded, *words)
+    rung = package.load(tmp_path / "keep-0.4", factory=load_factory(tower))
+    assert rung(torch.zeros(2, 3, 16, 16)).shape == (2, 24)
+
+
+@pytest.mark.slow
+def test_an_embedding_is_an_onnx_file(tower, tmp_path):
+    spec = InputSpec((16, 16), 3, (0.5,) * 3, (0.5,) * 3)
+    unit = load_factory(tower.replace(":build", ":unit"))().eval()
+    images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    assert export_onnx(unit, spec, tmp_path / "unit.onnx", images) < 1e-3
