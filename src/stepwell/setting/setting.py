@@ -84,8 +84,8 @@ class Setting:
         return compared_blocks(self.groups, self.config.feature_layers)
 
     def compared(self, is_other: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """The blocks of student and teacher whose states are compared, in a step to a slice of the same model,
-        or to the student of another architecture."""
+        """The blocks of student and teacher whose states are compared, in a step to a slice or to
+        the student of another architecture."""
         if not is_other or self.other_student is None:
             return self.blocks, self.blocks
         if self.stages is not None:

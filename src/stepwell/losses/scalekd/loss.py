@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from stepwell.losses.scalekd.projector import PUBLISHED_SCALE, CrossAttentionProjector
 from stepwell.losses.scalekd.stages import Layout, Stage, Stages
-from stepwell.losses.scalekd.views import FEWEST_POSITIONS, alternative_view, original_view
+from stepwell.losses.scalekd.views import FEWEST_IN_A_ROW, alternative_view, original_view
 
 PUBLISHED_POSITIONS = 49
 """Of the grid at which the published weights hold."""
@@ -98,9 +98,9 @@ class ScaleKD(nn.Module):
         self.student_stages, self.teacher_stages, self.tail, self.parts = student, teacher, tail, parts
         assert (tail is not None) == parts.tpp, "a tail is there exactly where it is asked for"
         target = teacher.fourth if parts.tpp else teacher.third
-        self.weights_3 = _kept(parts.weights(3), target.layout)
-        self.weights_4 = _kept(parts.weights(4), teacher.fourth.layout)
-        self.notes = [*notes, *_dropped(teacher, parts)]
+        self.notes = list(notes)
+        self.weights_3 = self._weights(3, student.third, target)
+        self.weights_4 = self._weights(4, student.fourth, teacher.fourth)
         if not any((*self.weights_3, *self.weights_4)):
             raise ValueError("nothing of it is left: leave a view and a stage")
         self.given_queries = parts.tpp and not parts.own_queries
@@ -159,6 +159,17 @@ class ScaleKD(nn.Module):
             for name in projector.no_weight_decay()
         }
 
+    def _weights(self, number: int, ours: Stage, target: Stage) -> tuple[float, float]:
+        asked = self.parts.weights(number)
+        kept = _kept(asked, ours.layout, target.layout)
+        if asked[1] and not kept[1]:
+            sizes = [f"{stage.layout.height} x {stage.layout.width}" for stage in (ours, target)]
+            self.notes.append(
+                f"at stage {number} the view without the mean is left out: of maps below 2 x 2 nothing is left "
+                f"without it (student {sizes[0]}, teacher {sizes[1]})"
+            )
+        return kept
+
     def _projectors(
         self, ours: Stage, theirs: Stage, needed: Sequence[bool], has_queries: bool
     ) -> nn.ModuleDict:
@@ -194,21 +205,8 @@ class ScaleKD(nn.Module):
 VIEWS = {"original": original_view, "alternative": alternative_view}
 
 
-def _dropped(teacher: Stages, parts: Parts) -> list[str]:
-    """A line where the second view is asked for, but a grid of the teacher is too small to have one."""
-    target = teacher.fourth if parts.tpp else teacher.third
-    asked = ((parts.weights(3), target.layout), (parts.weights(4), teacher.fourth.layout))
-    small = [layout for weights, layout in asked if weights[1] and not _kept(weights, layout)[1]]
-    if not small:
-        return []
-    grid = f"{small[0].height} x {small[0].width}"
-    return [
-        f"the view without the mean is left out where the teacher has a grid of {grid}, which is all mean"
-    ]
-
-
-def _kept(weights: tuple[float, float], layout: Layout) -> tuple[float, float]:
-    """The weights of the views on a grid of this size."""
-    original, alternative = (weight * PUBLISHED_POSITIONS / layout.num_positions for weight in weights)
-    is_small = min(layout.height, layout.width) < 2 or layout.num_positions < FEWEST_POSITIONS
-    return original, 0.0 if is_small else alternative
+def _kept(weights: tuple[float, float], student: Layout, target: Layout) -> tuple[float, float]:
+    """The weights of the views on grids of these sizes: a map of one position has the same to say everywhere."""
+    original, alternative = (weight * PUBLISHED_POSITIONS / target.num_positions for weight in weights)
+    smallest = min(student.height, student.width, target.height, target.width)
+    return original, alternative if smallest >= FEWEST_IN_A_ROW else 0.0

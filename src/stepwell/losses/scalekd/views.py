@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-FEWEST_POSITIONS = 4
-"""For the alternative view: of a single position nothing is left without the mean, of two the same twice."""
+FEWEST_IN_A_ROW = 2
+"""For the alternative view: of a single position nothing is left without the mean, of few almost nothing."""
 
 _SMALL = 1e-6
 """A shorter vector is not stretched to length 1: its gradient would be without bounds."""
