@@ -273,7 +273,8 @@ def test_without_tpp_stage_3_is_compared_with_the_teachers_stage_3(lesson):
     [
         ({"original": 0, "alternative": 0}, "nothing of it is left"),
         ({"stage_3": 0, "stage_4": 0}, "nothing of it is left"),
-        ({"num_heads": 5}, "num_heads=5 does not divide the teacher's 12 channels"),
+        ({"num_heads_3": 5}, "5 heads do not divide the teacher's 12 channels"),
+        ({"num_heads_4": 5}, "5 heads do not divide the teacher's 24 channels"),
         ({"beta": 0.5}, "--feature-args beta: the loss scalekd takes original, alternative, alternative_4,"),
     ],
 )
@@ -304,7 +305,7 @@ def test_grids_of_few_positions_give_no_nan_and_one_view_below_two_by_two(size):
     assert set(loss.third) == ({"original"} if is_small else {"original", "alternative"})
     grid = f"{size[0]} x {size[1]}"
     said = [
-        f"at stage {number} the view without the mean is left out: of maps below 2 x 2 nothing is left without it "
+        f"at stage {number} the view without the mean is left out, of which maps below 2 x 2 have nothing "
         f"(student {grid}, teacher {grid})"
         for number in (3, 4)
     ]
@@ -395,7 +396,6 @@ def test_a_teacher_whose_rest_reads_more_than_a_state_teaches_without_its_parame
     pair = Pair(*outputs, observed, images, TrainingImages(None, 1), True, (ours, theirs))
     loss = make_distillation(LossOptions(**TERMS), pair, 0).feature
     assert loss.tail is None
-    assert loss.notes == [
-        "the teacher's own parameters (tpp) are left out: what follows blocks.0 reads more than what it returns"
-    ]
+    reason = "what follows blocks.0 reads more than what it returns"
+    assert loss.notes == [f"the teacher's own parameters (tpp) are left out: {reason}"]
     assert math.isfinite(loss.double()(outputs[0].states, outputs[1].states).item())

@@ -138,7 +138,7 @@ def make_distillation(options: LossOptions, pair: Pair, seed: int) -> Distillati
     Raises:
         ConfigError: A loss does not take such an argument, or does not suit these models.
     """
-    if not pair.is_other_student:
+    if options.feature_weight and not pair.is_other_student:
         options = options.model_copy(update=dict(options.feature_facts.between_slices))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -51,7 +51,8 @@ class Parts:
         tpp: Whether the teacher's tail runs; without it stage 3 is compared with the teacher's stage 3.
         own_queries: Stage 4 has learned queries instead of the tail's outputs.
         softmax_scale: See `CrossAttentionProjector`: 5, or 1 between transformers of a kind.
-        num_heads: Of the projectors; 0 takes the teacher's own at each stage.
+        num_heads_3: Of the projectors of stage 3; 0 takes the teacher's own.
+        num_heads_4: Of those of stage 4, likewise.
         layer_norm: See `CrossAttentionProjector`.
     """
 
@@ -63,7 +64,8 @@ class Parts:
     tpp: bool = True
     own_queries: bool = False
     softmax_scale: float = PUBLISHED_SCALE
-    num_heads: int = 0
+    num_heads_3: int = 0
+    num_heads_4: int = 0
     layer_norm: bool = False
 
     def weights(self, stage: int) -> tuple[float, float]:
@@ -109,10 +111,12 @@ class ScaleKD(nn.Module):
             bool(w3 or (w4 and self.given_queries))
             for w3, w4 in zip(self.weights_3, self.weights_4, strict=True)
         ]
-        self.third = self._projectors(student.third, teacher.third, needed_3, has_queries=True)
-        self.fourth = self._projectors(
-            student.fourth, teacher.fourth, [bool(w) for w in self.weights_4], not self.given_queries
-        )
+        needed_4 = [bool(weight) for weight in self.weights_4]
+        heads_3 = parts.num_heads_3 or teacher.third.num_heads
+        heads_4 = parts.num_heads_4 or teacher.fourth.num_heads
+        self.third = self._projectors(student.third, teacher.third, needed_3, heads_3)
+        own = not self.given_queries
+        self.fourth = self._projectors(student.fourth, teacher.fourth, needed_4, heads_4, has_queries=own)
 
     def forward(
         self,
@@ -165,25 +169,23 @@ class ScaleKD(nn.Module):
         if asked[1] and not kept[1]:
             sizes = [f"{stage.layout.height} x {stage.layout.width}" for stage in (ours, target)]
             self.notes.append(
-                f"at stage {number} the view without the mean is left out: of maps below 2 x 2 nothing is left "
-                f"without it (student {sizes[0]}, teacher {sizes[1]})"
+                f"at stage {number} the view without the mean is left out, of which maps below 2 x 2 have "
+                f"nothing (student {sizes[0]}, teacher {sizes[1]})"
             )
         return kept
 
     def _projectors(
-        self, ours: Stage, theirs: Stage, needed: Sequence[bool], has_queries: bool
+        self, ours: Stage, theirs: Stage, needed: Sequence[bool], num_heads: int, *, has_queries: bool = True
     ) -> nn.ModuleDict:
-        heads = self.parts.num_heads or theirs.num_heads
-        if theirs.layout.channels % heads:
-            raise ValueError(
-                f"num_heads={heads} does not divide the teacher's {theirs.layout.channels} channels"
-            )
+        channels = theirs.layout.channels
+        if channels % num_heads:
+            raise ValueError(f"{num_heads} heads do not divide the teacher's {channels} channels")
         return nn.ModuleDict(
             {
                 view: CrossAttentionProjector(
                     ours.layout.shape,
                     theirs.layout.shape,
-                    heads,
+                    num_heads,
                     self.parts.softmax_scale,
                     has_queries,
                     self.parts.layer_norm,
@@ -206,7 +208,7 @@ VIEWS = {"original": original_view, "alternative": alternative_view}
 
 
 def _kept(weights: tuple[float, float], student: Layout, target: Layout) -> tuple[float, float]:
-    """The weights of the views on grids of these sizes: a map of one position has the same to say everywhere."""
+    """The weights of the views on grids of these sizes: a map of one position says the same everywhere."""
     original, alternative = (weight * PUBLISHED_POSITIONS / target.num_positions for weight in weights)
     smallest = min(student.height, student.width, target.height, target.width)
     return original, alternative if smallest >= FEWEST_IN_A_ROW else 0.0
