@@ -175,3 +175,22 @@ def test_the_doctor_names_the_stages_and_wants_no_cut(capsys):
     assert said.startswith("test_mambaout: stays whole, and teaches\n  input 160 x 160 x 3, ")
     assert "stage 3 of teacher ends with stages.2: 48 channels on 10 x 10" in said
     assert "stage 4 of resnet18 ends with layer4: 512 channels on 5 x 5" in said
+
+
+def test_images_that_are_not_square(data, tmp_path, quick):
+    """The teacher has registers, the student a smaller patch: grids of 2 x 4 and 4 x 8."""
+    sizes = ("patch_size=8", "embed_dim=24", "depth=2", "num_heads=4", "reg_tokens=2", "img_size=(16,32)")
+    model = ("--model", "vit_tiny_patch16_224", "--model-args", *sizes, "--no-pretrained")
+    stepwell("train", *model, "--data", data, "--out", tmp_path / "t", "--epochs", 0.1, "--batch-size", 4)
+    student = (
+        "--student",
+        "vit_tiny_patch16_224",
+        "--student-args",
+        "patch_size=4",
+        "embed_dim=12",
+        "depth=1",
+    )
+    more = (*student, "num_heads=2", "--path", "scalekd", "--epochs", 0.5, "--batch-size", 8)
+    stepwell("compress", "--teacher", tmp_path / "t", "--data", data, "--out", tmp_path / "run", *more)
+    positions = student_weights(tmp_path / "run")["pos_embed"]
+    assert positions.shape == (1, 1 + 4 * 8, 12)

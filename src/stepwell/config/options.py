@@ -32,7 +32,7 @@ Way = Literal["amd", "amd-manual", "single-step", "takd", "dgkd", "mmd", "mmd-os
 
 Suite = Literal[
     "losses", "candidates", "optimizer", "weights", "depth", "steps",
-    "resnet-pair", "wrn-pair", "vgg-pair", "imagenet-pair",
+    "resnet-pair", "wrn-pair", "vgg-pair", "imagenet-pair", "scalekd",
 ]  # fmt: skip
 
 
