@@ -44,7 +44,18 @@ def shapes(found: Stages) -> tuple[tuple[int, int], tuple[int, int]]:
     return (layouts[0].channels, layouts[1].channels), (layouts[0].height, layouts[1].height)
 
 
-@pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: pair.name)
+LARGE = ("BEiT", "Swin-B", "Mixer-B", "ViT-B")
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [
+        pytest.param(
+            pair, id=pair.name, marks=[pytest.mark.slow] if any(w in pair.name for w in LARGE) else []
+        )
+        for pair in PAIRS
+    ],
+)
 def test_what_was_set_by_hand_for_a_published_pair_is_read_from_the_models(pair: PublishedPair):
     teacher = stages(pair.teacher, pair.teacher_args, pair.image_size)
     student = stages(pair.student, pair.student_args, pair.image_size)
@@ -81,15 +92,15 @@ def test_the_published_weights_as_arguments():
     ("name", "third", "fourth"),
     [
         ("vit_base_patch14_reg4_dinov2", "blocks.9", "norm"),
-        ("mobilenetv3_large_100", "blocks.4", "blocks.6"),
-        ("tf_efficientnetv2_s", "blocks.4", "blocks.5"),
         ("beit_base_patch16_224", "blocks.9", "blocks.11"),  # its norm comes behind the pooling
-        ("convnextv2_nano", "stages.2", "stages.3"),
-        ("regnetx_002", "s3", "s4"),
-        ("densenet121", "features.denseblock3", "features.norm5"),
-        ("pvt_v2_b0", "stages.2", "stages.3"),
         ("levit_128", "stages.1", "stages.2"),
-        ("swinv2_tiny_window8_256", "layers.2", "norm"),
+        pytest.param("mobilenetv3_large_100", "blocks.4", "blocks.6", marks=pytest.mark.slow),
+        pytest.param("tf_efficientnetv2_s", "blocks.4", "blocks.5", marks=pytest.mark.slow),
+        pytest.param("convnextv2_nano", "stages.2", "stages.3", marks=pytest.mark.slow),
+        pytest.param("regnetx_002", "s3", "s4", marks=pytest.mark.slow),
+        pytest.param("densenet121", "features.denseblock3", "features.norm5", marks=pytest.mark.slow),
+        pytest.param("pvt_v2_b0", "stages.2", "stages.3", marks=pytest.mark.slow),
+        pytest.param("swinv2_tiny_window8_256", "layers.2", "norm", marks=pytest.mark.slow),
         ("mixer_s16_224", "blocks.6", "norm"),  # of eight blocks the last one
     ],
 )
