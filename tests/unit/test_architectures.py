@@ -25,8 +25,14 @@ TEACHERS = {
 }
 
 
-@pytest.mark.parametrize("name", TEACHERS)
-@pytest.mark.parametrize("given", [{}, {"tpp": 0.0}, {"alternative": 0.0}], ids=str)
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("swin_tiny_patch4_window7_224", {}),
+        pytest.param("vit_tiny_patch16_224", {"alternative": 0.0}, marks=pytest.mark.slow),
+        pytest.param("swin_tiny_patch4_window7_224", {"tpp": 0.0}, marks=pytest.mark.slow),
+    ],
+)
 def test_the_loss_is_counted_on_shapes_as_on_tensors(name, given):
     args = {"layers": (1, 1, 1, 1), "channels": (8, 16, 24, 32)}
     teacher = create_timm(name, TEACHERS[name], pretrained=False).eval().requires_grad_(False)
@@ -51,6 +57,7 @@ def test_the_mixer_that_has_no_name():
     assert MlpMixer(patch_size=14, num_blocks=1, embed_dim=8).stem.patch_size == (14, 14)
 
 
+@pytest.mark.slow
 def test_the_hours_of_a_pair_are_its_operations():
     (pair,) = (pair for pair in PAIRS if pair.name == "Swin-S -> ResNet-50")
     hours, share = gpu_hours(pair)
