@@ -19,7 +19,9 @@ from small_world import (
     watched,
 )
 
-from stepwell.cli import main
+from stepwell.cli import main, parse
+from stepwell.compare.arms import arms_of, cell_of
+from stepwell.config.commands import CompareConfig, CompressConfig
 from stepwell.config.files import read_yaml
 from stepwell.measure.cost import Epochs
 from stepwell.models.card import load
@@ -194,3 +196,19 @@ def test_images_that_are_not_square(data, tmp_path, quick):
     stepwell("compress", "--teacher", tmp_path / "t", "--data", data, "--out", tmp_path / "run", *more)
     positions = student_weights(tmp_path / "run")["pos_embed"]
     assert positions.shape == (1, 1 + 4 * 8, 12)
+
+
+def test_in_a_comparison_the_path_brings_its_loss_and_is_its_own_control(tmp_path):
+    def made(*more: str) -> dict[str, CompressConfig]:
+        words = ["--paths", "amd", "scalekd", "--student", "resnet18", *more]
+        config = parse("compare", CompareConfig, words)
+        assert isinstance(config, CompareConfig)
+        arms = arms_of(config)
+        assert [arm.is_single_step for arm in arms] == [False, True]
+        return {arm.options["path"]: cell_of(arm, config, tmp_path, 0, None).config for arm in arms}
+
+    configs = made()
+    assert (configs["amd"].feature_loss, configs["amd"].task_weight) == ("states", 1)
+    assert (configs["scalekd"].feature_loss, configs["scalekd"].task_weight) == ("scalekd", 0.5)
+    assert {config.feature_loss for config in made("--feature-losses", "at").values()} == {"at"}
+    assert {config.feature_loss for config in made("--feature-loss", "states").values()} == {"states"}
