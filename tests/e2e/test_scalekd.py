@@ -116,6 +116,11 @@ def test_it_costs_what_was_expected_of_it(data, teacher, tmp_path, quick, path):
     assert bill["distill"] == pytest.approx(num_images * (taught_by + 3 * costs.student + costs.loss))
 
 
+@pytest.mark.brings(
+    "model",
+    "A teacher that no family can cut, with --path scalekd --student NAME",
+    "It stays whole and teaches the other architecture",
+)
 def test_a_teacher_that_cannot_be_cut_teaches_all_the_same(data, tmp_path, quick, capsys):
     teacher = tmp_path / "teacher"
     model = ("--model", "test_mambaout", "--no-pretrained", "--image-size", 32)
@@ -179,6 +184,11 @@ def test_the_doctor_names_the_stages_and_wants_no_cut(capsys):
     assert "stage 4 of resnet18 ends with layer4: 512 channels on 5 x 5" in said
 
 
+@pytest.mark.brings(
+    "model",
+    "A teacher for images that are not square, with --path scalekd --student NAME",
+    "The student is built for the same images; grids are read from both models",
+)
 def test_images_that_are_not_square(data, tmp_path, quick):
     """The teacher has registers, the student a smaller patch: grids of 2 x 4 and 4 x 8."""
     sizes = ("patch_size=8", "embed_dim=24", "depth=2", "num_heads=4", "reg_tokens=2", "img_size=(16,32)")
