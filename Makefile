@@ -4,7 +4,7 @@ PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check
 PYTHON_CHECK := import ensurepip, sys; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test support-table lint check clean
+.PHONY: help install demo test support-table pairs-table lint check clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1 - /p' Makefile
@@ -31,6 +31,9 @@ test: install  ## the fast tests
 
 support-table: install  ## docs/supported.md; resumes where it stopped
 	.venv/bin/python benchmarks/support.py --jobs 2
+
+pairs-table: install  ## docs/pairs.md; some minutes
+	.venv/bin/python benchmarks/pairs.py
 
 lint: install  ## linter, formatter, type checker, floors
 	.venv/bin/ruff check src tests benchmarks examples

@@ -473,7 +473,8 @@ def test_every_loss_is_in_the_pairs_of_cifar():
     losses = {
         arm.options.get(name) for arm in suites.ARMS["wrn-pair"] for name in ("logit_loss", "feature_loss")
     }
-    assert losses - {None} == {*LOGIT_LOSSES, *FEATURE_LOSSES} - {"kd", "states"}  # those are defaults
+    # Those are defaults; and ScaleKD has a suite of its own.
+    assert losses - {None} == {*LOGIT_LOSSES, *FEATURE_LOSSES} - {"kd", "states", "scalekd"}
 
 
 def test_a_suites_teacher_sees_the_data_as_the_comparison_does(tmp_path, monkeypatch):
@@ -505,7 +506,14 @@ def test_a_plan_takes_options_and_refuses_what_a_comparison_refuses(capsys):
     assert "needs --teacher" in refusal([*plan, "--data", "d", "--out", "o"], capsys)
 
 
-@pytest.mark.parametrize("suite", suites.ARMS)
+@pytest.mark.parametrize(
+    "suite",
+    [
+        # Large models of many kinds, counted one after another.
+        pytest.param(suite, marks=[pytest.mark.slow] if suite == suites.OTHER_ARCHITECTURE else [])
+        for suite in suites.ARMS
+    ],
+)
 def test_the_published_recipe_is_only_printed(suite, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     stepwell("compare", "--suite", suite, "--scale", "paper")

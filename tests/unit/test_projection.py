@@ -7,9 +7,11 @@ import timm
 import torch
 
 from stepwell.config.model_options import StudentOptions
+from stepwell.config.options import LossOptions
 from stepwell.data.spec import InputSpec
 from stepwell.errors import ConfigError
-from stepwell.losses.output import as_maps
+from stepwell.losses.distillation import make_distillation
+from stepwell.losses.output import Output, as_maps
 from stepwell.losses.projection import Projections
 from stepwell.models.card import Architecture
 from stepwell.models.ladder import Ladder
@@ -20,7 +22,7 @@ from stepwell.pruning.units import Candidate
 from stepwell.setting.rungs import student_below, teacher_of
 from stepwell.stages.distill import distill
 from stepwell.training.loop import Trained
-from tiny import random_batches, random_images, setting, tiny_vit
+from tiny import pair, random_batches, random_images, setting, tiny_vit
 
 SPEC = InputSpec((32, 32), 3, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 RESNET = StudentOptions(student="cifar_resnet20")
@@ -116,10 +118,14 @@ def test_a_student_that_does_not_fit(name, args, said):
     assert said in str(caught.value)
 
 
-def test_oblong_images_are_refused():
+def test_oblong_images_are_refused_where_it_cannot_be_told_how_states_lie():
+    """The student itself may be: only losses that match maps of two architectures need squares."""
     oblong = InputSpec((32, 64), 3, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-    with pytest.raises(ConfigError, match="--student needs square images"):
-        build_student(RESNET, 5, oblong, 0)
+    assert build_student(RESNET, 5, oblong, 0).blocks
+    tokens = Output(torch.zeros(2, 5), [torch.zeros(2, 33, 4)], torch.zeros(2, 4))
+    oblongs = pair(tokens, tokens, blank=torch.zeros(2, 3, 32, 64), is_other_student=True)
+    with pytest.raises(ConfigError, match="of images of 32 x 64 it cannot be told how states of shape"):
+        make_distillation(LossOptions(), oblongs, seed=0)
 
 
 def test_the_seed_says_which_weights_a_student_starts_from():

@@ -13,7 +13,7 @@ from PIL import Image
 from report_example import CIFAR, make_model, make_predictions, make_result, thumbnail
 
 from stepwell.errors import RunDirError
-from stepwell.paths import amd, amd_manual, dgkd, mmd, mmd_os, single_step, takd
+from stepwell.paths import amd, amd_manual, dgkd, mmd, mmd_os, scalekd, single_step, takd
 from stepwell.report import plots, report, wording
 from stepwell.report.by_class import class_changes, disagreements
 from stepwell.report.result import Result
@@ -294,6 +294,11 @@ def test_stages_without_history_or_speed_are_left_out(write):
             "The teacher taught the small model itself, without an assistant.",
         ),
         ("takd", takd.words(2), "via 2 given assistants, each taught by the one above it"),
+        (
+            "scalekd",
+            scalekd.WAY,
+            "teacher , vit_small_patch4_32 , stayed whole. It taught a model of another architecture",
+        ),
         ("mmd", mmd.WAY, "each taught a student of its own, of which the best was kept"),
     ],
 )
@@ -304,11 +309,12 @@ def test_paths_that_choose_no_assistant_by_rule(write, no_figures, path, way, sa
             make_result(
                 path=path,
                 way=way,
-                assistant=None if path == "single-step" else make_model(87.65, 0.224, 0.2),
+                assistant=None if path in ("single-step", "scalekd") else make_model(87.65, 0.224, 0.2),
                 higher_assistants=[make_model(90.0, 0.5, 0.5)] if path == "takd" else [],
                 selection=None,
                 candidates=[],
                 tried=[{**tried, "quality": 80.25, "log_likelihood": -0.71}] if path == "mmd" else [],
+                **({"group_kinds": {}, "group_sizes": {}} if path == "scalekd" else {}),
             )
         )
     )

@@ -29,7 +29,7 @@ from stepwell.measure.size import count_macs, num_params, short_number
 from stepwell.measure.whole import little_saved
 from stepwell.models.card import Architecture
 from stepwell.models.input import as_asked, check_runs, check_trains, input_spec
-from stepwell.models.student import build_student
+from stepwell.models.student import OtherStudent, build_student
 from stepwell.models.teacher import Teacher, load_teacher
 from stepwell.models.timm_folder import LOCAL
 from stepwell.models.timm_models import create_timm, create_without_memory, parse_model_args
@@ -41,6 +41,7 @@ from stepwell.pruning.families import names_by_family
 from stepwell.pruning.ranking import uniform_scores
 from stepwell.pruning.skeleton import build_skeleton
 from stepwell.pruning.units import Candidate, Group
+from stepwell.report.stages import stage_lines
 from stepwell.report.table import render
 from stepwell.run.device import find_device
 from stepwell.run.progress import progress
@@ -63,8 +64,10 @@ def run(config: CompressConfig) -> str:
     if teacher.is_own_module:
         check_runs(model, spec, config.teacher, "--image-size")
         check_trains(model, spec, config.teacher, config.batch_size)
-    groups = groups_of(model, spec, teacher.is_own_module, data, config)
     student = _student(config, model, spec)
+    if not path.cuts:
+        return "\n".join([*_uncut(config, data, teacher, student), *class_lines])
+    groups = groups_of(model, spec, teacher.is_own_module, data, config)
     scores = uniform_scores(groups)
     met = student_widths(config, model, spec, groups, scores)
     candidates = make_grid(groups, scores, path.rungs(met.keep_ratio, config), config, met.widths)
@@ -77,9 +80,7 @@ def run(config: CompressConfig) -> str:
     little = little_saved(config, spec, groups, candidates[0], skeletons[0], scale)
     lines = [
         f"{config.teacher}: supported ({'; '.join(_found_by(model, groups))})",
-        f"  input {spec.size[0]} x {spec.size[1]} x {spec.channels}, "
-        f"{short_number(num_params(model))} parameters, "
-        f"{short_number(count_macs(model, spec))} MACs per image",
+        *_sizes(model, spec),
         f"  can be cut: {_cut(groups)}",
         f"  stays whole: {_whole(model, groups)}",
         *_normed(groups),
@@ -93,6 +94,23 @@ def run(config: CompressConfig) -> str:
         *(f"warning: {text}" for text in (*warnings_for(groups, candidates[0]), little) if text),
     ]
     return "\n".join(lines)
+
+
+def _uncut(
+    config: CompressConfig, data: Data | None, teacher: Teacher, student: OtherStudent | None
+) -> list[str]:
+    """A teacher that stays whole, the student that it teaches, and which of their states are compared."""
+    assert student is not None, "the path's check asks for one"
+    model, spec = teacher.model, teacher.spec
+    return [
+        f"{config.teacher}: stays whole, and teaches",
+        *_sizes(model, spec),
+        *_student_line(config, student, model, spec),
+        *stage_lines(config, model, student, spec),
+        *_images(data),
+        "",
+        *_estimate(config, data, model, [student.model], student, spec),
+    ]
 
 
 def warnings_for(groups: Sequence[Group], student: Candidate) -> list[str]:
@@ -130,6 +148,14 @@ def _classes(teacher: Teacher, data: Data | None, config: CompressConfig) -> tup
     order = [f"classes, as the teacher numbers them: {join(data.classes, most=12)}"]
     order = order if data.labelled and data.task != "features" else []
     return teacher, [*order, *teacher.notes]
+
+
+def _sizes(model: nn.Module, spec: InputSpec) -> list[str]:
+    return [
+        f"  input {spec.size[0]} x {spec.size[1]} x {spec.channels}, "
+        f"{short_number(num_params(model))} parameters, "
+        f"{short_number(count_macs(model, spec))} MACs per image",
+    ]
 
 
 def _images(data: Data | None) -> list[str]:
@@ -175,7 +201,7 @@ def _model(config: CompressConfig, data: Data | None) -> Teacher:
     return Teacher(model.eval(), architecture, input_spec(model, args), None, {}, config.teacher, digest="")
 
 
-def _student(config: CompressConfig, teacher: nn.Module, spec: InputSpec) -> nn.Module | None:
+def _student(config: CompressConfig, teacher: nn.Module, spec: InputSpec) -> OtherStudent | None:
     """The student of another architecture, if one is asked for."""
     if config.student is None:
         return None
@@ -184,7 +210,7 @@ def _student(config: CompressConfig, teacher: nn.Module, spec: InputSpec) -> nn.
     if classes is None:
         classes = check_runs(teacher, spec, config.teacher, "--image-size")
     options = config.model_copy(update={"student_pretrained": False})  # nothing is downloaded
-    return build_student(options, classes, spec, config.seed).model
+    return build_student(options, classes, spec, config.seed)
 
 
 def _found_by(model: nn.Module, groups: Sequence[Group]) -> list[str]:
@@ -250,11 +276,11 @@ def _table(
 
 
 def _student_line(
-    config: CompressConfig, student: nn.Module | None, teacher: nn.Module, spec: InputSpec
+    config: CompressConfig, student: OtherStudent | None, teacher: nn.Module, spec: InputSpec
 ) -> list[str]:
     if student is None:
         return []
-    params, macs = num_params(student), count_macs(student, spec)
+    params, macs = num_params(student.model), count_macs(student.model, spec)
     return [
         f"student: {config.student}, {short_number(params)} parameters "
         f"({100 * params / num_params(teacher):.1f} %), {short_number(macs)} MACs "
@@ -267,14 +293,14 @@ def _estimate(
     data: Data | None,
     model: nn.Module,
     skeletons: Sequence[nn.Module],
-    student: nn.Module | None,
+    student: OtherStudent | None,
     spec: InputSpec,
 ) -> list[str]:
     device, path, total = find_device(config.device), path_of(config.path), count_macs(model, spec)
     scales = [count_macs(skeleton, spec) / total for skeleton in skeletons]
     num_train, num_selection = (len(data.train), len(data.selection)) if data else (1000, 100)
     # What a loss computes by itself is left out: it is counted on outputs, and nothing runs here.
-    student_scale = scales[0] if student is None else count_macs(student, spec) / total
+    student_scale = scales[0] if student is None else count_macs(student.model, spec) / total
     costs = Costs(config, scales, student_scale, num_train, num_selection)
     epochs = epochs_of(costs, path.bill, config)
     passes = sum(path.bill(costs, epochs, config).values()) * (1 if config.control == "none" else 2)

@@ -10,7 +10,7 @@ from stepwell.measure.size import num_params, short_number
 from stepwell.models.card import example_images, save_model
 from stepwell.models.export import export_onnx, export_program
 from stepwell.models.factory import Factory, load_factory
-from stepwell.models.ladder import load_rung, rungs
+from stepwell.models.ladder import load_rung, rungs, why_no_ladder
 from stepwell.models.onnx_graph import OPSET
 from stepwell.run.progress import progress
 from stepwell.run.run_dir import writing
@@ -24,9 +24,7 @@ def run(config: ExportConfig) -> str:
     """
     available = rungs(config.run)
     if not available:
-        raise ModelError(
-            f"{config.run} has no trained ladder: run stepwell compress on it until it is finished"
-        )
+        raise ModelError(why_no_ladder(config.run))
     if config.all == (config.keep_ratio is not None):
         listed = ", ".join(f"{ratio:g}" for ratio in available)
         raise ConfigError(f"export needs --keep RATIO or --all; the rungs are {listed}")

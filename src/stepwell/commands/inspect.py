@@ -33,8 +33,9 @@ def run(config: InspectConfig) -> str:
         return result.to_json()
     factory = load_factory(config.teacher) if config.teacher else None
     latencies = _latencies(config.run, result, factory) if config.all else []
+    kept = f"keep {result.keep_ratio:g}" if result.group_kinds else "nothing cut"
     parts = [
-        f"{result.teacher_name} on {result.data.source}, keep {result.keep_ratio:g}, path {result.path}",
+        f"{result.teacher_name} on {result.data.source}, {kept}, path {result.path}",
         "",
         *(_selection(result, result.selection, latencies) if result.selection else []),
         *(_tried(result) if result.tried else []),

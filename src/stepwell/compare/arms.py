@@ -17,10 +17,10 @@ from typing import Any
 
 from stepwell.compare.cells import Cell, CellResult, run_all
 from stepwell.config.commands import CompareConfig, CompressConfig
-from stepwell.config.files import implied, make_config
+from stepwell.config.files import PATHS, implied, make_config
 from stepwell.config.own_code import is_own_code
 from stepwell.errors import ConfigError
-from stepwell.paths import CONTROL_PATH
+from stepwell.paths import CONTROL_PATH, path_of
 from stepwell.run.progress import say
 
 _NOT_OF_A_RUN = frozenset(CompareConfig.model_fields) - frozenset(CompressConfig.model_fields)
@@ -43,7 +43,8 @@ class Arm:
     @property
     def is_single_step(self) -> bool:
         """Whether it is its own control."""
-        return self.options.get("path") == CONTROL_PATH
+        path = self.options.get("path")
+        return path == CONTROL_PATH or (path is not None and not path_of(path).cuts)
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,8 @@ def arms_of(config: CompareConfig) -> list[Arm]:
                 losses += [_short(logit)] if config.logit_losses else []
                 losses += [_short(feature)] if config.feature_losses else []
                 options = {"path": path, "logit_loss": logit, "feature_loss": feature}
+                if not config.feature_losses and "feature_loss" not in given(config):
+                    options |= PATHS.get(path, {})  # some come with a loss of their own
                 arms.append(Arm(", ".join(losses), options))
     return arms
 

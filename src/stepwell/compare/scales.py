@@ -15,8 +15,9 @@ from typing import Any
 
 from torch import nn
 
+from stepwell.compare.architectures import loss_passes, published_pairs
 from stepwell.compare.arms import Arm, given, given_to_runs
-from stepwell.compare.suites import ARMS, PAIRS
+from stepwell.compare.suites import ARMS, OTHER_ARCHITECTURE, PAIRS
 from stepwell.config.base import flag_of
 from stepwell.config.commands import CompareConfig, CompressConfig, TrainConfig
 from stepwell.config.files import make_config
@@ -130,6 +131,23 @@ _IMAGENET = Size(
     teacher_top1=PAIRS["imagenet-pair"].published,
     macs_per_second=2e13,
 )
+_OTHER_ARCHITECTURE = {
+    # Maps of 4 x 4 and 2 x 2 positions, an eighth of the teacher's parameters.
+    "cpu": replace(
+        VIT["cpu"],
+        student="resnet18",
+        student_args={"layers": "(1,1,1,1)", "channels": "(8,8,8,16)", "output_stride": "8"},
+    ),
+    "gpu": replace(VIT["gpu"], student="cifar_resnet20", student_args={}),
+    # The traditional recipe, with a cosine instead of three steps.
+    "paper": replace(
+        _IMAGENET,
+        model="swin_large_patch4_window7_224",
+        student="resnet50",
+        teacher_top1=86.24,
+        macs_per_second=1e14,
+    ),
+}
 OF_THE_TEACHER = (
     "data", "data_root", "selection_data", "skip_bad_images", "image_size",
     "precision", "device", "threads", "workers",
@@ -146,6 +164,9 @@ def size_of(suite: Suite, scale: str) -> Size:
     Raises:
         ConfigError: ImageNet has no small size.
     """
+    if suite == OTHER_ARCHITECTURE:  # nothing is cut
+        size = _OTHER_ARCHITECTURE[scale]
+        return replace(size, compress={k: v for k, v in size.compress.items() if k != "keep_ratio"})
     if suite not in PAIRS:
         size = VIT[scale]
         keep_ratio = size.depth_keep if suite == "depth" else size.compress["keep_ratio"]
@@ -210,7 +231,7 @@ def filled(suite: Suite, size: Size) -> list[Arm]:
     arms = []
     for arm in ARMS[suite]:
         options = dict(arm.options)
-        if suite in PAIRS:
+        if suite in PAIRS or suite == OTHER_ARCHITECTURE:
             options |= {"student": size.student, "student_args": size.student_args}
         elif options.get("student") == "depth":
             options |= {
@@ -232,8 +253,8 @@ def paper(suite: Suite, config: CompareConfig) -> str:
     size = size_of(suite, "paper")
     values = {**size.compress, **given_to_runs(config)}
     sets = list(NUM_TRAIN)
-    if suite in PAIRS:
-        sets = ["ImageNet"] if suite == "imagenet-pair" else ["CIFAR-100"]
+    if suite in PAIRS or suite == OTHER_ARCHITECTURE:
+        sets = ["ImageNet"] if suite in ("imagenet-pair", OTHER_ARCHITECTURE) else ["CIFAR-100"]
     macs = count_macs(*_model(size.model, size.model_args))
     other_student = count_macs(*_model(size.student, size.student_args)) / macs
     arms = filled(suite, size)
@@ -259,6 +280,7 @@ def paper(suite: Suite, config: CompareConfig) -> str:
         f"Published on {sets[0]}, with a teacher of {size.teacher_top1} %. Counted operations, at "
         f"{size.macs_per_second:.0e} MACs per second; every rate of --lrs comes on top.",
         "It runs with --teacher and --data: a trained teacher and the images.",
+        *(["", *published_pairs()] if suite == OTHER_ARCHITECTURE else []),
     ]
     return "\n".join(lines)
 
@@ -267,8 +289,12 @@ def _passes(suite: Suite, arm: Arm, other_student: float, values: Mapping[str, A
     """Cost of one run of `arm`, in forward passes of the teacher; a student of another shape has a share."""
     config = make_config(CompressConfig, {**values, **arm.options})
     path = path_of(config.path)
-    scales = [_share(suite, ratio) for ratio in path.rungs(values["keep_ratio"], config)]
-    costs = Costs(config, scales, other_student if config.student else scales[0], num_train, num_train // 10)
+    scales = [_share(suite, ratio) for ratio in path.rungs(values.get("keep_ratio", 1.0), config)]
+    student = other_student if config.student else scales[0]
+    size, loss = size_of(suite, "paper"), 0.0
+    if config.feature_weight and config.feature_facts.reads_stages:
+        loss = loss_passes(size.student, size.model, config.feature_args)
+    costs = Costs(config, scales, student, num_train, num_train // 10, loss)
     return sum(path.bill(costs, epochs_of(costs, path.bill, config), config).values())
 
 

@@ -23,6 +23,9 @@ PRESETS: dict[str, dict[str, object]] = {
     "paper": {"sampling": "all", "feature_scale": "raw", "lr": 3e-3, "rule": "npsd", "epochs": 30.0},
 }
 
+PATHS: dict[str, dict[str, object]] = {"scalekd": {"feature_loss": "scalekd"}}
+"""What comes with a path."""
+
 ConfigT = TypeVar("ConfigT", bound=Options)
 
 
@@ -47,13 +50,14 @@ def make_config(kind: type[ConfigT], values: Mapping[str, object]) -> ConfigT:
 
 
 def implied(values: Mapping[str, object]) -> dict[str, object]:
-    """What the preset and the losses among `values` set, where `values` do not."""
+    """What the preset, the path and the losses among `values` set, where `values` do not."""
     preset = dict(PRESETS.get(str(values.get("preset", "default")), {}))
     if any(values.get(name) is not None for name in LENGTHS):
         preset = {name: value for name, value in preset.items() if name not in LENGTHS}
-    named = {**preset, **values}
+    path = PATHS.get(str(values.get("path", "")), {})
+    named = {**preset, **path, **values}
     losses = logit_facts(str(named.get("logit_loss", ""))), feature_facts(str(named.get("feature_loss", "")))
-    return {**preset, **losses[0].implied, **losses[1].implied}
+    return {**preset, **path, **losses[0].implied, **losses[1].implied}
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

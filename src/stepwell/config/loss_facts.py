@@ -41,6 +41,9 @@ class LossFacts:
         rotations: Whether it makes four images of each, by turns of 90 degrees, which both models see.
         implied: Options that its authors use, where the user gives none.
         exclusive: Whether it is defined only where each image has one class: it has a softmax, or asks which.
+        between_slices: Where it is for students of another architecture alone: the options of the steps
+            between slices of one model, which such a run has besides. Its states are then those behind the
+            last two stages of either model.
     """
 
     reads: tuple[Reads, ...]
@@ -50,6 +53,7 @@ class LossFacts:
     rotations: bool = False
     implied: Mapping[str, Any] = field(default_factory=dict)
     exclusive: bool = False
+    between_slices: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def views(self) -> int:
@@ -80,6 +84,11 @@ class LossFacts:
     def needs_teacher_states(self) -> bool:
         """Whether the teacher's hidden states are among them."""
         return self.needs_states and "student_states" not in self.reads
+
+    @property
+    def reads_stages(self) -> bool:
+        """Whether its states are those behind the last two stages of two architectures."""
+        return bool(self.between_slices)
 
     @property
     def is_silent_after_pretraining(self) -> bool:
@@ -131,6 +140,12 @@ FEATURE_LOSSES: Mapping[str, LossFacts] = {
         exclusive=True,
     ),
     "ofa": LossFacts(reads=("student_states", "logits"), given=("labels",), exclusive=True),
+    # Slices have AMD's loss: half of it, as the other two terms are halved.
+    "scalekd": LossFacts(
+        reads=("states",),
+        implied={"task_weight": 0.5, "logit_weight": 0.5},
+        between_slices={"feature_loss": "states", "feature_weight": 0.5, "feature_args": {}},
+    ),
 }
 
 

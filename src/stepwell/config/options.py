@@ -32,11 +32,11 @@ Rule = Literal[
 MetricOption = Literal["auto", "top1", "mAP", "cosine", "likelihood"]
 TaskName = Literal["classification", "multi-label", "features"]
 """What a model is for: one class for each image, or as many as there are in it, or an embedding."""
-Way = Literal["amd", "amd-manual", "single-step", "takd", "dgkd", "mmd", "mmd-os"]
+Way = Literal["amd", "amd-manual", "single-step", "takd", "dgkd", "mmd", "mmd-os", "scalekd"]
 
 Suite = Literal[
     "losses", "candidates", "optimizer", "weights", "depth", "steps",
-    "resnet-pair", "wrn-pair", "vgg-pair", "imagenet-pair",
+    "resnet-pair", "wrn-pair", "vgg-pair", "imagenet-pair", "scalekd",
 ]  # fmt: skip
 
 
@@ -167,8 +167,9 @@ class LossOptions(Options):
     """On the logits: kd (T^2 KL, AMD's), dkd, dist, pld or taid; or FILE.py:FUNCTION. Choosing one also sets
     the weights and the temperature that its authors use, where none are given."""
     feature_loss: str = "states"
-    """On hidden states: states (squared distance, AMD's), fitnet, at, fsp, nst, ab, ft, vid, review, sp or
-    ofa; on the features before the classifier: cc, rkd, pkt, crd or sskd; or FILE.py:FUNCTION."""
+    """On hidden states: states (squared distance, AMD's), fitnet, at, fsp, nst, ab, ft, vid, review, sp, ofa
+    or scalekd (for --student alone); on the features before the classifier: cc, rkd, pkt, crd or sskd; or
+    FILE.py:FUNCTION."""
     logit_args: dict[str, float] = {}
     """Arguments of the logit loss as name=value, such as beta=6 for dkd."""
     feature_args: dict[str, float] = {}
@@ -292,7 +293,8 @@ class PathOptions(Options):
     """amd: candidates trained together, one chosen as the assistant. amd-manual: the same, but a student via
     every candidate. single-step: no assistant. takd: the assistants given, one after another. dgkd:
     likewise, each model taught by all larger ones. mmd: every candidate trained by itself, and a student via
-    each. mmd-os: every candidate trained by itself, one chosen."""
+    each. mmd-os: every candidate trained by itself, one chosen. scalekd: the teacher, of any architecture,
+    stays whole and teaches --student."""
     assistants: tuple[Fraction, ...] = (0.5,)
     """Keep ratios of the assistants of takd and dgkd."""
     num_assistants: Count = 1

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -42,6 +42,8 @@ from stepwell.losses.pld import pld_loss
 from stepwell.losses.projection import ProjectedStates
 from stepwell.losses.review import ReviewKD
 from stepwell.losses.rkd import rkd_loss
+from stepwell.losses.scalekd.loss import Parts, ScaleKD
+from stepwell.losses.scalekd.stages import Stages
 from stepwell.losses.sp import sp_loss
 from stepwell.losses.sskd import SSKD
 from stepwell.losses.taid import TAID
@@ -63,6 +65,7 @@ class Pair:
         training_images: What is known of all training images, for losses with a memory.
         is_other_student: Whether the student is of another architecture than the teacher.
         task: What both are for.
+        stages: The last two stages of student and teacher, for a loss whose states are behind them.
     """
 
     student: Output
@@ -72,6 +75,7 @@ class Pair:
     training_images: TrainingImages
     is_other_student: bool = False
     task: TaskName = "classification"
+    stages: tuple[Stages, Stages] | None = None
 
     def after(self, block: str) -> Callable[[Tensor], Output]:
         """The rest of the teacher behind `block`, borrowed: not saved, trained or decayed with the loss."""
@@ -166,9 +170,27 @@ def feature_loss(options: LossOptions, pair: Pair) -> Call | None:
             return made(SSKD)(s_dim, t_dim)
         case "ofa":
             return made(OFA)([state.shape[1:] for state in student.states], teacher.logits.shape[1])
+        case "scalekd":
+            return _scalekd(made(Parts)(), pair)
         case _:
             assert name not in FEATURE_LOSSES, f"{name} has a record, but no case here"
             return made(load_function(name, "--feature-loss"))(student, teacher)
+
+
+def _scalekd(parts: Parts, pair: Pair) -> ScaleKD:
+    assert pair.stages is not None, "the states are those behind the stages"
+    (student, teacher), tail, notes = pair.stages, None, []
+    if parts.tpp:
+        try:
+            rest = pair.after(teacher.third.block)
+            tail = lambda state: rest(state).states[-1]  # noqa: E731
+        except ValueError as error:
+            notes.append(f"the teacher's own parameters (tpp) are left out: {error}")
+            parts = replace(parts, tpp=False)
+    try:
+        return ScaleKD(student, teacher, tail, parts, notes)
+    except ValueError as error:
+        raise ConfigError(f"--feature-args: scalekd: {error}") from None
 
 
 def _check_square(name: str, pair: Pair) -> None:

@@ -12,6 +12,7 @@ from typing import Any, Literal, cast
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from stepwell.config.options import LossOptions, TaskName
@@ -139,13 +140,16 @@ def make_distillation(options: LossOptions, pair: Pair, seed: int) -> Distillati
     """The loss that `options` describe, for two models.
 
     Args:
-        options: Names, weights, arguments.
+        options: Names, weights, arguments; a loss for students of another architecture alone says what stands
+            in its place between slices of one.
         pair: The models, by example.
         seed: Of the parameters that a loss has of its own.
 
     Raises:
         ConfigError: A loss does not take such an argument, or does not suit these models.
     """
+    if options.feature_weight and not pair.is_other_student:
+        options = options.model_copy(update=dict(options.feature_facts.between_slices))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         logit, feature = logit_loss(options, pair), feature_loss(options, pair)
@@ -169,7 +173,8 @@ def share_teacher_side(losses: Sequence[Distillation]) -> None:
 def loss_macs(loss: Distillation, pair: Pair, batch_size: int) -> dict[Phase, float]:
     """Multiply-accumulates of the loss itself, forward and backward, per image and by phase.
 
-    Those of its projectors, heads and memories; the models' own are not among them.
+    Those of its projectors, heads and memories, and of the rest of the teacher where it lets that run; the
+    models' own are not among them.
 
     Args:
         loss: One that was made for this count alone: a memory is written to, and the last phase entered.
@@ -184,7 +189,8 @@ def loss_macs(loss: Distillation, pair: Pair, batch_size: int) -> dict[Phase, fl
     labels = indices if like is None else like.new_zeros((batch_size, *like.shape[1:]), device=device)
     for phase in loss.phases:
         loss.begin(phase)
-        with torch.enable_grad(), FlopCounterMode(display=False) as counter:
+        # The fused attention kernels are not all known to the counter; the plain one is two matrix products.
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             loss(student, teacher, Target(labels, indices, progress=0.5))["loss"].backward()
         phases[phase] = counter.get_total_flops() / 2 / batch_size
     return phases

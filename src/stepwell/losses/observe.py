@@ -43,7 +43,7 @@ class Observed(nn.Module):
         read: list[Tensor] = []
 
         def keep(_module: nn.Module, _inputs: object, output: Any) -> None:  # noqa: ANN401  (whatever it is)
-            states.append(_tensor_of(output))
+            states.append(tensor_of(output))
 
         def read_by_classifier(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             read.append(inputs[0])
@@ -155,7 +155,7 @@ def _returning(module: nn.Module, output: object) -> Iterator[None]:
             module.forward = before
 
 
-def _tensor_of(output: Any) -> Tensor:  # noqa: ANN401
+def tensor_of(output: Any) -> Tensor:  # noqa: ANN401
     """Some blocks return (states, attention maps, ...)."""
     return output if isinstance(output, Tensor) else output[0]
 

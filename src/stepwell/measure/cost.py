@@ -9,7 +9,7 @@ computes by itself (projectors, heads, memories) comes on top.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from stepwell.config.commands import CompressConfig
 from stepwell.config.options import JointOptions
@@ -37,6 +37,8 @@ class Costs:
         loss: What the loss between two models costs by itself, forward and backward, for one image.
         pretraining_loss: The same in a pretraining.
         has_statistics: Whether models keep statistics of batches, which are recomputed on the scored images.
+        slice_loss: What the loss costs between slices of one model, where the student is none of them.
+        slice_pretraining_loss: The same in a pretraining.
     """
 
     options: CompressConfig
@@ -47,6 +49,8 @@ class Costs:
     loss: float = 0.0
     pretraining_loss: float = 0.0
     has_statistics: bool = False
+    slice_loss: float | None = None
+    slice_pretraining_loss: float | None = None
 
     @property
     def scoring(self) -> float:
@@ -67,6 +71,8 @@ class Costs:
 
     def joint(self, epochs: float) -> float:
         """Joint training."""
+        if self.slice_loss is not None:
+            return self._between_slices().joint(epochs)
         scales, num_candidates = candidates_per_step(self.scales, self.options)
         # What is pretrained without a student is one and the same for all candidates.
         num_pretrained = num_candidates if self.options.pretraining == "student" else 1.0
@@ -86,6 +92,8 @@ class Costs:
             teachers: Their scales.
             drop: Teachers that are left out of each step.
         """
+        if self.slice_loss is not None and student != self.student:
+            return self._between_slices().step_down(epochs, student, teachers, drop)
         kept = max(1, len(teachers) - drop)
         taught_by = sum(teachers) * kept / len(teachers)
         training = self._main(epochs, taught_by, student, kept) + self._pretraining(
@@ -111,6 +119,17 @@ class Costs:
             return passes / (main + before)
         # As long before a long training as before a short one; something is left for that one.
         return max((passes - before) / main, 0.05 * passes / main)
+
+    def _between_slices(self) -> Costs:
+        """Costs of the steps whose student is a slice, where the run's student is of another architecture."""
+        assert self.slice_loss is not None
+        return replace(
+            self,
+            loss=self.slice_loss,
+            pretraining_loss=self.slice_pretraining_loss or 0.0,
+            slice_loss=None,
+            slice_pretraining_loss=None,
+        )
 
     def _main(self, epochs: float, teachers: float, students: float, num_losses: float) -> float:
         # Where no term looks at the teacher, the labels' is all there is.

@@ -60,14 +60,8 @@ def load_rung(run: Path, keep_ratio: float, factory: Factory | None = None) -> t
             trained yet; or the rung computes something else than it did in the run.
     """
     ladder, joint = _finished_ladder(run), RunDir(run).finished("joint", StageResult)
-    if ladder is not None and joint is None and (run / "result.json").exists():
-        raise ModelError(
-            f"{run} went down without a shared ladder (--path): {run / 'student'} is all there is to hand out"
-        )
     if ladder is None or joint is None:
-        raise ModelError(
-            f"{run} has no trained ladder (yet): run stepwell compress on it until it is finished"
-        )
+        raise ModelError(why_no_ladder(run))
     index = min(
         range(len(ladder.candidates)), key=lambda i: abs(ladder.candidates[i].keep_ratio - keep_ratio)
     )
@@ -87,6 +81,15 @@ def load_rung(run: Path, keep_ratio: float, factory: Factory | None = None) -> t
     model = shared.extract(index).eval()
     _check_answers(model, rung, joint.tensors.get(_key(index)), f"{run}, keep {candidate.keep_ratio:g}")
     return model, rung
+
+
+def why_no_ladder(run: Path) -> str:
+    """A line on a run that has no trained ladder: it is not finished, or went another way."""
+    if (run / "result.json").exists():
+        return (
+            f"{run} went down without a shared ladder (--path): {run / 'student'} is all there is to hand out"
+        )
+    return f"{run} has no trained ladder (yet): run stepwell compress on it until it is finished"
 
 
 def fingerprints(shared: SharedWeights, spec: InputSpec) -> dict[str, Tensor]:

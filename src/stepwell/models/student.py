@@ -62,11 +62,6 @@ def build_student(
         ModelError: There is no such model, or the weights do not fit it.
         ConfigError: It does not take images of this size, or has other classes.
     """
-    if spec.size[0] != spec.size[1]:
-        raise ConfigError(
-            f"--student needs square images, and the teacher's are {spec.size[0]} x {spec.size[1]}: the "
-            f"hidden states of two architectures are matched on square maps"
-        )
     if module is not None and options.student_pretrained:
         raise ConfigError("--student-pretrained is for timm names: the module brings its own weights")
     assert options.student is not None

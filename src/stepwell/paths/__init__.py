@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from stepwell.config.options import Way
-from stepwell.paths import amd, amd_manual, dgkd, mmd, mmd_os, single_step, takd
+from stepwell.paths import amd, amd_manual, dgkd, mmd, mmd_os, scalekd, single_step, takd
 from stepwell.paths.path import Path
 
 CONTROL_PATH: Way = "single-step"
@@ -27,3 +27,5 @@ def path_of(name: Way) -> Path:
             return mmd.PATH
         case "mmd-os":
             return mmd_os.PATH
+        case "scalekd":
+            return scalekd.PATH

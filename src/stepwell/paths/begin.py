@@ -42,7 +42,8 @@ def begin(
     """
     require(config, "compress", "teacher", "data", "out_dir")
     assert config.out_dir is not None
-    path_of(config.path).check(config)
+    path = path_of(config.path)
+    path.check(config)
     data = resolve_data(config)
     if module is not None:
         teacher = teacher_from_module(module, None)
@@ -53,7 +54,7 @@ def begin(
     spec = as_asked(teacher.spec, teacher.model, config, data.white_level)
     teacher = replace(teacher, spec=spec)
     # Every check comes before the folder is made.
-    s = prepare(config, RunDir(config.out_dir, observer), teacher, data, student)
+    s = prepare(config, RunDir(config.out_dir, observer), teacher, data, student, path.cuts)
     if not (config.out_dir / "result.json").exists():
         read_images(s)
     begun = any(config.out_dir.glob("stages/[!.]*/result.json"))

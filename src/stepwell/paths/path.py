@@ -44,6 +44,7 @@ class Path:
         descend: The way itself.
         losses: Given the number of rungs, how many losses it keeps and computes at once.
         check: Refuses options that it does not take, with a ConfigError.
+        cuts: Whether slices of the teacher are made on it; if not, any teacher will do.
     """
 
     rungs: Rungs
@@ -51,6 +52,7 @@ class Path:
     descend: Descend
     losses: Callable[[int, CompressConfig], Losses] = lambda _num_rungs, _options: Losses()
     check: Callable[[CompressConfig], None] = lambda _options: None
+    cuts: bool = True
 
 
 def finish(

@@ -23,10 +23,8 @@ def notes(result: Result, teacher: Teacher, options: JointOptions) -> list[str]:
     """
     data, told = result.data, [note if note[-1] in ".?!" else f"{note}." for note in teacher.notes]
     if result.student_name is not None:
-        told.append(
-            f"The student is a {result.student_name}, no slice of the teacher; the smallest rung of the "
-            f"ladder is not it."
-        )
+        rung = "; the smallest rung of the ladder is not it" if result.group_kinds else ""
+        told.append(f"The student is a {result.student_name}, no slice of the teacher{rung}.")
     if result.control is None and result.assistant is not None:
         told.append(
             "No control was trained: whether the assistant paid for itself is not known "

@@ -41,7 +41,12 @@ _TOLD = 8  # layers that stay whole; there may be a hundred
 
 
 def prepare(
-    config: CompressConfig, run: RunDir, teacher: Teacher, data: Data, student: nn.Module | None = None
+    config: CompressConfig,
+    run: RunDir,
+    teacher: Teacher,
+    data: Data,
+    student: nn.Module | None = None,
+    cuts: bool = True,
 ) -> Setting:
     """Check that teacher, data and options agree, and put them together.
 
@@ -51,9 +56,10 @@ def prepare(
         teacher: What is compressed; its model is moved to the device of the run.
         data: The images.
         student: The module that `config.student` stands for, where the caller built it.
+        cuts: Whether slices of the teacher are made; if not, any teacher will do.
 
     Raises:
-        UnsupportedModelError: No family can cut the teacher.
+        UnsupportedModelError: No family can cut the teacher, and it is to be cut.
         DataError: The classes of teacher and data differ; see `settle`.
         ConfigError: There is no such device; or no labels, but a loss that needs them; or no filters, but a
             score that is for them.
@@ -66,12 +72,16 @@ def prepare(
     num_classes = check_runs(teacher.model, teacher.spec, teacher.name, "--image-size")
     other_student = _other_student(config, teacher, num_classes, student)
     batch_size = min(config.batch_size, len(data.train))
-    check_trains(teacher.model, teacher.spec, teacher.name, batch_size)  # its slices will be trained
+    if cuts:
+        check_trains(teacher.model, teacher.spec, teacher.name, batch_size)  # its slices will be trained
     if other_student is not None:
         check_trains(other_student.model, teacher.spec, f"--student {other_student.name}", batch_size)
     # Last of the checks, since cuts are tried.
-    groups = groups_of(teacher.model, teacher.spec, teacher.is_own_module, data, config)
-    if config.importance == "l1" and not any(group.kind == "filter" for group in groups):
+    if cuts:
+        groups = groups_of(teacher.model, teacher.spec, teacher.is_own_module, data, config)
+    else:
+        groups = known_groups(teacher.model)
+    if cuts and config.importance == "l1" and not any(group.kind == "filter" for group in groups):
         name = type(teacher.model).__name__
         raise ConfigError(f"--importance l1 is for convolution filters, and this {name} has none to cut")
     device = set_up_torch(config)
@@ -80,13 +90,23 @@ def prepare(
     names = () if data.task == "features" else names
     s = Setting(config, run, teacher, groups, other_student, data, names, device)
     _check_something_to_learn(s)
-    facts = config.feature_facts if config.feature_weight else None
-    note = check_training_mode(teacher.model, s.blocks, s.spec, teacher.name, facts, cut=True)
-    if (other := other_student) is not None:
-        check_training_mode(other.model, other.blocks, s.spec, f"--student {other.name}", facts, cut=False)
-    if note:
-        s = replace(s, teacher=replace(teacher, notes=(*teacher.notes, note)))
-    return replace(s, loss_macs=_try_losses(s))
+    s = _with_training_mode(s, cuts)
+    if other_student is None:
+        return replace(s, loss_macs=_try_losses(s, is_other=False))
+    sliced = _try_losses(s, is_other=False) if cuts else None
+    return replace(s, loss_macs=_try_losses(s, is_other=True), slice_loss_macs=sliced)
+
+
+def _with_training_mode(s: Setting, cuts: bool) -> Setting:
+    """What will be trained is tried in training mode; the setting, with a note if it is random there."""
+    facts = s.config.feature_facts if s.config.feature_weight else None
+    note = ""
+    if cuts:
+        note = check_training_mode(s.model, s.blocks, s.spec, s.teacher.name, facts, cut=True)
+    if (other := s.other_student) is not None:
+        blocks = s.compared(True)[0]
+        check_training_mode(other.model, blocks, s.spec, f"--student {other.name}", facts, cut=False)
+    return replace(s, teacher=replace(s.teacher, notes=(*s.teacher.notes, note))) if note else s
 
 
 def read_images(s: Setting) -> None:
@@ -107,6 +127,13 @@ def _other_student(
 def _check_something_to_learn(s: Setting) -> None:
     """An impossible layer, or nothing to learn from, is an error now, not after scoring."""
     other, config = s.other_student, s.config
+    if config.feature_weight and config.feature_facts.reads_stages:
+        if other is None:
+            raise ConfigError(
+                f"--feature-loss {config.feature_loss} is for a student of another architecture: name it "
+                f"with --student"
+            )
+        return
     nothing = s.teacher.name if not s.blocks else other.name if other and not other.blocks else None
     if nothing and config.feature_facts.needs_states and not config.task_weight and not config.logit_weight:
         raise ConfigError(
@@ -115,20 +142,24 @@ def _check_something_to_learn(s: Setting) -> None:
         )
 
 
-def _try_losses(s: Setting) -> dict[Phase, float]:
-    """Make the loss and run it once: arguments that it does not take, or states that it cannot compare, show
-    now. Returns what it computes by itself for one image, in multiply-accumulates."""
-    teacher = Observed(s.model, s.blocks)
+def _try_losses(s: Setting, *, is_other: bool) -> dict[Phase, float]:
+    """Make the loss of the student, or that between slices, and run it once: arguments that it does not take,
+    or states that it cannot compare, show now. Returns what it computes by itself for one image, in
+    multiply-accumulates."""
+    ours, theirs = s.compared(is_other)
+    teacher = Observed(s.model, theirs)
     images = torch.zeros(2, s.spec.channels, *s.spec.size, device=s.device)
     with torch.no_grad():
         answer = example = teacher(images)
-        if (model := s.fresh_student()) is not None and s.other_student is not None:
-            example = Observed(model, s.other_student.blocks)(images)
-    pair = Pair(example, answer, teacher, images, s.training_images, s.other_student is not None, s.data.task)
+        if is_other and (model := s.fresh_student()) is not None:
+            example = Observed(model, ours)(images)
+    pair = Pair(example, answer, teacher, images, s.training_images, is_other, s.data.task, s.stages)
     loss = make_distillation(s.config, pair, s.config.seed)
     loss.views(images)
     if s.config.feature_weight and loss.feature is None:
         say(f"--feature-loss {s.config.feature_loss} is left out: there are no hidden states to compare")
+    for note in getattr(loss.feature, "notes", ()):
+        say(f"warning: --feature-loss {s.config.feature_loss}: {note}")
     try:
         return loss_macs(loss, pair, min(s.config.batch_size, len(s.data.train)))
     except ValueError as error:
@@ -138,6 +169,13 @@ def _try_losses(s: Setting) -> dict[Phase, float]:
             f"--batch-size 1: --feature-loss {s.config.feature_loss} has a BatchNorm that sees maps of 1 x 1 "
             f"of one image, which have no variance; give --batch-size 2 or more"
         ) from None
+
+
+def known_groups(model: nn.Module) -> list[Group]:
+    """What the families know in a model that is not cut: its blocks are told by it."""
+    with suppress(UnsupportedModelError):
+        return find_groups(model)
+    return []
 
 
 def groups_of(

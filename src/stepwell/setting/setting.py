@@ -16,9 +16,10 @@ from stepwell.data.images import ImageSet
 from stepwell.data.labels import as_tensor, classes_of
 from stepwell.data.spec import InputSpec
 from stepwell.data.splits import Data
-from stepwell.errors import DataError
+from stepwell.errors import ConfigError, DataError
 from stepwell.losses.distillation import Phase
 from stepwell.losses.output import TrainingImages
+from stepwell.losses.scalekd.stages import Stages, find_stages
 from stepwell.measure.cost import Costs
 from stepwell.measure.size import count_macs
 from stepwell.models.card import Architecture, Card
@@ -48,8 +49,9 @@ class Setting:
         data: The images.
         classes: Their names.
         device: What is computed on.
-        loss_macs: What the loss between two models computes by itself for one image, forward and backward, by
+        loss_macs: What the loss of the student computes by itself for one image, forward and backward, by
             phase of a training.
+        slice_loss_macs: The same of the loss between slices of one model, where that is another one.
     """
 
     config: CompressConfig
@@ -61,6 +63,7 @@ class Setting:
     classes: tuple[str, ...]
     device: torch.device
     loss_macs: Mapping[Phase, float] = field(default_factory=dict)
+    slice_loss_macs: Mapping[Phase, float] | None = None
 
     @property
     def model(self) -> nn.Module:
@@ -92,6 +95,40 @@ class Setting:
         """The teacher's blocks whose hidden states are compared."""
         return compared_blocks(self.groups, self.config.feature_layers)
 
+    def compared(self, is_other: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The blocks of student and teacher whose states are compared, in a step to a slice or to
+        the student of another architecture."""
+        if not is_other or self.other_student is None:
+            return self.blocks, self.blocks
+        if self.stages is not None:
+            return self.stages[0].blocks, self.stages[1].blocks
+        return self.other_student.blocks, self.blocks
+
+    @cached_property
+    def stages(self) -> tuple[Stages, Stages] | None:
+        """The last two stages of the other student and of the teacher, where the loss compares these.
+
+        Raises:
+            ConfigError: A model has no states that are known.
+        """
+        other, config = self.other_student, self.config
+        if other is None or not config.feature_weight or not config.feature_facts.reads_stages:
+            return None
+        found = []
+        for name, model, blocks in (
+            (f"--student {other.name}", other.model, other.blocks),
+            (self.teacher.name, self.model, compared_blocks(self.groups)),
+        ):
+            device = next(model.parameters()).device
+            blank = torch.zeros(1, self.spec.channels, *self.spec.size, device=device)
+            if (stages := find_stages(model, blank, blocks)) is None:
+                raise ConfigError(
+                    f"--feature-loss {config.feature_loss}: {name} has no blocks that are known, so its "
+                    f"stages cannot be told; take --feature-weight 0, or a model of timm"
+                )
+            found.append(stages)
+        return found[0], found[1]
+
     @cached_property
     def no_decay(self) -> frozenset[str]:
         """Parameters of the teacher without weight decay."""
@@ -118,20 +155,23 @@ class Setting:
 
     def costs(self, scales: Sequence[float]) -> Costs:
         """Operation counts of a run whose candidates have these shares of the teacher's MACs."""
+        sliced = self.slice_loss_macs
         return Costs(
             self.config,
             scales,
             self.other_scale or scales[0],
             num_train=len(self.data.train),
             num_selection=len(self.data.selection),
-            loss=self._loss_passes("main"),
-            pretraining_loss=self._loss_passes("pretraining"),
+            loss=self._passes(self.loss_macs, "main"),
+            pretraining_loss=self._passes(self.loss_macs, "pretraining"),
+            slice_loss=None if sliced is None else self._passes(sliced, "main"),
+            slice_pretraining_loss=None if sliced is None else self._passes(sliced, "pretraining"),
             has_statistics=bool(norms_with_statistics(self.model)),
         )
 
-    def _loss_passes(self, phase: Phase) -> float:
+    def _passes(self, loss_macs: Mapping[Phase, float], phase: Phase) -> float:
         # Most losses compute nothing by themselves: then the teacher need not be counted either.
-        macs = self.loss_macs.get(phase, 0.0)
+        macs = loss_macs.get(phase, 0.0)
         return macs / self.teacher_macs if macs else 0.0
 
     @cached_property

@@ -242,6 +242,7 @@ def _result(
     s: Setting, finished: Finished, delivered: Delivered, handed_out: Literal["student", "control"]
 ) -> Result:
     choice, trainings, tensors = finished.choice, trainings_of(s.run), delivered.tensors
+    groups = [group for group in s.groups if group.name in finished.ladder.candidates[0].widths]
     teacher, student = (s.task.Answers(tensors[role], tensors["labels"]) for role in ("teacher", handed_out))
     return Result(
         stepwell_version=__version__,
@@ -265,8 +266,8 @@ def _result(
         candidates=choice.candidates if choice else [],
         selection=choice.selection if choice else None,
         tried=delivered.tried,
-        group_sizes={group.name: group.num_units for group in s.groups},
-        group_kinds={group.name: group.kind for group in s.groups},
+        group_sizes={group.name: group.num_units for group in groups},
+        group_kinds={group.name: group.kind for group in groups},
         teacher_vs_student=s.task.compare(teacher, student),
         cost_vs_single_step=_cost(s.run, finished),
         teacher_passes=bill_of(s.run),

@@ -109,17 +109,26 @@ class DistillStep:
 
 def distill_step(s: Setting, teachers: Sequence[Rung], student: Rung, drop: int = 0) -> DistillStep:
     """The step of a run; its losses are new."""
-    other = s.other_student if student.is_other else None
-    learner = Observed(student.model.eval(), s.blocks if other is None else other.blocks)
+    ours, theirs = s.compared(student.is_other)
+    learner = Observed(student.model.eval(), ours)
     observed = [
-        Observed(teacher.model.eval().requires_grad_(False), s.blocks)  # no gradient stays in an assistant
+        Observed(teacher.model.eval().requires_grad_(False), theirs)  # no gradient stays in an assistant
         for teacher in teachers
     ]
     images = s.train.blank(teachers[0].model)
     with torch.no_grad():
         example = learner(images)
         pairs = [
-            Pair(example, teacher(images), teacher, images, s.training_images, student.is_other, s.data.task)
+            Pair(
+                example,
+                teacher(images),
+                teacher,
+                images,
+                s.training_images,
+                student.is_other,
+                s.data.task,
+                s.stages,
+            )
             for teacher in observed
         ]
     losses = [make_distillation(s.config, pair, s.config.seed) for pair in pairs]

@@ -1,0 +1,224 @@
+"""A teacher that stays whole teaches another architecture, alone and at the end of a descent."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+from small_world import (
+    QUICK,
+    StopAt,
+    Stopped,
+    all_test_images,
+    assert_same_run,
+    config_of,
+    result_of,
+    stepwell,
+    student_weights,
+    watched,
+)
+
+from stepwell.cli import main, parse
+from stepwell.compare.arms import arms_of, cell_of
+from stepwell.config.commands import CompareConfig, CompressConfig
+from stepwell.config.files import read_yaml
+from stepwell.measure.cost import Epochs
+from stepwell.models.card import load
+from stepwell.paths import path_of
+from stepwell.paths.begin import begin
+from stepwell.stages.deliver import bill_of
+
+STUDENT = "resnet18"
+ARGS = {"layers": (1, 1, 1, 1), "channels": (8, 8, 8, 16), "output_stride": 8}
+WORDS = (
+    *(
+        "--student",
+        STUDENT,
+        "--student-args",
+        *(f"{name}={value}".replace(" ", "") for name, value in ARGS.items()),
+    ),
+    *("--epochs", 2, "--batch-size", 16),
+)
+
+
+def words(teacher, data, out, *more) -> list[str]:
+    command = ("--teacher", teacher, "--data", data, "--out", out, *WORDS, *more)
+    return [str(word) for word in command]
+
+
+def test_the_student_is_a_plain_model_of_timm_and_a_run_resumes(data, teacher, tmp_path, quick):
+    run, again = tmp_path / "run", tmp_path / "again"
+    stepwell("compress", *words(teacher, data, run, "--path", "scalekd"))
+    result = result_of(run)
+    assert (result.path, result.losses) == ("scalekd", {"logits": "kd", "features": "scalekd"})
+    assert set(result.histories["distill"].losses) == {"loss", "task", "logit", "feature"}
+    # Nothing was cut, so nothing was scored.
+    assert set(result.teacher_passes) == {"distill"}
+    assert (result.group_kinds, result.assistant, result.candidates) == ({}, None, [])
+    assert main(["inspect", str(run)]) == 0
+
+    # timm and the file are enough, and hold nothing but the model.
+    plain = timm.create_model(STUDENT, num_classes=3, **ARGS)
+    plain.load_state_dict(load_file(run / "student" / "model.safetensors"), strict=True)
+    images = all_test_images(run)
+    with torch.no_grad():
+        logits = plain.eval()(images)
+        assert torch.equal(logits, load(run / "student")(images))
+    assert result.student.num_params == sum(p.numel() for p in plain.parameters())
+
+    with pytest.raises(Stopped):
+        watched(StopAt("distill", batch=5), *words(teacher, data, again, "--path", "scalekd"))
+    stepwell("compress", *words(teacher, data, again, "--path", "scalekd"))
+    assert_same_run(again, run)
+
+
+def test_an_assistant_teaches_another_architecture_at_the_end_of_a_descent(data, teacher, tmp_path, quick):
+    run = tmp_path / "run"
+    stepwell("compress", *words(teacher, data, run, *QUICK, "--feature-loss", "scalekd"))
+    result = result_of(run)
+    assert tuple(result.epochs) == ("joint", "distill")
+    assert result.assistant is not None
+    timm.create_model(STUDENT, num_classes=3, **ARGS).load_state_dict(student_weights(run), strict=True)
+    # The joint training has no projectors to keep: its candidates have AMD's loss.
+    assert result.histories["joint"].losses["feature"][-1] < result.histories["distill"].losses["feature"][0]
+
+
+@pytest.mark.parametrize("path", ["scalekd", "takd"])
+def test_it_costs_what_was_expected_of_it(data, teacher, tmp_path, quick, path):
+    """Projectors and tail are on the bill of the step to the other student, and of no other."""
+
+    def look(s, finished):
+        epochs, costs = s.run.finished("plan", Epochs), s.costs(finished.ladder.scales)
+        return bill_of(s.run), path_of(path).bill(costs, epochs, s.config), costs
+
+    more = (
+        "--path",
+        path,
+        "--assistants",
+        0.4,
+        *(QUICK if path == "takd" else ()),
+        "--feature-loss",
+        "scalekd",
+    )
+    config = config_of(*words(teacher, data, tmp_path / "run", *more))
+    bill, expected, costs = path_of(path).descend(begin(config), look)
+    assert sum(bill.values()) == pytest.approx(sum(expected.values()))
+    assert costs.loss > 10 * (costs.slice_loss or 0)
+    num_images = costs.num_train * 2
+    if path == "takd":
+        assert costs.slice_loss == 0  # a distance is no product
+        assert bill["assistant 0.4"] == pytest.approx(num_images * (1 + 3 * costs.scales[1]), rel=0.2)
+        taught_by = costs.scales[1]
+    else:
+        assert costs.slice_loss is None
+        taught_by = 1
+    assert bill["distill"] == pytest.approx(num_images * (taught_by + 3 * costs.student + costs.loss))
+
+
+@pytest.mark.brings(
+    "model",
+    "A teacher that no family can cut, with --path scalekd --student NAME",
+    "It stays whole and teaches the other architecture",
+)
+def test_a_teacher_that_cannot_be_cut_teaches_all_the_same(data, tmp_path, quick, capsys):
+    teacher = tmp_path / "teacher"
+    model = ("--model", "test_mambaout", "--no-pretrained", "--image-size", 32)
+    stepwell("train", *model, "--data", data, "--out", teacher, "--epochs", 0.1, "--batch-size", 4)
+    more = ("--path", "scalekd", "--epochs", 0.5, "--batch-size", 8, "--keep", 0.1)
+    stepwell("compress", *words(teacher, data, tmp_path / "run", *more))
+    said = capsys.readouterr().err
+    assert "--keep does nothing with --path scalekd: the student is resnet18, whatever its size" in said
+    # Its last map is of one position.
+    assert "at stage 4 the view without the mean is left out, of which maps below 2 x 2 have nothing" in said
+    assert result_of(tmp_path / "run").student_name == STUDENT
+    assert read_yaml(tmp_path / "run" / "config.yaml")["task_weight"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("--path", "scalekd"), "--path scalekd needs --student NAME: the teacher is not cut"),
+        (
+            ("--feature-loss", "scalekd"),
+            "--feature-loss scalekd is for a student of another architecture: name it",
+        ),
+        (
+            ("--path", "scalekd", *WORDS[:6], "--feature-args", "tpp=0", "heads=2"),
+            "--feature-args heads: the loss",
+        ),
+        (
+            ("--path", "scalekd", *WORDS[:6], "--feature-args", "original=0", "alternative=0"),
+            "--feature-args: scalekd: nothing of it is left",
+        ),
+    ],
+)
+def test_what_cannot_be_is_said_before_anything_is_begun(data, teacher, tmp_path, capsys, more, said):
+    command = ["compress", "--teacher", teacher, "--data", data, "--out", tmp_path / "run", *more]
+    assert main([str(word) for word in command]) == 2
+    assert said in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_path_with_another_loss_is_its_comparison(data, teacher, tmp_path, quick):
+    """Plain distillation of logits on the same pair: the weights are then not the loss's."""
+    more = ("--path", "scalekd", "--feature-loss", "states", "--feature-weight", 0)
+    stepwell("compress", *words(teacher, data, tmp_path / "run", *more))
+    assert set(result_of(tmp_path / "run").histories["distill"].losses) == {"loss", "task", "logit"}
+    assert read_yaml(tmp_path / "run" / "config.yaml")["task_weight"] == 1
+
+
+def test_there_is_no_ladder_to_export(data, teacher, tmp_path, quick, capsys):
+    stepwell("compress", *words(teacher, data, tmp_path / "run", "--path", "scalekd"))
+    for more in (["--all"], ["--keep", "0.5"]):
+        assert main(["export", str(tmp_path / "run"), *more]) == 2
+        assert "went down without a shared ladder (--path)" in capsys.readouterr().err
+
+
+def test_the_doctor_names_the_stages_and_wants_no_cut(capsys):
+    words = ("--teacher", "test_mambaout", "--path", "scalekd", "--student", "resnet18")
+    assert main(["doctor", *words]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("test_mambaout: stays whole, and teaches\n  input 160 x 160 x 3, ")
+    assert "stage 3 of teacher ends with stages.2: 48 channels on 10 x 10" in said
+    assert "stage 4 of resnet18 ends with layer4: 512 channels on 5 x 5" in said
+
+
+@pytest.mark.brings(
+    "model",
+    "A teacher for images that are not square, with --path scalekd --student NAME",
+    "The student is built for the same images; grids are read from both models",
+)
+def test_images_that_are_not_square(data, tmp_path, quick):
+    """The teacher has registers, the student a smaller patch: grids of 2 x 4 and 4 x 8."""
+    sizes = ("patch_size=8", "embed_dim=24", "depth=2", "num_heads=4", "reg_tokens=2", "img_size=(16,32)")
+    model = ("--model", "vit_tiny_patch16_224", "--model-args", *sizes, "--no-pretrained")
+    stepwell("train", *model, "--data", data, "--out", tmp_path / "t", "--epochs", 0.1, "--batch-size", 4)
+    student = (
+        "--student",
+        "vit_tiny_patch16_224",
+        "--student-args",
+        "patch_size=4",
+        "embed_dim=12",
+        "depth=1",
+    )
+    more = (*student, "num_heads=2", "--path", "scalekd", "--epochs", 0.5, "--batch-size", 8)
+    stepwell("compress", "--teacher", tmp_path / "t", "--data", data, "--out", tmp_path / "run", *more)
+    positions = student_weights(tmp_path / "run")["pos_embed"]
+    assert positions.shape == (1, 1 + 4 * 8, 12)
+
+
+def test_in_a_comparison_the_path_brings_its_loss_and_is_its_own_control(tmp_path):
+    def made(*more: str) -> dict[str, CompressConfig]:
+        words = ["--paths", "amd", "scalekd", "--student", "resnet18", *more]
+        config = parse("compare", CompareConfig, words)
+        assert isinstance(config, CompareConfig)
+        arms = arms_of(config)
+        assert [arm.is_single_step for arm in arms] == [False, True]
+        return {arm.options["path"]: cell_of(arm, config, tmp_path, 0, None).config for arm in arms}
+
+    configs = made()
+    assert (configs["amd"].feature_loss, configs["amd"].task_weight) == ("states", 1)
+    assert (configs["scalekd"].feature_loss, configs["scalekd"].task_weight) == ("scalekd", 0.5)
+    assert {config.feature_loss for config in made("--feature-losses", "at").values()} == {"at"}
+    assert {config.feature_loss for config in made("--feature-loss", "states").values()} == {"states"}

@@ -1,0 +1,67 @@
+"""What ScaleKD's published pairs take is counted as a run counts it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from timm.models.mlp_mixer import MlpMixer
+
+from stepwell.compare.architectures import Counted, gpu_hours, loss_macs_of
+from stepwell.compare.pairs import PAIRS
+from stepwell.config.options import LossOptions
+from stepwell.losses.choose import Pair
+from stepwell.losses.distillation import loss_macs, make_distillation
+from stepwell.losses.observe import Observed
+from stepwell.losses.output import TrainingImages
+from stepwell.losses.scalekd.loss import Parts
+from stepwell.losses.scalekd.stages import find_stages
+from stepwell.models.timm_models import create_timm
+
+SWIN = {"img_size": 64, "embed_dim": 24, "depths": (1, 1, 2, 1), "num_heads": (1, 2, 4, 8), "window_size": 4}
+VIT = {"img_size": 64, "patch_size": 8, "embed_dim": 48, "depth": 12, "num_heads": 4}
+TEACHERS = {
+    "swin_tiny_patch4_window7_224": {**SWIN, "num_classes": 10},
+    "vit_tiny_patch16_224": {**VIT, "num_classes": 10},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("swin_tiny_patch4_window7_224", {}),
+        pytest.param("vit_tiny_patch16_224", {"alternative": 0.0}, marks=pytest.mark.slow),
+        pytest.param("swin_tiny_patch4_window7_224", {"tpp": 0.0}, marks=pytest.mark.slow),
+    ],
+)
+def test_the_loss_is_counted_on_shapes_as_on_tensors(name, given):
+    args = {"layers": (1, 1, 1, 1), "channels": (8, 16, 24, 32)}
+    teacher = create_timm(name, TEACHERS[name], pretrained=False).eval().requires_grad_(False)
+    student, images = create_timm("resnet18", args, pretrained=False).eval(), torch.zeros(2, 3, 64, 64)
+    ours, theirs = find_stages(student, images), find_stages(teacher, images)
+    assert ours is not None
+    assert theirs is not None
+    observed = Observed(teacher, theirs.blocks)
+    with torch.no_grad():
+        outputs = Observed(student, ours.blocks)(images), observed(images)
+    pair = Pair(*outputs, observed, images, TrainingImages(None, 1), True, (ours, theirs))
+    options = LossOptions(feature_loss="scalekd", logit_weight=0, feature_args=given)
+    real = loss_macs(make_distillation(options, pair, 0), pair, 2)["main"]
+    parts = Parts(**{part: type(getattr(Parts(), part))(value) for part, value in given.items()})
+    counted = loss_macs_of(Counted("resnet18", args, 64), Counted(name, TEACHERS[name], 64), parts)
+    # Backward, products of attention count double: in the tail that is left out.
+    assert counted == pytest.approx(real, rel=0.05)
+
+
+def test_the_mixer_that_has_no_name():
+    assert Counted("", {}, 224).macs > 1e10
+    assert MlpMixer(patch_size=14, num_blocks=1, embed_dim=8).stem.patch_size == (14, 14)
+
+
+@pytest.mark.slow
+def test_the_hours_of_a_pair_are_its_operations():
+    (pair,) = (pair for pair in PAIRS if pair.name == "Swin-S -> ResNet-50")
+    hours, share = gpu_hours(pair)
+    # 8.7 G of the teacher, three times 4.1 G of the student, and the loss, for 100 epochs.
+    alone = (8.7e9 + 3 * 4.1e9) * 1_281_167 * 100 / 1e14 / 3600
+    assert hours * (1 - share) == pytest.approx(alone, rel=0.02)
+    assert 0.5 < share < 0.7

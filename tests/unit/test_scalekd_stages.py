@@ -1,0 +1,177 @@
+"""Stages, widths, grids and heads are read from the models: the published ones, and whatever timm has."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+
+import pytest
+import timm
+import torch
+from timm.models.mlp_mixer import MlpMixer
+from torch import Tensor, nn
+
+from stepwell.compare.pairs import PAIRS, PublishedPair
+from stepwell.losses.observe import Observed
+from stepwell.losses.scalekd.stages import Layout, Stages, find_stages
+from stepwell.pruning.blocks import compared_blocks
+from stepwell.pruning.families import find_groups
+from stepwell.zoo import cifar  # noqa: F401  (its names become names of timm)
+from tiny import random_images, tiny_vit
+
+
+def stages(name: str, args: Mapping[str, object], size: int) -> Stages:
+    """Without memory for weights."""
+    return _stages(name, tuple(args.items()), size)
+
+
+@cache
+def _stages(name: str, given: tuple[tuple[str, object], ...], size: int) -> Stages:
+    args = dict(given)
+    with torch.device("meta"):
+        model = (
+            timm.create_model(name, **args) if name else MlpMixer(patch_size=14, num_blocks=12, embed_dim=768)
+        )
+    found = find_stages(model.eval(), torch.empty(1, 3, size, size, device="meta"))
+    assert found is not None
+    return found
+
+
+def shapes(found: Stages) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Channels and grids of stage 3 and 4, of square images."""
+    layouts = found.third.layout, found.fourth.layout
+    assert all(layout.height == layout.width for layout in layouts)
+    return (layouts[0].channels, layouts[1].channels), (layouts[0].height, layouts[1].height)
+
+
+LARGE = ("BEiT", "Swin-B", "Mixer-B", "ViT-B")
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [
+        pytest.param(
+            pair, id=pair.name, marks=[pytest.mark.slow] if any(w in pair.name for w in LARGE) else []
+        )
+        for pair in PAIRS
+    ],
+)
+def test_what_was_set_by_hand_for_a_published_pair_is_read_from_the_models(pair: PublishedPair):
+    teacher = stages(pair.teacher, pair.teacher_args, pair.image_size)
+    student = stages(pair.student, pair.student_args, pair.image_size)
+    assert shapes(teacher) == (pair.teacher_channels, pair.grids)
+    assert shapes(student) == (pair.student_channels, pair.positions)
+    # Heads are the teacher's own, which the authors took once.
+    expected = {384: 12, 512: 16, 768: 24, 1024: 16 if "BEiT" in pair.name else 32, 1536: 48}
+    heads = teacher.third.num_heads, teacher.fourth.num_heads
+    assert heads == tuple(expected[channels] for channels in pair.teacher_channels)
+
+
+def test_all_seventeen_are_there():
+    assert len(PAIRS) == 17
+    assert len({pair.name for pair in PAIRS}) == 17
+    assert {pair.name for pair in PAIRS if pair.num_heads == (24, 48)} == {"Swin-L -> Swin-T"}
+
+
+def test_the_published_weights_as_arguments():
+    by_name = {pair.name: pair for pair in PAIRS}
+    plain = by_name["Swin-L -> ResNet-50"].feature_args()
+    assert plain == {
+        "softmax_scale": 5.0,
+        "num_heads_3": 16,
+        "num_heads_4": 24,
+        "original": pytest.approx(0.08),
+        "alternative": pytest.approx(0.06),
+    }
+    eva = by_name["BEiT-L/14 -> ViT-B/14"].feature_args()
+    assert eva["original"] * 49 / 256 == pytest.approx(0.016)
+    assert by_name["Swin-S -> ResNet-50"].feature_args()["alternative_4"] == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "third", "fourth"),
+    [
+        ("vit_base_patch14_reg4_dinov2", "blocks.9", "norm"),
+        ("beit_base_patch16_224", "blocks.9", "blocks.11"),  # its norm comes behind the pooling
+        ("levit_128", "stages.1", "stages.2"),
+        pytest.param("mobilenetv3_large_100", "blocks.4", "blocks.6", marks=pytest.mark.slow),
+        pytest.param("tf_efficientnetv2_s", "blocks.4", "blocks.5", marks=pytest.mark.slow),
+        pytest.param("convnextv2_nano", "stages.2", "stages.3", marks=pytest.mark.slow),
+        pytest.param("regnetx_002", "s3", "s4", marks=pytest.mark.slow),
+        pytest.param("densenet121", "features.denseblock3", "features.norm5", marks=pytest.mark.slow),
+        pytest.param("pvt_v2_b0", "stages.2", "stages.3", marks=pytest.mark.slow),
+        pytest.param("swinv2_tiny_window8_256", "layers.2", "norm", marks=pytest.mark.slow),
+        ("mixer_s16_224", "blocks.6", "norm"),  # of eight blocks the last one
+    ],
+)
+def test_the_stages_of_other_models(name, third, fourth):
+    size = timm.get_pretrained_cfg(name).input_size[-1]
+    assert stages(name, {}, size).blocks == (third, fourth)
+
+
+def test_models_that_do_not_name_their_stages_are_read_by_their_blocks():
+    """As CIFAR's ResNets, and models of transformers."""
+    model = timm.create_model("cifar_resnet20").eval()
+    found = find_stages(model, torch.zeros(1, 3, 32, 32), compared_blocks(find_groups(model)))
+    assert found is not None
+    assert [layout.shape for layout in (found.third.layout, found.fourth.layout)] == [
+        (32, 16, 16),
+        (64, 8, 8),
+    ]
+    assert find_stages(nn.Sequential(nn.Flatten(), nn.Linear(12, 3)), torch.zeros(1, 3, 2, 2)) is None
+
+
+@pytest.mark.parametrize("size", [(16, 32), (32, 16), (32, 32), (24, 40)], ids=str)
+@pytest.mark.parametrize(
+    "args", [{}, {"reg_tokens": 4}, {"class_token": False, "global_pool": "avg"}], ids=str
+)
+def test_grids_of_images_that_are_not_square_and_any_number_of_other_tokens(size, args):
+    model = tiny_vit(img_size=size, **args)
+    found = find_stages(model, torch.zeros(1, 3, *size))
+    assert found is not None
+    num_prefix = {"reg_tokens": 5, "class_token": 0}.get(next(iter(args), ""), 1)
+    assert found.third.layout == Layout("tokens", 24, size[0] // 8, size[1] // 8, num_prefix)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (64, 128)], ids=str)
+def test_a_state_becomes_a_map_and_is_laid_out_again(size):
+    """The map's place (row, column) holds what the model's own convolution has seen there."""
+    swin = timm.create_model(
+        "swin_tiny_patch4_window7_224", img_size=size, embed_dim=12, depths=(1, 1, 1), num_heads=(1, 2, 4),
+        window_size=4,
+    ).eval()  # fmt: skip
+    for model in (swin, tiny_vit(img_size=size, reg_tokens=2), timm.create_model("resnet18").eval()):
+        images = torch.zeros(2, 3, *size)
+        found = find_stages(model, images)
+        assert found is not None
+        with torch.no_grad():
+            state = Observed(model, found.blocks)(images).states[0]
+        layout = found.third.layout
+        as_map = layout.as_map(state)
+        assert as_map.shape == (2, *layout.shape)
+        assert torch.equal(layout.as_state(layout.as_tokens(state), state), state)
+        assert torch.equal(as_map.flatten(2).transpose(1, 2), layout.as_tokens(state))
+        # The last place of the first row, and the first of the last.
+        width, tokens = layout.width, layout.as_tokens(state)
+        assert torch.equal(as_map[:, :, 0, -1], tokens[:, width - 1])
+        assert torch.equal(as_map[:, :, -1, 0], tokens[:, -width])
+
+
+class Returned(nn.Module):
+    """A map (B, H, W, C) as deep as it is high, beside one that tells how it lies."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Identity(), nn.Linear(4, 4)])
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.blocks[0](images.unflatten(2, (8, -1)).mean((1, 3)).unflatten(2, (8, -1))[..., :4])
+        return self.head(self.blocks[1](x[:, ::2, ::2])).mean((1, 2))
+
+
+def test_a_map_of_equal_sides_lies_as_the_others_of_its_model():
+    found = find_stages(Returned(), random_images(1, size=32), ("blocks.0", "blocks.1"))
+    assert found is not None
+    assert found.third.layout == Layout("channels-last", 4, 8, 8)
+    assert found.fourth.layout == Layout("channels-last", 4, 4, 4)
