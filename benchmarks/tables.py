@@ -18,7 +18,10 @@ from stepwell.compare.table import spread
 from stepwell.measure.size import short_number
 
 ROOT = Path(__file__).parent.parent
-PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
+PAGES = (
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{name}.md" for name in ("results", "experiments", "performance")),
+)
 
 
 def results_table(record: dict[str, Any]) -> str:
@@ -117,6 +120,66 @@ def claims(digits: dict[str, Any], speed: list[dict[str, Any]], support: dict[st
     )
 
 
+def experiment_table(folder: Path) -> str:
+    """One row per arm: the students on the test images, by seed, and how the budget was spent."""
+    arms: dict[str, list[dict[str, Any]]] = {}
+    for file in sorted(folder.glob("*.json")):
+        cell = json.loads(file.read_text(encoding="utf-8"))
+        arms.setdefault(cell["arm"], []).append(cell)
+    rows = [
+        "| | top1 % | selection images | joint epochs | last step | seeds |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for arm in sorted(arms, key=lambda arm: (arm != "single-step", arm)):
+        cells = arms[arm]
+        top1 = spread([cell["top1"] for cell in cells], 1)
+        selection = sum(cell["selection_performance"] for cell in cells) / len(cells)
+        epochs = cells[0]["epochs"]
+        joint = f"{epochs['joint']:.1f}" if "joint" in epochs else ""
+        words = arm.replace("joint-", "joint ").replace("-assistant-", ", assistant ")
+        rows.append(
+            f"| {words} | {top1} | {selection:.3f} | {joint} | {epochs['distill']:.1f} | {len(cells)} |"
+        )
+    some = next(iter(arms.values()))[0]
+    machine = some["hardware"]
+    return "\n".join(
+        [
+            *rows,
+            "",
+            f"Teacher {some['teacher_top1']:.1f} %; selection images: the measure that chooses (accuracy from "
+            f"2,000 images on, else likelihood); {machine['training device']}, torch {machine['torch']}.",
+        ]
+    )
+
+
+def throughput_table(record: dict[str, Any]) -> str:
+    """One row per model and number format: images per second, share of the matrix rate, memory."""
+    rows = [
+        "| | | joint | distill | timm's task | full size | joint, memory | full size, memory |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    by_model: dict[tuple[str, str], dict[str, Any]] = {}
+    for cell in record["runs"]:
+        by_model.setdefault((cell["model"], cell["precision"]), {})[cell["step"]] = cell
+    for (model, precision), steps in by_model.items():
+        kinds = ("joint", "distill", "timm", "full")
+        speed = [f"{steps[k]['images_per_second']:.0f} ({100 * steps[k]['share']:.0f} %)" for k in kinds]
+        memory = [f"{steps[k]['peak_mib'] / 1024:.1f} GiB" for k in ("joint", "full")]
+        rows.append(f"| {model} | {precision} | {' | '.join([*speed, *memory])} |")
+    machine, rates = record["hardware"], record["rates"]
+    return "\n".join(
+        [
+            *rows,
+            "",
+            f"Images per second of a training step at batch {record['runs'][0]['batch']}, and in brackets the "
+            f"share of what an 8192 x 8192 matrix product reaches in the same run (fp32 "
+            f"{rates['fp32'] / 1e12:.0f}, bf16 {rates['bf16'] / 1e12:.0f} TFLOP/s). "
+            f"{machine['training device']}, torch {machine['torch']}, timm {machine['timm']}; commit "
+            f"{record['commit']}. {record['note']}",
+        ]
+    )
+
+
 def main() -> None:
     """Rewrite the pages, or check them."""
     files = sorted(RESULTS.glob("*.json"))
@@ -128,6 +191,9 @@ def main() -> None:
     suites = {file.stem: json.loads(file.read_text("utf-8")) for file in (RESULTS / "suites").glob("*.json")}
     parts |= {f"suite-{name}": suite_table(record) for name, record in suites.items()}
     parts["speed"] = speed_table(records["speed"]["runs"])
+    parts["throughput"] = throughput_table(records["throughput"])
+    for folder in (RESULTS / "experiments").iterdir():
+        parts[f"experiment-{folder.name}"] = experiment_table(folder)
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         new = text

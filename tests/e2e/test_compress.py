@@ -87,7 +87,7 @@ def test_selection_says_the_rule_the_pick_and_what_every_rule_would_have_said(fi
     ratios = [c.keep_ratio for c in result.candidates]
     assert ratios == [0.1, 0.4, 0.7]
     selection = result.selection
-    assert selection.rule == "performance"
+    assert selection.rule == "thrift"
     assert selection.picks[selection.rule] == selection.pick == result.assistant.keep_ratio
     assert set(selection.picks) == set(selection.values)
     assert set(selection.picks) == {
