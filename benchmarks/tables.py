@@ -147,7 +147,8 @@ def experiment_table(folder: Path) -> str:
             *rows,
             "",
             f"Teacher {some['teacher_top1']:.1f} %; selection images: the measure that chooses (accuracy from "
-            f"2,000 images on, else likelihood); {machine['training device']}, torch {machine['torch']}.",
+            f"2,000 images on, else likelihood); {machine['training device']}, torch "
+            f"{machine['torch']}.",
         ]
     )
 
@@ -171,8 +172,8 @@ def throughput_table(record: dict[str, Any]) -> str:
         [
             *rows,
             "",
-            f"Images per second of a training step at batch {record['runs'][0]['batch']}, and in brackets the "
-            f"share of what an 8192 x 8192 matrix product reaches in the same run (fp32 "
+            f"Images per second of a training step at batch {record['runs'][0]['batch']}, and in brackets "
+            f"the share of what an 8192 x 8192 matrix product reaches in the same run (fp32 "
             f"{rates['fp32'] / 1e12:.0f}, bf16 {rates['bf16'] / 1e12:.0f} TFLOP/s). "
             f"{machine['training device']}, torch {machine['torch']}, timm {machine['timm']}; commit "
             f"{record['commit']}. {record['note']}",
