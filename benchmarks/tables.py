@@ -146,7 +146,7 @@ def experiment_table(folder: Path) -> str:
         [
             *rows,
             "",
-            f"Teacher {some['teacher_top1']:.1f} %; selection images: the measure that chooses (accuracy from "
+            f"Teacher {some['teacher_top1']:.1f} %; selection images: what chooses (accuracy from "
             f"2,000 images on, else likelihood); {machine['training device']}, torch "
             f"{machine['torch']}.",
         ]
