@@ -49,7 +49,7 @@ def run(config: DemoConfig) -> Compressed:
                 "teacher": str(config.out_dir / "teacher"),
                 "keep_ratio": 0.1,
                 "control": "equal_compute",
-                "budget_epochs": 120 * config.effort,
+                "budget_epochs": 80 * config.effort,
                 "batch_size": 64,
                 "lr": 4e-3,
                 "out_dir": config.out_dir / "compressed",
