@@ -30,7 +30,7 @@ from stepwell.config.commands import (
     PredictConfig,
     TrainConfig,
 )
-from stepwell.config.files import implied, make_config, read_yaml
+from stepwell.config.files import implied, make_config, over, read_yaml
 from stepwell.config.help import MAIN_OPTIONS, first_screen
 from stepwell.config.options import Options
 from stepwell.config.own_code import is_own_code
@@ -137,7 +137,7 @@ def parse(command: str, kind: type[Options], argv: Sequence[str], summary: str =
         raise ConfigError(f"{_first_paragraph(errors.getvalue())}; see stepwell {command} --help") from None
     # What nobody asked for is left out: a config knows what was given, and what is its default.
     asked = {name: value for name, value in vars(parsed).items() if _is_given(name, command, words)}
-    return make_config(kind, {**from_file, **asked})
+    return make_config(kind, over(from_file, asked))
 
 
 def _is_given(name: str, command: str, words: Sequence[str]) -> bool:

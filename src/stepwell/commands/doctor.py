@@ -302,6 +302,9 @@ def _estimate(
     # What a loss computes by itself is left out: it is counted on outputs, and nothing runs here.
     student_scale = scales[0] if student is None else count_macs(student.model, spec) / total
     costs = Costs(config, scales, student_scale, num_train, num_selection)
+    if (minutes := config.minutes_of_path) is not None:  # as many operations as this device is good for
+        fitting = 60 * minutes / seconds_of(costs.single_step(1) * total, device)
+        config = config.model_copy(update={"minutes": None, "budget_epochs": fitting})
     epochs = epochs_of(costs, path.bill, config)
     passes = sum(path.bill(costs, epochs, config).values()) * (1 if config.control == "none" else 2)
     seconds = seconds_of(passes * total, device)
@@ -309,7 +312,7 @@ def _estimate(
     memory, disk = memory_and_disk(config, model, skeletons, spec, num_train, losses)
     images = f"{num_train} training images" if data else "1,000 training images (give --data for yours)"
     return [
-        f"roughly, on this {device.type}: {_hours(seconds)} for {epochs.joint:g} + {epochs.distill:g} epochs "
+        f"roughly, on this {device.type}: {_hours(seconds)}: {epochs.joint:.3g} + {epochs.distill:.3g} epochs "
         f"of {images}, {memory / 2**30:.2g} GiB of memory at batch {config.batch_size}, "
         f"{disk / 2**20:.3g} MiB on disk",
     ]

@@ -16,6 +16,7 @@ from statistics import mean
 from typing import Any
 
 from stepwell.compare.cells import Cell, CellResult, run_all
+from stepwell.config.base import LENGTHS
 from stepwell.config.commands import CompareConfig, CompressConfig
 from stepwell.config.files import PATHS, implied, make_config
 from stepwell.config.own_code import is_own_code
@@ -143,7 +144,8 @@ def costs(rows: Sequence[Row]) -> list[float]:
 def given(config: CompareConfig) -> dict[str, Any]:
     """What was asked for: not what is a default, nor what the preset or the losses imply."""
     values = {name: getattr(config, name) for name in config.model_fields_set}
-    default = implied(values)
+    # The length that a preset implies counts as its own, though a length is there.
+    default = implied({name: value for name, value in values.items() if name not in LENGTHS})
     return {name: value for name, value in values.items() if name not in default or default[name] != value}
 
 

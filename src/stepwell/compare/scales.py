@@ -20,7 +20,7 @@ from stepwell.compare.arms import Arm, given, given_to_runs
 from stepwell.compare.suites import ARMS, OTHER_ARCHITECTURE, PAIRS
 from stepwell.config.base import flag_of
 from stepwell.config.commands import CompareConfig, CompressConfig, TrainConfig
-from stepwell.config.files import make_config
+from stepwell.config.files import make_config, over
 from stepwell.config.options import Suite
 from stepwell.data.digits import MODEL, MODEL_ARGS, write_digits
 from stepwell.data.spec import InputSpec
@@ -208,7 +208,7 @@ def prepared(suite: Suite, config: CompareConfig, out: Path) -> tuple[list[Arm],
         raise ConfigError(f"--suite {suite} --scale {config.scale} needs --data, {images}")
     if config.scale == "paper" and not config.teacher:
         raise ConfigError(f"--suite {suite} --scale paper needs --teacher, a trained {size.model}")
-    values = {**size.compress, **asked}
+    values = over(size.compress, asked)
     # Arms that are all AMD are controls of each other.
     values["controls"] = config.controls and (suite in CONTROLLED or "controls" in asked)
     if not config.teacher:
@@ -251,7 +251,7 @@ def paper(suite: Suite, config: CompareConfig) -> str:
         config: Its options take the place of the suite's.
     """
     size = size_of(suite, "paper")
-    values = {**size.compress, **given_to_runs(config)}
+    values = over(size.compress, given_to_runs(config))
     sets = list(NUM_TRAIN)
     if suite in PAIRS or suite == OTHER_ARCHITECTURE:
         sets = ["ImageNet"] if suite in ("imagenet-pair", OTHER_ARCHITECTURE) else ["CIFAR-100"]

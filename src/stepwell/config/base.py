@@ -9,6 +9,9 @@ from pydantic import Field
 FLAGS = {"keep_ratio": "keep", "out_dir": "out", "json_": "json"}
 """Names on the command line that differ from the field's."""
 
+LENGTHS = ("epochs", "minutes", "budget_epochs")
+"""What says how long a run is: at most one of them is given."""
+
 
 def flag_of(name: str) -> str:
     """How a field is written on the command line."""

@@ -6,11 +6,11 @@ Each is a flat list of names, which serves Python keywords, command line flags a
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from stepwell.config.base import Count, Fraction, Positive, Seed, flag_of
+from stepwell.config.base import Count, Fraction, Positive, Seed
 from stepwell.config.model_options import StartOptions, StudentOptions
 from stepwell.config.options import (
     DataOptions,
@@ -28,8 +28,6 @@ from stepwell.config.options import (
 )
 from stepwell.config.recipe_options import RecipeOptions, check_recipe, check_recipe_with_losses
 
-LENGTHS = ("epochs", "minutes", "budget_epochs")
-"""What says how long a run is: at most one of them is given."""
 DEFAULT_BUDGET = 60.0
 DEFAULT_EPOCHS = 30.0
 """Of `train`, where no length is given."""
@@ -68,14 +66,6 @@ class CompressConfig(
         if self.epochs is None and self.minutes is None:
             return self.budget_epochs or DEFAULT_BUDGET
         return None
-
-    @model_validator(mode="after")
-    def _one_length(self) -> Self:
-        given = [name for name in LENGTHS if getattr(self, name) is not None]
-        if len(given) > 1:
-            flags = " and ".join(flag_of(name) for name in given)
-            raise ValueError(f"{flags} each say how long the run is: give one of them")
-        return self
 
     @property
     def minutes_of_path(self) -> float | None:
@@ -122,6 +112,12 @@ class TrainConfig(RecipeOptions, TrainingOptions, DataOptions, StartOptions):
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Learning rate of each layer as a multiple of that of the layer after it, the classifier's being `lr`;
     0.65 to 0.85 keep what a pre-trained transformer knows. 1 trains all layers alike."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_a_length(cls, values: dict[str, Any]) -> dict[str, Any]:
+        is_given = any(values.get(name) is not None for name in ("epochs", "minutes"))
+        return values if is_given else {**values, "epochs": DEFAULT_EPOCHS}
 
     @model_validator(mode="after")
     def _recipe(self) -> Self:

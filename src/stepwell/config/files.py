@@ -9,8 +9,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import ValidationError
 
-from stepwell.config.base import FLAGS
-from stepwell.config.commands import LENGTHS
+from stepwell.config.base import FLAGS, LENGTHS
 from stepwell.config.loss_facts import feature_facts, logit_facts
 from stepwell.config.options import Options
 from stepwell.errors import ConfigError, did_you_mean
@@ -39,7 +38,7 @@ def make_config(kind: type[ConfigT], values: Mapping[str, object]) -> ConfigT:
         if name not in kind.model_fields:
             raise ConfigError(f"unknown option {name!r}{did_you_mean(name, kind.model_fields)}")
     try:
-        return kind.model_validate({**implied(values), **values})
+        return kind.model_validate(over(implied(values), values))
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"]) or "options"
@@ -51,13 +50,19 @@ def make_config(kind: type[ConfigT], values: Mapping[str, object]) -> ConfigT:
 
 def implied(values: Mapping[str, object]) -> dict[str, object]:
     """What the preset, the path and the losses among `values` set, where `values` do not."""
-    preset = dict(PRESETS.get(str(values.get("preset", "default")), {}))
-    if any(values.get(name) is not None for name in LENGTHS):
-        preset = {name: value for name, value in preset.items() if name not in LENGTHS}
+    preset = PRESETS.get(str(values.get("preset", "default")), {})
     path = PATHS.get(str(values.get("path", "")), {})
     named = {**preset, **path, **values}
     losses = logit_facts(str(named.get("logit_loss", ""))), feature_facts(str(named.get("feature_loss", "")))
     return {**preset, **path, **losses[0].implied, **losses[1].implied}
+
+
+def over(values: Mapping[str, object], given: Mapping[str, object]) -> dict[str, object]:
+    """`given` over `values`: a length that is given takes the place of any other, and one that is not given,
+    of none."""
+    lengths = {name for name in LENGTHS if given.get(name) is not None}
+    under = {name: value for name, value in values.items() if not (lengths and name in LENGTHS)}
+    return {**under, **{name: v for name, v in given.items() if v is not None or name not in LENGTHS}}
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -76,6 +81,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold `name: value` lines, not a {type(values).__name__}")
+    if values.get("minutes") is not None:
+        values.pop("epochs", None)  # older versions wrote their default beside
     return values
 
 

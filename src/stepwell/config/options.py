@@ -12,6 +12,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from stepwell.config.base import (
+    LENGTHS,
     Amount,
     Count,
     Fraction,
@@ -120,6 +121,14 @@ class TrainingOptions(Options):
     precision and is untried: name it."""
     threads: Count | None = None
     """CPU threads of torch; torch's own choice if not given. Very small models are fastest on 1."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        given = [name for name in LENGTHS if getattr(self, name, None) is not None]
+        if len(given) > 1:
+            flags = " and ".join(flag_of(name) for name in given)
+            raise ValueError(f"{flags} each say how long the run is: give one of them")
+        return self
 
 
 class ScoreOptions(Options):
