@@ -75,7 +75,7 @@ def check_extras(options: ExtraOptions, path: Way, keep_ratio: float | None) -> 
         raise ValueError(f"{given[0]} is for a stock network beside the student: name it with --baseline")
     if options.baseline_pretrained and options.baseline_weights is not None:
         raise ValueError(
-            "--baseline-pretrained and --baseline-weights each say where the baseline starts: give one of them"
+            "--baseline-pretrained and --baseline-weights each say where it starts: give one of them"
         )
     if options.baseline_weights_key is not None and options.baseline_weights is None:
         raise ValueError("--baseline-weights-key needs --baseline-weights")

@@ -81,9 +81,7 @@ def _plan(
     return stage.result
 
 
-def _as_dear(
-    s: Setting, ladder: Ladder, step: Sequence[Rung], like: Sequence[Rung], epochs: float
-) -> float:
+def _as_dear(s: Setting, ladder: Ladder, step: Sequence[Rung], like: Sequence[Rung], epochs: float) -> float:
     """Epochs of `step` that take as long, or cost as much, as `epochs` of `like`."""
     if s.config.minutes is not None:
         return epochs * seconds_of_step(s, *like) / seconds_of_step(s, *step)

@@ -25,7 +25,7 @@ def which_for(result: Result, milliseconds: float) -> str:
     if not within:
         fastest, folder, model = min(timed, key=lambda found: found[0])
         return (
-            f"Within {milliseconds:g} ms: none; the fastest is {_called(folder, model)} with {fastest:.2f} ms "
+            f"Within {milliseconds:g} ms: none; the fastest is {_called(folder, model)}, {fastest:.2f} ms "
             f"({conditions})."
         )
     taken, folder, model = max(within, key=lambda found: (_value(found[2], _metric(result)), -found[0]))
@@ -51,7 +51,10 @@ def baseline_words(result: Result) -> str:
     factor = result.milliseconds(network) / result.milliseconds(result.given)
     speed = f"{factor:.1f} times the student's" if not 0.95 < factor < 1.05 else "the student's"
     if _metric(result) == "likelihood":
-        what, of = "mean log-likelihood", [f"{m.selection_log_likelihood:.3f}" for m in (network, result.given)]
+        what, of = (
+            "mean log-likelihood",
+            [f"{m.selection_log_likelihood:.3f}" for m in (network, result.given)],
+        )
     else:
         what, of = _metric(result), [f"{m.selection_quality:.1f} %" for m in (network, result.given)]
     figures = (

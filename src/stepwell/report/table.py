@@ -8,13 +8,13 @@ from rich.console import Console
 from rich.table import Table
 
 from stepwell.measure.size import short_number
-from stepwell.report.beside import baseline_words
+from stepwell.report.beside import baseline_won
 from stepwell.report.result import ModelResult, Result
 from stepwell.report.wording import decision
 
 
 def result_table(result: Result, width: int = 110) -> str:
-    """Teacher, assistant, student, control, baseline and sizes: quality with interval, size, operations, time, and ratios."""
+    """Every model of a run, from the teacher down: quality with interval, size, operations, time, ratios."""
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     table.add_column("")
     for column in (
@@ -53,11 +53,17 @@ def result_table(result: Result, width: int = 110) -> str:
 
 def _beside(result: Result) -> str:
     """What the rows of further sizes and of the stock network are."""
-    said = [baseline_words(result)]
+    said = []
+    if result.baseline is not None:
+        better = "better" if baseline_won(result) else "not better"
+        said.append(
+            f"The baseline, {result.baseline_name}, taught for as much compute, is {better} than the student "
+            f"on the selection images."
+        )
     if result.sizes:
         said.append(
-            f"Every size lies in a folder of its own, such as {result.sizes[0].folder}; stepwell inspect RUN "
-            f"--latency-ms T says which to take."
+            f"Every size lies in a folder of its own, such as {result.sizes[0].folder}. Which to take: "
+            f"stepwell inspect RUN --latency-ms T."
         )
     return "".join(f"\n{words}" for words in said if words)
 

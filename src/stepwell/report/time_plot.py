@@ -12,7 +12,7 @@ from stepwell.report.result import Result
 
 
 def quality_over_time(result: Result, width: int = 820, height: int = 380) -> str:
-    """Quality on the test images of every size over its milliseconds at batch 1, with teacher and baseline."""
+    """Quality on the test images of every size over its time at batch 1, with teacher and baseline."""
     sizes = [model for _, model in handed_out_sizes(result)]
     times = [result.milliseconds(model) for model in sizes]
 

@@ -40,7 +40,7 @@ def trainings_of(run: RunDir) -> dict[str, Trained]:
 
 
 def cost_of(run: RunDir, single_step: float) -> Cost:
-    """What a run cost: measured against the control's seconds where one was trained, else from operation counts."""
+    """What a run cost: measured against the control's seconds where there is one, else by operations."""
     bill, trainings = bill_of(run), trainings_of(run)
     control = trainings.pop(CONTROL_STAGE, None)
     trainings.pop(BASELINE_STAGE, None)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import nn
 
 from stepwell.data.labels import as_tensor
@@ -38,6 +39,7 @@ from stepwell.setting.setting import Setting
 from stepwell.tasks.measures import Metric, performance
 from stepwell.tasks.task import Answers
 from stepwell.version import __version__
+
 
 @dataclass(frozen=True)
 class Size:
@@ -84,7 +86,7 @@ class Delivered(StageResult):
     student: ModelResult
     control: ModelResult | None
     tried: list[TriedResult]
-    sizes: list[SizeResult] = []
+    sizes: list[SizeResult] = Field(default_factory=list)
     """From the smallest up."""
     baseline: ModelResult | None = None
 
