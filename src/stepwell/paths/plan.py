@@ -110,29 +110,31 @@ def plan_steps(s: Setting, ladder: Ladder, epochs: Epochs, chain: Sequence[Rung]
     with s.run.stage("plan steps", Epochs) as stage:
         if stage.is_new:
             num_more = len(size_indices([c.keep_ratio for c in ladder.candidates], s.config))
-            steps = [*itertools.pairwise(chain), *num_more * [(chain[-2], chain[-1])]]
-            distill = _in_time(s, steps) if s.config.minutes else _for_the_rest(s, ladder, steps)
+            in_time = s.config.minutes is not None
+            distill = _in_time(s, chain, num_more) if in_time else _for_the_rest(s, ladder, chain, num_more)
             say(f"plan: {distill:.1f} epochs for each step down")
             stage.result = Epochs(joint=epochs.joint, distill=distill)
     return stage.result
 
 
-def _in_time(s: Setting, steps: Sequence[tuple[Rung, Rung]]) -> float:
+def _in_time(s: Setting, chain: Sequence[Rung], num_more: int) -> float:
     minutes = s.config.minutes_of_path
     assert minutes is not None
     left = minutes - s.run.stages["joint"].seconds / 60
-    each = {step: seconds_of_step(s, *step) for step in dict.fromkeys(steps)}
-    return epochs_in(max(left, 0.05 * minutes), *(each[step] for step in steps))
+    seconds = [seconds_of_step(s, upper, lower) for upper, lower in itertools.pairwise(chain)]
+    return epochs_in(max(left, 0.05 * minutes), *seconds, num_more * seconds[-1])
 
 
-def _for_the_rest(s: Setting, ladder: Ladder, steps: Sequence[tuple[Rung, Rung]]) -> float:
+def _for_the_rest(s: Setting, ladder: Ladder, chain: Sequence[Rung], num_more: int) -> float:
     assert s.config.budget is not None
     costs, spent = s.costs(ladder.scales), bill_of(s.run)
     budget = costs.single_step(s.config.budget)
     left = budget - sum(passes for stage, passes in spent.items() if stage != "score")
 
     def cost(epochs: float) -> float:
-        return sum(costs.step_down(epochs, lower.scale, [upper.scale]) for upper, lower in steps)
+        steps = itertools.pairwise(chain)
+        each = [costs.step_down(epochs, lower.scale, [upper.scale]) for upper, lower in steps]
+        return sum(each) + num_more * each[-1]
 
     return epochs_for(max(left, 0.05 * budget), cost)
 
