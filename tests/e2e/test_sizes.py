@@ -27,6 +27,7 @@ from small_world import (
 import stepwell as package
 from conftest import made_once, without_files
 from stepwell.models.card import read_card
+from stepwell.paths import plan
 from stepwell.report.beside import baseline_won
 from stepwell.report.table import result_table
 
@@ -176,11 +177,34 @@ def test_a_budget_is_for_all_sizes(data, teacher, tmp_path, quick):
 def test_what_is_refused(compress_fails):
     assert "--ladder 0.05 is smaller than the student, which keeps 0.1" in compress_fails("--ladder", 0.05)
     assert "nearly the same size" in compress_fails("--ladder", 0.3, 0.302)
+    assert "--student resnet10t is none: make two runs" in compress_fails(
+        "--ladder", 0.3, "--student", "resnet10t"
+    )
     assert "--path takd has none" in compress_fails("--ladder", 0.3, "--path", "takd")
     assert "name it with --baseline" in compress_fails("--baseline-pretrained")
     assert "did you mean vit_tiny_patch16_224?" in compress_fails("--baseline", "vit_tiny_patch16_242")
     line = compress_fails("--baseline", "vit_tiny_patch16_224", "--baseline-args", "num_classes=7")
     assert "--baseline vit_tiny_patch16_224 has 7 classes, the teacher has 3" in line
+
+
+def test_a_comparison_refuses_them(fails, teacher, data, tmp_path):
+    words = ("compare", "--teacher", teacher, "--data", data, "--out", tmp_path / "out")
+    assert "--ladder is for compress: a comparison trains students alone" in fails(*words, "--ladder", 0.3)
+    assert "--baseline is for compress" in fails(*words, "--baseline", "resnet10t")
+
+
+def test_minutes_are_for_all_of_it(data, teacher, tmp_path, quick, monkeypatch):
+    """Every step takes a second for an epoch: three sizes and a baseline share what there is."""
+    monkeypatch.setattr(plan, "seconds_per_step", lambda _step, images: 1 / images.steps_per_epoch)
+    out = tmp_path / "out"
+    words = ("--teacher", teacher, "--data", data, "--out", out, *SMALL, "--ladder", 0.1, 0.4, 0.7, *BASELINE)
+    stepwell("compress", *words, "--minutes", 0.3)
+    result = result_of(out)
+    # 18 seconds for two, path and baseline; joint training is much faster than what the clock is told.
+    assert result.epochs["baseline"] == pytest.approx(9)
+    left = 9 - result.seconds["joint"]
+    for stage in ("distill", "size 0.4", "size 0.7"):
+        assert result.epochs[stage] == pytest.approx(left / 3, abs=0.34)  # whole steps, of a third each
 
 
 def test_sizes_that_rounding_makes_equal_are_refused(fails, teacher, data, tmp_path):

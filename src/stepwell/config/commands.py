@@ -98,7 +98,7 @@ class CompressConfig(
 
     @model_validator(mode="after")
     def _extras(self) -> Self:
-        check_extras(self, self.path, self.keep_ratio)
+        check_extras(self, self.path, self.keep_ratio, self.student)
         return self
 
     @model_validator(mode="after")

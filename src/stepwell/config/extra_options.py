@@ -50,8 +50,14 @@ def sizes_beside(student: float, options: ExtraOptions) -> list[float]:
     return others
 
 
-def check_extras(options: ExtraOptions, path: Way, keep_ratio: float | None) -> None:
+def check_extras(options: ExtraOptions, path: Way, keep_ratio: float | None, student: str | None) -> None:
     """Refuse what makes no sense together.
+
+    Args:
+        options: What is trained besides the student.
+        path: The way down.
+        keep_ratio: The student's, if it was given.
+        student: Its architecture, where that is another one than the teacher's.
 
     Raises:
         ValueError: Names the options.
@@ -59,6 +65,10 @@ def check_extras(options: ExtraOptions, path: Way, keep_ratio: float | None) -> 
     if options.ladder and path not in LADDER_PATHS:
         raise ValueError(
             f"--ladder needs candidates that are trained together, as in --path amd; --path {path} has none"
+        )
+    if options.ladder and student is not None:
+        raise ValueError(
+            f"--ladder hands out slices of the teacher, and --student {student} is none: make two runs of it"
         )
     for smaller, larger in itertools.pairwise(sorted(options.ladder)):
         if larger - smaller <= NEAR:
