@@ -40,7 +40,7 @@ from stepwell.version import __version__
 POSITIONAL = frozenset({"run", "images"})
 """Fields given without a flag; so is `model` of `predict`."""
 
-PAIRS = ("--model-args", "--student-args", "--logit-args", "--feature-args")
+PAIRS = ("--model-args", "--student-args", "--baseline-args", "--logit-args", "--feature-args")
 """Options that take name=value pairs."""
 
 COMMANDS: dict[str, tuple[type[Options], str]] = {

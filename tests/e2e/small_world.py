@@ -157,9 +157,10 @@ def figures(run: Path) -> dict:
     if not result["cost_vs_single_step"]["predicted"]:
         del result["cost_vs_single_step"]
     result["notes"] = [note for note in result["notes"] if not note.startswith("At batch")]
-    for role in ("teacher", "assistant", "student", "control"):
-        if result[role] is not None:
-            del result[role]["latency"], result[role]["latency_ms"]
+    roles = [result[role] for role in ("teacher", "assistant", "student", "control", "baseline")]
+    for model in (*roles, *result["sizes"]):
+        if model is not None:
+            del model["latency"], model["latency_ms"]
     return result
 
 

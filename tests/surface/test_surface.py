@@ -52,6 +52,8 @@ COMPRESS = TRAINING | {
     "--student-weights-key", "--weights-key",
     "--path", "--assistants", "--num-assistants", "--drop", "--logit-loss", "--feature-loss", "--logit-args",
     "--feature-args", "--loss-warmup", "--first-epochs", "--budget-epochs", "--joint-share",
+    "--ladder", "--baseline", "--baseline-args", "--baseline-pretrained", "--baseline-weights",
+    "--baseline-weights-key",
 }  # fmt: skip
 FLAGS = {
     "train": TRAINING | {"--layer-decay", "--model", "--pretrained", "--weights", "--weights-key"},
@@ -61,7 +63,7 @@ FLAGS = {
         "--suite", "--scale",
     },
     "doctor": COMPRESS,
-    "inspect": {"--all", "--json", "--teacher"},
+    "inspect": {"--all", "--json", "--latency-ms", "--teacher"},
     "export": {"--all", "--format", "--keep", "--opset", "--out", "--teacher"},
     "predict": {"--teacher", "--top", "--white-level"},
     "demo": {"--device", "--effort", "--out", "--seed"},

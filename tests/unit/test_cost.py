@@ -107,6 +107,7 @@ def test_a_shorter_joint_stage(share, ratio):
                 "select": 100 * 5.5,
                 "distill": 10 * 1000 * 0.8,
                 "more assistants": 0,
+                "more sizes": 0,
             },
         ),
         (
@@ -145,6 +146,13 @@ def test_assistants_in_a_row_cost_a_training_each():
     # Below the middle one, of 0.5, one of half its scale.
     bill = bill_of(costs(num_assistants=3), Epochs(joint=1, distill=10))
     assert bill["more assistants"] == pytest.approx(2 * 10 * (0.5 + 3 * 0.25))
+
+
+def test_every_further_size_costs_what_the_students_last_step_does():
+    sized = bill_of(costs(ladder=(0.1, 0.3, 0.5)), Epochs(joint=1, distill=10))
+    assert sized["more sizes"] == pytest.approx(2 * sized["distill"])
+    # Of a budget in operations the student's ratio is not known yet: each size is taken for a further one.
+    assert costs(ladder=(0.1, 0.3), macs="10%", keep_ratio=None).options.num_more_sizes == 2
 
 
 def test_no_more_images_are_scored_than_there_are():

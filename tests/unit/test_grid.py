@@ -5,6 +5,7 @@ import pytest
 import timm
 import torch
 
+from stepwell.config.commands import CompressConfig
 from stepwell.config.files import make_config
 from stepwell.config.options import GridOptions
 from stepwell.data.spec import InputSpec
@@ -14,7 +15,7 @@ from stepwell.pruning.families import find_groups
 from stepwell.pruning.ranking import kept_counts, round_widths
 from stepwell.pruning.skeleton import build_skeleton
 from stepwell.pruning.units import Group
-from stepwell.stages.grid import keep_ratios, make_grid
+from stepwell.stages.grid import keep_ratios, make_grid, with_sizes
 
 # ViT-B/16 at 224 pixels: keep ratio, heads, neurons, parameters (M, ratio), MACs (G, ratio).
 TABLE = [
@@ -244,3 +245,11 @@ def test_widths_are_rounded_for_the_machine_that_runs_the_student(round_to, widt
     groups = [group("m", "neuron", 64)]
     options = make_config(GridOptions, {"round_to": round_to})
     assert round_widths(groups, {"m": 27}, options)["m"] == width
+
+
+def test_sizes_are_rungs_among_the_usual_ones():
+    config = CompressConfig(num_candidates=3, ladder=(0.3, 0.1, 0.702))
+    # 0.7 makes room for 0.702: export could not tell them apart.
+    assert with_sizes(0.1, config) == [0.1, 0.3, 0.4, 0.702]
+    with pytest.raises(ConfigError, match=r"--ladder 0\.1 is smaller than the student, which keeps 0\.2"):
+        with_sizes(0.2, config)

@@ -18,11 +18,13 @@ from stepwell.models import own_module
 from stepwell.models.card import load
 from stepwell.models.factory import Factory, load_factory
 from stepwell.paths import path_of
+from stepwell.paths.baseline import train_baseline
 from stepwell.paths.begin import begin
 from stepwell.report.result import Result
 from stepwell.report.table import result_table
 from stepwell.run.observer import Observer
-from stepwell.stages.deliver import deliver, finished_before
+from stepwell.setting.setting import Setting
+from stepwell.stages.deliver import Finished, deliver, finished_before
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ def compress(
     config = make_config(CompressConfig, values)
     teacher_module, student_module = (m if isinstance(m, nn.Module) else None for m in (teacher, student))
     s = begin(config, teacher_module, student_module)
-    result = finished_before(s) or path_of(config.path).descend(s, deliver)
+    result = finished_before(s) or path_of(config.path).descend(s, _deliver)
     return _compressed(config, result, teacher_module, student_module)
 
 
@@ -105,8 +107,12 @@ def run(config: CompressConfig, observer: Observer | None = None) -> Compressed:
         observer: Whoever looks on.
     """
     s = begin(config, observer=observer)
-    result = finished_before(s) or path_of(config.path).descend(s, deliver)
+    result = finished_before(s) or path_of(config.path).descend(s, _deliver)
     return _compressed(config, result)
+
+
+def _deliver(s: Setting, finished: Finished) -> Result:
+    return deliver(s, train_baseline(s, finished))
 
 
 def _compressed(

@@ -45,9 +45,10 @@ from stepwell.report.stages import stage_lines
 from stepwell.report.table import render
 from stepwell.run.device import find_device
 from stepwell.run.progress import progress
+from stepwell.setting.baseline import build_baseline
 from stepwell.setting.classes import settle
 from stepwell.setting.prepare import groups_of
-from stepwell.stages.grid import make_grid
+from stepwell.stages.grid import make_grid, size_indices
 from stepwell.tasks.task import task_of
 
 
@@ -64,9 +65,11 @@ def run(config: CompressConfig) -> str:
     if teacher.is_own_module:
         check_runs(model, spec, config.teacher, "--image-size")
         check_trains(model, spec, config.teacher, config.batch_size)
-    student = _student(config, model, spec)
+    student, baseline = _student(config, model, spec), _baseline(config, model, spec)
+    others = [*_other_line("student", student, model, spec), *_other_line("baseline", baseline, model, spec)]
+    beside = [] if baseline is None else [baseline.model]
     if not path.cuts:
-        return "\n".join([*_uncut(config, data, teacher, student), *class_lines])
+        return "\n".join([*_uncut(config, data, teacher, student, beside), *others[1:], *class_lines])
     groups = groups_of(model, spec, teacher.is_own_module, data, config)
     scores = uniform_scores(groups)
     met = student_widths(config, model, spec, groups, scores)
@@ -76,6 +79,7 @@ def run(config: CompressConfig) -> str:
         for candidate in candidates:
             skeletons.append(build_skeleton(model, groups, candidate.widths))
             advance("")
+    sizes = [skeletons[i] for i in size_indices([c.keep_ratio for c in candidates], config)]
     scale = count_macs(skeletons[0], spec) / count_macs(model, spec)
     little = little_saved(config, spec, groups, candidates[0], skeletons[0], scale)
     lines = [
@@ -87,9 +91,9 @@ def run(config: CompressConfig) -> str:
         *_images(data),
         "",
         _table(groups, candidates, skeletons, model, spec),
-        *_student_line(config, student, model, spec),
+        *others,
         "",
-        *_estimate(config, data, model, skeletons, student, spec),
+        *_estimate(config, data, model, skeletons, student, spec, [*sizes, *beside]),
         *class_lines,
         *(f"warning: {text}" for text in (*warnings_for(groups, candidates[0]), little) if text),
     ]
@@ -97,7 +101,11 @@ def run(config: CompressConfig) -> str:
 
 
 def _uncut(
-    config: CompressConfig, data: Data | None, teacher: Teacher, student: OtherStudent | None
+    config: CompressConfig,
+    data: Data | None,
+    teacher: Teacher,
+    student: OtherStudent | None,
+    beside: Sequence[nn.Module],
 ) -> list[str]:
     """A teacher that stays whole, the student that it teaches, and which of their states are compared."""
     assert student is not None, "the path's check asks for one"
@@ -105,11 +113,11 @@ def _uncut(
     return [
         f"{config.teacher}: stays whole, and teaches",
         *_sizes(model, spec),
-        *_student_line(config, student, model, spec),
+        *_other_line("student", student, model, spec),
         *stage_lines(config, model, student, spec),
         *_images(data),
         "",
-        *_estimate(config, data, model, [student.model], student, spec),
+        *_estimate(config, data, model, [student.model], student, spec, beside),
     ]
 
 
@@ -205,12 +213,21 @@ def _student(config: CompressConfig, teacher: nn.Module, spec: InputSpec) -> Oth
     """The student of another architecture, if one is asked for."""
     if config.student is None:
         return None
+    options = config.model_copy(update={"student_pretrained": False})  # nothing is downloaded
+    return build_student(options, _num_classes(config, teacher, spec), spec, config.seed)
+
+
+def _baseline(config: CompressConfig, teacher: nn.Module, spec: InputSpec) -> OtherStudent | None:
+    if config.baseline is None:
+        return None
+    options = config.model_copy(update={"baseline_pretrained": False})
+    return build_baseline(options, config.baseline, _num_classes(config, teacher, spec), spec)
+
+
+def _num_classes(config: CompressConfig, teacher: nn.Module, spec: InputSpec) -> int:
     # A model of timm by name has no weights here, and cannot run; it says how many classes it has.
     classes = getattr(teacher, "num_classes", None)
-    if classes is None:
-        classes = check_runs(teacher, spec, config.teacher, "--image-size")
-    options = config.model_copy(update={"student_pretrained": False})  # nothing is downloaded
-    return build_student(options, classes, spec, config.seed)
+    return check_runs(teacher, spec, config.teacher, "--image-size") if classes is None else classes
 
 
 def _found_by(model: nn.Module, groups: Sequence[Group]) -> list[str]:
@@ -275,14 +292,12 @@ def _table(
     return render(table)
 
 
-def _student_line(
-    config: CompressConfig, student: OtherStudent | None, teacher: nn.Module, spec: InputSpec
-) -> list[str]:
-    if student is None:
+def _other_line(role: str, other: OtherStudent | None, teacher: nn.Module, spec: InputSpec) -> list[str]:
+    if other is None:
         return []
-    params, macs = num_params(student.model), count_macs(student.model, spec)
+    params, macs = num_params(other.model), count_macs(other.model, spec)
     return [
-        f"student: {config.student}, {short_number(params)} parameters "
+        f"{role}: {other.name}, {short_number(params)} parameters "
         f"({100 * params / num_params(teacher):.1f} %), {short_number(macs)} MACs "
         f"({100 * macs / count_macs(teacher, spec):.1f} %)",
     ]
@@ -295,6 +310,7 @@ def _estimate(
     skeletons: Sequence[nn.Module],
     student: OtherStudent | None,
     spec: InputSpec,
+    beside: Sequence[nn.Module],
 ) -> list[str]:
     device, path, total = find_device(config.device), path_of(config.path), count_macs(model, spec)
     scales = [count_macs(skeleton, spec) / total for skeleton in skeletons]
@@ -306,10 +322,11 @@ def _estimate(
         fitting = 60 * minutes / seconds_of(costs.single_step(1) * total, device)
         config = config.model_copy(update={"minutes": None, "budget_epochs": fitting})
     epochs = epochs_of(costs, path.bill, config)
-    passes = sum(path.bill(costs, epochs, config).values()) * (1 if config.control == "none" else 2)
+    passes = sum(path.bill(costs, epochs, config).values()) * config.equal_trainings
     seconds = seconds_of(passes * total, device)
     losses = path.losses(len(scales), config)
     memory, disk = memory_and_disk(config, model, skeletons, spec, num_train, losses)
+    disk += 16 * sum(map(num_params, beside))  # further sizes and the baseline, as the student
     images = f"{num_train} training images" if data else "1,000 training images (give --data for yours)"
     return [
         f"roughly, on this {device.type}: {_hours(seconds)}: {epochs.joint:.3g} + {epochs.distill:.3g} epochs "

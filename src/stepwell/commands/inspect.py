@@ -17,6 +17,7 @@ from stepwell.models.card import ONNX, example_images
 from stepwell.models.export import export_onnx
 from stepwell.models.factory import Factory, load_factory
 from stepwell.models.ladder import load_rung
+from stepwell.report.beside import which_for
 from stepwell.report.result import Result, SelectionResult
 from stepwell.report.table import render, result_table
 from stepwell.run.progress import progress, say
@@ -40,6 +41,7 @@ def run(config: InspectConfig) -> str:
         *(_selection(result, result.selection, latencies) if result.selection else []),
         *(_tried(result) if result.tried else []),
         result_table(result),
+        *([] if config.latency_ms is None else [which_for(result, config.latency_ms)]),
         *(f"- {note}" for note in result.notes),
         f"report: {config.run / 'report.html'}",
     ]

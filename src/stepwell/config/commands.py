@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from stepwell.config.base import Count, Fraction, Positive, Seed
+from stepwell.config.extra_options import ExtraOptions, check_extras, sizes_beside
 from stepwell.config.model_options import StartOptions, StudentOptions
 from stepwell.config.options import (
     DataOptions,
@@ -35,6 +36,7 @@ DEFAULT_EPOCHS = 30.0
 
 # Fields come in the order of the bases from last to first: in the help, and in config.yaml.
 class CompressConfig(
+    ExtraOptions,
     PathOptions,
     SelectOptions,
     JointOptions,
@@ -69,8 +71,25 @@ class CompressConfig(
 
     @property
     def minutes_of_path(self) -> float | None:
-        """The share of `minutes` that the path has: a control of equal compute takes the other half."""
-        return self.minutes if self.minutes is None or self.control == "none" else self.minutes / 2
+        """The share of `minutes` that the path has: a control and a baseline take as much again, each."""
+        return None if self.minutes is None else self.minutes / self.equal_trainings
+
+    @property
+    def equal_trainings(self) -> int:
+        """How many times a run pays for the path: once for itself, control and baseline."""
+        return 1 + (self.control != "none") + (self.baseline is not None)
+
+    @property
+    def num_more_sizes(self) -> int:
+        """Sizes of the ladder besides the student, whose own keep ratio a budget may not have found yet."""
+        if not self.ladder or any((self.macs, self.params, self.latency_ms)):
+            return len(self.ladder)
+        return len(sizes_beside(self.keep_ratio or min(self.ladder), self))
+
+    @model_validator(mode="after")
+    def _extras(self) -> Self:
+        check_extras(self, self.path, self.keep_ratio, self.student)
+        return self
 
     @model_validator(mode="after")
     def _recipe(self) -> Self:
@@ -102,6 +121,13 @@ class CompareConfig(CompressConfig):
     then its own."""
     scale: Literal["cpu", "gpu", "paper"] = "cpu"
     """Size of a suite: hours on two cores, on one GPU, or the published recipe."""
+
+    @model_validator(mode="after")
+    def _students_alone(self) -> Self:
+        for flag, given in (("--ladder", self.ladder), ("--baseline", self.baseline)):
+            if given:
+                raise ValueError(f"{flag} is for compress: a comparison trains students alone")
+        return self
 
 
 class TrainConfig(RecipeOptions, TrainingOptions, DataOptions, StartOptions):
@@ -143,6 +169,8 @@ class InspectConfig(Options):
 
     run: Path
     """Directory of a finished run."""
+    latency_ms: Positive | None = None
+    """Also say which of its models to take, if one image may take so many milliseconds."""
     json_: bool = False
     """Print result.json instead of tables."""
     all: bool = False

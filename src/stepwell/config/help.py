@@ -29,10 +29,12 @@ _COMPRESS: Groups = {
         ("--macs 1.8G", "operations per image, or 10% of the teacher's"),
         ("--params 9M", "parameters, or 10% of the teacher's"),
         ("--latency-ms T", "milliseconds per image, measured before training"),
+        ("--ladder S S ...", "or: several sizes from one run"),
     ),
     "how": (
         ("--control NAME", "equal_compute: also without an assistant; the better is kept"),
         ("--student MODEL", "a student of another architecture"),
+        ("--baseline MODEL", "also a stock network, to compare the student with"),
         ("--path NAME", "another way down than amd, such as single-step or takd"),
         *_BUDGET,
     ),

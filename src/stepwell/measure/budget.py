@@ -77,7 +77,7 @@ def student_widths(
     """The widths that meet the budget of `config`, by the ranking that `scores` give.
 
     Args:
-        config: Holds one budget, or none: then a tenth of the units is kept.
+        config: Holds one budget, or none: then a tenth of the units is kept, or the smallest of the ladder.
         model: The teacher; for a budget in milliseconds its buffers must be real.
         spec: Its input.
         groups: Its groups.
@@ -92,7 +92,7 @@ def student_widths(
 
     priced = _budget_and_cost(config, model, spec)
     if priced is None:
-        keep = config.keep_ratio or DEFAULT_KEEP
+        keep = config.keep_ratio or min(config.ladder, default=DEFAULT_KEEP)
         return Met(keep_ratio=keep, widths=at(keep, keep), cost=keep)
     budget, cost = priced
     steps = _STEPS[budget.kind]

@@ -36,6 +36,13 @@ from stepwell.run.run_dir import plain_tensors, write_atomically
 from stepwell.tasks.outputs import Outputs, as_logits
 
 WEIGHTS, CARD, ONNX = "model.safetensors", "stepwell.json", "model.onnx"
+BASELINE = "baseline"
+"""Folder of a run with the stock network that the student is compared with."""
+
+
+def size_folder(keep_ratio: float) -> str:
+    """Folder of a run with a further size of `--ladder`."""
+    return f"ladder/{keep_ratio:g}"
 
 
 class Architecture(BaseModel):

@@ -19,6 +19,7 @@ from stepwell.models.card import (
     named_groups,
     narrow_and_load,
     read_card,
+    size_folder,
 )
 from stepwell.models.factory import Factory
 from stepwell.pruning.shared import SharedWeights
@@ -47,8 +48,8 @@ class Ladder(StageResult):
 def load_rung(run: Path, keep_ratio: float, factory: Factory | None = None) -> tuple[nn.Module, Card]:
     """The rung nearest to `keep_ratio`, as a physical model, and its card.
 
-    The smallest rung is the student that the run delivered; the others come from the jointly trained weights,
-    and must answer as they did when these were saved.
+    The smallest rung is the student that the run delivered, and a size of `--ladder` is the finished one; the
+    others come from the jointly trained weights, and must answer as they did when these were saved.
 
     Args:
         run: Directory of a run whose joint stage is finished.
@@ -74,6 +75,9 @@ def load_rung(run: Path, keep_ratio: float, factory: Factory | None = None) -> t
     rung = ladder.teacher.model_copy(update={"widths": widths})
     if index == 0 and (card := _students_card(run)) and _is_rung(card, rung):
         return narrow_and_load(full, card.widths, run / "student" / WEIGHTS, card.input), card
+    if (finished := run / size_folder(candidate.keep_ratio)).joinpath(CARD).exists():
+        card = read_card(finished)
+        return narrow_and_load(full, card.widths, finished / WEIGHTS, card.input), card
     shared = _store(full, ladder)
     if left_out := shared.load(joint.tensors):
         name = left_out[0].partition("@")[0]

@@ -47,6 +47,7 @@ def build_student(
     seed: int,
     module: nn.Module | None = None,
     like: nn.Module | None = None,
+    flag: str = "--student",
 ) -> OtherStudent:
     """Build the student that `--student` names.
 
@@ -57,6 +58,7 @@ def build_student(
         seed: Of the random weights.
         module: The module that `--student` stands for, where the caller built it; a copy is taken.
         like: Where to copy weights from, by name and shape, with `--student-init teacher`.
+        flag: The option that names it, for errors.
 
     Raises:
         ModelError: There is no such model, or the weights do not fit it.
@@ -74,17 +76,17 @@ def build_student(
         elif is_own_code(name):
             model, architecture = load_factory(name)(), Architecture(source="factory", name=name)
         else:
-            model, architecture = _from_timm(options, num_classes, spec)
+            model, architecture = _from_timm(options, num_classes, spec, flag)
     if options.student_weights is not None:  # first: they are the file's own, before anything is folded
         whole = own_module.unwrapped(model)
-        load_start(whole, options.student_weights, options.student_weights_key, "--student-weights-key")
+        load_start(whole, options.student_weights, options.student_weights_key, f"{flag}-weights-key")
     if architecture.source == "factory":
-        model = own_module.plain(model, f"--student {name}")
+        model = own_module.plain(model, f"{flag} {name}")
     # A slice of the teacher is trained as a whole, and so is this.
     model = model.eval().requires_grad_(True)
-    classes = check_runs(model, spec, f"--student {name}", "--student-args or another student")
+    classes = check_runs(model, spec, f"{flag} {name}", f"{flag}-args or another model")
     if classes != num_classes:
-        raise ConfigError(f"--student {name} has {classes} classes, the teacher has {num_classes}")
+        raise ConfigError(f"{flag} {name} has {classes} classes, the teacher has {num_classes}")
     if like is not None and options.student_init == "teacher":
         _copy(like, model, name)
     try:
@@ -94,19 +96,21 @@ def build_student(
     return OtherStudent(model, architecture, blocks, name)
 
 
-def _from_timm(options: StudentOptions, num_classes: int, spec: InputSpec) -> tuple[nn.Module, Architecture]:
-    name, flag = str(options.student), "--student-args"
+def _from_timm(
+    options: StudentOptions, num_classes: int, spec: InputSpec, flag: str
+) -> tuple[nn.Module, Architecture]:
+    name, args, role = str(options.student), f"{flag}-args", flag.removeprefix("--")
     given = {"num_classes": num_classes, "in_chans": spec.channels, **parse_model_args(options.student_args)}
-    model = create_timm(name, given, pretrained=False, flag=flag)
+    model = create_timm(name, given, pretrained=False, flag=args)
     wrong = (has_one_size(model) and input_spec(model).size != spec.size) or not runs(model, spec)
     if wrong and "img_size" not in given:
         with contextlib.suppress(ConfigError):  # a model that takes no size fails, in words, where it is run
-            model = create_timm(name, {**given, "img_size": spec.size}, pretrained=False, flag=flag)
+            model = create_timm(name, {**given, "img_size": spec.size}, pretrained=False, flag=args)
             given |= {"img_size": spec.size}
     if options.student_pretrained:
-        way_out = "pass --student-weights FILE"
-        model = create_timm(name, given, pretrained=True, way_out=way_out, flag=flag)
-        say(f"student: starts from timm's pretrained weights of {name}, with a new head where classes differ")
+        way_out = f"pass {flag}-weights FILE"
+        model = create_timm(name, given, pretrained=True, way_out=way_out, flag=args)
+        say(f"{role}: starts from timm's pretrained weights of {name}, with a new head where classes differ")
     return model, timm_architecture(name, model.eval(), given)
 
 

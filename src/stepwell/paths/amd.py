@@ -7,15 +7,18 @@ ends where an uninterrupted one does.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from stepwell.config.commands import CompressConfig
 from stepwell.measure.cost import Costs, Epochs
 from stepwell.measure.estimate import Losses
 from stepwell.paths.path import Deliver, Path, R, finish, middle
 from stepwell.paths.plan import plan_steps, plan_with_joint
+from stepwell.paths.sizes import more_sizes
 from stepwell.setting.rungs import slice_of_store, student_below
 from stepwell.setting.setting import Setting
 from stepwell.stages.distill import distill
-from stepwell.stages.grid import grid, keep_ratios
+from stepwell.stages.grid import grid, with_sizes
 from stepwell.stages.joint import joint
 from stepwell.stages.score import score
 from stepwell.stages.select import lower_assistants, select
@@ -32,7 +35,7 @@ def descend(s: Setting, deliver: Deliver[R]) -> R:
     scores = score(s)
 
     # 2. Grid: nested candidates of the most important units, the student's budget up. And the plan: epochs.
-    ladder = grid(s, scores, keep_ratios)
+    ladder = grid(s, scores, with_sizes)
     epochs = plan_with_joint(s, ladder, bill)
 
     # 3. Joint: train all candidates in one shared store of weights, against the frozen teacher.
@@ -54,6 +57,8 @@ def descend(s: Setting, deliver: Deliver[R]) -> R:
     # `finish` trains the control, if asked for: the same student straight from the teacher.
     way = words(len(ladder.candidates), len(assistants))
     finished = finish(s, ladder, epochs.distill, student, assistants, way, choice)
+    sizes = more_sizes(s, ladder, shared, choice, (assistants[-1], student), epochs)  # none without --ladder
+    finished = replace(finished, sizes=sizes)
 
     # 6. Deliver: measure everything, and hand out the student with its proof.
     return deliver(s, finished)
@@ -64,12 +69,14 @@ def bill(costs: Costs, epochs: Epochs, options: CompressConfig) -> dict[str, flo
     # A further assistant is taken to have half the scale of the one above; the student is then its slice.
     further = costs.step_down(epochs.distill, middle(costs) / 2, [middle(costs)])
     sliced = costs.recalibrating(costs.student) if options.num_assistants > 1 else 0.0
+    last = costs.step_down(epochs.distill, costs.student, [middle(costs)])
     return {
         "score": costs.scoring,
         "joint": costs.joint(epochs.joint),
         "select": costs.evaluating(1.0, *costs.scales),  # the teacher too
-        "distill": costs.step_down(epochs.distill, costs.student, [middle(costs)]),
+        "distill": last,
         "more assistants": (options.num_assistants - 1) * further + sliced,
+        "more sizes": options.num_more_sizes * last,  # each as dear as the student's last step
     }
 
 
@@ -86,4 +93,4 @@ def losses(num_rungs: int, _options: CompressConfig) -> Losses:
     return Losses(kept=num_rungs)
 
 
-PATH = Path(rungs=keep_ratios, bill=bill, descend=descend, losses=losses)
+PATH = Path(rungs=with_sizes, bill=bill, descend=descend, losses=losses)

@@ -19,6 +19,7 @@ from stepwell.paths import path_of
 from stepwell.run.observer import Observer
 from stepwell.run.progress import say
 from stepwell.run.run_dir import RunDir
+from stepwell.setting.baseline import with_baseline
 from stepwell.setting.export_trial import try_export
 from stepwell.setting.prepare import prepare, read_images
 from stepwell.setting.setting import Setting
@@ -54,7 +55,7 @@ def begin(
     spec = as_asked(teacher.spec, teacher.model, config, data.white_level)
     teacher = replace(teacher, spec=spec)
     # Every check comes before the folder is made.
-    s = prepare(config, RunDir(config.out_dir, observer), teacher, data, student, path.cuts)
+    s = with_baseline(prepare(config, RunDir(config.out_dir, observer), teacher, data, student, path.cuts))
     if not (config.out_dir / "result.json").exists():
         read_images(s)
     begun = any(config.out_dir.glob("stages/[!.]*/result.json"))
@@ -74,6 +75,8 @@ def _identity(s: Setting) -> dict[str, str]:
     identity = {"teacher": s.teacher.digest, "data": f"{s.data.fingerprint}{task}"}
     if s.other_student is not None:
         identity["student"] = digest(s.other_student.model)
+    if s.baseline is not None and s.baseline.other_student is not None:
+        identity["baseline"] = digest(s.baseline.other_student.model)
     for option, loss in (("--logit-loss", s.config.logit_loss), ("--feature-loss", s.config.feature_loss)):
         if is_own_code(loss):
             identity[option] = file_digest(loss)

@@ -12,9 +12,10 @@ from stepwell.measure.cost import Costs, Epochs
 from stepwell.measure.estimate import Losses
 from stepwell.models.ladder import Ladder
 from stepwell.report.result import Choice
+from stepwell.setting.bill import CONTROL_STAGE, bill_of, trainings_of
 from stepwell.setting.rungs import Rung, student_below, teacher_of
 from stepwell.setting.setting import Setting
-from stepwell.stages.deliver import CONTROL_STAGE, Finished, bill_of, trainings_of
+from stepwell.stages.deliver import Finished
 from stepwell.stages.distill import distill
 from stepwell.stages.grid import Rungs
 

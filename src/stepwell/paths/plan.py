@@ -19,10 +19,11 @@ from stepwell.measure.cost import Costs, Epochs, candidates_per_step, epochs_for
 from stepwell.models.ladder import Ladder
 from stepwell.paths.path import Bill
 from stepwell.run.progress import say
+from stepwell.setting.bill import bill_of
 from stepwell.setting.rungs import Rung, slice_of_store, store_of, student_below, teacher_of
 from stepwell.setting.setting import Setting
-from stepwell.stages.deliver import bill_of
 from stepwell.stages.distill import distill_step
+from stepwell.stages.grid import size_indices
 from stepwell.stages.joint import candidates_of_step, joint_step
 from stepwell.training.loop import TIMED_STEPS, seconds_per_step
 
@@ -87,14 +88,16 @@ def _with_joint(s: Setting, ladder: Ladder, bill: Bill) -> Epochs:
     joint = config.joint_epochs or epochs_in(config.joint_share * minutes, seconds)
     # The middle candidate stands for the assistant, which is not chosen yet.
     assistant = slice_of_store(shared, ladder, len(ladder.candidates) // 2)
-    rest = _seconds_per_epoch(s, [assistant, student_below(s, ladder, shared)]) * config.num_assistants
+    steps = config.num_assistants + config.num_more_sizes
+    rest = _seconds_per_epoch(s, [assistant, student_below(s, ladder, shared)]) * steps
     distill = epochs_in(max(minutes - joint * seconds / 60, 0.05 * minutes), rest)
     say(f"plan: {joint:.1f} epochs of joint training take {joint * seconds / 60:.1f} of {minutes:g} minutes")
     return Epochs(joint=joint, distill=distill)
 
 
 def plan_steps(s: Setting, ladder: Ladder, epochs: Epochs, chain: Sequence[Rung]) -> Epochs:
-    """The plan of the steps down from the joint training: the assistant, perhaps lower ones, the student.
+    """The plan of the steps down from the joint training: the assistant, perhaps lower ones, the student;
+    as much as the last of them is left for each further size of `--ladder`.
 
     Args:
         s: What the run works with.
@@ -106,20 +109,23 @@ def plan_steps(s: Setting, ladder: Ladder, epochs: Epochs, chain: Sequence[Rung]
         return epochs
     with s.run.stage("plan steps", Epochs) as stage:
         if stage.is_new:
-            distill = _in_time(s, chain) if s.config.minutes else _for_the_rest(s, ladder, chain)
+            num_more = len(size_indices([c.keep_ratio for c in ladder.candidates], s.config))
+            in_time = s.config.minutes is not None
+            distill = _in_time(s, chain, num_more) if in_time else _for_the_rest(s, ladder, chain, num_more)
             say(f"plan: {distill:.1f} epochs for each step down")
             stage.result = Epochs(joint=epochs.joint, distill=distill)
     return stage.result
 
 
-def _in_time(s: Setting, chain: Sequence[Rung]) -> float:
+def _in_time(s: Setting, chain: Sequence[Rung], num_more: int) -> float:
     minutes = s.config.minutes_of_path
     assert minutes is not None
     left = minutes - s.run.stages["joint"].seconds / 60
-    return epochs_in(max(left, 0.05 * minutes), _seconds_per_epoch(s, chain))
+    seconds = [seconds_of_step(s, upper, lower) for upper, lower in itertools.pairwise(chain)]
+    return epochs_in(max(left, 0.05 * minutes), *seconds, num_more * seconds[-1])
 
 
-def _for_the_rest(s: Setting, ladder: Ladder, chain: Sequence[Rung]) -> float:
+def _for_the_rest(s: Setting, ladder: Ladder, chain: Sequence[Rung], num_more: int) -> float:
     assert s.config.budget is not None
     costs, spent = s.costs(ladder.scales), bill_of(s.run)
     budget = costs.single_step(s.config.budget)
@@ -127,7 +133,8 @@ def _for_the_rest(s: Setting, ladder: Ladder, chain: Sequence[Rung]) -> float:
 
     def cost(epochs: float) -> float:
         steps = itertools.pairwise(chain)
-        return sum(costs.step_down(epochs, lower.scale, [upper.scale]) for upper, lower in steps)
+        each = [costs.step_down(epochs, lower.scale, [upper.scale]) for upper, lower in steps]
+        return sum(each) + num_more * each[-1]
 
     return epochs_for(max(left, 0.05 * budget), cost)
 
@@ -142,9 +149,13 @@ def _usual_step(s: Setting, ladder: Ladder) -> float:
 
 
 def _seconds_per_epoch(s: Setting, chain: Sequence[Rung]) -> float:
-    """Of all steps down a chain together, with a pretraining of each, and what is evaluated in between."""
-    seconds, costs = 0.0, s.costs([chain[-1].scale])
-    for upper, lower in itertools.pairwise(chain):
-        evaluated = costs.keeping_best(1, lower.scale) / costs.step_down(1, lower.scale, [upper.scale])
-        seconds += seconds_per_step(distill_step(s, [upper], lower), s.train) / (1 - evaluated)
+    """Of all steps down a chain together."""
+    return sum(seconds_of_step(s, upper, lower) for upper, lower in itertools.pairwise(chain))
+
+
+def seconds_of_step(s: Setting, upper: Rung, lower: Rung) -> float:
+    """Of an epoch of one step down, with one of its pretraining, and what is evaluated in between; timed."""
+    costs = s.costs([lower.scale])
+    evaluated = costs.keeping_best(1, lower.scale) / costs.step_down(1, lower.scale, [upper.scale])
+    seconds = seconds_per_step(distill_step(s, [upper], lower), s.train) / (1 - evaluated)
     return seconds * s.train.steps_per_epoch * (1 + s.config.pretraining_epochs(1))

@@ -7,6 +7,7 @@ from typing import Literal
 from stepwell.config.options import JointOptions
 from stepwell.data.splits import TEST_BY_HASH
 from stepwell.models.teacher import Teacher
+from stepwell.report.beside import baseline_words, size_note
 from stepwell.report.result import Result
 
 FEW_SELECTION_IMAGES = 200
@@ -30,6 +31,7 @@ def notes(result: Result, teacher: Teacher, options: JointOptions) -> list[str]:
             "No control was trained: whether the assistant paid for itself is not known "
             "(--control equal_compute trains one)."
         )
+    told += [words for words in (baseline_words(result), size_note(result)) if words]
     told += not_exported(result)
     told += _where_it_does_not_pay(result)
     if data.test_from == TEST_BY_HASH and data.teacher_saw_selection != "no":
@@ -92,6 +94,8 @@ def not_exported(result: Result) -> list[str]:
             "an assistant": result.assistant,
             "the student": result.student,
             "the control": result.control,
+            "the baseline": result.baseline,
+            **{f"keep {size.keep_ratio:g}": size for size in result.sizes},
         }
         reasons = {name: m.not_exported for name, m in names.items() if m is not None and m.not_exported}
         which = " and ".join(reasons) or "an assistant"

@@ -33,12 +33,13 @@ COLORS = {
     "assistant": "#c06c00",
     "student": "#00805f",
     "control": "#a0508c",
+    "baseline": "#8f3f2f",
     "task": "#0d7896",
     "logit": "#8a6d12",
     "feature": "#6d54b5",
 }
 """Light-page colours; in the SVG each one is `var(--name, colour)`."""
-_MARKERS = {"teacher": "s", "assistant": "D", "student": "o", "control": "^"}
+_MARKERS = {"teacher": "s", "assistant": "D", "student": "o", "control": "^", "baseline": "X"}
 _DOTTED = (0, (2, 3))
 _LOSS_COLORS = {"loss": "ink", "task": "task", "logit": "logit", "feature": "feature"}
 _STYLE = {
@@ -127,7 +128,7 @@ def accuracy_curve(result: Result, width: int = 820, height: int = 400) -> str:
             label="candidates, trained together",
         )
         for role, model in models_of(result):
-            _mark(axes, role, 100 * model.scale, model.selection_quality)
+            mark(axes, role, 100 * model.scale, model.selection_quality)
         axes.set_xlim(0, 104)
         axes.margins(y=0.12)
         axes.set_xlabel("share of the teacher's operations (MACs), %")
@@ -135,10 +136,11 @@ def accuracy_curve(result: Result, width: int = 820, height: int = 400) -> str:
         figure.legend(loc="outside upper left", ncols=5, columnspacing=1.0)  # never over the curve
 
     title = f"{wording.MEASURES[result.measure].title} of the candidates over their scale"
-    return _render(f"curve{width}", title, width, height, draw)
+    return render(f"curve{width}", title, width, height, draw)
 
 
-def _mark(axes: Axes, role: str, x: float, y: float) -> None:
+def mark(axes: Axes, role: str, x: float, y: float) -> None:
+    """The point of a model, in the colour and shape of its role."""
     edge = {"markeredgecolor": COLORS["card"], "markeredgewidth": 1.5}
     axes.plot(x, y, _MARKERS[role], color=COLORS[role], markersize=10, zorder=5, label=role, **edge)
 
@@ -157,7 +159,7 @@ def rule_values(result: Result, rule: str, width: int = 390, height: int = 220) 
         axes.plot([100 * p[0] for p in points], [p[1] for p in points], "-o", color=COLORS["muted"], ms=4)
         for scale, value, picked in points:
             if picked:
-                _mark(axes, "assistant", 100 * scale, value)
+                mark(axes, "assistant", 100 * scale, value)
         if not points:
             axes.text(0.5, 0.5, "not defined for any candidate", ha="center", transform=axes.transAxes)
             axes.set_yticks([])
@@ -165,7 +167,7 @@ def rule_values(result: Result, rule: str, width: int = 390, height: int = 220) 
         axes.margins(y=0.18)
         axes.set_xlabel("share of the teacher's MACs, %")
 
-    return _render(f"rule-{rule}", f"Values of the rule {rule}", width, height, draw)
+    return render(f"rule-{rule}", f"Values of the rule {rule}", width, height, draw)
 
 
 def loss_curves(stage: str, history: History, width: int = 390, height: int = 250) -> str:
@@ -184,7 +186,7 @@ def loss_curves(stage: str, history: History, width: int = 390, height: int = 25
             names.append("learning rate")
         figure.legend(handles, names, loc="outside upper left", ncols=5, handlelength=1.1, columnspacing=1.0)
 
-    return _render(f"loss-{stage}", f"Losses of the stage {stage}", width, height, draw)
+    return render(f"loss-{stage}", f"Losses of the stage {stage}", width, height, draw)
 
 
 def _set_scale(axes: Axes, values: list[float]) -> None:
@@ -224,18 +226,20 @@ def reliability(curves: dict[str, Reliability], width: int = 430, height: int = 
         axes.set(xlim=(0, 102), ylim=(0, 102), xlabel="confidence, %", ylabel="right, %")
         axes.set_aspect("equal")
 
-    return _render("reliability", "Reliability diagram", width, height, draw)
+    return render("reliability", "Reliability diagram", width, height, draw)
 
 
 def models_of(result: Result) -> list[tuple[str, ModelResult]]:
-    """Role and measurements of each model, from teacher to control; the control only if one was trained."""
+    """Role and measurements of each model, from teacher to control and baseline, as far as they were trained;
+    further sizes have a table of their own."""
     assistants = [*result.higher_assistants, *([result.assistant] if result.assistant else [])]
     models = [
         ("teacher", result.teacher),
         *(("assistant", assistant) for assistant in assistants),
         ("student", result.student),
     ]
-    return models if result.control is None else [*models, ("control", result.control)]
+    beside = (("control", result.control), ("baseline", result.baseline))
+    return [*models, *((role, model) for role, model in beside if model is not None)]
 
 
 def handed_out(result: Result) -> ModelResult:
@@ -257,7 +261,7 @@ def by_scale(result: Result) -> list[CandidateResult]:
     return sorted(result.candidates, key=lambda candidate: candidate.scale)
 
 
-def _render(name: str, title: str, width: int, height: int, draw: Callable[[Figure], None]) -> str:
+def render(name: str, title: str, width: int, height: int, draw: Callable[[Figure], None]) -> str:
     """Draw a figure and return its `<svg>` element, `width` x `height` CSS pixels, with no links."""
     text = io.StringIO()
     # The user's own matplotlib settings are put aside for the moment, so they cannot change the report.

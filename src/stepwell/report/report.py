@@ -23,6 +23,7 @@ from stepwell.data.folders import join
 from stepwell.data.images import readable
 from stepwell.errors import RunDirError
 from stepwell.report import plots, wording
+from stepwell.report.beside import handed_out_sizes
 from stepwell.report.by_class import (
     Said,
     TestPredictions,
@@ -33,6 +34,7 @@ from stepwell.report.by_class import (
     untested,
 )
 from stepwell.report.result import Result
+from stepwell.report.time_plot import quality_over_time
 
 MAX_THUMBNAILS = 24
 THUMBNAIL_SIZE = 96
@@ -129,6 +131,7 @@ def _render(result: Result, predictions: TestPredictions, thumbnails: Callable[[
         decision=wording.decision(result),
         comparison=wording.comparison(result),
         table=_table(result, percent),
+        sizes=handed_out_sizes(result) if result.sizes else [],
         rules=wording.RULES,
         stage_name=wording.stage,
         units=wording.units(result),
@@ -224,6 +227,7 @@ def _figures(result: Result, reliability: dict[str, plots.Reliability]) -> dict[
         "curve_wide": Markup(plots.accuracy_curve(result)),
         "curve_narrow": Markup(plots.accuracy_curve(result, width=400, height=380)),
         "rules": {rule: Markup(plots.rule_values(result, rule)) for rule in rules},
+        "time": Markup(quality_over_time(result)) if result.sizes else "",
         "losses": {
             stage: Markup(plots.loss_curves(stage, history))
             for stage, history in result.histories.items()

@@ -65,6 +65,15 @@ class ModelResult(_Record):
     """Measured share of the teacher's MACs."""
 
 
+class SizeResult(ModelResult):
+    """A further size that the run hands out."""
+
+    taught_by: float
+    """Keep ratio of the model that taught its last step; 1 is the teacher."""
+    folder: str
+    """Where it lies, in the run directory."""
+
+
 class CandidateResult(_Record):
     """One rung of the ladder after joint training, measured on the selection images."""
 
@@ -116,6 +125,8 @@ class Choice(StageResult):
     candidates: list[CandidateResult]
     """From the smallest, the student's rung, to the largest."""
     selection: SelectionResult
+    teacher_performance: float | None = None
+    """The teacher's, in [0, 1], on the same images; None in runs of older versions."""
 
 
 class Cost(_Record):
@@ -184,6 +195,12 @@ class Result(_Record):
     """The end of the path: teacher, assistants, student."""
     control: ModelResult | None
     """The same student distilled straight from the teacher, if one was trained."""
+    baseline_name: str | None = None
+    """The stock network that the teacher taught for comparison, if one was asked for."""
+    baseline: ModelResult | None = None
+    """It, in `baseline/`; its `keep_ratio` is 1, as it was not cut."""
+    sizes: list[SizeResult] = []
+    """The other sizes that were handed out, from the smallest up; the student is not among them."""
     handed_out: Literal["student", "control"]
     """Which of the two trainings is in `student/`, decided on the selection images."""
     decided_by: Metric | None = None
@@ -213,8 +230,9 @@ class Result(_Record):
 
     @property
     def models(self) -> list[ModelResult]:
-        """Teacher, assistants, student and control, as far as there are any."""
+        """Teacher, assistants, student, control, baseline and further sizes, as far as there are any."""
         models = [self.teacher, *self.higher_assistants, self.assistant, self.student, self.control]
+        models += [self.baseline, *self.sizes]
         return [model for model in models if model is not None]
 
     @property
@@ -222,6 +240,11 @@ class Result(_Record):
         """What the models' times are compared on: PyTorch where one of them has no ONNX file."""
         timed = all(model.latency.onnx_batch1 is not None for model in self.models)
         return "onnxruntime" if timed else "PyTorch"
+
+    @property
+    def given(self) -> ModelResult:
+        """The model in `student/`."""
+        return (self.control if self.handed_out == "control" else None) or self.student
 
     def milliseconds(self, model: ModelResult, batch: Literal[1, 32] = 1) -> float:
         """Time of a batch of one of the models, on the `runtime` that all of them have."""

@@ -8,12 +8,13 @@ from rich.console import Console
 from rich.table import Table
 
 from stepwell.measure.size import short_number
+from stepwell.report.beside import baseline_won
 from stepwell.report.result import ModelResult, Result
 from stepwell.report.wording import decision
 
 
 def result_table(result: Result, width: int = 110) -> str:
-    """Teacher, assistant, student and control: quality with interval, size, operations, time, and ratios."""
+    """Every model of a run, from the teacher down: quality with interval, size, operations, time, ratios."""
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     table.add_column("")
     for column in (
@@ -33,6 +34,8 @@ def result_table(result: Result, width: int = 110) -> str:
         ("assistant", result.assistant),
         ("student", result.student),
         ("control", result.control),
+        ("baseline", result.baseline),
+        *((f"keep {size.keep_ratio:g} *", size) for size in result.sizes),
     ]
     for role, model in roles:
         if model is not None:
@@ -44,8 +47,25 @@ def result_table(result: Result, width: int = 110) -> str:
         f"{render(table, width)}\n\n{_why_this_one(result)}"
         f"{result.measure} on {result.data.num_test} test images "
         f"({result.data.test_from}); latency: {result.runtime}, CPU, fp32, batch 1, {threads} thread(s)."
-        f"{student}"
+        f"{student}{_beside(result)}"
     )
+
+
+def _beside(result: Result) -> str:
+    """What the rows of further sizes and of the stock network are."""
+    said = []
+    if result.baseline is not None:
+        better = "better" if baseline_won(result) else "not better"
+        said.append(
+            f"The baseline, {result.baseline_name}, taught for as much compute, is {better} than the student "
+            f"on the selection images."
+        )
+    if result.sizes:
+        said.append(
+            f"Every size lies in a folder of its own, such as {result.sizes[0].folder}. Which to take: "
+            f"stepwell inspect RUN --latency-ms T."
+        )
+    return "".join(f"\n{words}" for words in said if words)
 
 
 def _why_this_one(result: Result) -> str:

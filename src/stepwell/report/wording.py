@@ -68,6 +68,7 @@ STAGES = {
     "distill": "distil the student",
     "choose": "compare the students",
     "control": "control: teacher straight to student",
+    "baseline": "the stock network, by the teacher",
     "deliver": "measure and export",
 }
 
@@ -77,6 +78,7 @@ def stage(name: str) -> str:
     return STAGES.get(name) or {
         "assistant": f"train {name}",
         "distill": f"student {name.removeprefix('distill ')}",
+        "size": f"last step of keep {name.removeprefix('size ')}",
     }.get(name.partition(" ")[0], name)
 
 

@@ -35,6 +35,6 @@ def _small(s: Setting) -> nn.Module:
     """A model with about the student's layers; the real widths are not known before the units are scored."""
     if (other := s.fresh_student()) is not None:
         return other
-    keep = s.config.keep_ratio or DEFAULT_KEEP
+    keep = s.config.keep_ratio or min(s.config.ladder, default=DEFAULT_KEEP)
     widths = widths_at(s.groups, uniform_scores(s.groups), keep, keep, s.config)
     return with_random_weights(build_skeleton(s.model, s.groups, widths))

@@ -92,9 +92,9 @@ def prepare(
     _check_something_to_learn(s)
     s = _with_training_mode(s, cuts)
     if other_student is None:
-        return replace(s, loss_macs=_try_losses(s, is_other=False))
-    sliced = _try_losses(s, is_other=False) if cuts else None
-    return replace(s, loss_macs=_try_losses(s, is_other=True), slice_loss_macs=sliced)
+        return replace(s, loss_macs=try_losses(s, is_other=False))
+    sliced = try_losses(s, is_other=False) if cuts else None
+    return replace(s, loss_macs=try_losses(s, is_other=True), slice_loss_macs=sliced)
 
 
 def _with_training_mode(s: Setting, cuts: bool) -> Setting:
@@ -142,7 +142,7 @@ def _check_something_to_learn(s: Setting) -> None:
         )
 
 
-def _try_losses(s: Setting, *, is_other: bool) -> dict[Phase, float]:
+def try_losses(s: Setting, *, is_other: bool) -> dict[Phase, float]:
     """Make the loss of the student, or that between slices, and run it once: arguments that it does not take,
     or states that it cannot compare, show now. Returns what it computes by itself for one image, in
     multiply-accumulates."""

@@ -52,6 +52,7 @@ class Setting:
         loss_macs: What the loss of the student computes by itself for one image, forward and backward, by
             phase of a training.
         slice_loss_macs: The same of the loss between slices of one model, where that is another one.
+        baseline: The same setting with a stock network as the student, where one is asked for.
     """
 
     config: CompressConfig
@@ -64,6 +65,7 @@ class Setting:
     device: torch.device
     loss_macs: Mapping[Phase, float] = field(default_factory=dict)
     slice_loss_macs: Mapping[Phase, float] | None = None
+    baseline: Setting | None = None
 
     @property
     def model(self) -> nn.Module:

@@ -2,37 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import nn
 
 from stepwell.data.labels import as_tensor
 from stepwell.errors import ExportError
 from stepwell.measure.hardware import hardware
-from stepwell.models.card import CARD, ONNX, Card, save_model
+from stepwell.models.card import BASELINE, CARD, ONNX, Card, save_model, size_folder
 from stepwell.models.export import export_onnx
 from stepwell.models.ladder import SAME, Ladder
 from stepwell.pruning.skeleton import build_skeleton, fill
 from stepwell.report.figures import figures_of, neighbours_top1
 from stepwell.report.notes import notes
 from stepwell.report.report import TestPredictions, write_report
-from stepwell.report.result import Choice, Cost, DataResult, History, ModelResult, Result, TriedResult
+from stepwell.report.result import (
+    Choice,
+    History,
+    ModelResult,
+    Result,
+    SizeResult,
+    TriedResult,
+)
 from stepwell.run.progress import say
-from stepwell.run.run_dir import RunDir, StageResult, write_atomically, writing
+from stepwell.run.run_dir import StageResult, write_atomically, writing
+from stepwell.setting.bill import bill_of, cost_of, size_stage, trainings_of
+from stepwell.setting.images_used import images_used
 from stepwell.setting.rungs import Rung
 from stepwell.setting.setting import Setting
 from stepwell.tasks.measures import Metric, performance
 from stepwell.tasks.task import Answers
-from stepwell.training.loop import Trained
 from stepwell.version import __version__
 
-CONTROL_STAGE = "control"
-"""Stage in which the same student is trained straight from the teacher; it is no part of the path's cost."""
+
+@dataclass(frozen=True)
+class Size:
+    """A further size that is handed out, and the keep ratio of what taught it; 1 is the teacher."""
+
+    rung: Rung
+    taught_by: float
 
 
 @dataclass(frozen=True)
@@ -48,6 +62,8 @@ class Finished:
         tried: Where a student was trained for each assistant: all of these pairs.
         single_step: Cost of a single step with as many epochs as the last one, in passes of the teacher.
         way: How the path went, in a sentence.
+        sizes: The other sizes of `--ladder`, from the largest down.
+        baseline: A stock network that the teacher taught for comparison.
     """
 
     ladder: Ladder
@@ -58,6 +74,8 @@ class Finished:
     tried: Sequence[tuple[Rung, Rung]]
     single_step: float
     way: str
+    sizes: Sequence[Size] = ()
+    baseline: Rung | None = None
 
 
 class Delivered(StageResult):
@@ -68,6 +86,9 @@ class Delivered(StageResult):
     student: ModelResult
     control: ModelResult | None
     tried: list[TriedResult]
+    sizes: list[SizeResult] = Field(default_factory=list)
+    """From the smallest up."""
+    baseline: ModelResult | None = None
 
 
 def finished_before(s: Setting) -> Result | None:
@@ -90,7 +111,10 @@ def deliver(s: Setting, finished: Finished) -> Result:
     model = finished.control if handed_out == "control" else finished.student.model
     assert model is not None
     figures = delivered.control if handed_out == "control" and delivered.control else delivered.student
-    not_exported = _write_student(s, model, _student_card(s, finished, figures), folder)
+    widths = _widths(finished.student)
+    card = s.student_card(widths, **_provenance(s, figures, finished.student.keep_ratio))
+    not_exported = _write_model(s, "student", model, card, folder)
+    _write_others(s, finished, delivered)
     result = _result(s, finished, delivered, handed_out).model_copy(update={"not_exported": not_exported})
     told = [*notes(result, s.teacher, s.config), *_not_loaded(s, finished, model)]
     result = result.model_copy(update={"notes": told})
@@ -106,7 +130,17 @@ def deliver(s: Setting, finished: Finished) -> Result:
     return result
 
 
-def _write_student(s: Setting, model: nn.Module, card: Card, folder: Path) -> str:
+def _write_others(s: Setting, finished: Finished, delivered: Delivered) -> None:
+    """The further sizes, and the baseline, each as a folder like the student's."""
+    for size, figures in zip(finished.sizes[::-1], delivered.sizes, strict=True):
+        card = s.card(_widths(size.rung), **_provenance(s, figures, size.rung.keep_ratio))
+        _write_model(s, f"size {size.rung.keep_ratio:g}", size.rung.model, card, s.run.path / figures.folder)
+    if finished.baseline is not None and delivered.baseline is not None and s.baseline is not None:
+        card = s.baseline.student_card({}, **_provenance(s, delivered.baseline, None))
+        _write_model(s, "baseline", finished.baseline.model, card, s.run.path / BASELINE)
+
+
+def _write_model(s: Setting, role: str, model: nn.Module, card: Card, folder: Path) -> str:
     """Weights and card; then, if that can be, an ONNX file that was run against the model on real images.
 
     Returns:
@@ -121,9 +155,9 @@ def _write_student(s: Setting, model: nn.Module, card: Card, folder: Path) -> st
     try:
         difference = export_onnx(model, card.input, folder / ONNX, next(iter(s.test)).images[:16])
     except ExportError as error:  # the work is done, and the weights are what it was done for
-        say(f"student: {folder}; weights only, no ONNX file: {error}")
+        say(f"{role}: {folder}; weights only, no ONNX file: {error}")
         return str(error)
-    say(f"student: {folder}; its ONNX file agrees with it to {difference:.0e} of the largest logit")
+    say(f"{role}: {folder}; its ONNX file agrees with it to {difference:.0e} of the largest logit")
     return ""
 
 
@@ -155,16 +189,6 @@ def better_on_selection(delivered: Delivered, metric: Metric) -> Literal["studen
     return "control" if control > student else "student"
 
 
-def bill_of(run: RunDir) -> dict[str, float]:
-    """What each stage of the path cost, in forward passes of the teacher on one image."""
-    return {name: r.passes for name, r in run.stages.items() if r.passes and name != CONTROL_STAGE}
-
-
-def trainings_of(run: RunDir) -> dict[str, Trained]:
-    """The course of each training, the control's too."""
-    return {name: r for name, r in run.stages.items() if isinstance(r, Trained)}
-
-
 def tried_result(s: Setting, assistant: Rung, student: Rung) -> TriedResult:
     """Figures of a student that was taught by `assistant`."""
     name = f"via {assistant.keep_ratio:g}"
@@ -191,6 +215,10 @@ def _measure_all(s: Setting, finished: Finished) -> Delivered:
         "student": (student.model, s.student_card(widths), student.keep_ratio),
         "control": (finished.control, s.student_card(widths), student.keep_ratio),
     }
+    if finished.baseline is not None and s.baseline is not None:
+        roles["baseline"] = (finished.baseline.model, s.baseline.student_card({}), 1.0)
+    for rung in (size.rung for size in finished.sizes):
+        roles[size_stage(rung.keep_ratio)] = (rung.model, s.card(_widths(rung)), rung.keep_ratio)
     figures: dict[str, ModelResult] = {}
     answers: dict[str, Answers] = {}
     for role, (model, card, keep_ratio) in roles.items():
@@ -214,28 +242,36 @@ def _measure_all(s: Setting, finished: Finished) -> Delivered:
         assistants=[found for role, found in figures.items() if role.startswith("assistant")],
         student=figures["student"],
         control=figures.get("control"),
+        sizes=[_size_result(size, figures) for size in finished.sizes[::-1]],
+        baseline=figures.get("baseline"),
         tried=[tried_result(s, *pair) for pair in finished.tried],
         tensors={role: found.probabilities for role, found in answers.items()}
         | {"labels": answers["teacher"].labels},
     )
 
 
+def _size_result(size: Size, figures: Mapping[str, ModelResult]) -> SizeResult:
+    keep_ratio = size.rung.keep_ratio
+    found = figures[size_stage(keep_ratio)].model_dump()
+    return SizeResult(**found, taught_by=size.taught_by, folder=size_folder(keep_ratio))
+
+
 def _widths(rung: Rung) -> dict[str, int]:
     return {} if rung.candidate is None else rung.candidate.widths
 
 
-def _student_card(s: Setting, finished: Finished, figures: ModelResult) -> Card:
-    return s.student_card(
-        _widths(finished.student),
-        stepwell=__version__,
-        torch=torch.__version__,
-        keep_ratio=finished.student.keep_ratio,
-        **{s.task.MEASURE: figures.quality},
-        num_params=figures.num_params,
-        macs=figures.macs,
+def _provenance(s: Setting, figures: ModelResult, keep_ratio: float | None) -> dict[str, object]:
+    """What a card says of where its model comes from."""
+    return {
+        "stepwell": __version__,
+        "torch": torch.__version__,
+        **({} if keep_ratio is None else {"keep_ratio": keep_ratio}),
+        s.task.MEASURE: figures.quality,
+        "num_params": figures.num_params,
+        "macs": figures.macs,
         # Only a student whose every ancestor left the selection images out can vouch for itself.
-        data_fingerprint=s.data.fingerprint if s.teacher_is_ours else None,
-    )
+        "data_fingerprint": s.data.fingerprint if s.teacher_is_ours else None,
+    }
 
 
 def _result(
@@ -255,12 +291,15 @@ def _result(
         measure=s.task.MEASURE,
         losses={"logits": s.config.logit_loss, "features": s.config.feature_loss},
         keep_ratio=delivered.student.keep_ratio,
-        data=_data_result(s),
+        data=images_used(s),
         teacher=delivered.teacher,
         higher_assistants=delivered.assistants[:-1],
         assistant=delivered.assistants[-1] if delivered.assistants else None,
         student=delivered.student,
         control=delivered.control,
+        baseline_name=s.baseline.other_student.name if s.baseline and s.baseline.other_student else None,
+        baseline=delivered.baseline,
+        sizes=delivered.sizes,
         handed_out=handed_out,
         decided_by=s.metric,
         candidates=choice.candidates if choice else [],
@@ -269,39 +308,11 @@ def _result(
         group_sizes={group.name: group.num_units for group in groups},
         group_kinds={group.name: group.kind for group in groups},
         teacher_vs_student=s.task.compare(teacher, student),
-        cost_vs_single_step=_cost(s.run, finished),
+        cost_vs_single_step=cost_of(s.run, finished.single_step),
         teacher_passes=bill_of(s.run),
         seconds={name: stage.seconds for name, stage in s.run.stages.items()},
         images_per_second={name: t.images_per_second for name, t in trainings.items()},
         epochs={name: t.epochs for name, t in trainings.items()},
         histories={name: History(step=t.step, losses=t.losses, lr=t.lr) for name, t in trainings.items()},
         notes=[],
-    )
-
-
-def _cost(run: RunDir, finished: Finished) -> Cost:
-    """Measured against the control's seconds where one was trained, else from operation counts."""
-    bill, trainings = bill_of(run), trainings_of(run)
-    control = trainings.pop(CONTROL_STAGE, None)
-    if control is None:
-        return Cost(value=sum(bill.values()) / finished.single_step, predicted=True)
-    seconds = sum(run.stages[stage].seconds for stage in bill)
-    last = list(trainings.values())[-1]
-    return Cost(value=seconds / (control.seconds * last.epochs / control.epochs), predicted=False)
-
-
-def _data_result(s: Setting) -> DataResult:
-    return DataResult(
-        source=s.data.source,
-        classes=list(s.classes),
-        num_train=len(s.data.train),
-        num_selection=len(s.data.selection),
-        num_test=len(s.data.test),
-        test_from=s.data.test_from,
-        selection_from=s.data.selection_from,
-        labels="true" if s.has_labels else "teacher",
-        teacher_saw_selection="no"
-        if s.teacher_is_ours
-        else "the teacher may have seen it: stepwell did not train it here",
-        bad_images=s.data.num_bad_images,
     )

@@ -6,9 +6,11 @@ of the smallest meet the user's budget (measure/budget.py). Nothing is trained.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 
 from stepwell.config.commands import CompressConfig
+from stepwell.config.extra_options import NEAR, sizes_beside
 from stepwell.config.options import GridOptions
 from stepwell.errors import ConfigError
 from stepwell.measure.budget import student_widths
@@ -40,6 +42,7 @@ def grid(s: Setting, scores: Importance, rungs: Rungs) -> Ladder:
             scales = [count_macs(skeleton, s.spec) / s.teacher_macs for skeleton in skeletons]
             if len(candidates) > 1:
                 check_room(scales, s.config)
+            check_sizes(candidates, scales, s.config)
             if text := little_saved(s.config, s.spec, s.groups, candidates[0], skeletons[0], scales[0]):
                 say(f"warning: {text}")
             stage.result = Ladder(
@@ -58,6 +61,22 @@ def keep_ratios(student: float, options: GridOptions) -> list[float]:
     steps = m if options.grid == "with-student" else m + 1
     # Rounded, so that 0.30000000000000004 does not reach a file name.
     return [round(student + (1 - student) * i / steps, 6) for i in range(steps)]
+
+
+def with_sizes(student: float, options: CompressConfig) -> list[float]:
+    """`keep_ratios`, and among them every size that `--ladder` names; rising.
+
+    A usual rung that is nearly the same as a named one makes room for it.
+
+    Raises:
+        ConfigError: A size is smaller than the student, whose budget may have been found only now.
+    """
+    try:
+        named = [student, *sizes_beside(student, options)]
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    usual = keep_ratios(student, options)
+    return sorted([*named, *(r for r in usual if all(abs(r - name) > NEAR for name in named))])
 
 
 def make_grid(
@@ -104,3 +123,31 @@ def check_room(scales: Sequence[float], options: GridOptions) -> None:
             f"no candidate lies between student and teacher: all {len(scales)} come to the widths of one or "
             f"the other; try a smaller --keep, --round-to 1 (now {options.multiple}) or a larger teacher"
         )
+
+
+def check_sizes(candidates: Sequence[Candidate], scales: Sequence[float], options: CompressConfig) -> None:
+    """Check that the sizes of `--ladder` differ from each other, from the student and from the teacher.
+
+    Args:
+        candidates: From the smallest, the student's, up.
+        scales: Their shares of the teacher's MACs.
+        options: What the ladder was made with.
+
+    Raises:
+        ConfigError: Rounding has made two of them one.
+    """
+    if not options.ladder:
+        return
+    sizes = size_indices([c.keep_ratio for c in candidates], options)
+    steps = [(candidates[i].keep_ratio, scales[i]) for i in (0, *sizes)]
+    for (smaller, scale), (larger, above) in itertools.pairwise([*steps, (1.0, 1.0)]):
+        if scale >= above:
+            raise ConfigError(
+                f"--ladder: keep {smaller:g} and {larger:g} come to the same widths; leave one out, or try "
+                f"--round-to 1 (now {options.multiple})"
+            )
+
+
+def size_indices(ratios: Sequence[float], options: CompressConfig) -> list[int]:
+    """Which candidates are sizes of `--ladder` besides the student, from the smallest up."""
+    return [ratios.index(ratio) for ratio in sizes_beside(ratios[0], options)]

@@ -52,6 +52,7 @@ def select(s: Setting, ladder: Ladder, models: Iterable[nn.Module]) -> Choice:
                 index=index,
                 candidates=candidates,
                 selection=selection,
+                teacher_performance=teacher,
                 passes=s.costs(ladder.scales).evaluating(1.0, *ladder.scales),
             )
     return stage.result
@@ -149,6 +150,21 @@ def lower_assistants(s: Setting, choice: Choice) -> list[int]:
         keep_ratio = choice.candidates[chosen[-1]].keep_ratio
         say(f"select: the assistant keeps {keep_ratio:g} (rule: {s.config.rule})")
     return chosen[1:]
+
+
+def teacher_among(s: Setting, choice: Choice, index: int) -> int | None:
+    """The candidate that teaches candidate `index`: the rule again, among those above it.
+
+    The assistant that was asked for by hand, where it is above; None, the teacher itself, where the rule
+    defines no value for any of them.
+    """
+    if choice.selection.rule == "by hand" and choice.index > index:
+        return choice.index
+    points = _points(choice.candidates, s.metric)
+    known = choice.teacher_performance
+    teacher = Point(1.0, 1.0 if known is None else known)
+    values = rule_values(points[index:], teacher, s.config.rule)
+    return None if all(value is None for value in values) else index + pick(values)
 
 
 def nearest(candidates: Sequence[CandidateResult], keep_ratio: float) -> int:

@@ -1,0 +1,52 @@
+"""A stock network in the student's place: the same setting, but for what is taught."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from stepwell.config.commands import CompressConfig
+from stepwell.config.model_options import StudentOptions
+from stepwell.data.spec import InputSpec
+from stepwell.models.input import check_trains
+from stepwell.models.student import OtherStudent, build_student
+from stepwell.setting.prepare import try_losses
+from stepwell.setting.setting import Setting
+from stepwell.setting.training_mode import check_training_mode
+
+
+def build_baseline(config: CompressConfig, name: str, num_classes: int, spec: InputSpec) -> OtherStudent:
+    """The network that `--baseline` names, as a student of another architecture.
+
+    Raises:
+        ModelError: There is no such model, or the weights do not fit it.
+        ConfigError: It does not take images of this size, or has other classes.
+    """
+    named = StudentOptions(
+        student=name,
+        student_args=config.baseline_args,
+        student_pretrained=config.baseline_pretrained,
+        student_weights=config.baseline_weights,
+        student_weights_key=config.baseline_weights_key,
+    )
+    return build_student(named, num_classes, spec, config.seed, flag="--baseline")
+
+
+def with_baseline(s: Setting) -> Setting:
+    """The setting, which knows the baseline that was asked for, tried with the run's images and losses.
+
+    Raises:
+        ModelError, ConfigError: It cannot be built, taught or trained.
+    """
+    if s.config.baseline is None:
+        return s
+    with torch.no_grad():
+        num_classes = s.model(torch.zeros(2, s.spec.channels, *s.spec.size, device=s.device)).shape[-1]
+    network = build_baseline(s.config, s.config.baseline, num_classes, s.spec)
+    name = f"--baseline {network.name}"
+    check_trains(network.model, s.spec, name, min(s.config.batch_size, len(s.data.train)))
+    taught = replace(s, other_student=network, slice_loss_macs=None)
+    facts = s.config.feature_facts if s.config.feature_weight else None
+    check_training_mode(network.model, taught.compared(True)[0], s.spec, name, facts, cut=False)
+    return replace(s, baseline=replace(taught, loss_macs=try_losses(taught, is_other=True)))

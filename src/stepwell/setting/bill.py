@@ -1,0 +1,51 @@
+"""What a run has cost so far, read from its finished stages."""
+
+from __future__ import annotations
+
+from stepwell.report.result import Cost
+from stepwell.run.run_dir import RunDir
+from stepwell.training.loop import Trained
+
+CONTROL_STAGE = "control"
+"""Stage in which the same student is trained straight from the teacher; it is no part of the path's cost."""
+BASELINE_STAGE = "baseline"
+"""Stage in which a stock network is trained by the teacher; likewise."""
+_SIZE = "size "
+
+
+def size_stage(keep_ratio: float) -> str:
+    """Stage in which a size of `--ladder` gets its last step."""
+    return f"{_SIZE}{keep_ratio:g}"
+
+
+def is_of_size(stage: str) -> bool:
+    """Whether a stage is for another size than the student's."""
+    return stage.startswith(_SIZE)
+
+
+def bill_of(run: RunDir) -> dict[str, float]:
+    """What each stage of the path cost, in forward passes of the teacher on one image; all sizes too."""
+    beside = (CONTROL_STAGE, BASELINE_STAGE)
+    return {name: r.passes for name, r in run.stages.items() if r.passes and name not in beside}
+
+
+def student_bill_of(run: RunDir) -> dict[str, float]:
+    """The same of the student alone."""
+    return {name: passes for name, passes in bill_of(run).items() if not is_of_size(name)}
+
+
+def trainings_of(run: RunDir) -> dict[str, Trained]:
+    """The course of each training, the control's too."""
+    return {name: r for name, r in run.stages.items() if isinstance(r, Trained)}
+
+
+def cost_of(run: RunDir, single_step: float) -> Cost:
+    """What a run cost: measured against the control's seconds where there is one, else by operations."""
+    bill, trainings = bill_of(run), trainings_of(run)
+    control = trainings.pop(CONTROL_STAGE, None)
+    trainings.pop(BASELINE_STAGE, None)
+    if control is None:
+        return Cost(value=sum(bill.values()) / single_step, predicted=True)
+    seconds = sum(run.stages[stage].seconds for stage in bill)
+    last = [training for stage, training in trainings.items() if not is_of_size(stage)][-1]
+    return Cost(value=seconds / (control.seconds * last.epochs / control.epochs), predicted=False)
