@@ -303,7 +303,8 @@ def _estimate(
     student_scale = scales[0] if student is None else count_macs(student.model, spec) / total
     costs = Costs(config, scales, student_scale, num_train, num_selection)
     epochs = epochs_of(costs, path.bill, config)
-    passes = sum(path.bill(costs, epochs, config).values()) * (1 if config.control == "none" else 2)
+    passes = sum(path.bill(costs, epochs, config).values()) + costs.tuning
+    passes *= 1 if config.control == "none" else 2
     seconds = seconds_of(passes * total, device)
     losses = path.losses(len(scales), config)
     memory, disk = memory_and_disk(config, model, skeletons, spec, num_train, losses)

@@ -33,7 +33,8 @@ _COMPRESS: Groups = {
     "how": (
         ("--control NAME", "equal_compute: also without an assistant; the better is kept"),
         ("--student MODEL", "a student of another architecture"),
-        ("--path NAME", "another way down than amd, such as single-step or takd"),
+        ("--path NAME", "auto: try what pays; or single-step, takd and others"),
+        ("--tune", "try three learning rates first, and take the best"),
         *_BUDGET,
     ),
     "on what": _MACHINE,

@@ -12,6 +12,7 @@ from stepwell.measure.cost import Costs, Epochs
 from stepwell.measure.estimate import Losses
 from stepwell.paths.path import Deliver, Path, R, finish, middle
 from stepwell.paths.plan import plan_steps, plan_with_joint
+from stepwell.paths.tune import tune
 from stepwell.setting.rungs import slice_of_store, student_below
 from stepwell.setting.setting import Setting
 from stepwell.stages.distill import distill
@@ -33,6 +34,7 @@ def descend(s: Setting, deliver: Deliver[R]) -> R:
 
     # 2. Grid: nested candidates of the most important units, the student's budget up. And the plan: epochs.
     ladder = grid(s, scores, keep_ratios)
+    s = tune(s, ladder)  # nothing, unless learning rates are to be tried
     epochs = plan_with_joint(s, ladder, bill)
 
     # 3. Joint: train all candidates in one shared store of weights, against the frozen teacher.
