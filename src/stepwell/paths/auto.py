@@ -15,10 +15,11 @@ from the same slice, have the same cost and a whole schedule each, down to its e
 the middle of something. The better student is not thrown away, it goes on.
 
 Why 20 and 10 %. A joint training of a tenth of the epochs, which is a fifth of the cost, was as good there as
-one of half of it (64.9, one seed, against 64.3 +- .6, two), and is level with the single step on digits. In every step of it
-the smallest candidate, the student, is taught by the teacher too, and that is about half of its cost. So
-where the single step wins, its student has had some 80 % of what a single step of the whole budget gets:
-60 and 10 of its own, 10 of the joint training. Where the assistant wins, the teacher's pilot is the price.
+one of half of it (64.9, one seed, against 64.3 +- .6, two), and is level with the single step on digits. In
+every step of it the smallest candidate, the student, is taught by the teacher too, and that is about half of
+its cost. So where the single step wins, its student has had some 80 % of what a single step of the whole
+budget gets: 60 and 10 of its own, 10 of the joint training. Where the assistant wins, the teacher's pilot is
+the price.
 
 The best on the selection images is handed out: the student at the end, or that of the better pilot, should
 the rest have done it harm.
@@ -80,7 +81,8 @@ def descend(s: Setting, deliver: Deliver[R]) -> R:
     # 3. The better one goes on with the rest of the budget, and with its teacher.
     better = judge({by: pilot.performance for by, pilot in pilots.items()})
     student = _as_trained(student_below(s, ladder, shared), pilots[better])
-    rest = _plan_rest(s, ladder, epochs, [teachers[better], student], pilots[better])
+    pilot_epochs = lengths.teacher if better == "teacher" else lengths.assistant
+    rest = _plan_rest(s, ladder, epochs, [teachers[better], student], pilot_epochs)
     longer = probe(s, ladder, "distill", teachers[better], student, rest)
 
     # 4. The best on the selection images: the student at the end, or the pilot's.
@@ -106,7 +108,8 @@ def judge(performances: Mapping[TaughtBy, float | None]) -> TaughtBy:
     assistant, teacher = (performances[by] for by in ("assistant", "teacher"))
     if assistant is None and teacher is None:
         raise DivergedError("auto: both pilots diverged; a lower --lr needs another --out")
-    better: TaughtBy = "teacher" if assistant is None or (teacher or 0.0) >= assistant else "assistant"
+    by_teacher = assistant is None or (teacher is not None and teacher >= assistant)
+    better: TaughtBy = "teacher" if by_teacher else "assistant"
     say(
         f"auto: the student of the assistant reached {_number(assistant)}, of the teacher itself "
         f"{_number(teacher)}: the {better} goes on"
@@ -142,10 +145,10 @@ def _plan_pilots(
     return stage.result
 
 
-def _plan_rest(s: Setting, ladder: Ladder, epochs: Epochs, chain: list[Rung], pilot: Probed) -> float:
+def _plan_rest(s: Setting, ladder: Ladder, epochs: Epochs, chain: list[Rung], pilot: float) -> float:
     """What is left of the budget after the pilots; of a number of epochs, what the pilot has not had."""
     if s.config.epochs is not None:
-        return epochs.distill - pilot.epochs
+        return epochs.distill - pilot
     evaluated = s.costs(ladder.scales).evaluating(chain[-1].scale)
     return plan_steps(s, ladder, epochs, chain, evaluated).distill
 

@@ -2,8 +2,8 @@
 
 Every rate trains the student, a slice of the teacher, straight from the teacher for a twentieth of the
 budget (or of `--epochs`, or of `--minutes`), warm-up and schedule pressed into that length. The one whose
-student does best on the selection images is the rate of every training of the path, and of the control. Short
-trainings like a rate that is a little too high; a rate that a long one cannot bear is mostly seen in a short one, too.
+student does best on the selection images is the rate of every training of the path, and of the control. A
+short training likes a rate that is a little too high; what a long one cannot bear, it mostly cannot either.
 """
 
 from __future__ import annotations

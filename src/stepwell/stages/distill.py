@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stepwell.data.batches import Batch
 from stepwell.errors import DivergedError
@@ -18,6 +18,7 @@ from stepwell.losses.choose import Pair
 from stepwell.losses.distillation import make_distillation
 from stepwell.losses.observe import Observed
 from stepwell.models.ladder import Ladder
+from stepwell.report.wording import plural
 from stepwell.run.progress import say
 from stepwell.run.run_dir import Stage
 from stepwell.setting.rungs import Rung
@@ -60,6 +61,9 @@ def distill(
     return student
 
 
+FEW_STEPS = 20
+
+
 class Probed(Trained):
     """A short training that is there to be judged; `tensors` hold the student that it made."""
 
@@ -79,7 +83,9 @@ def probe(s: Setting, ladder: Ladder, name: str, teacher: Rung, student: Rung, e
             passes += costs.evaluating(student.scale)
             try:
                 trained = _train(s, stage, distill_step(s, [teacher], student), student, epochs)
-                performance = performance_of(student.model, s.selection, s.metric, s.task)
+                performance = _performance(s, student.model.eval(), name)
+                if trained.num_steps < FEW_STEPS:
+                    say(f"warning: {name} has {plural(trained.num_steps, 'step')}, which say little")
             except DivergedError as error:
                 say(str(error).partition("; ")[0])  # what follows is advice on a run of its own
                 trained = Trained(
@@ -93,6 +99,19 @@ def probe(s: Setting, ladder: Ladder, name: str, teacher: Rung, student: Rung, e
                 tensors=trained.tensors,
             )
     return stage.result
+
+
+def _performance(s: Setting, model: nn.Module, name: str) -> float | None:
+    """On the selection images; None where the model answers with what is not a number."""
+    is_finite = []
+
+    def answers(images: Tensor) -> Tensor:
+        outputs = model(images)
+        is_finite.append(bool(outputs.isfinite().all()))
+        return torch.nan_to_num(outputs)
+
+    meter = s.task.evaluate(answers, s.selection, f"{name}: selection images")
+    return meter.performance(s.metric) if all(is_finite) else None
 
 
 def _train(s: Setting, stage: Stage, step: DistillStep, student: Rung, epochs: float) -> Trained:
