@@ -55,6 +55,12 @@ def run_words(teacher, data, tmp_path):
     return words
 
 
+@pytest.fixture(autouse=True)
+def few_steps_make_an_assistant(monkeypatch):
+    """In so small a world."""
+    monkeypatch.setattr(auto, "FEW_JOINT_STEPS", 0)
+
+
 def look(s, finished):
     return s, finished
 
@@ -94,7 +100,7 @@ def test_the_better_pilot_goes_on_and_the_bill_is_the_budget(run_words, monkeypa
     budget = costs.single_step(BUDGET)
     assert spent_but_scores(s) == pytest.approx(budget)
     spent = bill_of(s.run)
-    assert spent["joint"] == pytest.approx(0.2 * budget)
+    assert spent["joint"] == pytest.approx(0.4 * budget)
     assert spent["pilot assistant"] == pytest.approx(0.1 * budget)
     assert spent["pilot teacher"] == pytest.approx(0.1 * budget)
     # The bill of before the choice is the budget, too.
@@ -102,6 +108,16 @@ def test_the_better_pilot_goes_on_and_the_bill_is_the_budget(run_words, monkeypa
     assert sum(expected.values()) - expected["score"] == pytest.approx(budget)
     assert len(finished.assistants) == (better == "assistant")
     assert f"so the {better} taught the student for the rest" in finished.way
+
+
+@pytest.mark.parametrize("length", [("--budget-epochs", BUDGET), ("--epochs", BUDGET)])
+def test_where_the_joint_training_is_too_short_all_of_it_is_a_single_step(run_words, monkeypatch, length):
+    monkeypatch.setattr(auto, "FEW_JOINT_STEPS", 50)
+    s, finished = descended(run_words(*AUTO, length=length))
+    assert list(s.run.stages) == ["score", "grid", "plan", "plan steps", "distill"]
+    assert spent_but_scores(s) == pytest.approx(s.costs(finished.ladder.scales).single_step(BUDGET))
+    assert finished.assistants == []
+    assert "with fewer than 50 there is no assistant worth a trial" in finished.way
 
 
 @pytest.mark.slow

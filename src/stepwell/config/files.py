@@ -25,7 +25,7 @@ PRESETS: dict[str, dict[str, object]] = {
 
 PATHS: dict[str, dict[str, object]] = {
     "scalekd": {"feature_loss": "scalekd"},
-    "auto": {"joint_share": 0.2},  # why: paths/auto.py
+    "auto": {"joint_share": 0.4},  # why: paths/auto.py
 }
 """What comes with a path."""
 

@@ -1,25 +1,31 @@
 """Auto: as AMD down to the last step; two short trials then say who teaches the student for the rest.
 
-    score -> grid -> joint (20 % of the budget) -> select -> pilot assistant (10 %), pilot teacher (10 %)
-          -> distill (the rest, 60 %: the better pilot goes on, with its teacher)
+    score -> grid -> joint (40 % of the budget) -> select -> pilot assistant (10 %), pilot teacher (10 %)
+          -> distill (the rest, 40 %: the better pilot goes on, with its teacher)
 
 Nobody need know whether an assistant pays for his teacher, images and budget: the selection images are asked.
+The figures here are top-1 on 200 images a class of CIFAR-10, under a published ResNet-44, with a budget of 20
+epochs of a single step, unless another is said (docs/experiments.md).
 
 Why so late. A trial of both paths from their beginnings misleads while it is short: an assistant that has
-hardly been trained teaches badly, and a budget of one epoch said 16.9 % for the single step and 10.6 % for
-AMD where twenty epochs put AMD ahead by 4 points (a published ResNet-44, CIFAR-10, 200 images a class). And
-to train both for half of the budget each costs every user half of it. So the joint training, which AMD needs
-in any case, comes first, in its real length; what is then tried is the question that is left: does the
-student learn more, for the same cost, from the chosen assistant or from the teacher itself? Both pilots start
-from the same slice, have the same cost and a whole schedule each, down to its end, so neither is judged in
-the middle of something. The better student is not thrown away, it goes on.
+hardly been trained teaches badly. A budget of 1 epoch said 16.9 for the single step and 10.6 for AMD; one of
+20 puts AMD 4 to 6 points ahead. A straight line in the logarithm of the budget through these has the two meet
+at 6 epochs: pilots of 10 % from the beginning would be wrong below a budget of 60. To train both to the end
+and keep the better costs every user half of the budget, on the same line 10 points. So the joint training,
+which AMD needs in any case, comes first, and what is tried is the question that is left: does the student
+learn more, at the same cost, from the chosen assistant or from the teacher itself? Both pilots start from the
+same slice and have a whole schedule, down to its end, so neither is judged in the middle of something. The
+better student is not thrown away, it goes on.
 
-Why 20 and 10 %. A joint training of a tenth of the epochs, which is a fifth of the cost, was as good there as
-one of half of it (64.9, one seed, against 64.3 +- .6, two), and is level with the single step on digits. In
-every step of it the smallest candidate, the student, is taught by the teacher too, and that is about half of
-its cost. So where the single step wins, its student has had some 80 % of what a single step of the whole
-budget gets: 60 and 10 of its own, 10 of the joint training. Where the assistant wins, the teacher's pilot is
-the price.
+Where nothing need be tried. A joint training of a few steps makes no assistant: of 17 steps it was no better
+than a single step (57.8 against 58.7), of 58 level with it (digits), of 76 ahead by 4. With fewer than 50 the
+whole budget is a single step, and nothing is lost.
+
+Why 40 and 10 %. The last step is then as long as AMD's own, which gives half to the joint training; its joint
+training is a fifth shorter, and a tenth, the other pilot, is the price of the question. In every joint step
+the smallest candidate, the student, is taught by the teacher too, and that is about half of the cost. So
+where the teacher goes on, its student has had some 70 % of what a single step of the whole budget gets: 50
+of its own, 20 of the joint training.
 
 The best on the selection images is handed out: the student at the end, or that of the better pilot, should
 the rest have done it harm.
@@ -35,20 +41,25 @@ from stepwell.config.commands import CompressConfig
 from stepwell.errors import ConfigError, DivergedError
 from stepwell.measure.cost import Costs, Epochs, epochs_for, epochs_in
 from stepwell.models.ladder import Ladder
+from stepwell.paths import single_step
 from stepwell.paths.amd import losses
 from stepwell.paths.path import Deliver, Path, R, finish, middle
-from stepwell.paths.plan import plan_steps, plan_with_joint, seconds_per_epoch
+from stepwell.paths.plan import expected_epochs, plan_steps, plan_with_joint, seconds_per_epoch
 from stepwell.paths.tune import tune
+from stepwell.report.wording import plural
 from stepwell.run.progress import say
 from stepwell.run.run_dir import StageResult
 from stepwell.setting.rungs import Rung, slice_of_store, student_below, teacher_of
 from stepwell.setting.setting import Setting
-from stepwell.stages.distill import Probed, probe
+from stepwell.stages.deliver import Finished
+from stepwell.stages.distill import Probed, distill, probe
 from stepwell.stages.grid import grid, keep_ratios
 from stepwell.stages.joint import joint
 from stepwell.stages.score import score
 from stepwell.stages.select import select
 
+FEW_JOINT_STEPS = 50
+"""Fewer make no assistant."""
 PILOT_SHARE = 0.1
 """Share of the budget that each pilot costs."""
 TaughtBy = Literal["assistant", "teacher"]
@@ -63,10 +74,12 @@ class PilotEpochs(StageResult):
 
 def descend(s: Setting, deliver: Deliver[R]) -> R:
     """Walk down as AMD does, and let a trial say who teaches the last step."""
-    # 1. As AMD: a ladder, trained together for a fifth of the budget, and an assistant chosen from it.
+    # 1. As AMD: a ladder, trained together, and an assistant chosen from it; not if that is too short.
     ladder = grid(s, score(s), keep_ratios)
     s = tune(s, ladder)
     epochs = plan_with_joint(s, ladder, bill)
+    if (steps := round(epochs.joint * s.train.steps_per_epoch)) < FEW_JOINT_STEPS:
+        return deliver(s, _single_step(s, ladder, steps))
     shared = joint(s, ladder, epochs.joint)
     choice = select(s, ladder, (shared.extract(index) for index in range(len(ladder.candidates))))
 
@@ -94,6 +107,17 @@ def descend(s: Setting, deliver: Deliver[R]) -> R:
     assistants = [teachers["assistant"]] if better == "assistant" else []
     way = words(len(ladder.candidates), {by: pilot.performance for by, pilot in pilots.items()}, better)
     return deliver(s, finish(s, ladder, rest, student, assistants, way, choice))
+
+
+def _single_step(s: Setting, ladder: Ladder, steps: int) -> Finished:
+    """The whole budget for a student of the teacher itself."""
+    say(f"auto: {plural(steps, 'step')} of joint training would make no assistant: a single step instead")
+    with s.run.stage("plan steps", Epochs) as stage:
+        if stage.is_new:
+            stage.result = expected_epochs(s, ladder, single_step.bill)
+    epochs, teacher = stage.result.distill, teacher_of(s)
+    student = distill(s, ladder, "distill", [teacher], student_below(s, ladder, teacher), epochs)
+    return finish(s, ladder, epochs, student, [], words_without_trial(steps))
 
 
 def judge(performances: Mapping[TaughtBy, float | None]) -> TaughtBy:
@@ -195,6 +219,14 @@ def words(num_rungs: int, performances: Mapping[TaughtBy, float | None], better:
         f"the assistant. In two trials of equal cost its student reached "
         f"{_number(performances['assistant'])} on the selection images, that of the teacher itself "
         f"{_number(performances['teacher'])}; so the {better} taught the student for the rest."
+    )
+
+
+def words_without_trial(steps: int) -> str:
+    """The same, where there was no trial."""
+    return (
+        f"{single_step.WAY} The budget had room for {plural(steps, 'step')} of joint training; with fewer "
+        f"than {FEW_JOINT_STEPS} there is no assistant worth a trial."
     )
 
 
