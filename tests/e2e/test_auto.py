@@ -21,6 +21,9 @@ from small_world import (
 
 from stepwell.cli import main
 from stepwell.commands import compress
+from stepwell.compare.arms import arms_of
+from stepwell.config.commands import CompareConfig, CompressConfig
+from stepwell.config.files import make_config
 from stepwell.errors import ConfigError, DivergedError
 from stepwell.measure.cost import Epochs
 from stepwell.paths import auto, path_of, plan
@@ -274,3 +277,17 @@ def test_every_rate_diverges(fails, run_words, tmp_path):
 def test_rates_that_cannot_be_tried(words, said):
     with pytest.raises(ConfigError, match=said):
         config_of(*words)
+
+
+def test_a_comparison_searches_rates_in_one_way():
+    with pytest.raises(ConfigError, match="--lrs and --tune both search the learning rate"):
+        make_config(CompareConfig, {"lrs": (1e-3, 2e-3), "tune": True})
+
+
+def test_in_a_comparison_the_share_comes_with_the_path_unless_it_is_given():
+    for given, share in (({}, 0.4), ({"joint_share": 0.3}, None)):
+        config = make_config(CompareConfig, {"paths": ("amd", "auto"), **given})
+        amd, found = arms_of(config)
+        assert amd.options.get("joint_share") is None
+        assert found.options.get("joint_share") == share
+    assert make_config(CompressConfig, {"path": "auto"}).joint_share == 0.4

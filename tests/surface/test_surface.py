@@ -52,6 +52,7 @@ COMPRESS = TRAINING | {
     "--student-weights-key", "--weights-key",
     "--path", "--assistants", "--num-assistants", "--drop", "--logit-loss", "--feature-loss", "--logit-args",
     "--feature-args", "--loss-warmup", "--first-epochs", "--budget-epochs", "--joint-share",
+    "--tune", "--tune-lrs",
 }  # fmt: skip
 FLAGS = {
     "train": TRAINING | {"--layer-decay", "--model", "--pretrained", "--weights", "--weights-key"},

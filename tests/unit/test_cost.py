@@ -56,6 +56,7 @@ def relative(epochs: Epochs = ONCE, scales=SCALES, **options) -> float:
         (5.4, {"path": "amd", "sampling": "sandwich", "num_random": 3}),
         (16.4, {"path": "amd-manual", "sampling": "all"}),
         (7.5, {"path": "amd-manual"}),
+        (2.95, {"path": "auto", "epochs": 1}),
         (21.5, {"path": "mmd"}),
         (17.9, {"path": "mmd-os"}),
     ],
@@ -139,6 +140,15 @@ def test_a_shorter_joint_stage(share, ratio):
 def test_a_whole_run_with_scores_and_selection(path, bill):
     found = costs(path=path, sampling="all", num_train=1000, num_selection=100, score_images=200)
     assert bill_of(found, Epochs(joint=2, distill=10)) == pytest.approx({"score": 600, **bill})
+
+
+def test_rates_that_are_tried_cost_a_twentieth_of_the_budget_each():
+    found = costs(num_train=1000, num_selection=100, tune_lrs=(1e-4, 1e-3, 1e-2), budget_epochs=40)
+    assert found.tuning == pytest.approx(0.15 * found.single_step(40))
+    assert found.probe_epochs == pytest.approx(2 - 100 * 0.1 / (1000 * 1.3))
+    assert costs(tune=True, epochs=40).probe_epochs == pytest.approx(2)
+    assert costs(budget_epochs=40).tuning == costs(tune=True, minutes=3).tuning == 0
+    assert costs(tune=True, lr=1e-3).options.rates_to_try == (4e-4, 1e-3, 2.5e-3)
 
 
 def test_assistants_in_a_row_cost_a_training_each():
