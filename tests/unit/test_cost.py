@@ -56,7 +56,6 @@ def relative(epochs: Epochs = ONCE, scales=SCALES, **options) -> float:
         (5.4, {"path": "amd", "sampling": "sandwich", "num_random": 3}),
         (16.4, {"path": "amd-manual", "sampling": "all"}),
         (7.5, {"path": "amd-manual"}),
-        (2.95, {"path": "auto", "epochs": 1}),
         (21.5, {"path": "mmd"}),
         (17.9, {"path": "mmd-os"}),
     ],
@@ -140,6 +139,26 @@ def test_a_shorter_joint_stage(share, ratio):
 def test_a_whole_run_with_scores_and_selection(path, bill):
     found = costs(path=path, sampling="all", num_train=1000, num_selection=100, score_images=200)
     assert bill_of(found, Epochs(joint=2, distill=10)) == pytest.approx({"score": 600, **bill})
+
+
+@pytest.mark.parametrize(
+    ("length", "pilot", "rest"),
+    [
+        ({"budget_epochs": 20}, 0.1 * 20 * 1000 * 1.3, 10),  # a tenth of the budget, its evaluation included
+        ({"epochs": 10}, 1000 * 0.8 + 10, 9),  # a tenth of the epochs
+    ],
+)
+def test_auto_tries_twice_and_goes_on_with_one(length, pilot, rest):
+    found = costs(path="auto", num_train=1000, num_selection=100, **length)
+    assert bill_of(found, Epochs(joint=2, distill=10)) == pytest.approx(
+        {
+            "score": found.scoring,
+            "joint": found.joint(2),
+            "select": 100 * 5.5,
+            "pilots": 2 * pilot,
+            "distill": rest * 1000 * 0.8 + 10,
+        }
+    )
 
 
 def test_rates_that_are_tried_cost_a_twentieth_of_the_budget_each():

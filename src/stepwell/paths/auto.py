@@ -65,11 +65,13 @@ PILOT_SHARE = 0.1
 TaughtBy = Literal["assistant", "teacher"]
 
 
+BOTH: tuple[TaughtBy, TaughtBy] = ("assistant", "teacher")
+
+
 class PilotEpochs(StageResult):
     """Passes over the images of each pilot: at equal cost, the assistant's is longer."""
 
-    assistant: float
-    teacher: float
+    of: dict[TaughtBy, float]
 
 
 def descend(s: Setting, deliver: Deliver[R]) -> R:
@@ -87,15 +89,14 @@ def descend(s: Setting, deliver: Deliver[R]) -> R:
     teachers = {"assistant": slice_of_store(shared, ladder, choice.index), "teacher": teacher_of(s)}
     lengths = _plan_pilots(s, ladder, epochs, teachers, student_below(s, ladder, shared))
     pilots: dict[TaughtBy, Probed] = {}
-    for by, length in (("assistant", lengths.assistant), ("teacher", lengths.teacher)):
+    for by in BOTH:
         student = student_below(s, ladder, shared)
-        pilots[by] = probe(s, ladder, f"pilot {by}", teachers[by], student, length)
+        pilots[by] = probe(s, ladder, f"pilot {by}", teachers[by], student, lengths[by])
 
     # 3. The better one goes on with the rest of the budget, and with its teacher.
     better = judge({by: pilot.performance for by, pilot in pilots.items()})
     student = _as_trained(student_below(s, ladder, shared), pilots[better])
-    pilot_epochs = lengths.teacher if better == "teacher" else lengths.assistant
-    rest = _plan_rest(s, ladder, epochs, [teachers[better], student], pilot_epochs)
+    rest = _plan_rest(s, ladder, epochs, [teachers[better], student], lengths[better])
     longer = probe(s, ladder, "distill", teachers[better], student, rest)
 
     # 4. The best on the selection images: the student at the end, or the pilot's.
@@ -143,7 +144,7 @@ def judge(performances: Mapping[TaughtBy, float | None]) -> TaughtBy:
 
 def _plan_pilots(
     s: Setting, ladder: Ladder, epochs: Epochs, teachers: Mapping[str, Rung], student: Rung
-) -> PilotEpochs:
+) -> dict[TaughtBy, float]:
     """How long each is for `PILOT_SHARE` of the budget, its evaluation included."""
     costs = s.costs(ladder.scales)
 
@@ -163,10 +164,8 @@ def _plan_pilots(
 
     with s.run.stage("plan pilots", PilotEpochs) as stage:
         if stage.is_new:
-            stage.result = PilotEpochs(
-                assistant=length(teachers["assistant"]), teacher=length(teachers["teacher"])
-            )
-    return stage.result
+            stage.result = PilotEpochs(of={by: length(teachers[by]) for by in BOTH})
+    return stage.result.of
 
 
 def _plan_rest(s: Setting, ladder: Ladder, epochs: Epochs, chain: list[Rung], pilot: float) -> float:
