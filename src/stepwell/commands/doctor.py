@@ -322,15 +322,15 @@ def _estimate(
         fitting = 60 * minutes / seconds_of(costs.single_step(1) * total, device)
         config = config.model_copy(update={"minutes": None, "budget_epochs": fitting})
     epochs = epochs_of(costs, path.bill, config)
-    passes = sum(path.bill(costs, epochs, config).values()) * config.equal_trainings
+    passes = (sum(path.bill(costs, epochs, config).values()) + costs.tuning) * config.equal_trainings
     seconds = seconds_of(passes * total, device)
     losses = path.losses(len(scales), config)
     memory, disk = memory_and_disk(config, model, skeletons, spec, num_train, losses)
     disk += 16 * sum(map(num_params, beside))  # further sizes and the baseline, as the student
     images = f"{num_train} training images" if data else "1,000 training images (give --data for yours)"
     return [
-        f"roughly, on this {device.type}: {_hours(seconds)}: {epochs.joint:.3g} + {epochs.distill:.3g} epochs "
-        f"of {images}, {memory / 2**30:.2g} GiB of memory at batch {config.batch_size}, "
+        f"roughly, on this {device.type}: {_hours(seconds)}: {epochs.joint:.3g} + {epochs.distill:.3g} "
+        f"epochs of {images}, {memory / 2**30:.2g} GiB of memory at batch {config.batch_size}, "
         f"{disk / 2**20:.3g} MiB on disk",
     ]
 
