@@ -106,11 +106,9 @@ def run_arms(arms: Sequence[Arm], config: CompareConfig, out: Path) -> list[Row]
     searched_with, *others = config.seeds
     searched = _search(arms, config, out, searched_with, "search" if len(config.lrs) > 1 else "first seed")
     controls: dict[str, Arm] = {}
-    # Within a budget all paths cost the same, and the single step among them is everyone's control.
-    has_own_control = config.budget is not None and any(arm.is_single_step for arm in arms)
-    if config.controls and not has_own_control:
+    if config.controls:
         for arm in arms:
-            if not arm.is_single_step:
+            if not arm.is_single_step and not _has_control(arm, arms, config):
                 epochs = searched[arm.name].epochs_of_equal_compute
                 length = {"epochs": round(epochs, 2), "budget_epochs": None}
                 options = {**arm.options, "path": CONTROL_PATH, **length}
@@ -135,9 +133,20 @@ def run_arms(arms: Sequence[Arm], config: CompareConfig, out: Path) -> list[Row]
     return rows
 
 
+def _has_control(arm: Arm, arms: Sequence[Arm], config: CompareConfig) -> bool:
+    """Within a budget paths cost the same, so a single step among them, with the same losses, is a control."""
+    if config.budget is None:
+        return False
+    as_single_step = {**arm.options, "path": CONTROL_PATH}
+    return any(dict(other.options) == as_single_step for other in arms)
+
+
 def costs(rows: Sequence[Row]) -> list[float]:
-    """Mean cost of each row, in units of the cheapest single step among the arms, with all its epochs."""
-    cells = [cell for row in rows if row.control_of is None for cell in row.cells]
+    """Mean cost of each row, in units of the cheapest single step among the arms, with all its epochs; where
+    there is none, of one with as many epochs as the cheapest arm's last training."""
+    arms = [row for row in rows if row.control_of is None]
+    steps = [row for row in arms if row.arm.is_single_step]
+    cells = [cell for row in steps or arms for cell in row.cells]
     taught = [c for c in cells if c.options["logit_weight"] or c.options["feature_weight"]]
     unit = min(cell.single_step_passes for cell in taught or cells)
     return [mean(cell.passes for cell in row.finished or row.cells) / unit for row in rows]
