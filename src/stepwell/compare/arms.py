@@ -134,7 +134,7 @@ def run_arms(arms: Sequence[Arm], config: CompareConfig, out: Path) -> list[Row]
 
 
 def _has_control(arm: Arm, arms: Sequence[Arm], config: CompareConfig) -> bool:
-    """Within a budget paths cost the same, so a single step among them, with the same losses, is a control."""
+    """Within a budget paths cost the same: a single step among them with the same losses is a control."""
     if config.budget is None:
         return False
     as_single_step = {**arm.options, "path": CONTROL_PATH}
