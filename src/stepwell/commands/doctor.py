@@ -29,7 +29,7 @@ from stepwell.measure.size import count_macs, num_params, short_number
 from stepwell.measure.whole import little_saved
 from stepwell.models.card import Architecture
 from stepwell.models.input import as_asked, check_runs, check_trains, input_spec
-from stepwell.models.student import OtherStudent, build_student
+from stepwell.models.student import OtherStudent
 from stepwell.models.teacher import Teacher, load_teacher
 from stepwell.models.timm_folder import LOCAL
 from stepwell.models.timm_models import create_timm, create_without_memory, parse_model_args
@@ -45,8 +45,8 @@ from stepwell.report.stages import stage_lines
 from stepwell.report.table import render
 from stepwell.run.device import find_device
 from stepwell.run.progress import progress
-from stepwell.setting.baseline import build_baseline
 from stepwell.setting.classes import settle
+from stepwell.setting.other_models import baseline_network, other_student, size_line
 from stepwell.setting.prepare import groups_of
 from stepwell.stages.grid import make_grid, size_indices
 from stepwell.tasks.task import task_of
@@ -65,8 +65,8 @@ def run(config: CompressConfig) -> str:
     if teacher.is_own_module:
         check_runs(model, spec, config.teacher, "--image-size")
         check_trains(model, spec, config.teacher, config.batch_size)
-    student, baseline = _student(config, model, spec), _baseline(config, model, spec)
-    others = [*_other_line("student", student, model, spec), *_other_line("baseline", baseline, model, spec)]
+    student, baseline = other_student(config, model, spec), baseline_network(config, model, spec)
+    others = [*size_line("student", student, model, spec), *size_line("baseline", baseline, model, spec)]
     beside = [] if baseline is None else [baseline.model]
     if not path.cuts:
         return "\n".join([*_uncut(config, data, teacher, student, beside), *others[1:], *class_lines])
@@ -113,7 +113,7 @@ def _uncut(
     return [
         f"{config.teacher}: stays whole, and teaches",
         *_sizes(model, spec),
-        *_other_line("student", student, model, spec),
+        *size_line("student", student, model, spec),
         *stage_lines(config, model, student, spec),
         *_images(data),
         "",
@@ -209,27 +209,6 @@ def _model(config: CompressConfig, data: Data | None) -> Teacher:
     return Teacher(model.eval(), architecture, input_spec(model, args), None, {}, config.teacher, digest="")
 
 
-def _student(config: CompressConfig, teacher: nn.Module, spec: InputSpec) -> OtherStudent | None:
-    """The student of another architecture, if one is asked for."""
-    if config.student is None:
-        return None
-    options = config.model_copy(update={"student_pretrained": False})  # nothing is downloaded
-    return build_student(options, _num_classes(config, teacher, spec), spec, config.seed)
-
-
-def _baseline(config: CompressConfig, teacher: nn.Module, spec: InputSpec) -> OtherStudent | None:
-    if config.baseline is None:
-        return None
-    options = config.model_copy(update={"baseline_pretrained": False})
-    return build_baseline(options, config.baseline, _num_classes(config, teacher, spec), spec)
-
-
-def _num_classes(config: CompressConfig, teacher: nn.Module, spec: InputSpec) -> int:
-    # A model of timm by name has no weights here, and cannot run; it says how many classes it has.
-    classes = getattr(teacher, "num_classes", None)
-    return check_runs(teacher, spec, config.teacher, "--image-size") if classes is None else classes
-
-
 def _found_by(model: nn.Module, groups: Sequence[Group]) -> list[str]:
     """Families that know something in `model`, and the dependency graph where it found more."""
     found = names_by_family(model)
@@ -290,17 +269,6 @@ def _table(
             f"{100 * macs / total_macs:.1f} %",
         )
     return render(table)
-
-
-def _other_line(role: str, other: OtherStudent | None, teacher: nn.Module, spec: InputSpec) -> list[str]:
-    if other is None:
-        return []
-    params, macs = num_params(other.model), count_macs(other.model, spec)
-    return [
-        f"{role}: {other.name}, {short_number(params)} parameters "
-        f"({100 * params / num_params(teacher):.1f} %), {short_number(macs)} MACs "
-        f"({100 * macs / count_macs(teacher, spec):.1f} %)",
-    ]
 
 
 def _estimate(
