@@ -54,6 +54,7 @@ COMPRESS = TRAINING | {
     "--feature-args", "--loss-warmup", "--first-epochs", "--budget-epochs", "--joint-share",
     "--ladder", "--baseline", "--baseline-args", "--baseline-pretrained", "--baseline-weights",
     "--baseline-weights-key",
+    "--tune", "--tune-lrs",
 }  # fmt: skip
 FLAGS = {
     "train": TRAINING | {"--layer-decay", "--model", "--pretrained", "--weights", "--weights-key"},

@@ -142,6 +142,35 @@ def test_a_whole_run_with_scores_and_selection(path, bill):
     assert bill_of(found, Epochs(joint=2, distill=10)) == pytest.approx({"score": 600, **bill})
 
 
+@pytest.mark.parametrize(
+    ("length", "pilot", "rest"),
+    [
+        ({"budget_epochs": 20}, 0.1 * 20 * 1000 * 1.3, 10),  # a tenth of the budget, its evaluation included
+        ({"epochs": 10}, 1000 * 0.8 + 10, 9),  # a tenth of the epochs
+    ],
+)
+def test_auto_tries_twice_and_goes_on_with_one(length, pilot, rest):
+    found = costs(path="auto", num_train=1000, num_selection=100, **length)
+    assert bill_of(found, Epochs(joint=2, distill=10)) == pytest.approx(
+        {
+            "score": found.scoring,
+            "joint": found.joint(2),
+            "select": 100 * 5.5,
+            "pilots": 2 * pilot,
+            "distill": rest * 1000 * 0.8 + 10,
+        }
+    )
+
+
+def test_rates_that_are_tried_cost_a_twentieth_of_the_budget_each():
+    found = costs(num_train=1000, num_selection=100, tune_lrs=(1e-4, 1e-3, 1e-2), budget_epochs=40)
+    assert found.tuning == pytest.approx(0.15 * found.single_step(40))
+    assert found.probe_epochs == pytest.approx(2 - 100 * 0.1 / (1000 * 1.3))
+    assert costs(tune=True, epochs=40).probe_epochs == pytest.approx(2)
+    assert costs(budget_epochs=40).tuning == costs(tune=True, minutes=3).tuning == 0
+    assert costs(tune=True, lr=1e-3).options.rates_to_try == (4e-4, 1e-3, 2.5e-3)
+
+
 def test_assistants_in_a_row_cost_a_training_each():
     # Below the middle one, of 0.5, one of half its scale.
     bill = bill_of(costs(num_assistants=3), Epochs(joint=1, distill=10))

@@ -97,6 +97,7 @@ def test_an_average_is_one_more_copy_of_the_store():
     [
         ({"path": "amd"}, 9, 1),
         ({"path": "amd-manual"}, 9, 1),
+        ({"path": "auto"}, 9, 1),
         ({"path": "single-step"}, 1, 1),
         ({"path": "takd", "assistants": (0.6, 0.3)}, 1, 1),
         ({"path": "dgkd", "assistants": (0.6, 0.3)}, 3, 2),

@@ -13,7 +13,7 @@ from PIL import Image
 from report_example import CIFAR, make_model, make_predictions, make_result, thumbnail
 
 from stepwell.errors import RunDirError
-from stepwell.paths import amd, amd_manual, dgkd, mmd, mmd_os, scalekd, single_step, takd
+from stepwell.paths import amd, amd_manual, auto, dgkd, mmd, mmd_os, scalekd, single_step, takd
 from stepwell.report import plots, report, wording
 from stepwell.report.by_class import class_changes, disagreements
 from stepwell.report.result import Result
@@ -327,6 +327,11 @@ def test_every_path_says_how_it_went():
     ladder = "The teacher taught a ladder of 9 nested candidates together, "
     assert amd.words(9, 1) == f"{ladder}of which one was chosen as the assistant."
     assert amd.words(9, 3) == f"{ladder}of which 3 were chosen as assistants in a row."
+    assert auto.words(9, {"assistant": 0.8126, "teacher": 0.79}, "assistant") == (
+        f"{ladder}of which one was chosen as the assistant. In two trials of equal cost its student reached "
+        "0.813 on the selection images, that of the teacher itself 0.790; so the assistant taught the "
+        "student for the rest."
+    )
     assert amd_manual.words(9) == (
         f"{ladder}and every candidate taught a student of its own, of which the best was kept."
     )

@@ -322,7 +322,8 @@ def _estimate(
         fitting = 60 * minutes / seconds_of(costs.single_step(1) * total, device)
         config = config.model_copy(update={"minutes": None, "budget_epochs": fitting})
     epochs = epochs_of(costs, path.bill, config)
-    passes = sum(path.bill(costs, epochs, config).values()) * config.equal_trainings
+    passes = sum(path.bill(costs, epochs, config).values()) + costs.tuning
+    passes *= config.equal_trainings
     seconds = seconds_of(passes * total, device)
     losses = path.losses(len(scales), config)
     memory, disk = memory_and_disk(config, model, skeletons, spec, num_train, losses)

@@ -81,8 +81,10 @@ def arms_of(config: CompareConfig) -> list[Arm]:
                 losses += [_short(logit)] if config.logit_losses else []
                 losses += [_short(feature)] if config.feature_losses else []
                 options = {"path": path, "logit_loss": logit, "feature_loss": feature}
-                if not config.feature_losses and "feature_loss" not in given(config):
-                    options |= PATHS.get(path, {})  # some come with a loss of their own
+                # Some come with a loss of their own, or a share.
+                asked = {*given(config), *(("feature_loss",) if config.feature_losses else ())}
+                own = PATHS.get(path, {}).items()
+                options |= {name: value for name, value in own if name not in asked}
                 arms.append(Arm(", ".join(losses), options))
     return arms
 

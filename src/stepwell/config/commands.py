@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from stepwell.config.base import Count, Fraction, Positive, Seed
+from stepwell.config.base import Count, Fraction, Positive, Seed, flag_of
 from stepwell.config.extra_options import ExtraOptions, check_extras, sizes_beside
 from stepwell.config.model_options import StartOptions, StudentOptions
 from stepwell.config.options import (
@@ -30,6 +30,9 @@ from stepwell.config.options import (
 from stepwell.config.recipe_options import RecipeOptions, check_recipe, check_recipe_with_losses
 
 DEFAULT_BUDGET = 60.0
+TUNE_FACTORS = (0.4, 1.0, 2.5)
+"""What --tune multiplies the learning rate by."""
+MOST_RATES = 8
 DEFAULT_EPOCHS = 30.0
 """Of `train`, where no length is given."""
 
@@ -56,6 +59,12 @@ class CompressConfig(
     control: Literal["equal_compute", "equal_epochs", "none"] = "none"
     """Also distil the same student straight from the teacher, with the compute (or the epochs) of the whole
     run, and hand out the one that does better on the selection images."""
+    tune: bool = False
+    """Before the run, try three learning rates around --lr (0.4, 1 and 2.5 times it), each in a short
+    training of the single step that is judged on the selection images, and take the best for every training.
+    Each costs a twentieth of the budget, which is on the bill."""
+    tune_lrs: tuple[Positive, ...] = ()
+    """The same with these learning rates."""
     latency_threads: Count = 1
     """Threads of onnxruntime when latency is measured."""
     preset: Literal["default", "quick", "long", "paper"] = "default"
@@ -68,6 +77,27 @@ class CompressConfig(
         if self.epochs is None and self.minutes is None:
             return self.budget_epochs or DEFAULT_BUDGET
         return None
+
+    @property
+    def rates_to_try(self) -> tuple[float, ...]:
+        """Learning rates that are tried before the run, rising; none where --lr is simply taken."""
+        if self.tune_lrs:
+            return tuple(sorted(set(self.tune_lrs)))
+        return tuple(float(f"{factor * self.lr:.6g}") for factor in TUNE_FACTORS) if self.tune else ()
+
+    @model_validator(mode="after")
+    def _one_rate_for_all(self) -> Self:
+        if self.tune_lrs and not 2 <= len(set(self.tune_lrs)) <= MOST_RATES:
+            raise ValueError(
+                f"--tune-lrs tries 2 to {MOST_RATES} learning rates, each for a twentieth of the budget; "
+                f"a single one is --lr"
+            )
+        for name in ("joint_lr", "distill_lr"):
+            if self.rates_to_try and getattr(self, name) is not None:
+                raise ValueError(
+                    f"--tune finds one learning rate for every training: leave out {flag_of(name)}, or --tune"
+                )
+        return self
 
     @property
     def minutes_of_path(self) -> float | None:
@@ -127,6 +157,10 @@ class CompareConfig(CompressConfig):
         for flag, given in (("--ladder", self.ladder), ("--baseline", self.baseline)):
             if given:
                 raise ValueError(f"{flag} is for compress: a comparison trains students alone")
+
+    def _one_search(self) -> Self:
+        if self.lrs and self.rates_to_try:
+            raise ValueError("--lrs and --tune both search the learning rate: give one of them")
         return self
 
 

@@ -22,7 +22,10 @@ PRESETS: dict[str, dict[str, object]] = {
     "paper": {"sampling": "all", "feature_scale": "raw", "lr": 3e-3, "rule": "npsd", "epochs": 30.0},
 }
 
-PATHS: dict[str, dict[str, object]] = {"scalekd": {"feature_loss": "scalekd"}}
+PATHS: dict[str, dict[str, object]] = {
+    "scalekd": {"feature_loss": "scalekd"},
+    "auto": {"joint_share": 0.4},  # why: paths/auto.py
+}
 """What comes with a path."""
 
 ConfigT = TypeVar("ConfigT", bound=Options)

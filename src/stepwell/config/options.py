@@ -33,7 +33,7 @@ Rule = Literal[
 MetricOption = Literal["auto", "top1", "mAP", "cosine", "likelihood"]
 TaskName = Literal["classification", "multi-label", "features"]
 """What a model is for: one class for each image, or as many as there are in it, or an embedding."""
-Way = Literal["amd", "amd-manual", "single-step", "takd", "dgkd", "mmd", "mmd-os", "scalekd"]
+Way = Literal["amd", "amd-manual", "auto", "single-step", "takd", "dgkd", "mmd", "mmd-os", "scalekd"]
 
 Suite = Literal[
     "losses", "candidates", "optimizer", "weights", "depth", "steps",
@@ -300,10 +300,10 @@ class PathOptions(Options):
     saves goes into the last step."""
     path: Way = "amd"
     """amd: candidates trained together, one chosen as the assistant. amd-manual: the same, but a student via
-    every candidate. single-step: no assistant. takd: the assistants given, one after another. dgkd:
-    likewise, each model taught by all larger ones. mmd: every candidate trained by itself, and a student via
-    each. mmd-os: every candidate trained by itself, one chosen. scalekd: the teacher, of any architecture,
-    stays whole and teaches --student."""
+    every candidate. auto: as amd, but two short trials say whether the assistant or the teacher itself goes
+    on to teach the student. single-step: no assistant. takd: the assistants given, one after another. dgkd:
+    likewise, each taught by all larger ones. mmd: every candidate trained by itself, and a student via each.
+    mmd-os: the same, one chosen. scalekd: the teacher, of any kind, stays whole and teaches --student."""
     assistants: tuple[Fraction, ...] = (0.5,)
     """Keep ratios of the assistants of takd and dgkd."""
     num_assistants: Count = 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from stepwell.config.options import Way
-from stepwell.paths import amd, amd_manual, dgkd, mmd, mmd_os, scalekd, single_step, takd
+from stepwell.paths import amd, amd_manual, auto, dgkd, mmd, mmd_os, scalekd, single_step, takd
 from stepwell.paths.path import Path
 
 CONTROL_PATH: Way = "single-step"
@@ -17,6 +17,8 @@ def path_of(name: Way) -> Path:
             return amd.PATH
         case "amd-manual":
             return amd_manual.PATH
+        case "auto":
+            return auto.PATH
         case "single-step":
             return single_step.PATH
         case "takd":

@@ -15,6 +15,7 @@ from stepwell.measure.estimate import Losses
 from stepwell.paths.path import Deliver, Path, R, finish, middle
 from stepwell.paths.plan import plan_steps, plan_with_joint
 from stepwell.paths.sizes import more_sizes
+from stepwell.paths.tune import tune
 from stepwell.setting.rungs import slice_of_store, student_below
 from stepwell.setting.setting import Setting
 from stepwell.stages.distill import distill
@@ -36,6 +37,7 @@ def descend(s: Setting, deliver: Deliver[R]) -> R:
 
     # 2. Grid: nested candidates of the most important units, the student's budget up. And the plan: epochs.
     ladder = grid(s, scores, with_sizes)
+    s = tune(s, ladder)  # nothing, unless learning rates are to be tried
     epochs = plan_with_joint(s, ladder, bill)
 
     # 3. Joint: train all candidates in one shared store of weights, against the frozen teacher.

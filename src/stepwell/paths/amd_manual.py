@@ -7,6 +7,7 @@ from stepwell.measure.cost import Costs, Epochs
 from stepwell.paths import amd
 from stepwell.paths.path import Deliver, Path, R, candidates_above, finish
 from stepwell.paths.plan import plan
+from stepwell.paths.tune import tune
 from stepwell.setting.rungs import slice_of_store, student_below
 from stepwell.setting.setting import Setting
 from stepwell.stages.distill import distill
@@ -20,6 +21,7 @@ def descend(s: Setting, deliver: Deliver[R]) -> R:
     """Train all candidates jointly, then a student from each of them."""
     scores = score(s)
     ladder = grid(s, scores, keep_ratios)
+    s = tune(s, ladder)
     epochs = plan(s, ladder, bill)
     shared = joint(s, ladder, epochs.joint)
     choice = select(s, ladder, (shared.extract(index) for index in range(len(ladder.candidates))))

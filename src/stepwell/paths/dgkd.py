@@ -11,6 +11,7 @@ from stepwell.measure.cost import Costs, Epochs
 from stepwell.measure.estimate import Losses
 from stepwell.paths.path import Deliver, Path, R, candidates_above, check_given, finish, given_rungs
 from stepwell.paths.plan import plan
+from stepwell.paths.tune import tune
 from stepwell.report.wording import plural
 from stepwell.setting.rungs import rung_below, student_below, teacher_of
 from stepwell.setting.setting import Setting
@@ -22,6 +23,7 @@ from stepwell.stages.score import score
 def descend(s: Setting, deliver: Deliver[R]) -> R:
     """Walk down `--assistants`; each is taught by the teacher and all assistants before it."""
     ladder, drop = grid(s, score(s), given_rungs), s.config.drop
+    s = tune(s, ladder)
     epochs, chain = plan(s, ladder, bill).distill, [teacher_of(s)]
     for index in reversed(range(1, len(ladder.candidates))):
         lower = rung_below(s, ladder, index, chain[-1])

@@ -9,6 +9,7 @@ from stepwell.config.commands import CompressConfig
 from stepwell.measure.cost import Costs, Epochs
 from stepwell.paths.path import Deliver, Path, R, candidates_above, finish
 from stepwell.paths.plan import plan
+from stepwell.paths.tune import tune
 from stepwell.setting.rungs import slice_of_teacher, student_below, teacher_of
 from stepwell.setting.setting import Setting
 from stepwell.stages.distill import distill
@@ -25,6 +26,7 @@ WAY = (
 def descend(s: Setting, deliver: Deliver[R]) -> R:
     """Train every candidate from the teacher, one after another; then a student from each."""
     ladder = grid(s, score(s), keep_ratios)
+    s = tune(s, ladder)
     epochs, teacher = plan(s, ladder, bill).distill, teacher_of(s)
     assistants = []
     for index in range(1, len(ladder.candidates)):

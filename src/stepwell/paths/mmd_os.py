@@ -9,6 +9,7 @@ from stepwell.config.commands import CompressConfig
 from stepwell.measure.cost import Costs, Epochs
 from stepwell.paths.path import Deliver, Path, R, finish, middle
 from stepwell.paths.plan import plan
+from stepwell.paths.tune import tune
 from stepwell.setting.rungs import slice_of_teacher, student_below, teacher_of
 from stepwell.setting.setting import Setting
 from stepwell.stages.distill import distill
@@ -20,6 +21,7 @@ from stepwell.stages.select import select
 def descend(s: Setting, deliver: Deliver[R]) -> R:
     """Train every candidate from the teacher, one after another; choose one; train its student."""
     ladder = grid(s, score(s), keep_ratios)
+    s = tune(s, ladder)
     epochs, teacher = plan(s, ladder, bill).distill, teacher_of(s)
     candidates = []  # the student's own rung too: it is one of the points that the rule looks at
     for index in range(len(ladder.candidates)):

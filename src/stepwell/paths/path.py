@@ -88,7 +88,17 @@ def finish(
         control = distill(
             s, ladder, CONTROL_STAGE, [teacher], student_below(s, ladder, teacher), length
         ).model
-    return Finished(ladder, student, assistants, control, choice, tried, costs.single_step(epochs), way)
+    single_step, way = costs.single_step(epochs), way + _how_the_rate_was_found(s)
+    return Finished(ladder, student, assistants, control, choice, tried, single_step, way)
+
+
+def _how_the_rate_was_found(s: Setting) -> str:
+    """A sentence for the report; empty where the learning rate was given."""
+    tried = [name.removeprefix("tune ") for name in s.run.stages if name.startswith("tune ")]
+    if not tried:
+        return ""
+    rates = f"{', '.join(tried[:-1])} and {tried[-1]}"
+    return f" Of the learning rates {rates}, {s.config.lr:g} did best in short trainings, and was taken."
 
 
 def middle(costs: Costs) -> float:

@@ -39,14 +39,14 @@ def plan(s: Setting, ladder: Ladder, bill: Bill) -> Epochs:
 def expected_epochs(s: Setting, ladder: Ladder, bill: Bill) -> Epochs:
     """What `plan` comes to, without being saved."""
     costs = s.costs(ladder.scales)
-    if (minutes := s.config.minutes_of_path) is None:
+    if (minutes := minutes_left(s)) is None:
         return epochs_of(costs, bill, s.config)
     # The bill and a single step have their pretraining both, so that it is counted once.
-    seconds = _seconds_per_epoch(s, [teacher_of(s), student_below(s, ladder, teacher_of(s))])
+    seconds = seconds_per_epoch(s, [teacher_of(s), student_below(s, ladder, teacher_of(s))])
     passes = bill(costs, Epochs(joint=1, distill=1), s.config)
     share = (sum(passes.values()) - passes["score"]) / costs.single_step(1)
     epochs = epochs_in(minutes, seconds * share)
-    say(f"plan: {epochs:.1f} epochs of each training fit into {s.config.minutes:g} minutes")
+    say(f"plan: {epochs:.1f} epochs of each training fit into {minutes:.3g} minutes")
     return Epochs(joint=epochs, distill=epochs)
 
 
@@ -61,7 +61,7 @@ def epochs_of(costs: Costs, bill: Bill, config: CompressConfig) -> Epochs:
         passes = bill(costs, Epochs(joint=joint, distill=distill), config)
         return sum(passes.values()) - passes["score"]
 
-    budget = costs.single_step(config.budget)
+    budget = costs.single_step(config.budget) - costs.tuning
     if cost(1, 1) == cost(2, 1):  # the path has no joint training
         epochs = epochs_for(budget, lambda epochs: cost(1, epochs))
         return Epochs(joint=epochs, distill=epochs)
@@ -79,7 +79,7 @@ def plan_with_joint(s: Setting, ladder: Ladder, bill: Bill) -> Epochs:
 
 def _with_joint(s: Setting, ladder: Ladder, bill: Bill) -> Epochs:
     config, costs = s.config, s.costs(ladder.scales)
-    if (minutes := config.minutes_of_path) is None:
+    if (minutes := minutes_left(s)) is None:
         return epochs_of(costs, bill, config)
     # A store and losses of their own: those with a memory must not remember that they were timed.
     shared = store_of(s, ladder)
@@ -89,13 +89,17 @@ def _with_joint(s: Setting, ladder: Ladder, bill: Bill) -> Epochs:
     # The middle candidate stands for the assistant, which is not chosen yet.
     assistant = slice_of_store(shared, ladder, len(ladder.candidates) // 2)
     steps = config.num_assistants + config.num_more_sizes
-    rest = _seconds_per_epoch(s, [assistant, student_below(s, ladder, shared)]) * steps
+    rest = seconds_per_epoch(s, [assistant, student_below(s, ladder, shared)]) * steps
     distill = epochs_in(max(minutes - joint * seconds / 60, 0.05 * minutes), rest)
-    say(f"plan: {joint:.1f} epochs of joint training take {joint * seconds / 60:.1f} of {minutes:g} minutes")
+    say(
+        f"plan: {joint:.1f} epochs of joint training take {joint * seconds / 60:.1f} of {minutes:.3g} minutes"
+    )
     return Epochs(joint=joint, distill=distill)
 
 
-def plan_steps(s: Setting, ladder: Ladder, epochs: Epochs, chain: Sequence[Rung]) -> Epochs:
+def plan_steps(
+    s: Setting, ladder: Ladder, epochs: Epochs, chain: Sequence[Rung], reserved: float = 0.0
+) -> Epochs:
     """The plan of the steps down from the joint training: the assistant, perhaps lower ones, the student;
     as much as the last of them is left for each further size of `--ladder`.
 
@@ -104,32 +108,42 @@ def plan_steps(s: Setting, ladder: Ladder, epochs: Epochs, chain: Sequence[Rung]
         ladder: The candidates.
         epochs: What was planned before the assistant was known.
         chain: From the assistant down to the student, none of them trained since the joint training.
+        reserved: Passes of the teacher that come after the steps.
     """
     if s.config.epochs is not None:
         return epochs
     with s.run.stage("plan steps", Epochs) as stage:
         if stage.is_new:
             num_more = len(size_indices([c.keep_ratio for c in ladder.candidates], s.config))
-            in_time = s.config.minutes is not None
-            distill = _in_time(s, chain, num_more) if in_time else _for_the_rest(s, ladder, chain, num_more)
+            if s.config.minutes is not None:
+                distill = _in_time(s, chain, num_more)
+            else:
+                distill = _for_the_rest(s, ladder, chain, num_more, reserved)
             say(f"plan: {distill:.1f} epochs for each step down")
             stage.result = Epochs(joint=epochs.joint, distill=distill)
     return stage.result
 
 
 def _in_time(s: Setting, chain: Sequence[Rung], num_more: int) -> float:
-    minutes = s.config.minutes_of_path
-    assert minutes is not None
-    left = minutes - s.run.stages["joint"].seconds / 60
+    left = minutes_left(s)
+    assert left is not None
     seconds = [seconds_of_step(s, upper, lower) for upper, lower in itertools.pairwise(chain)]
-    return epochs_in(max(left, 0.05 * minutes), *seconds, num_more * seconds[-1])
+    return epochs_in(left, *seconds, num_more * seconds[-1])
 
 
-def _for_the_rest(s: Setting, ladder: Ladder, chain: Sequence[Rung], num_more: int) -> float:
+def minutes_left(s: Setting) -> float | None:
+    """What is left of `--minutes` after the stages so far but the scores; None where no clock decides."""
+    if (minutes := s.config.minutes_of_path) is None:
+        return None
+    spent = sum(s.run.stages[name].seconds for name in bill_of(s.run) if name != "score")
+    return max(minutes - spent / 60, 0.05 * minutes)
+
+
+def _for_the_rest(s: Setting, ladder: Ladder, chain: Sequence[Rung], num_more: int, reserved: float) -> float:
     assert s.config.budget is not None
     costs, spent = s.costs(ladder.scales), bill_of(s.run)
     budget = costs.single_step(s.config.budget)
-    left = budget - sum(passes for stage, passes in spent.items() if stage != "score")
+    left = budget - reserved - sum(passes for stage, passes in spent.items() if stage != "score")
 
     def cost(epochs: float) -> float:
         steps = itertools.pairwise(chain)
@@ -148,7 +162,7 @@ def _usual_step(s: Setting, ladder: Ladder) -> float:
     return (taught + 3 * usual) / (taught + 3 * timed)
 
 
-def _seconds_per_epoch(s: Setting, chain: Sequence[Rung]) -> float:
+def seconds_per_epoch(s: Setting, chain: Sequence[Rung]) -> float:
     """Of all steps down a chain together."""
     return sum(seconds_of_step(s, upper, lower) for upper, lower in itertools.pairwise(chain))
 

@@ -14,6 +14,7 @@ from stepwell.measure.cost import Costs, Epochs
 from stepwell.models.ladder import Ladder
 from stepwell.paths.path import Deliver, Path, R, finish
 from stepwell.paths.plan import plan
+from stepwell.paths.tune import tune
 from stepwell.pruning.units import Candidate
 from stepwell.run.progress import say
 from stepwell.setting.rungs import student_below, teacher_of
@@ -26,6 +27,7 @@ WAY = "It taught a model of another architecture itself."
 def descend(s: Setting, deliver: Deliver[R]) -> R:
     """Let the teacher teach the other student."""
     ladder, teacher = no_ladder(s), teacher_of(s)
+    s = tune(s, ladder)
     epochs = plan(s, ladder, bill).distill
     student = distill(s, ladder, "distill", [teacher], student_below(s, ladder, teacher), epochs)
     return deliver(s, finish(s, ladder, epochs, student, [], WAY))

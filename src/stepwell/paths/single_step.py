@@ -6,6 +6,7 @@ from stepwell.config.commands import CompressConfig
 from stepwell.measure.cost import Costs, Epochs
 from stepwell.paths.path import Deliver, Path, R, finish
 from stepwell.paths.plan import plan
+from stepwell.paths.tune import tune
 from stepwell.setting.rungs import student_below, teacher_of
 from stepwell.setting.setting import Setting
 from stepwell.stages.distill import distill
@@ -18,6 +19,7 @@ WAY = "The teacher taught the small model itself, without an assistant."
 def descend(s: Setting, deliver: Deliver[R]) -> R:
     """Prune the teacher to the student's budget, and let the teacher itself teach it."""
     ladder = grid(s, score(s), rungs)
+    s = tune(s, ladder)
     epochs, teacher = plan(s, ladder, bill).distill, teacher_of(s)
     student = distill(s, ladder, "distill", [teacher], student_below(s, ladder, teacher), epochs)
     return deliver(s, finish(s, ladder, epochs, student, [], WAY))

@@ -77,6 +77,8 @@ def stage(name: str) -> str:
     """What a stage does, for people; those of a chain are numbered or named by what the assistant keeps."""
     return STAGES.get(name) or {
         "assistant": f"train {name}",
+        "tune": f"try learning rate {name.removeprefix('tune ')}",
+        "pilot": f"trial: taught by the {name.removeprefix('pilot ')}",
         "distill": f"student {name.removeprefix('distill ')}",
         "size": f"last step of keep {name.removeprefix('size ')}",
     }.get(name.partition(" ")[0], name)

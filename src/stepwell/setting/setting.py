@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -150,6 +150,12 @@ class Setting:
     def autocast(self) -> torch.autocast:
         """The number format of forward passes in training."""
         return autocast_of(self.config, self.device)
+
+    def with_lr(self, lr: float) -> Setting:
+        """The same with another peak learning rate; batches and counts do not depend on it, and are kept."""
+        other = replace(self, config=self.config.model_copy(update={"lr": lr}))
+        vars(other).update({name: value for name, value in vars(self).items() if name not in vars(other)})
+        return other
 
     def fresh_student(self) -> nn.Module | None:
         """A copy of the untrained student of another architecture, on the device; None if there is none."""

@@ -6,22 +6,26 @@ Used for every step down: teacher to assistant, assistant to student, and the co
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stepwell.data.batches import Batch
+from stepwell.errors import DivergedError
 from stepwell.losses.choose import Pair
 from stepwell.losses.distillation import make_distillation
 from stepwell.losses.observe import Observed
 from stepwell.models.ladder import Ladder
+from stepwell.report.wording import plural
+from stepwell.run.progress import say
+from stepwell.run.run_dir import Stage
 from stepwell.setting.rungs import Rung
 from stepwell.setting.setting import Setting
 from stepwell.training.handed_on import performance_of
 from stepwell.training.lesson import Lesson
-from stepwell.training.loop import Trained, fit
+from stepwell.training.loop import Course, Trained, fit
 from stepwell.training.optimizer import no_decay_of
 
 
@@ -49,26 +53,88 @@ def distill(
     with s.run.stage(name, Trained) as stage:
         if stage.is_new:
             step = distill_step(s, teachers, student, drop)
-            courses = step.lesson.courses(
-                stage,
-                dict(student.model.named_parameters()),
-                s.config,
-                epochs=epochs,
-                lr=s.config.distill_lr or s.config.lr,
-                no_decay=no_decay_of(student.model),
-                modules=[student.model],
-                judge=lambda: performance_of(student.model, s.selection, s.metric, s.task),
-            )
             # The student learns in the last one; with some losses a pretraining comes before.
-            for course in courses:
+            for course in _courses(s, stage, step, student, epochs):
                 stage.result = fit(course, step, s.train, s.config, s.config)
-            state = {key: tensor.detach() for key, tensor in student.model.state_dict().items()}
             scales = [teacher.scale for teacher in teachers]
             passes = student.passes + s.costs(ladder.scales).step_down(epochs, student.scale, scales, drop)
-            stage.result = stage.result.model_copy(update={"tensors": state, "passes": passes})
+            stage.result = stage.result.model_copy(update={"tensors": _state(student), "passes": passes})
     student.model.load_state_dict(stage.result.tensors)
     student.model.eval()
     return student
+
+
+FEW_STEPS = 20
+
+
+class Probed(Trained):
+    """A short training that is there to be judged; `tensors` hold the student that it made."""
+
+    performance: float | None
+    """In [0, 1], on the selection images; None where it diverged."""
+
+
+def probe(s: Setting, ladder: Ladder, name: str, teacher: Rung, student: Rung, epochs: float) -> Probed:
+    """Train `student` in place for a short while, with a schedule of that length, and say how good it is.
+
+    A training that diverges is a result, too, and costs as much as it would have.
+    """
+    with s.run.stage(name, Probed) as stage:
+        if stage.is_new:
+            costs = s.costs(ladder.scales)
+            passes = student.passes + costs.step_down(epochs, student.scale, [teacher.scale])
+            passes += costs.evaluating(student.scale)
+            try:
+                step = distill_step(s, [teacher], student)
+                courses = _courses(s, stage, step, student, epochs)
+                *_, trained = [fit(course, step, s.train, s.config, s.config) for course in courses]
+                trained = trained.model_copy(update={"tensors": _state(student)})
+                performance = _performance(s, student.model.eval(), name)
+                if trained.num_steps < FEW_STEPS:
+                    say(f"warning: {name} has {plural(trained.num_steps, 'step')}, which say little")
+            except DivergedError as error:
+                say(str(error).partition("; ")[0])  # what follows is advice on a run of its own
+                trained = Trained(
+                    step=[], losses={"loss": []}, lr=[], num_steps=0, epochs=epochs, images_per_second=0
+                )
+                performance = None
+            stage.result = Probed(
+                **trained.model_dump(exclude={"passes"}),
+                performance=performance,
+                passes=passes,
+                tensors=trained.tensors,
+            )
+    return stage.result
+
+
+def _performance(s: Setting, model: nn.Module, name: str) -> float | None:
+    """On the selection images; None where the model answers with what is not a number."""
+    is_finite = []
+
+    def answers(images: Tensor) -> Tensor:
+        outputs = model(images)
+        is_finite.append(bool(outputs.isfinite().all()))
+        return torch.nan_to_num(outputs)
+
+    meter = s.task.evaluate(answers, s.selection, f"{name}: selection images")
+    return meter.performance(s.metric) if all(is_finite) else None
+
+
+def _courses(s: Setting, stage: Stage, step: DistillStep, student: Rung, epochs: float) -> Iterator[Course]:
+    return step.lesson.courses(
+        stage,
+        dict(student.model.named_parameters()),
+        s.config,
+        epochs=epochs,
+        lr=s.config.distill_lr or s.config.lr,
+        no_decay=no_decay_of(student.model),
+        modules=[student.model],
+        judge=lambda: performance_of(student.model, s.selection, s.metric, s.task),
+    )
+
+
+def _state(student: Rung) -> dict[str, Tensor]:
+    return {key: tensor.detach() for key, tensor in student.model.state_dict().items()}
 
 
 @dataclass(frozen=True)

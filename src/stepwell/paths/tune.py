@@ -1,0 +1,75 @@
+"""--tune: the learning rate is found before the run, by short trainings of the single step.
+
+Every rate trains the student, a slice of the teacher, straight from the teacher for a twentieth of the
+budget (or of `--epochs`, or of `--minutes`), warm-up and schedule pressed into that length. The one whose
+student does best on the selection images is the rate of every training of the path, and of the control. A
+short training likes a rate that is a little too high; what a long one cannot bear, it mostly cannot either.
+"""
+
+from __future__ import annotations
+
+from stepwell.errors import DivergedError
+from stepwell.measure.cost import PROBE_SHARE, Epochs, epochs_in
+from stepwell.models.ladder import Ladder
+from stepwell.paths.plan import seconds_per_epoch
+from stepwell.run.progress import say
+from stepwell.setting.rungs import Rung, student_below, teacher_of
+from stepwell.setting.setting import Setting
+from stepwell.stages.distill import Probed, probe
+
+
+def tune(s: Setting, ladder: Ladder) -> Setting:
+    """The setting with the learning rate that did best; as it is, where none is to be tried.
+
+    Each rate is a stage of its own (`tune 0.001`), so that a run that was stopped tries none of them twice.
+
+    Raises:
+        DivergedError: No rate led to a student.
+    """
+    rates = s.config.rates_to_try
+    if not rates:
+        return s
+    teacher = teacher_of(s)
+    epochs = _epochs_of_each(s, ladder, teacher)
+    tried = {}
+    for lr in rates:
+        student = student_below(s, ladder, teacher)
+        tried[lr] = probe(s.with_lr(lr), ladder, f"tune {lr:g}", teacher, student, epochs)
+    best = best_rate(tried)
+    found = ", ".join(f"{lr:g}: {_performance(probed)}" for lr, probed in tried.items())
+    say(f"tune: learning rate {best:g} ({found} on the selection images, {epochs:.2g} epochs each)")
+    return s.with_lr(best)
+
+
+def best_rate(tried: dict[float, Probed]) -> float:
+    """The rate of the best student, of equal ones the lowest.
+
+    Args:
+        tried: By rate, rising.
+
+    Raises:
+        DivergedError: All diverged.
+    """
+    performances = {lr: probed.performance for lr, probed in tried.items() if probed.performance is not None}
+    if not performances:
+        rates = " ".join(f"{lr:g}" for lr in tried)
+        raise DivergedError(
+            f"tune: every learning rate diverged ({rates}); lower ones (--tune-lrs) need another --out"
+        )
+    return max(performances, key=lambda lr: performances[lr])
+
+
+def _epochs_of_each(s: Setting, ladder: Ladder, teacher: Rung) -> float:
+    costs = s.costs(ladder.scales)
+    if (minutes := s.config.minutes_of_path) is None:
+        return costs.probe_epochs
+    with s.run.stage("plan tune", Epochs) as stage:  # a clock decides here, so it is kept
+        if stage.is_new:
+            seconds = seconds_per_epoch(s, [teacher, student_below(s, ladder, teacher)])
+            epochs = epochs_in(PROBE_SHARE * minutes, seconds)
+            stage.result = Epochs(joint=epochs, distill=epochs)
+    return stage.result.distill
+
+
+def _performance(probed: Probed) -> str:
+    return "diverged" if probed.performance is None else f"{probed.performance:.3f}"
