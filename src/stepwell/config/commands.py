@@ -157,7 +157,9 @@ class CompareConfig(CompressConfig):
         for flag, given in (("--ladder", self.ladder), ("--baseline", self.baseline)):
             if given:
                 raise ValueError(f"{flag} is for compress: a comparison trains students alone")
+        return self
 
+    @model_validator(mode="after")
     def _one_search(self) -> Self:
         if self.lrs and self.rates_to_try:
             raise ValueError("--lrs and --tune both search the learning rate: give one of them")
