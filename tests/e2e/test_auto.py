@@ -80,12 +80,12 @@ def spent_but_scores(s) -> float:
 
 def diverges_at(name: str):
     """Stands for the training of a stage: that of `name` diverges."""
-    train = distill._train
+    fit = distill.fit
 
-    def stub(s, stage, *rest):
-        if stage.name == name:
+    def stub(course, *rest):
+        if course.name == name:
             raise DivergedError(f"{name}: loss became nan; finished stages are kept")
-        return train(s, stage, *rest)
+        return fit(course, *rest)
 
     return stub
 
@@ -164,7 +164,7 @@ def test_of_a_number_of_epochs_a_tenth_is_the_pilot(run_words):
 
 
 def test_a_pilot_that_diverges_is_the_worse_one(run_words, tmp_path, monkeypatch):
-    monkeypatch.setattr(distill, "_train", diverges_at("pilot teacher"))
+    monkeypatch.setattr(distill, "fit", diverges_at("pilot teacher"))
     s, finished = descended(run_words(*AUTO))
     assert len(finished.assistants) == 1
     assert "that of the teacher itself nothing, it diverged" in finished.way
@@ -172,7 +172,7 @@ def test_a_pilot_that_diverges_is_the_worse_one(run_words, tmp_path, monkeypatch
 
 
 def test_the_pilots_student_is_handed_out_where_the_rest_did_it_harm(run_words, tmp_path, monkeypatch):
-    monkeypatch.setattr(distill, "_train", diverges_at("distill"))
+    monkeypatch.setattr(distill, "fit", diverges_at("distill"))
     monkeypatch.setattr(auto, "judge", lambda _performances: "teacher")
     _, finished = descended(run_words(*AUTO))
     saved = load_file(tmp_path / "run" / "stages" / "pilot teacher" / "tensors.safetensors")

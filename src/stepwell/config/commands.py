@@ -161,6 +161,12 @@ class CompareConfig(CompressConfig):
             raise ValueError("--lrs and --tune both search the learning rate: give one of them")
         return self
 
+    @model_validator(mode="after")
+    def _one_search(self) -> Self:
+        if self.lrs and self.rates_to_try:
+            raise ValueError("--lrs and --tune both search the learning rate: give one of them")
+        return self
+
 
 class TrainConfig(RecipeOptions, TrainingOptions, DataOptions, StartOptions):
     """All options of fine-tuning a teacher."""

@@ -6,7 +6,7 @@ Used for every step down: teacher to assistant, assistant to student, and the co
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +25,7 @@ from stepwell.setting.rungs import Rung
 from stepwell.setting.setting import Setting
 from stepwell.training.handed_on import performance_of
 from stepwell.training.lesson import Lesson
-from stepwell.training.loop import Trained, fit
+from stepwell.training.loop import Course, Trained, fit
 from stepwell.training.optimizer import no_decay_of
 
 
@@ -52,10 +52,13 @@ def distill(
     """
     with s.run.stage(name, Trained) as stage:
         if stage.is_new:
-            trained = _train(s, stage, distill_step(s, teachers, student, drop), student, epochs)
+            step = distill_step(s, teachers, student, drop)
+            # The student learns in the last one; with some losses a pretraining comes before.
+            for course in _courses(s, stage, step, student, epochs):
+                stage.result = fit(course, step, s.train, s.config, s.config)
             scales = [teacher.scale for teacher in teachers]
             passes = student.passes + s.costs(ladder.scales).step_down(epochs, student.scale, scales, drop)
-            stage.result = trained.model_copy(update={"passes": passes})
+            stage.result = stage.result.model_copy(update={"tensors": _state(student), "passes": passes})
     student.model.load_state_dict(stage.result.tensors)
     student.model.eval()
     return student
@@ -82,7 +85,10 @@ def probe(s: Setting, ladder: Ladder, name: str, teacher: Rung, student: Rung, e
             passes = student.passes + costs.step_down(epochs, student.scale, [teacher.scale])
             passes += costs.evaluating(student.scale)
             try:
-                trained = _train(s, stage, distill_step(s, [teacher], student), student, epochs)
+                step = distill_step(s, [teacher], student)
+                courses = _courses(s, stage, step, student, epochs)
+                *_, trained = [fit(course, step, s.train, s.config, s.config) for course in courses]
+                trained = trained.model_copy(update={"tensors": _state(student)})
                 performance = _performance(s, student.model.eval(), name)
                 if trained.num_steps < FEW_STEPS:
                     say(f"warning: {name} has {plural(trained.num_steps, 'step')}, which say little")
@@ -114,9 +120,8 @@ def _performance(s: Setting, model: nn.Module, name: str) -> float | None:
     return meter.performance(s.metric) if all(is_finite) else None
 
 
-def _train(s: Setting, stage: Stage, step: DistillStep, student: Rung, epochs: float) -> Trained:
-    """The training of a stage; all that the student is made of in `tensors`."""
-    courses = step.lesson.courses(
+def _courses(s: Setting, stage: Stage, step: DistillStep, student: Rung, epochs: float) -> Iterator[Course]:
+    return step.lesson.courses(
         stage,
         dict(student.model.named_parameters()),
         s.config,
@@ -126,10 +131,10 @@ def _train(s: Setting, stage: Stage, step: DistillStep, student: Rung, epochs: f
         modules=[student.model],
         judge=lambda: performance_of(student.model, s.selection, s.metric, s.task),
     )
-    # The student learns in the last one; with some losses a pretraining comes before.
-    *_, trained = [fit(course, step, s.train, s.config, s.config) for course in courses]
-    state = {key: tensor.detach() for key, tensor in student.model.state_dict().items()}
-    return trained.model_copy(update={"tensors": state})
+
+
+def _state(student: Rung) -> dict[str, Tensor]:
+    return {key: tensor.detach() for key, tensor in student.model.state_dict().items()}
 
 
 @dataclass(frozen=True)
