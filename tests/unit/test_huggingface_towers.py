@@ -265,6 +265,12 @@ def test_what_a_folder_was_saved_from_counts(tmp_path):
         load_teacher(str(folder), None, {}, 3)
 
 
+def test_a_configuration_with_which_it_cannot_run_is_no_traceback(tmp_path):
+    """Rotations of heads of 6 numbers have 8; what runs the model says it in one line."""
+    folder = save(tmp_path, "DINOv3", hidden_size=24)
+    assert load_teacher(str(folder), None, {}, 3).architecture.source == "factory"
+
+
 # --- images
 
 
