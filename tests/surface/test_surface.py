@@ -56,7 +56,7 @@ COMPRESS = TRAINING | {
     "--baseline-weights-key",
 }  # fmt: skip
 FLAGS = {
-    "train": TRAINING | {"--layer-decay", "--model", "--pretrained", "--weights", "--weights-key"},
+    "train": TRAINING | {"--layer-decay", "--model", "--pretrained", "--probe", "--weights", "--weights-key"},
     "compress": COMPRESS,
     "compare": COMPRESS | {
         "--paths", "--logit-losses", "--feature-losses", "--seeds", "--lrs", "--controls", "--jobs",
