@@ -78,7 +78,8 @@ def _check_embedding(config: CompressConfig) -> None:
         raise ConfigError(
             "--logit-weight and --feature-weight are 0: an embedding has nothing else to learn from"
         )
-    if config.logit_weight and config.logit_loss in LOGIT_LOSSES and config.logit_loss != "kd":
+    usual = LossOptions.model_fields["logit_loss"].default
+    if config.logit_weight and config.logit_loss in LOGIT_LOSSES and config.logit_loss != usual:
         raise ConfigError(
             f"--logit-loss {config.logit_loss} is for classes, and the teacher returns an embedding: leave "
             f"it out, and the distance between embeddings takes its place"
