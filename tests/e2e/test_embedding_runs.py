@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import timm
 import torch
+from safetensors.torch import load_file
 from small_world import QUICK, all_test_images, data_of, result_of, stepwell, write_images
 
 import stepwell as package
@@ -145,6 +147,63 @@ def test_a_rung_is_exported(embedded, tower, tmp_path):
     stepwell("export", embedded, *words)
     rung = package.load(tmp_path / "keep-0.4", factory=load_factory(tower))
     assert rung(torch.zeros(2, 3, 16, 16)).shape == (2, 24)
+
+
+RESNET = ("--student", "resnet18", "--student-args", "layers=(1,1,1,1)", "channels=(8,8,8,16)")
+RESNET = (*RESNET, "output_stride=8", "--path", "scalekd", "--batch-size", 16)
+
+
+@pytest.mark.brings(
+    "model",
+    "a tower without classes, with --path scalekd --student NAME and images with or without labels",
+    "The student is the plain model of timm whose last layer returns the teacher's embedding",
+)
+@pytest.mark.parametrize("labelled", [True, False])
+def test_another_architecture_learns_the_embedding(data, tmp_path, quick, labelled):
+    (tmp_path / "tower.py").write_text(TOWER.replace("patch_size=8", "patch_size=4"))
+    tower = f"{tmp_path / 'tower.py'}:build"
+    images = data if labelled else write_images(tmp_path / "flat", 60, seed=0, classes=())
+    words = ("--teacher", tower, "--data", images, "--out", tmp_path / "run", "--epochs", 8, "--lr", 0.01)
+    stepwell("compress", *words, *RESNET)
+    result = result_of(tmp_path / "run")
+    assert (result.measure, result.losses["features"]) == ("cosine", "scalekd")
+    losses = result.histories["distill"].losses
+    assert set(losses) == {"loss", "logit", "feature"}
+    assert losses["logit"][-1] < losses["logit"][0]
+    assert (result.student.neighbours_right is not None) == labelled
+    # timm and the file are enough.
+    plain = timm.create_model(
+        "resnet18", layers=(1, 1, 1, 1), channels=(8, 8, 8, 16), output_stride=8, num_classes=24
+    )
+    plain.load_state_dict(load_file(tmp_path / "run" / "student" / "model.safetensors"), strict=True)
+    images, teacher = all_test_images(tmp_path / "run"), load_factory(tower)().eval()
+    with torch.no_grad():
+        cosine = torch.nn.functional.cosine_similarity(plain.eval()(images), teacher(images)).mean().item()
+    assert result.student.quality == pytest.approx(100 * cosine, abs=1e-3)
+    assert cosine > 0.3
+
+
+def test_what_another_architecture_needs_to_learn_an_embedding(data, tower, fails, tmp_path):
+    words = (
+        "compress",
+        "--teacher",
+        tower,
+        "--data",
+        data,
+        "--out",
+        tmp_path / "run",
+        "--epochs",
+        1,
+        *RESNET,
+    )
+    said = fails(*words, "--logit-weight", 0)
+    assert said.endswith(
+        "the last layer of --student resnet18, which is to return the teacher's embedding; leave it out"
+    )
+    words = tuple("num_classes=0" if word == "output_stride=8" else word for word in words)
+    said = fails(*words)
+    assert "--student resnet18 returns 16 numbers, and the teacher an embedding of 24: let the" in said
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

@@ -57,7 +57,7 @@ COMPRESS = TRAINING | {
     "--tune", "--tune-lrs",
 }  # fmt: skip
 FLAGS = {
-    "train": TRAINING | {"--layer-decay", "--model", "--pretrained", "--weights", "--weights-key"},
+    "train": TRAINING | {"--layer-decay", "--model", "--pretrained", "--probe", "--weights", "--weights-key"},
     "compress": COMPRESS,
     "compare": COMPRESS | {
         "--paths", "--logit-losses", "--feature-losses", "--seeds", "--lrs", "--controls", "--jobs",

@@ -97,7 +97,7 @@ def test_everything_between_the_residual_sums_is_cut(name):
     assert list(dict.fromkeys(g.block for g in groups)) == layers
     assert len({g.section for g in groups}) == (2 if "swin" in name else 1)
     assert list(names_by_family(teacher(name))) == [
-        "ViT, DeiT, BEiT, DINOv2, Swin, ConvNeXt and ResNet of transformers"
+        "ViT, DeiT, BEiT, DINOv2, DINOv3, CLIP, SigLIP, Swin, ConvNeXt and ResNet of transformers"
     ]
 
 
@@ -311,6 +311,10 @@ def test_damaged_folders(tmp_path):
 
 def test_a_model_without_classifier_is_no_random_teacher(tmp_path):
     inner("vit").vit.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(
+        json.dumps({**config, "architectures": ["ViTForImageClassification"]})
+    )
     assert "the first is classifier.bias" in one_line_of(ModelError, tmp_path)
 
 
@@ -324,8 +328,9 @@ def test_unsupported_classes(tmp_path):
     )
     with pytest.raises(UnsupportedModelError, match=r"known are: beit, .*, swinv2, vit"):
         teacher_from_module(other, None)
-    with pytest.raises(ModelError, match="ForImageClassification"):
-        teacher_from_module(inner("vit").vit, None)
+    masked = transformers.ViTForMaskedImageModeling(inner("vit").config)
+    with pytest.raises(ModelError, match=r"use the \.\.\.ForImageClassification or the ViTModel"):
+        teacher_from_module(masked, None)
 
 
 def test_options_that_do_not_go_with_a_folder(tmp_path):

@@ -108,6 +108,25 @@ def test_columns_of_bits(tmp_path, capsys):
     assert "warning: no image of class eel in" in capsys.readouterr().err
 
 
+@brings("a table with a column of -1 and 1 for each class, as CelebA's", "Read as columns of 0 and 1.")
+def test_columns_of_signs(tmp_path):
+    names = ("cow", "ant", "bee")
+    rows = [
+        (file, *(1 if name in KINDS[i % 6] else -1 for name in names))
+        for i, file in enumerate(write_flat(tmp_path, 24))
+    ]
+    table = write_table(tmp_path / "labels.csv", "image_id,cow,ant,bee", rows)
+    data = resolve(tmp_path)
+    assert (data.task, data.classes) == ("multi-label", names)
+    assert {key: tuple(sorted(found)) for key, found in names_of(data).items()} == expected()
+    said = error_of(tmp_path, task="classification")
+    assert said.startswith(str(table))
+    assert "in its columns of -1 and 1: --task multi-label reads several classes" in said
+    # Beside 0 it would be a label that nobody knows: such a table is not read so.
+    write_table(tmp_path / "labels.csv", "image_id,cow,ant,bee", [(rows[0][0], 0, 1, -1), *rows[1:]])
+    assert not resolve(tmp_path).labelled
+
+
 @brings("a table with a row for each class of an image, and `--task multi-label`")
 def test_a_row_for_each_class(tmp_path):
     files = write_flat(tmp_path, 24)

@@ -55,6 +55,7 @@ _MARKS = (
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
 _BITS = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
+_SIGNS = {"-1": False, "-1.0": False, "1": True, "1.0": True}  # CelebA's
 _BEYOND = "\0beyond the header"
 
 Record = Mapping[str, object]
@@ -232,8 +233,13 @@ def _from_json_lists(values: Sequence[object], numbers: bool) -> Sequence[Name] 
 def _from_bits(
     path: Path, records: Sequence[Record], file: str, rest: Sequence[str], task: Task
 ) -> Sequence[Name] | None:
-    """The names of the columns that hold the 1s; None where other columns than of 0 and 1 are there."""
-    bits = [[_BITS.get(_word(record, column)) for column in rest] for record in records]
+    """The names of the columns that hold the 1s; None where other columns than of 0 and 1 are there.
+
+    -1 and 1 mean the same; but not beside 0: in CheXpert's tables -1 is a label that is not known.
+    """
+    words = [[_word(record, column) for column in rest] for record in records]
+    meaning = _SIGNS if all(word in _SIGNS for row in words for word in row) else _BITS
+    bits = [[meaning.get(word) for word in row] for row in words]
     if len(rest) < 2 or any(None in row for row in bits):
         return None
     names = [[column.strip() for column, bit in zip(rest, row, strict=True) if bit] for row in bits]
@@ -242,8 +248,14 @@ def _from_bits(
     for record, those in zip(records, names, strict=True):
         if len(those) != 1:
             has = f"the classes {' and '.join(those[:2])}" if those else "no class"
-            raise several_classes(path, f"gives {record.get(file)} {has}, in its columns of 0 and 1")
+            raise several_classes(
+                path, f"gives {record.get(file)} {has}, in its columns of {_zero(meaning)} and 1"
+            )
     return [those[0] for those in names]
+
+
+def _zero(meaning: Mapping[str, bool]) -> str:
+    return "-1" if meaning is _SIGNS else "0"
 
 
 def several_classes(path: Path, what: str) -> DataError:

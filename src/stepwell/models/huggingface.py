@@ -1,4 +1,4 @@
-"""Image classifiers of Hugging Face's transformers: read from a folder, called like any other, rebuilt.
+"""Models of Hugging Face's transformers, with or without a classifier: read from a folder, and rebuilt.
 
 transformers is imported only where one of its models is at hand: it takes seconds, and it is an extra.
 Nothing here goes to the network, unpickles, or runs code that lies in a folder.
@@ -22,45 +22,30 @@ from stepwell.data.images import one_line
 from stepwell.data.spec import InputSpec
 from stepwell.errors import ModelError, UnsupportedModelError
 from stepwell.models.arguments import architecture_only, refused_configuration
+from stepwell.models.huggingface_calls import (
+    BACKBONES,
+    NO_POOLER,
+    Backbone,
+    Classifier,
+    Wrapped,
+    backbone_named,
+    image_tower,
+)
 from stepwell.models.image_processor import PROCESSOR, read_json, read_spec
 from stepwell.models.weights import FILES, read_weights, weights_in
 from stepwell.run.progress import console, say
 
-SUPPORTED = ("beit", "convnext", "convnextv2", "deit", "dinov2", "resnet", "swin", "swinv2", "vit")
+SUPPORTED = tuple(BACKBONES)
 """As `model_type` in a config. Others are not even built: some of transformers' types fetch from the hub."""
 
 CONFIG = "config.json"
+# Their configuration says what they were trained at first; DINOv2's 518 goes with a processor for 224.
+_ANY_SIZE = ("dinov2", "dinov2_with_registers", "dinov3_vit", "resnet")
 _OLDEST = (5, 10)  # the first that names layers as pruning/families/huggingface.py does
 
 
-class Classifier(nn.Module):
-    """Calls a model of transformers as we call every model: images in, logits out.
-
-    Args:
-        model: An image classifier; kept as attribute `model`.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    @property
-    def config(self) -> Any:  # noqa: ANN401  (a class of transformers)
-        """What transformers builds the model from."""
-        return self.model.config
-
-    @property
-    def num_classes(self) -> int:
-        """As timm calls it."""
-        return self.config.num_labels
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Images (batch, channels, height, width) to logits (batch, classes)."""
-        return self.model(images, return_dict=True).logits
-
-
 def wrapped(module: nn.Module) -> nn.Module:
-    """`module` itself, but a model of transformers in fp32 and inside a `Classifier`; it is set up in place.
+    """`module` itself, but a model of transformers in fp32 and inside a `Wrapped`; it is set up in place.
 
     Raises:
         ModelError: It is a model of transformers that we cannot use.
@@ -70,16 +55,25 @@ def wrapped(module: nn.Module) -> nn.Module:
         return module
     _transformers()
     model = cast(Any, module)
-    _check_type(model.config.model_type, f"a {type(module).__name__}")
-    if "ForImageClassification" not in "".join(bases):
-        raise ModelError(f"a {type(module).__name__} names no classes: use the ...ForImageClassification")
+    name, model_type = type(module).__name__, model.config.model_type
+    classifies = "ForImageClassification" in "".join(bases)
+    if not classifies and hasattr(model.config, "vision_config"):
+        raise ModelError(f"a {name} reads texts too: pass its image tower, which `.vision_model` is")
+    _check_type(model_type, f"a {name}")
+    if not classifies and name not in BACKBONES[model_type]:
+        raise ModelError(
+            f"a {name} returns neither logits nor an embedding: use the ...ForImageClassification or the "
+            f"{BACKBONES[model_type][-1]}"
+        )
     for layer in model.modules():
         if getattr(layer, "gradient_checkpointing", False):
             # It computes layers a second time, when candidates no longer hold their weights.
             layer.gradient_checkpointing = False
-    if _attention(model.config.model_type):
+    if _attention(model_type):
         model.set_attn_implementation("sdpa")  # others need a GPU, or compute in fp32 whatever they are given
-    return Classifier(model.float())
+    if model_type == "dinov3_vit":  # a student learns what its teacher says of the same positions
+        model.config.pos_embed_shift = model.config.pos_embed_jitter = model.config.pos_embed_rescale = None
+    return Classifier(model.float()) if classifies else Backbone(model.float())
 
 
 def is_folder(path: Path) -> bool:
@@ -87,33 +81,42 @@ def is_folder(path: Path) -> bool:
     return (path / CONFIG).is_file()
 
 
-def load_folder(folder: Path) -> Classifier:
+def load_folder(folder: Path) -> Wrapped:
     """Load what `save_pretrained` has written; nothing outside of the folder is read.
 
+    Of a model of images and texts (CLIP, SigLIP) it is the image tower.
+
     Raises:
-        ModelError: It is no image classifier that we support, or its weights are missing, do not fit or would
-            run code; or transformers is not installed.
+        ModelError: It is no model that we support, or its weights are missing, do not fit or would run code;
+            or transformers is not installed.
     """
     transformers = _transformers()
-    config = architecture_only(read_json(folder / CONFIG))
+    config, prefixes = image_tower(architecture_only(read_json(folder / CONFIG)))
+    config = architecture_only(config)
     _check_type(config.get("model_type"), str(folder))
     if (reason := refused_configuration(config)) is not None:
         raise ModelError(f"{folder / CONFIG}: {reason}")
     tensors = _tensors(folder)
+    if prefixes:
+        tensors = {key: tensor for key, tensor in tensors.items() if key.startswith(prefixes)}
+        say(f"{folder}: taken is its image tower, without the text tower")
     try:
         with _quiet(transformers):
             model, report = _filled(transformers, config, tensors)
+            if report["missing_keys"] and all(key.startswith("pooler.") for key in report["missing_keys"]):
+                say(f"{folder} has no weights of a pooler: its embedding is the class token")
+                model, report = _filled(transformers, {**config, **NO_POOLER}, tensors)
     except (OSError, ValueError, RuntimeError, TypeError, AttributeError, KeyError) as error:
         raise ModelError(f"transformers cannot load {folder}: {one_line(error)[:200]}") from None
     missing, left_over = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
     if missing:  # transformers would leave them random
         raise ModelError(
             f"{folder} has no weights for {len(missing)} tensors of the {type(model).__name__}, the first is "
-            f"{missing[0]}: it was not saved from an image classifier"
+            f"{missing[0]}: it was not saved from one"
         )
     if left_over:
         say(f"note: {len(left_over)} tensors of {folder} are not the model's, the first is {left_over[0]}")
-    return cast(Classifier, wrapped(model.eval()))
+    return cast(Wrapped, wrapped(model.eval()))
 
 
 def _tensors(folder: Path) -> dict[str, Tensor]:
@@ -137,34 +140,51 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def _filled(transformers: Any, config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[Any, Any]:  # noqa: ANN401
-    """A classifier with weights, which transformers may rename, and its report on them."""
+    """A model with weights, which transformers may rename, and its report on them."""
     kind = type(transformers.AutoConfig.for_model(config["model_type"]))
+    config, pooling = _split(config)
     settings = kind.from_dict(config)
-    with torch.device("meta"):  # only to learn which class it is: DeiT has two
-        empty = transformers.AutoModelForImageClassification.from_config(settings, trust_remote_code=False)
     # By state_dict= and without a path: a path would let an index or an adapter name other files.
-    return type(empty).from_pretrained(
+    return _class_of(transformers, config, settings).from_pretrained(
         None,
         config=settings,
         state_dict=tensors,
         dtype=torch.float32,
         attn_implementation=_attention(config["model_type"]),
         output_loading_info=True,
+        **pooling,
     )
 
 
+def _class_of(transformers: Any, config: Mapping[str, Any], settings: Any) -> Any:  # noqa: ANN401
+    """The class without a head if the configuration was saved from it, else the image classifier."""
+    if (name := backbone_named(config)) is not None:
+        return getattr(transformers, name)  # one of a list of ours
+    with torch.device("meta"):  # only to learn which class it is: DeiT has two
+        empty = transformers.AutoModelForImageClassification.from_config(settings, trust_remote_code=False)
+    return type(empty)
+
+
+def _split(args: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, bool]]:
+    """A configuration, and what stands beside it for the constructor alone."""
+    config = {key: value for key, value in args.items() if key not in NO_POOLER}
+    return config, NO_POOLER if "add_pooling_layer" in args and backbone_named(args) else {}
+
+
 def recipe(model: nn.Module) -> tuple[str, dict[str, Any]] | None:
-    """The name of a classifier's class, and the arguments that `build` makes it from; None for other models.
+    """The name of a model's class, and the arguments that `build` makes it from; None for other models.
 
     None as well where the configuration no longer describes the model: it is proved by equal outputs.
     """
-    if not isinstance(model, Classifier) or not type(model.model).__module__.startswith("transformers."):
+    if not isinstance(model, Wrapped) or not type(model.model).__module__.startswith("transformers."):
         return None
     args = json.loads(model.config.to_json_string(use_diff=False))
     # Where it lay on this machine is nobody's business; the number format is ours.
     args = {key: value for key, value in architecture_only(args).items() if key != "dtype"}
     name = type(model.model).__name__
     args["architectures"] = [name]  # DeiT has two
+    if isinstance(model, Backbone) and getattr(model.model, "pooler", model) is None:
+        args |= NO_POOLER
     try:
         twin = build(args)
         twin.load_state_dict(model.state_dict())
@@ -173,13 +193,16 @@ def recipe(model: nn.Module) -> tuple[str, dict[str, Any]] | None:
     images = torch.randn(
         2, model.config.num_channels, *_size(model), generator=torch.Generator().manual_seed(0)
     )
-    with torch.no_grad():
-        same = torch.equal(twin.eval()(images), model(images))
+    try:
+        with torch.no_grad():
+            same = torch.equal(twin.eval()(images), model(images))
+    except Exception:  # whatever its forward pass raises; where it is run in earnest, that is said
+        return None
     return (name, args) if same else None
 
 
-def build(args: Mapping[str, Any]) -> Classifier:
-    """A classifier of a configuration, with whatever weights its constructor gives it.
+def build(args: Mapping[str, Any]) -> Wrapped:
+    """A model of a configuration, with whatever weights its constructor gives it.
 
     Raises:
         ModelError: transformers is not installed, or cannot build it.
@@ -188,19 +211,17 @@ def build(args: Mapping[str, Any]) -> Classifier:
     _check_type(args.get("model_type"), "the configuration")
     if (reason := refused_configuration(args)) is not None:
         raise ModelError(f"the configuration of a {args['model_type']}: {reason}")
+    settings, pooling = _split(args)
     try:
-        config = transformers.AutoConfig.for_model(**args)
-        model = transformers.AutoModelForImageClassification.from_config(
-            config,
-            trust_remote_code=False,
-            attn_implementation=_attention(args["model_type"]),
-            dtype=torch.float32,
+        config = transformers.AutoConfig.for_model(**settings)
+        model = _class_of(transformers, settings, config)._from_config(
+            config, attn_implementation=_attention(args["model_type"]), dtype=torch.float32, **pooling
         )
     except Exception as error:  # whatever a constructor does with arguments that it cannot use
         raise ModelError(
             f"transformers cannot build a {args['model_type']}: {one_line(error)[:200]}"
         ) from None
-    return cast(Classifier, wrapped(model))
+    return cast(Wrapped, wrapped(model))
 
 
 def class_names(model: nn.Module) -> tuple[str, ...] | None:
@@ -234,11 +255,11 @@ def task_of(model: nn.Module, name: str) -> TaskName | None:
     return tasks.get(kind)
 
 
-def input_spec(model: Classifier, folder: Path | None = None) -> InputSpec:
-    """What images a classifier wants: size from its configuration, the rest from its image processor.
+def input_spec(model: Wrapped, folder: Path | None = None) -> InputSpec:
+    """What images a model wants: size from its configuration, the rest from its image processor.
 
     Args:
-        model: The classifier.
+        model: The model.
         folder: Where `preprocessor_config.json` may lie.
 
     Raises:
@@ -250,10 +271,10 @@ def input_spec(model: Classifier, folder: Path | None = None) -> InputSpec:
         where = f"{folder} has no {PROCESSOR}" if folder else "a module of transformers does not carry one"
         console.print(f"note: mean and std are taken for 0.5 each, since {where}", soft_wrap=True)
         return InputSpec(size, channels, (0.5,) * channels, (0.5,) * channels, "bilinear", 1.0, "squash")
-    return read_spec(file, size, channels)
+    return read_spec(file, size, channels, any_size=model.config.model_type in _ANY_SIZE)
 
 
-def _size(model: Classifier) -> tuple[int, int]:
+def _size(model: Wrapped) -> tuple[int, int]:
     size = getattr(model.config, "image_size", 224)  # a ResNet takes any, and is trained at this
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 

@@ -17,19 +17,22 @@ PROCESSOR = "preprocessor_config.json"
 _INTERPOLATIONS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
 
 
-def read_spec(file: Path, size: tuple[int, int], channels: int) -> InputSpec:
+def read_spec(file: Path, size: tuple[int, int], channels: int, *, any_size: bool = False) -> InputSpec:
     """Read the settings of an image processor.
 
     Args:
         file: They lie here.
         size: Height and width that the model wants.
         channels: And channels.
+        any_size: It takes others as well: the processor's counts, where that says one.
 
     Raises:
         ModelError: They are damaged, or make images of another size.
     """
-    processor = read_json(file)
+    processor = _with_short_edge(read_json(file))
     try:
+        if any_size:
+            size = _made(processor) or size
         return _spec(processor, size, channels, str(file))
     except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
         raise ModelError(f"{file} is damaged: {type(error).__name__}: {one_line(error)}") from None
@@ -52,10 +55,29 @@ def read_json(file: Path) -> dict[str, Any]:
     return {key: value for key, value in content.items() if value is not None}
 
 
+# Whose size, where it is a number, is the shorter edge's; of the others it is that of both.
+_SHORT_EDGE = ("clip", "bit", "convnext")
+
+
+def _with_short_edge(processor: dict[str, Any]) -> dict[str, Any]:
+    """Settings of an old version, which wrote `size: 224`, as newer ones write them."""
+    name = str(processor.get("image_processor_type", processor.get("feature_extractor_type", ""))).lower()
+    if isinstance(processor.get("size"), int) and name.startswith(_SHORT_EDGE):
+        return {**processor, "size": {"shortest_edge": processor["size"]}}
+    return processor
+
+
+def _made(processor: Mapping[str, Any]) -> tuple[int, int] | None:
+    """The size of what comes out of it, if it says both edges."""
+    resized = processor.get("size", {}) if processor.get("do_resize", True) else {}
+    cropped = processor.get("crop_size") if processor.get("do_center_crop", True) else None
+    return _edges(cropped or resized)
+
+
 def _spec(processor: Mapping[str, Any], size: tuple[int, int], channels: int, where: str) -> InputSpec:
     resized = processor.get("size", {}) if processor.get("do_resize", True) else {}
     cropped = processor.get("crop_size") if processor.get("do_center_crop", True) else None
-    seen = _edges(cropped or resized)
+    seen = _made(processor)
     if seen is not None and seen != size:
         raise ModelError(
             f"{where} makes images of {seen[0]} x {seen[1]}, but the model's configuration wants "

@@ -30,7 +30,7 @@ def input_spec(model: nn.Module, args: Mapping[str, Any] | None = None) -> Input
         model: On any device.
         args: What timm's create_model was given.
     """
-    if isinstance(model, huggingface.Classifier):
+    if isinstance(model, huggingface.Wrapped):
         return huggingface.input_spec(model)
     config = resolve_data_config(model=model, verbose=False)
     recorded, *size = config["input_size"]

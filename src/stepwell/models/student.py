@@ -48,17 +48,20 @@ def build_student(
     module: nn.Module | None = None,
     like: nn.Module | None = None,
     flag: str = "--student",
+    *,
+    embeds: bool = False,
 ) -> OtherStudent:
     """Build the student that `--student` names.
 
     Args:
         options: What it is, and which weights it starts from.
-        num_classes: Those of the teacher.
+        num_classes: Those of the teacher, or the numbers in its embedding.
         spec: The teacher's input: the student gets the same images.
         seed: Of the random weights.
         module: The module that `--student` stands for, where the caller built it; a copy is taken.
         like: Where to copy weights from, by name and shape, with `--student-init teacher`.
         flag: The option that names it, for errors.
+        embeds: Whether the teacher has no classes.
 
     Raises:
         ModelError: There is no such model, or the weights do not fit it.
@@ -86,6 +89,11 @@ def build_student(
     model = model.eval().requires_grad_(True)
     classes = check_runs(model, spec, f"{flag} {name}", f"{flag}-args or another model")
     if classes != num_classes:
+        if embeds:
+            raise ConfigError(
+                f"{flag} {name} returns {classes} numbers, and the teacher an embedding of {num_classes}: "
+                f"let the student's last layer return as many"
+            )
         raise ConfigError(f"{flag} {name} has {classes} classes, the teacher has {num_classes}")
     if like is not None and options.student_init == "teacher":
         _copy(like, model, name)

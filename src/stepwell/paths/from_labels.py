@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -64,8 +65,9 @@ def train(config: TrainConfig) -> str:
             f"{config.data} has no class folders: sort the images into train/CLASS/ to train on them"
         )
     device = set_up_torch(config)
-    model, keeps_head = _start(config, len(data.classes))
+    model, keeps_head, fresh = _start(config, len(data.classes))
     model = model.to(device)
+    trained_names = _trained_names(config, model, fresh)  # refused now, if there are none
     layer_scales(model, config.layer_decay)  # refused now, if it cannot be
     args = {"num_classes": len(data.classes), **parse_model_args(config.model_args)}
     spec = as_asked(input_spec(model, args), model, config, data.white_level)
@@ -74,7 +76,7 @@ def train(config: TrainConfig) -> str:
     task = task_of(data.task)
     if keeps_head and config.class_order is None and data.task == "classification":
         data = in_order_of_model(model.eval(), spec, data, config, device)
-    model.train()
+    model.train(not config.probe)  # frozen features are those of eval mode
     # Decoded now: a bad image is an error before the folder is made.
     batches = TrainBatches(
         data.train, spec, config, config.seed, device, recipe=config, num_classes=len(data.classes)
@@ -86,7 +88,7 @@ def train(config: TrainConfig) -> str:
     with run.stage("train", Trained) as stage:
         if stage.is_new:
             step = LabelStep(task, model, config.label_smoothing, autocast_of(config, device))
-            trained = _fit(config, step, batches, selection, stage)
+            trained = _fit(config, step, trained_names, batches, selection, stage)
             # All of it: a model with BatchNorm is not whole without its statistics.
             stage.result = trained.model_copy(update={"tensors": model.state_dict()})
     model.load_state_dict(stage.result.tensors)
@@ -111,11 +113,12 @@ def train(config: TrainConfig) -> str:
         with writing(folder):
             folder.mkdir(exist_ok=True)
         save_model(folder, model, card)
-    return f"{folder}: {task.in_words(meter, data.test_from)}, {num_params(model):,} parameters"
+    probed = " (a linear probe: its classifier alone was trained)" if config.probe else ""
+    return f"{folder}: {task.in_words(meter, data.test_from)}, {num_params(model):,} parameters{probed}"
 
 
-def _start(config: TrainConfig, num_classes: int) -> tuple[nn.Module, bool]:
-    """The model to begin with, and whether its classifier was trained already."""
+def _start(config: TrainConfig, num_classes: int) -> tuple[nn.Module, bool, tuple[str, ...]]:
+    """The model to begin with, whether its classifier was trained already, and what of a file's is fresh."""
     args = {"num_classes": num_classes, **parse_model_args(config.model_args)}
     if args["num_classes"] != num_classes:
         raise ConfigError(
@@ -126,15 +129,32 @@ def _start(config: TrainConfig, num_classes: int) -> tuple[nn.Module, bool]:
         way_out = "pass --weights FILE, or --no-pretrained to start from random ones"
         model = create_timm(config.model, args, pretrained=config.pretrained, way_out=way_out)
         known = (getattr(model, "pretrained_cfg", None) or {}).get("num_classes")
-        return model, config.pretrained and known == num_classes
+        return model, config.pretrained and known == num_classes, ()
     model = create_timm(config.model, args, pretrained=False)
     fit = load_start(model, config.weights, config.weights_key)
-    return model, not fit.fresh
+    return model, not fit.fresh, fit.fresh
+
+
+def _trained_names(config: TrainConfig, model: nn.Module, fresh: tuple[str, ...]) -> list[str]:
+    """The parameters that are trained: all; of a probe the classifier's and what else starts fresh, the rest
+    being frozen here."""
+    names = [name for name, _ in model.named_parameters()]
+    if not config.probe:
+        return names
+    found = cast(Any, model).get_classifier() if hasattr(model, "get_classifier") else None
+    heads = found if isinstance(found, (tuple, list)) else [found]
+    ids = {id(p) for head in heads if isinstance(head, nn.Module) for p in head.parameters()}
+    if not ids:
+        raise ConfigError(f"--probe: this {type(model).__name__} says of no layer that it is its classifier")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(id(parameter) in ids or name in fresh)
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
 def _fit(
     config: TrainConfig,
     step: LabelStep,
+    trained_names: list[str],
     batches: TrainBatches,
     selection: EvalBatches | None,
     stage: Stage[Trained],
@@ -145,8 +165,9 @@ def _fit(
     if config.minutes is not None and not checkpoint.exists():  # which knows for how long it was begun
         seconds = seconds_per_step(step, batches) * batches.steps_per_epoch
         if selection is not None and config.keep_best:
-            # Forward alone, which is a third of a step.
-            seconds *= 1 + len(selection.labels) / (3 * len(batches.labels) * config.keep_best)
+            # Forward alone, which is a third of a step, and nearly all of a probe's.
+            passes = 1 if config.probe else 3
+            seconds *= 1 + len(selection.labels) / (passes * len(batches.labels) * config.keep_best)
         epochs = epochs_in(config.minutes, seconds)
         say(f"train: {epochs:.1f} epochs fit into {config.minutes:g} minutes")
     judge = None
@@ -155,11 +176,11 @@ def _fit(
         judge = partial(performance_of, model, selection, metric, step.task)
     course = Course(
         name=stage.name,
-        parameters=dict(model.named_parameters()),
+        parameters={name: model.get_parameter(name) for name in trained_names},
         epochs=epochs,
         lr=config.lr,
         no_decay=no_decay_of(model),
-        modules=[model],
+        modules=[] if config.probe else [model],  # what is frozen keeps its statistics
         lr_scales=layer_scales(model, config.layer_decay),
         judge=judge,
         checkpoint=checkpoint,

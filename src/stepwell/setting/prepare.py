@@ -70,7 +70,7 @@ def prepare(
     check_suits_task(config, data)
     teacher.model.cpu()
     num_classes = check_runs(teacher.model, teacher.spec, teacher.name, "--image-size")
-    other_student = _other_student(config, teacher, num_classes, student)
+    other_student = _other_student(config, teacher, num_classes, student, data.task == "features")
     batch_size = min(config.batch_size, len(data.train))
     if cuts:
         check_trains(teacher.model, teacher.spec, teacher.name, batch_size)  # its slices will be trained
@@ -117,11 +117,12 @@ def read_images(s: Setting) -> None:
 
 
 def _other_student(
-    config: CompressConfig, teacher: Teacher, num_classes: int, student: nn.Module | None
+    config: CompressConfig, teacher: Teacher, num_classes: int, student: nn.Module | None, embeds: bool
 ) -> OtherStudent | None:
     if config.student is None:
         return None
-    return build_student(config, num_classes, teacher.spec, config.seed, student, teacher.model)
+    spec, model = teacher.spec, teacher.model
+    return build_student(config, num_classes, spec, config.seed, student, model, embeds=embeds)
 
 
 def _check_something_to_learn(s: Setting) -> None:

@@ -63,15 +63,23 @@ def _check_several_classes(config: CompressConfig) -> None:
 
 def _check_embedding(config: CompressConfig) -> None:
     """An embedding is learnt from the teacher's, and from hidden states."""
-    if config.task_weight and "task_weight" in config.model_fields_set:
+    # What comes with a loss, or stands in the file of a run, nobody has asked for.
+    by_itself = {**config.logit_facts.implied, **config.feature_facts.implied}.get("task_weight", 1.0)
+    if config.task_weight not in (0, by_itself):
         raise ConfigError("--task-weight: an embedding is learnt from the teacher alone; leave it out, or 0")
+    if config.student is not None and not config.logit_weight:
+        raise ConfigError(
+            f"--logit-weight 0: nothing else trains the last layer of --student {config.student}, which is "
+            f"to return the teacher's embedding; leave it out"
+        )
     if config.label_smoothing:
         raise ConfigError("--label-smoothing softens labels, and an embedding is learnt from none")
     if not config.logit_weight and not config.feature_weight:
         raise ConfigError(
             "--logit-weight and --feature-weight are 0: an embedding has nothing else to learn from"
         )
-    if config.logit_weight and config.logit_loss in LOGIT_LOSSES and config.logit_loss != "kd":
+    usual = LossOptions.model_fields["logit_loss"].default
+    if config.logit_weight and config.logit_loss in LOGIT_LOSSES and config.logit_loss != usual:
         raise ConfigError(
             f"--logit-loss {config.logit_loss} is for classes, and the teacher returns an embedding: leave "
             f"it out, and the distance between embeddings takes its place"

@@ -32,11 +32,12 @@ Judge = Callable[[], float]
 def performance_of(
     model: nn.Module, images: EvalBatches, metric: Metric, task: Task = classification
 ) -> float:
-    """How good a model is in the middle of its training; it is in training mode before and after."""
+    """How good a model is in the middle of its training; it is in the same mode before and after."""
+    was_training = model.training
     model.eval()
     # Where it has just diverged there is NaN, of which no figure can be made; the loop will stop it.
     meter = task.evaluate(lambda batch: torch.nan_to_num(model(batch)), images, "selection images")
-    model.train()
+    model.train(was_training)  # a probe's features are those of eval mode
     return meter.performance(metric)
 
 

@@ -1,4 +1,4 @@
-"""ViT, DeiT, BEiT, DINOv2, Swin, Swin V2, ConvNeXt and ResNet of Hugging Face's transformers.
+"""Models of Hugging Face's transformers: of `NAME`, with a classifier or without.
 
 Nothing is imported from transformers, which takes seconds and need not be installed: its classes are known
 by their full names.
@@ -18,22 +18,27 @@ from stepwell.pruning.filters import filter_groups
 from stepwell.pruning.heads import ConstantPair
 from stepwell.pruning.units import Group, Slice, full_name
 
-NAME: str = "ViT, DeiT, BEiT, DINOv2, Swin, ConvNeXt and ResNet of transformers"
+NAME: str = "ViT, DeiT, BEiT, DINOv2, DINOv3, CLIP, SigLIP, Swin, ConvNeXt and ResNet of transformers"
+
+_FILES = {"Dinov2WithRegisters": "dinov2_with_registers", "DINOv3ViT": "dinov3_vit"}
 
 
 def _names(part: str, *families: str) -> frozenset[str]:
-    return frozenset(f"transformers.models.{f.lower()}.modeling_{f.lower()}.{f}{part}" for f in families)
+    files = {f: _FILES.get(f, f.lower()) for f in families}
+    return frozenset(f"transformers.models.{file}.modeling_{file}.{f}{part}" for f, file in files.items())
 
 
-_ATTENTION = _names("Attention", "ViT", "DeiT", "Swin", "Dinov2")
-_FFN = _names("MLP", "ViT", "DeiT", "Swin", "Dinov2", "Beit")
-_GATED_FFN = _names("SwiGLUFFN", "Dinov2")
+_ATTENTION = _names("Attention", "ViT", "DeiT", "Swin", "Dinov2", "Dinov2WithRegisters", "DINOv3ViT")
+_CLIP = _names("Attention", "CLIP", "Siglip")
+_FFN = _names("MLP", "ViT", "DeiT", "Swin", "Dinov2", "Dinov2WithRegisters", "Beit", "CLIP", "Siglip")
+_UP_DOWN = _names("MLP", "DINOv3ViT")
+_GATED_FFN = _names("SwiGLUFFN", "Dinov2", "Dinov2WithRegisters") | _names("GatedMLP", "DINOv3ViT")
 _BEIT = _names("Layer", "Beit")
 _SWIN_V2 = _names("Layer", "Swinv2")
 _CONVNEXT = _names("Layer", "ConvNext", "ConvNextV2")
 _RESNET = _names("BasicLayer", "ResNet") | _names("BottleNeckLayer", "ResNet")
 
-_INPUTS, _OUTPUT = ("q_proj", "k_proj", "v_proj"), "o_proj"
+_INPUTS, _OUTPUT, _CLIP_OUTPUT = ("q_proj", "k_proj", "v_proj"), "o_proj", "out_proj"
 
 
 def groups(name: str, module: nn.Module) -> list[Group]:
@@ -42,6 +47,10 @@ def groups(name: str, module: nn.Module) -> list[Group]:
     kind = full_name(module)
     if kind in _ATTENTION and _all_linear(module, *_INPUTS, _OUTPUT):
         return [_heads(name, module)]
+    if kind in _CLIP and _all_linear(module, *_INPUTS, _CLIP_OUTPUT):
+        return [_heads(name, module, _CLIP_OUTPUT)]
+    if kind in _UP_DOWN and _all_linear(module, "up_proj", "down_proj"):
+        return [_neurons(name, module, ("up_proj",), "down_proj")]
     if kind in _FFN and _all_linear(module, "fc1", "fc2"):
         return [_neurons(name, module, ("fc1",), "fc2")]
     if kind in _GATED_FFN and _all_linear(module, "gate_proj", "up_proj", "down_proj"):
@@ -62,9 +71,9 @@ def _all_linear(module: nn.Module, *names: str) -> bool:
     return all(type(getattr(module, name, None)) is nn.Linear for name in names)
 
 
-def _heads(name: str, module: nn.Module) -> Group:
-    heads = cast(int, module.num_attention_heads)
-    shape = (heads, cast(nn.Linear, module.o_proj).in_features // heads)
+def _heads(name: str, module: nn.Module, output: str = _OUTPUT) -> Group:
+    heads = cast(int, getattr(module, _count_of(module)))
+    shape = (heads, cast(nn.Linear, module.get_submodule(output)).in_features // heads)
     slices: list[Slice] = []
     for leaf in _INPUTS:
         slices += output_slices(f"{name}.{leaf}", module.get_submodule(leaf), shape, axis=0)
@@ -73,16 +82,21 @@ def _heads(name: str, module: nn.Module) -> Group:
         table = cast(Tensor, bias.relative_position_bias_table)
         tensor = f"{name}.relative_position_bias.relative_position_bias_table"
         slices.append(Slice(tensor, view=(len(table), heads), axis=1, dim=1))
-    slices += input_slices(f"{name}.{_OUTPUT}", module.get_submodule(_OUTPUT), shape)
+    slices += input_slices(f"{name}.{output}", module.get_submodule(output), shape)
     return Group(
         name,
         "head",
         heads,
         tuple(slices),
-        gate=f"{name}.{_OUTPUT}",
+        gate=f"{name}.{output}",
         block=block_of(name),
         narrow=_narrow_heads,
     )
+
+
+def _count_of(attention: nn.Module) -> str:
+    """The attribute that says how many heads there are."""
+    return "num_attention_heads" if hasattr(attention, "num_attention_heads") else "num_heads"
 
 
 def _neurons(name: str, module: nn.Module, first: tuple[str, ...], last: str) -> Group:
@@ -169,15 +183,25 @@ def _between(name: str, block: nn.Module, first: str, last: str) -> Group:
     )
 
 
+class _ConstantAttention(ConstantPair):
+    """What an attention without heads returns; CLIP gives it its input by name."""
+
+    def forward(  # pyright: ignore
+        self, hidden_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, None]:
+        return super().forward(hidden_states)
+
+
 def _narrow_heads(skeleton: nn.Module, name: str, num_heads: int) -> None:
     attention = cast(Any, skeleton.get_submodule(name))
     if num_heads == 0:
-        replace(skeleton, name, ConstantPair(_OUTPUT, attention.o_proj.bias))
+        output = _OUTPUT if hasattr(attention, _OUTPUT) else _CLIP_OUTPUT
+        replace(skeleton, name, _ConstantAttention(output, attention.get_submodule(output).bias))
         layer = cast(Any, skeleton.get_submodule(block_of(name)))
         if full_name(layer) in _BEIT:
             layer.relative_position_bias = None
     else:
-        attention.num_attention_heads = num_heads
+        setattr(attention, _count_of(attention), num_heads)
 
 
 def _narrow_neurons(skeleton: nn.Module, name: str, num_neurons: int) -> None:
