@@ -238,7 +238,7 @@ def test_the_tail_runs_once_for_both_views(lesson):
         ({"alternative_4": 0, "own_queries": 1}, {"original", "alternative"}, {"original"}, True),
         ({"tpp": 0, "alternative": 0}, {"original"}, {"original"}, True),
     ],
-    ids=str,
+    ids=lambda value: str(sorted(value) if isinstance(value, set) else value),
 )
 def test_each_part_can_be_turned_off(lesson, given, third, fourth, has_queries):
     *_, images, pair, learner, observed = lesson
