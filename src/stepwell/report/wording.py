@@ -108,7 +108,8 @@ def decision(result: Result) -> str:
 
 def units(result: Result) -> str:
     """`heads and neurons`, or whatever was cut."""
-    return " and ".join(f"{kind}s" for kind in dict.fromkeys(result.group_kinds.values()))
+    *first, last = (f"{kind}s" for kind in dict.fromkeys(result.group_kinds.values()))
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def verdict(result: Result, handed_out: ModelResult) -> tuple[str, list[str]]:
