@@ -33,7 +33,7 @@ from stepwell.pruning.skeleton import build_skeleton, fill, leading_units
 from stepwell.pruning.units import Group, tensors_of
 from stepwell.setting.channels import with_channels
 from stepwell.stages.score import importance_by_gradient
-from stepwell.zoo.cifar_nets import CifarResNet
+from stepwell.zoo.cifar_nets import CifarResNet, CifarWideResNet
 from tiny import FixedEval
 
 RATIOS = (0.2, 0.6)
@@ -104,6 +104,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     ),
     "torchvision's resnet": torchvision_resnet,
     "cifar resnet": lambda: CifarResNet(14, "B", num_classes=5),
+    "cifar wide resnet": lambda: CifarWideResNet(16, 1, num_classes=5),
     "regnet": regnet,
     "efficientnet": lambda: EfficientNet(
         decode_arch_def([["ds_r1_k3_s1_e1_c8"], ["ir_r2_k3_s2_e3_c12"], ["er_r2_k3_s1_e2_c16"]]),

@@ -26,7 +26,7 @@ from stepwell.measure.budget import student_widths
 from stepwell.measure.cost import Costs
 from stepwell.measure.estimate import memory_and_disk, seconds_of
 from stepwell.measure.size import count_macs, num_params, short_number
-from stepwell.measure.whole import little_saved
+from stepwell.measure.whole import little_saved, narrower
 from stepwell.models.card import Architecture
 from stepwell.models.input import as_asked, check_runs, check_trains, input_spec
 from stepwell.models.student import OtherStudent
@@ -97,6 +97,7 @@ def run(config: CompressConfig) -> str:
         *_images(data),
         "",
         _table(groups, candidates, skeletons, model, spec),
+        *narrower(model, spec, groups, met.keep_ratio, config),
         *others,
         "",
         *_estimate(config, data, model, skeletons, student, spec, [*sizes, *beside]),
@@ -229,8 +230,9 @@ def _kinds(groups: Sequence[Group]) -> list[str]:
 
 
 def _cut(groups: Sequence[Group]) -> str:
-    units = " and ".join(f"{_units(groups, kind):,} {kind}s" for kind in _kinds(groups))
-    return f"{units} in {len(groups)} layers"
+    *first, last = (f"{_units(groups, kind):,} {kind}s" for kind in _kinds(groups))
+    units = f"{', '.join(first)} and {last}" if first else last
+    return f"{units} in {sum(group.kind != 'channel' for group in groups)} layers"
 
 
 def _normed(groups: Sequence[Group]) -> list[str]:

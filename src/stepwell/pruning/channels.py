@@ -39,7 +39,7 @@ from stepwell.pruning import stages
 from stepwell.pruning.constant import ConstantOutput
 from stepwell.pruning.streams import Stream, UnclearError, as_groups, find_module
 from stepwell.pruning.units import Group, unshared
-from stepwell.zoo.cifar_nets import CifarResNet
+from stepwell.zoo.cifar_nets import CifarResNet, CifarWideResNet
 
 KNOWN = (
     "timm's ViT and DeiT, EVA, BEiT, CaiT, Swin and Swin V2, ConvNeXt, ResNet, RegNet, EfficientNet and "
@@ -246,6 +246,7 @@ _FIND: dict[type[nn.Module], Callable[[nn.Module, set[str]], list[Stream]]] = {
             ResNet: stages.RESNET,
             TorchvisionResNet: stages.TORCHVISION,
             CifarResNet: stages.CIFAR,
+            CifarWideResNet: stages.WIDE,
             RegNet: stages.REGNET,
             EfficientNet: stages.EFFICIENTNET,
             MobileNetV3: stages.MOBILENETV3,

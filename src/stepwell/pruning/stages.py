@@ -24,7 +24,7 @@ from stepwell.pruning.constant import ConstantConv
 from stepwell.pruning.families import cifar, inverted, resnet
 from stepwell.pruning.filters import NORMS, SQUEEZE_EXCITES, is_conv, is_elementwise, leaves_of
 from stepwell.pruning.streams import Stream, UnclearError, find_module
-from stepwell.zoo.cifar_nets import BasicBlock
+from stepwell.zoo.cifar_nets import BasicBlock, PreActBlock
 
 Shortcut = Literal["none", "plain", "projection"]
 POOLS = (nn.MaxPool2d, nn.AvgPool2d, MaxPool2dSame, AvgPool2dSame)
@@ -33,6 +33,7 @@ PATHS = {
     **inverted.PATHS,
     **cifar.PATHS,
     timm_blocks.ConvBnAct: ("conv",),  # nothing lies inside
+    PreActBlock: ("bn1", "conv1", "bn2", "conv2"),
 }
 BEHIND: dict[type[nn.Module], tuple[str, ...]] = {
     timm_resnet.BasicBlock: ("bn2", "se"),
@@ -40,6 +41,7 @@ BEHIND: dict[type[nn.Module], tuple[str, ...]] = {
     torchvision_resnet.BasicBlock: ("bn2",),
     torchvision_resnet.Bottleneck: ("bn3",),
     BasicBlock: ("bn2",),
+    PreActBlock: (),
     timm_regnet.Bottleneck: (),
     timm_blocks.InvertedResidual: ("bn3",),
     timm_blocks.DepthwiseSeparableConv: ("bn2",),
@@ -68,6 +70,7 @@ LAYERS = tuple(f"layer{i}" for i in (1, 2, 3, 4))
 RESNET = Layout(("conv1", "bn1", "act1", "maxpool"), LAYERS, ("fc",))
 TORCHVISION = Layout(("conv1", "bn1", "relu", "maxpool"), LAYERS, ("fc",))
 CIFAR = Layout(("conv1", "bn1"), LAYERS[:3], ("linear",))
+WIDE = Layout(("conv1",), ("block1", "block2", "block3"), ("bn1", "fc"))
 REGNET = Layout(("stem",), ("s1", "s2", "s3", "s4"), ("final_conv", "head.fc"))
 EFFICIENTNET = Layout(("conv_stem", "bn1"), ("blocks",), ("conv_head", "bn2", "classifier"))
 MOBILENETV3 = Layout(("conv_stem", "bn1"), ("blocks",), ("conv_head", "norm_head", "act2", "classifier"))
@@ -106,13 +109,15 @@ def cnn_streams(model: nn.Module, layout: Layout, prefix: str) -> list[Stream]:
         if shortcut == "projection":
             _project(before, after, projection)
         after.returned_by.append(name)
-    head = _leaves(model, "", layout.head)
-    if any(is_conv(module) for _, module in head):
-        conv = next(name for name, module in head if is_conv(module))
-        streams[-1].gates.append(conv)
-        streams[-1].reads(conv)
-        _written(begin(conv), head[:-1], conv)
-    _classify(streams[-1], head[-1][0])
+    *head, (classifier, _) = _leaves(model, "", layout.head)
+    convs = [name for name, module in head if is_conv(module)]
+    if convs:
+        _read(streams[-1], head)
+        _written(begin(convs[-1]), head, convs[-1])
+    else:
+        for name, module in head:
+            _carried(streams[-1], name, module)
+    _classify(streams[-1], classifier)
     return streams
 
 
@@ -173,7 +178,7 @@ def _shortcut(name: str, block: nn.Module) -> tuple[Shortcut, str]:
     """How the block's input comes to its output, and the name of a projection."""
     if hasattr(block, "has_skip"):
         return ("plain" if block.has_skip else "none"), ""
-    leaf = "shortcut" if isinstance(block, BasicBlock) else "downsample"
+    leaf = {BasicBlock: "shortcut", PreActBlock: "convShortcut"}.get(type(block), "downsample")
     module = cast(nn.Module | None, getattr(block, leaf))
     is_empty = isinstance(module, nn.Identity) or (isinstance(module, nn.Sequential) and not len(module))
     if module is None and isinstance(block, timm_regnet.Bottleneck):
