@@ -78,7 +78,7 @@ class Pair:
     is_other_student: bool = False
     task: TaskName = "classification"
     stages: tuple[Stages, Stages] | None = None
-    kept: Sequence[Kept] = ()
+    kept: Sequence[Kept | None] = ()
 
     def after(self, block: str) -> Callable[[Tensor], Output]:
         """The rest of the teacher behind `block`, borrowed: not saved, trained or decayed with the loss."""

@@ -51,7 +51,7 @@ class Distillation(nn.Module):
         logit: Call | None,
         feature: Call | None,
         task: TaskName = "classification",
-        kept: Sequence[Kept] = (),
+        kept: Sequence[Kept | None] = (),
     ) -> None:
         super().__init__()
         self._loss_per_image = task_of(task).loss_per_image

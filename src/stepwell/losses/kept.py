@@ -32,13 +32,14 @@ class Kept:
         return state.index_select(self.dim, torch.tensor(self.channels, device=state.device))
 
 
-def on_kept(teacher: Output, kept: Sequence[Kept]) -> Output:
+def on_kept(teacher: Output, kept: Sequence[Kept | None]) -> Output:
     """What the teacher computed, its states on the kept channels; all of it where nothing is said.
 
     Args:
         teacher: What it computed.
-        kept: For each of its states, or nothing where no channels were cut.
+        kept: For each of its states, None for one that stayed whole; nothing where no channels were cut.
     """
     if not kept:
         return teacher
-    return teacher._replace(states=[k.of(state) for k, state in zip(kept, teacher.states, strict=True)])
+    pairs = zip(kept, teacher.states, strict=True)
+    return teacher._replace(states=[state if one is None else one.of(state) for one, state in pairs])

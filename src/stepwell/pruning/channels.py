@@ -143,7 +143,8 @@ def _convnext(model: nn.Module, known: set[str]) -> list[Stream]:
             if not isinstance(module.get_submodule("shortcut"), nn.Identity):
                 raise UnclearError(f"{block} has no plain shortcut")
             _check_known(module, block, "mlp", known)
-            stream.gates.append(f"{block}.conv_dw")
+            if not isinstance(module.get_submodule("mlp"), ConstantOutput):  # which reads nothing
+                stream.gates.append(f"{block}.conv_dw")
             stream.carries(f"{block}.conv_dw", f"{block}.norm")
             stream.reads(f"{block}.mlp.fc1")
             _output(stream, f"{block}.mlp")

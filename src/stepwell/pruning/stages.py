@@ -139,12 +139,16 @@ def _leaves(model: nn.Module, around: str, parts: Sequence[str]) -> list[tuple[s
 
 
 def _read(stream: Stream, leaves: Sequence[tuple[str, nn.Module]]) -> None:
-    """The first convolution that is not depthwise reads the channels; what comes before keeps them apart."""
+    """The first convolution that is not depthwise reads the channels; what comes before keeps them apart.
+
+    What a block that was emptied reads does not matter, so that there is no gate.
+    """
+    is_constant = any(isinstance(module, ConstantConv) for _, module in leaves)
     for name, module in leaves:
-        if isinstance(module, ConstantConv):  # the block was emptied
+        if isinstance(module, ConstantConv):
             return
         if is_conv(module) and module.groups == 1:
-            stream.gates.append(name)
+            stream.gates += [] if is_constant else [name]
             stream.reads(name)
             return
         _carried(stream, name, module)

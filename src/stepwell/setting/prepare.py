@@ -161,7 +161,7 @@ def try_losses(s: Setting, *, is_other: bool) -> dict[Phase, float]:
     images = torch.zeros(2, s.spec.channels, *s.spec.size, device=s.device)
     with torch.no_grad():
         answer = example = teacher(images)
-        kept: list[Kept] = []
+        kept: list[Kept | None] = []
         if is_other and (model := s.fresh_student()) is not None:
             example = Observed(model, ours)(images)
         elif not is_other and s.config.cuts_channels:  # states have other shapes then

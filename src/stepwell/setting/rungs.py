@@ -100,7 +100,7 @@ def student_below(s: Setting, ladder: Ladder, above: Rung | SharedWeights) -> Ru
 
 def kept_channels(
     s: Setting, student: Candidate, order: Order, teacher: Candidate | None = None
-) -> list[Kept]:
+) -> list[Kept | None]:
     """Which channels of the states of `s.blocks` a slice has; nothing where none were cut.
 
     Args:
@@ -110,8 +110,13 @@ def kept_channels(
         teacher: The larger slice that teaches it, whose units lie in the same order; None for the teacher.
     """
     groups = {block: group for group in s.groups for block in group.returned_by}
-    kept = []
-    for group in (groups[block] for block in s.blocks if block in groups):
+    if not groups:
+        return []
+    kept: list[Kept | None] = []
+    for block in s.blocks:
+        if (group := groups.get(block)) is None:  # of a stream that stays whole
+            kept.append(None)
+            continue
         width = student.widths[group.name]
         channels = range(width) if teacher is not None else order[group.name][:width]
         kept.append(Kept(tuple(channels), group.gate_dim))

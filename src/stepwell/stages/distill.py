@@ -206,7 +206,7 @@ def distill_step(s: Setting, teachers: Sequence[Rung], student: Rung, drop: int 
     return DistillStep(Lesson(observed, losses, s.autocast), learner, s.config.seed, drop)
 
 
-def _kept(s: Setting, teacher: Rung, student: Rung) -> list[Kept]:
+def _kept(s: Setting, teacher: Rung, student: Rung) -> list[Kept | None]:
     if student.is_other or student.candidate is None:
         return []
     return kept_channels(s, student.candidate, student.order, teacher.candidate)
