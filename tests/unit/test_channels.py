@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 from timm.layers import RmsNorm
 from timm.layers.norm import LayerNorm2d, RmsNorm2d
 from timm.models._efficientnet_blocks import SqueezeExcite
@@ -24,7 +25,7 @@ from torchvision.models.resnet import ResNet as TorchvisionResNet
 from blocks import check_sliced_equals_masked, masked, shaken
 from stepwell.data.batches import Batch
 from stepwell.data.spec import InputSpec
-from stepwell.errors import UnsupportedModelError
+from stepwell.errors import ModelError, UnsupportedModelError
 from stepwell.models.card import Architecture, Card, narrow_and_load, save_model
 from stepwell.models.export import export_onnx
 from stepwell.pruning.channels import channel_groups, is_stream
@@ -275,6 +276,14 @@ def test_a_group_of_channels_has_a_slice_of_every_tensor_that_is_as_wide() -> No
 def test_streams_that_cannot_be_cut_stay_whole(build: Callable[[], nn.Module]) -> None:
     model = build()
     assert channel_groups(model, find_groups(model)) == []
+
+
+def test_a_card_without_channels_is_damaged(tmp_path: Path) -> None:
+    model = MODELS["vit"]()
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    for width, said in ((0, "cannot lose all of its channels"), (25, "channels has 24 units there, here 25")):
+        with pytest.raises(ModelError, match=said):
+            narrow_and_load(MODELS["vit"](), {"channels": width}, tmp_path / "model.safetensors")
 
 
 def test_something_that_reads_the_stream_from_outside_is_noticed() -> None:

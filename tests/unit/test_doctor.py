@@ -176,6 +176,6 @@ def test_doctor_says_what_a_narrower_stream_would_leave():
     )
     assert "with --cut all" not in narrow
     assert "channels of the residual stream" in narrow
-    row = next(line for line in narrow.splitlines() if line.startswith(" 0.5"))
+    row = next(line for line in narrow.splitlines() if line.split()[:1] == ["0.5"])
     assert "26.8 %" in row
     assert "29.1 %" in row

@@ -20,6 +20,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
+from stepwell.errors import ModelError
 from stepwell.pruning.constant import ConstantConv
 from stepwell.pruning.families.slices import narrow_norm
 from stepwell.pruning.units import Group, Slice, tensors_of
@@ -158,7 +159,8 @@ def _narrow(
     depthwise: Sequence[str],
     constants: Sequence[str],
 ) -> None:
-    assert width, f"{name}: nothing would be left"
+    if width == 0:
+        raise ModelError(f"{name}: a residual stream cannot lose all of its channels: nothing would be left")
     for norm, times in norms.items():
         narrow_norm(skeleton.get_submodule(norm), times * width)
     for conv in depthwise:  # a filter for each channel, and an input for each
