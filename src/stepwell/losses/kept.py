@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
-from jaxtyping import Shaped
+from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from stepwell.losses.output import Output
@@ -29,7 +30,13 @@ class Kept:
 
     def of(self, state: Shaped[Tensor, "batch ..."]) -> Shaped[Tensor, "batch ..."]:
         """These channels of a state."""
-        return state.index_select(self.dim, torch.tensor(self.channels, device=state.device))
+        return state.index_select(self.dim, _index(self.channels, state.device))
+
+
+@lru_cache(maxsize=512)
+def _index(channels: tuple[int, ...], device: torch.device) -> Int[Tensor, " kept"]:
+    """Kept on the device: made anew for every state of every step, it would have to be carried there."""
+    return torch.tensor(channels, device=device)
 
 
 def on_kept(teacher: Output, kept: Sequence[Kept | None]) -> Output:
