@@ -173,6 +173,12 @@ def test_repair_is_a_part_of_the_training_that_follows(teacher, data, tmp_path, 
     assert not torch.equal(one["blocks.0.mlp.fc2.weight"], other["blocks.0.mlp.fc2.weight"])
 
 
+def test_candidates_of_other_widths_share_what_looks_at_the_teacher(teacher, data, tmp_path, quick):
+    words = ("--teacher", teacher, "--data", data, "--out", tmp_path / "run", *ALL, "--epochs", "1")
+    stepwell("compress", *words, "--feature-loss", "ft")
+    assert package.load(tmp_path / "run").embed_dim == 12
+
+
 def test_repair_needs_models_of_their_own(compress_fails):
     line = compress_fails("--repair")
     assert "--repair fits one model at a time, and the candidates of --path amd share their weights" in line

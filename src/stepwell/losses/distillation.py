@@ -114,7 +114,7 @@ class Distillation(nn.Module):
             task: Whether the labels' term is part; a student of several teachers has it once.
         """
         options, num_images = self.options, len(target.labels)
-        if self.feature is not None and teacher is not student:
+        if self.feature is not None:
             teacher = on_kept(teacher, self.kept)
         if self.phase == "pretraining":
             return {"loss": self._pretraining(student, teacher, target)}
@@ -159,11 +159,13 @@ def make_distillation(options: LossOptions, pair: Pair, seed: int) -> Distillati
         options = options.model_copy(update=dict(options.feature_facts.between_slices))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        seen = replace(pair, teacher=on_kept(pair.teacher, pair.kept))
+        # A network that looks at the teacher alone is one for all candidates, so it sees all channels.
+        kept = () if options.feature_facts.pretraining == "loss" else pair.kept
+        seen = replace(pair, teacher=on_kept(pair.teacher, kept))
         logit, feature = logit_loss(options, seen), feature_loss(options, seen)
-    loss = Distillation(options, logit, feature, pair.task, pair.kept)
-    kept = [module for module in loss.modules() if module is pair.observed_teacher.model]
-    assert not kept, "a loss borrows of the teacher what Pair.after returns, and never keeps the teacher"
+    loss = Distillation(options, logit, feature, pair.task, kept)
+    held = [module for module in loss.modules() if module is pair.observed_teacher.model]
+    assert not held, "a loss borrows of the teacher what Pair.after returns, and never keeps the teacher"
     return loss.to(pair.student.logits.device)
 
 
