@@ -2,6 +2,8 @@
 
     python benchmarks/speed.py               # resumes where it stopped
     python benchmarks/speed.py --quick       # one model
+    python benchmarks/speed.py --cuts        # at equal MACs: with and without the channels of the stream
+    python benchmarks/speed.py --cuts --quick
 
     ratio    share of the whole model's time / share of its MACs; 1 is what operations promise
 
@@ -12,16 +14,23 @@ recorded, with what it takes to mend them. Its channels are rounded to 8, as our
 
 Every model is timed in turns with the whole one, and the best of the repeats counts: other work on the
 machine slows down both, and only ever adds. It still wants a quiet machine; the load is recorded.
-Writes benchmarks/results/speed.json and prints a table.
+Writes benchmarks/results/speed.json, or cuts.json, and prints a table.
+
+A cell of `--cuts` is a model at 10, 20 or 50 % of the MACs, by `--cut heads,neurons`, by `--cut all`, or by
+`--cut all --uniform` where that can be; what is never cut may leave no room for so little: then it says so.
+Peak memory is that of a process of its own, from before it loads the file to after a batch of 32.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
 import platform
+import subprocess
+import sys
 import tempfile
 import time
 import warnings
@@ -38,11 +47,15 @@ import torch
 from torch import nn
 
 from record import RESULTS, save
+from stepwell.config.commands import CompressConfig
 from stepwell.config.options import GridOptions
+from stepwell.errors import ConfigError
+from stepwell.measure.budget import student_widths
 from stepwell.measure.hardware import processor
 from stepwell.measure.size import count_macs, num_params
 from stepwell.models.export import export_onnx
 from stepwell.models.input import input_spec
+from stepwell.pruning.channels import channel_groups
 from stepwell.pruning.families import find_groups
 from stepwell.pruning.ranking import uniform_scores
 from stepwell.pruning.skeleton import build_skeleton, fill, leading_units
@@ -53,6 +66,15 @@ MODELS = ("resnet50", "vit_small_patch16_224", "swin_tiny_patch4_window7_224")
 KEEPS = (0.5, 0.25, 0.1)
 BATCHES = (1, 32)
 FILE = RESULTS / "speed.json"
+CUT_MODELS = (*MODELS, "efficientnet_lite0", "convnext_tiny")
+SHARES = (0.1, 0.2, 0.5)
+CUTS = {
+    "heads,neurons": {},
+    "all": {"cut": "all"},
+    "all, searched": {"cut": "all", "shares": "search"},
+    "uniform": {"cut": "all", "uniform": True},
+}
+CUT_FILE = RESULTS / "cuts.json"
 
 
 def main() -> None:
@@ -61,8 +83,16 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="one model")
-    models = MODELS[:1] if parser.parse_args().quick else MODELS
+    parser.add_argument("--cuts", action="store_true", help="with and without channels, at equal MACs")
+    options = parser.parse_args()
+    models = MODELS[:1] if options.quick else MODELS
     torch.set_num_threads(1)
+    if options.cuts:
+        compare_cuts(
+            models=("vit_small_patch16_224",) if options.quick else CUT_MODELS,
+            shares=SHARES[:1] if options.quick else SHARES,
+        )
+        return
     cells: list[dict[str, Any]] = json.loads(FILE.read_text())["runs"] if FILE.exists() else []
     for name in models:
         for keep in KEEPS:
@@ -72,6 +102,87 @@ def main() -> None:
                     save("speed", cells, hardware(), data="random images, 224 x 224", weights="random")
                     print(cells[-1], flush=True)
     print(table(cells))
+
+
+def compare_cuts(models: Sequence[str], shares: Sequence[float]) -> None:
+    """Every model at every share of the MACs, by every cut."""
+    cells: list[dict[str, Any]] = json.loads(CUT_FILE.read_text())["runs"] if CUT_FILE.exists() else []
+    for name, share, cut in itertools.product(models, shares, CUTS):
+        here = {"model": name, "share": share, "cut": cut}
+        if any(here.items() <= c.items() for c in cells) or (cut == "uniform" and not name.startswith("vit")):
+            continue
+        cells.append({**here, **cut_cell(name, share, cut)})
+        save("cuts", cells, hardware(), data="random images, 224 x 224", weights="random")
+        print(cells[-1], flush=True)
+    print(cut_table(cells))
+
+
+def cut_cell(name: str, share: float, cut: str) -> dict[str, Any]:
+    """The figures of one model at a share of its MACs."""
+    model = build(name)
+    groups, spec = find_groups(model), input_spec(model)
+    if cut != "heads,neurons":
+        groups = [*groups, *channel_groups(model, groups)]
+    config = CompressConfig(macs=f"{100 * share:g}%", **CUTS[cut])
+    try:
+        met = student_widths(config, model, spec, groups, uniform_scores(groups))
+    except ConfigError as error:
+        return {"error": " ".join(str(error).split())[:300]}
+    skeleton = build_skeleton(model, groups, met.widths)
+    student = fill(skeleton, leading_units(tensors_of(model), skeleton, groups, met.widths)).eval()
+    memory = {"peak_mib": peak_memory(student), "whole_peak_mib": whole_memory(name)}
+    return {"keep": met.keep_ratio, **measured(student, name), **memory}
+
+
+@lru_cache(maxsize=1)
+def whole_memory(name: str) -> float:
+    """Peak memory of the whole model."""
+    return peak_memory(build(name))
+
+
+PEAK = """
+import sys
+import numpy as np, onnxruntime
+images = np.random.default_rng(0).standard_normal((32, 3, 224, 224), np.float32)
+def peak():  # not getrusage, which remembers the process that this one was forked from
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+before = peak()
+options = onnxruntime.SessionOptions()
+options.intra_op_num_threads = options.inter_op_num_threads = 1
+session = onnxruntime.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
+session.run(None, {"images": images})
+print((peak() - before) / 1024)
+"""
+
+
+def peak_memory(model: nn.Module) -> float:
+    """MiB that onnxruntime takes for the file and a batch of 32, in a process of its own."""
+    spec = input_spec(model)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "model.onnx"
+        export_onnx(model, spec, file, torch.randn(2, 3, *spec.size), tolerance=1e-3)
+        done = subprocess.run([sys.executable, "-c", PEAK, file], capture_output=True, text=True, check=True)
+    return round(float(done.stdout.split()[-1]), 1)
+
+
+def cut_table(cells: Sequence[dict[str, Any]]) -> str:
+    """Markdown: shares of the whole model; in brackets time share / MACs share."""
+    lines = [
+        "| model | of the MACs | cut | parameters | time, batch 1 | time, batch 32 | peak memory |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for c in cells:
+        head = f"| {c['model']} | {c['share']:.0%} | {c['cut']}"
+        if "macs" not in c:
+            lines.append(f"{head} | cannot | - | - | - |")
+            continue
+        share = c["macs"] / c["whole_macs"]
+        of_time = [c[f"ms_batch{batch}"] / c[f"whole_ms_batch{batch}"] for batch in BATCHES]
+        times = " | ".join(f"{of:.1%} ({of / share:.2f})" for of in of_time)
+        memory = c["peak_mib"] / c["whole_peak_mib"]
+        lines.append(f"{head} | {c['params'] / 1e6:.2f}M | {times} | {memory:.0%} |")
+    notes = [f"- {c['model']}, {c['share']:.0%}, {c['cut']}: {c['error']}" for c in cells if "error" in c]
+    return "\n".join([*lines, "", *notes])
 
 
 def find(cells: Sequence[dict[str, Any]], model: str, keep: float, tool: str) -> dict[str, Any] | None:

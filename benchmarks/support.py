@@ -35,15 +35,18 @@ from torch import nn
 
 from record import RESULTS, commit
 from stepwell.config.options import DataOptions, GridOptions
+from stepwell.errors import UnsupportedModelError
 from stepwell.measure.size import count_macs, num_params
 from stepwell.models.card import Card, load, save_model
 from stepwell.models.export import export_onnx, export_program
 from stepwell.models.input import with_image_size
 from stepwell.models.teacher import teacher_from_module
 from stepwell.pruning.prove import difference
+from stepwell.pruning.ranking import uniform_scores
 from stepwell.pruning.skeleton import build_skeleton, fill, leading_units, sort_units
 from stepwell.pruning.units import tensors_of
 from stepwell.run.run_dir import write_atomically
+from stepwell.setting.channels import with_channels
 from stepwell.setting.prepare import groups_of
 from stepwell.stages.grid import make_grid
 
@@ -248,8 +251,18 @@ class Checked:
             "num_params": num_params(self.model),
             "macs": count_macs(self.model, self.spec),
             "input": list(self.spec.size),
+            "narrow": self.narrow(),
             "ratios": {f"{c.keep_ratio:g}": self.candidate(c.widths) for c in self.candidates},
         }
+
+    def narrow(self) -> int | None:
+        """MACs at 0.1 with `--cut all`; None where the residual stream stays whole."""
+        try:
+            groups = with_channels(self.model, self.groups, self.images)
+        except UnsupportedModelError:
+            return None
+        (smallest,) = make_grid(groups, uniform_scores(groups), RATIOS[:1], GridOptions())
+        return count_macs(build_skeleton(self.model, groups, smallest.widths), self.spec)
 
     def candidate(self, widths: Mapping[str, int]) -> dict[str, Any]:
         """Sizes of one slice, and what works with it."""
@@ -292,7 +305,7 @@ def one_line(error: Exception) -> str:
 
 def exact(model: nn.Module, groups: list[Any], widths: Mapping[str, int], images: torch.Tensor) -> None:
     """Where a norm lies over the units, a mask is not a cut: those groups stay whole for this check."""
-    maskable = [group for group in groups if group.norm is None]
+    maskable = [group for group in groups if not group.norms]
     off = difference(model, maskable, {g.name: widths[g.name] for g in maskable}, images)
     assert off <= 1e-4, f"logits differ by {off:.1e} of the largest"
 
@@ -344,20 +357,21 @@ def page(done: Mapping[str, Any]) -> str:
         "`exact`: the slice equals the masked model. `onnx`: onnxruntime agrees to 1e-5. `compile`: one",
         "graph, `torch.compile(fullgraph=True)`. *At 0.1*: what is left of parameters and of MACs when a",
         "tenth of the units is kept; what is never cut (stem, classifier, residual width) is part of it.",
+        "*All*: MACs at 0.1 where the channels of the residual stream are cut too (`--cut all`).",
         "",
-        "| model | " + " | ".join(CHECKS) + " | params at 0.1 | MACs at 0.1 |",
-        "|---|" + "---|" * len(CHECKS) + "---:|---:|",
+        "| model | " + " | ".join(CHECKS) + " | params at 0.1 | MACs at 0.1 | all |",
+        "|---|" + "---|" * len(CHECKS) + "---:|---:|---:|",
     ]
     notes: list[str] = []
     total = len(RATIOS)
     for family in dict.fromkeys(models().values()):
         members = [name for name, its in models().items() if its == family and name in done]
         if members:
-            lines.append(f"| **{family}** |" + " |" * (len(CHECKS) + 2))
+            lines.append(f"| **{family}** |" + " |" * (len(CHECKS) + 3))
         for name in members:
             record = done[name]
             if "error" in record:
-                lines.append(f"| {name} | refused |" + " |" * (len(CHECKS) + 1))
+                lines.append(f"| {name} | refused |" + " |" * (len(CHECKS) + 2))
                 notes.append(f"- {name}: {record['error']}")
                 continue
             ratios = record["ratios"]
@@ -369,6 +383,8 @@ def page(done: Mapping[str, Any]) -> str:
                 notes += [f"- {name}, {one}: {reason}" for reason in reasons]
             least = ratios["0.1"]
             shares = [f"{100 * least[k] / record[k]:.1f} %" for k in ("num_params", "macs")]
+            narrow = record.get("narrow")
+            shares.append("-" if narrow is None else f"{100 * narrow / record['macs']:.1f} %")
             lines.append(f"| {name} | {' | '.join(cells + shares)} |")
     if notes:
         lines += ["", "What does not pass:", "", *notes]

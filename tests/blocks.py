@@ -68,7 +68,7 @@ def check_sliced_equals_masked(
     with torch.no_grad():
         torch.testing.assert_close(sorted_model(images), model(images), rtol=1e-8, atol=1e-10)
     for group in groups:
-        if group.block and group.norm is None:  # which others are emptied is up to the scores
+        if group.block and not group.norms:  # which others are emptied is up to the scores
             widths = {g.name: 0 if g is group else g.num_units for g in groups}
             assert difference(model, groups, widths, images) <= 1e-8, f"{group.name} cannot be emptied"
     shared = SharedWeights(model, groups, weights, candidates)

@@ -46,6 +46,12 @@ def test_every_loss_on_states_in_bf16(words, tmp_path, quick, loss):
     stepwell("compress", *words, "--feature-loss", loss, "--precision", "bf16")
 
 
+@pytest.mark.parametrize("path", [("amd",), ("single-step", "--repair")])
+def test_a_narrower_stream(words, tmp_path, quick, path):
+    stepwell("compress", *words, "--cut", "all", "--precision", "bf16", "--path", *path)
+    assert load(tmp_path / "out").embed_dim < 24
+
+
 def test_student_of_another_architecture(words, tmp_path, quick):
     stepwell("compress", *words, "--student", "test_resnet", "--precision", "bf16")
 

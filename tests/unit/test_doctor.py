@@ -166,3 +166,16 @@ def test_doctor_says_that_four_views_take_the_memory_of_four_times_as_many_image
         return float(line.split(" GiB of memory")[0].split()[-1])
 
     assert said(feature_loss="sskd", batch_size=512) == said(batch_size=2048) > 2 * said(batch_size=512)
+
+
+def test_doctor_says_what_a_narrower_stream_would_leave():
+    words = {"teacher": "vit_tiny_patch16_224", "keep_ratio": 0.5}
+    plain, narrow = (doctor.run(CompressConfig(**words, cut=cut)) for cut in ("heads,neurons", "all"))
+    assert (
+        "with --cut all, keep 0.5 of the channels too: 26.8 % of the parameters, 29.1 % of the MACs" in plain
+    )
+    assert "with --cut all" not in narrow
+    assert "channels of the residual stream" in narrow
+    row = next(line for line in narrow.splitlines() if line.split()[:1] == ["0.5"])
+    assert "26.8 %" in row
+    assert "29.1 %" in row

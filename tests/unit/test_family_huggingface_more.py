@@ -114,10 +114,12 @@ def masked_with_grn(model: nn.Module, groups: Sequence[Group], widths: Mapping[s
         return hook
 
     with ExitStack() as stack:
-        stack.enter_context(masked(model, [g for g in groups if g.norm is None], widths))
+        stack.enter_context(masked(model, [g for g in groups if not g.norms], widths))
         for group in groups:
-            if group.norm is not None:
-                handle = model.get_submodule(group.norm).register_forward_hook(over_kept(widths[group.name]))
+            if group.norms:
+                handle = model.get_submodule(group.norms[0]).register_forward_hook(
+                    over_kept(widths[group.name])
+                )
                 stack.callback(handle.remove)
         yield
 

@@ -26,7 +26,7 @@ from stepwell.measure.budget import student_widths
 from stepwell.measure.cost import Costs
 from stepwell.measure.estimate import memory_and_disk, seconds_of
 from stepwell.measure.size import count_macs, num_params, short_number
-from stepwell.measure.whole import little_saved
+from stepwell.measure.whole import little_saved, narrower
 from stepwell.models.card import Architecture
 from stepwell.models.input import as_asked, check_runs, check_trains, input_spec
 from stepwell.models.student import OtherStudent
@@ -45,9 +45,10 @@ from stepwell.report.stages import stage_lines
 from stepwell.report.table import render
 from stepwell.run.device import find_device
 from stepwell.run.progress import progress
+from stepwell.setting.channels import check_uniform, with_channels
 from stepwell.setting.classes import settle
 from stepwell.setting.other_models import baseline_network, other_student, size_line
-from stepwell.setting.prepare import groups_of
+from stepwell.setting.prepare import groups_of, proof_images
 from stepwell.stages.grid import make_grid, size_indices
 from stepwell.tasks.task import task_of
 
@@ -71,9 +72,14 @@ def run(config: CompressConfig) -> str:
     if not path.cuts:
         return "\n".join([*_uncut(config, data, teacher, student, beside), *others[1:], *class_lines])
     groups = groups_of(model, spec, teacher.is_own_module, data, config)
+    if config.cuts_channels:
+        groups = with_channels(model, groups, proof_images(data, spec, config))
+    if config.uniform:
+        check_uniform(teacher, groups, config.multiple)
     scores = uniform_scores(groups)
     met = student_widths(config, model, spec, groups, scores)
-    candidates = make_grid(groups, scores, path.rungs(met.keep_ratio, config), config, met.widths)
+    ratios = path.rungs(met.keep_ratio, config)
+    candidates = make_grid(groups, scores, ratios, config, met.widths, met.balance)
     skeletons = []
     with progress("sizes of the candidates", len(candidates)) as advance:
         for candidate in candidates:
@@ -91,6 +97,7 @@ def run(config: CompressConfig) -> str:
         *_images(data),
         "",
         _table(groups, candidates, skeletons, model, spec),
+        *narrower(model, spec, groups, met.keep_ratio, config),
         *others,
         "",
         *_estimate(config, data, model, skeletons, student, spec, [*sizes, *beside]),
@@ -213,8 +220,9 @@ def _found_by(model: nn.Module, groups: Sequence[Group]) -> list[str]:
     """Families that know something in `model`, and the dependency graph where it found more."""
     found = names_by_family(model)
     known = set().union(*found.values())
-    more = [generic.NAME] if any(group.name not in known for group in groups) else []
-    return [*found, *more]
+    channels = ["channels of the residual stream"] if any(group.kind == "channel" for group in groups) else []
+    others = any(group.name not in known and group.kind != "channel" for group in groups)
+    return [*found, *channels, *([generic.NAME] if others else [])]
 
 
 def _kinds(groups: Sequence[Group]) -> list[str]:
@@ -222,12 +230,13 @@ def _kinds(groups: Sequence[Group]) -> list[str]:
 
 
 def _cut(groups: Sequence[Group]) -> str:
-    units = " and ".join(f"{_units(groups, kind):,} {kind}s" for kind in _kinds(groups))
-    return f"{units} in {len(groups)} layers"
+    *first, last = (f"{_units(groups, kind):,} {kind}s" for kind in _kinds(groups))
+    units = f"{', '.join(first)} and {last}" if first else last
+    return f"{units} in {sum(group.kind != 'channel' for group in groups)} layers"
 
 
 def _normed(groups: Sequence[Group]) -> list[str]:
-    norms = [group.norm for group in groups if group.norm]
+    norms = [norm for group in groups for norm in group.norms]
     if not norms:
         return []
     return [f"  norms taken over the units that are left: {len(norms)} ({norms[0]}, ...)"]

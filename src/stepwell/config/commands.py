@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from stepwell.config.base import Count, Fraction, Positive, Seed, flag_of
+from stepwell.config.cut_options import CutOptions
 from stepwell.config.extra_options import ExtraOptions, check_extras, sizes_beside
 from stepwell.config.model_options import StartOptions, StudentOptions
 from stepwell.config.options import (
@@ -44,6 +45,7 @@ class CompressConfig(
     SelectOptions,
     JointOptions,
     LossOptions,
+    CutOptions,
     GridOptions,
     ScoreOptions,
     RecipeOptions,
@@ -97,6 +99,15 @@ class CompressConfig(
                 raise ValueError(
                     f"--tune finds one learning rate for every training: leave out {flag_of(name)}, or --tune"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _search_needs_a_budget(self) -> Self:
+        if self.shares == "search" and self.macs is self.params is self.latency_ms is None:
+            raise ValueError(
+                "--shares search looks for the shares that suit a budget: give --macs, --params or "
+                "--latency-ms"
+            )
         return self
 
     @property

@@ -19,7 +19,14 @@ PRESETS: dict[str, dict[str, object]] = {
     "quick": {"budget_epochs": 15.0},
     "long": {"budget_epochs": 240.0},
     # What Algorithm 1 of the supplementary prints, with our readings where it is silent (docs/method.md).
-    "paper": {"sampling": "all", "feature_scale": "raw", "lr": 3e-3, "rule": "npsd", "epochs": 30.0},
+    "paper": {
+        "cut": "heads,neurons",
+        "sampling": "all",
+        "feature_scale": "raw",
+        "lr": 3e-3,
+        "rule": "npsd",
+        "epochs": 30.0,
+    },
 }
 
 PATHS: dict[str, dict[str, object]] = {

@@ -9,7 +9,7 @@ arguments that were given; it returns what is then called as loss(student, teach
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -32,6 +32,7 @@ from stepwell.losses.feature import state_loss
 from stepwell.losses.fitnet import FitNet
 from stepwell.losses.fsp import fsp_loss
 from stepwell.losses.ft import FT
+from stepwell.losses.kept import Kept
 from stepwell.losses.logit import binary_kd_loss, kd_loss
 from stepwell.losses.nst import nst_loss
 from stepwell.losses.observe import Observed
@@ -66,6 +67,7 @@ class Pair:
         is_other_student: Whether the student is of another architecture than the teacher.
         task: What both are for.
         stages: The last two stages of student and teacher, for a loss whose states are behind them.
+        kept: Which channels of each of the teacher's states the student has; nothing where it has all.
     """
 
     student: Output
@@ -76,6 +78,7 @@ class Pair:
     is_other_student: bool = False
     task: TaskName = "classification"
     stages: tuple[Stages, Stages] | None = None
+    kept: Sequence[Kept | None] = ()
 
     def after(self, block: str) -> Callable[[Tensor], Output]:
         """The rest of the teacher behind `block`, borrowed: not saved, trained or decayed with the loss."""

@@ -7,6 +7,7 @@ distance of hidden states. The first two are those of the task.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any, Literal, cast
 
 import torch
@@ -18,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from stepwell.config.options import LossOptions, TaskName
 from stepwell.errors import ConfigError
 from stepwell.losses.choose import Call, Pair, feature_loss, logit_loss
+from stepwell.losses.kept import Kept, on_kept
 from stepwell.losses.output import Output, Target, arguments
 from stepwell.losses.sskd import rotations
 from stepwell.tasks.task import task_of
@@ -40,6 +42,7 @@ class Distillation(nn.Module):
         logit: From the two models' logits; None where the weight is 0.
         feature: From their hidden states or features; None where the weight is 0, or one has no states.
         task: What the models are for; the labels' term is its loss.
+        kept: Which channels of the teacher's states are compared; nothing for all.
     """
 
     def __init__(
@@ -48,10 +51,12 @@ class Distillation(nn.Module):
         logit: Call | None,
         feature: Call | None,
         task: TaskName = "classification",
+        kept: Sequence[Kept | None] = (),
     ) -> None:
         super().__init__()
         self._loss_per_image = task_of(task).loss_per_image
         self._has_labels = task != "features"
+        self.kept = tuple(kept)
         self.options, self.logit, self.feature = options, logit, feature
         self.phase: Phase = "main"
 
@@ -109,6 +114,8 @@ class Distillation(nn.Module):
             task: Whether the labels' term is part; a student of several teachers has it once.
         """
         options, num_images = self.options, len(target.labels)
+        if self.feature is not None:
+            teacher = on_kept(teacher, self.kept)
         if self.phase == "pretraining":
             return {"loss": self._pretraining(student, teacher, target)}
         rise = min(1.0, target.progress / options.loss_warmup) if options.loss_warmup else 1.0
@@ -152,10 +159,13 @@ def make_distillation(options: LossOptions, pair: Pair, seed: int) -> Distillati
         options = options.model_copy(update=dict(options.feature_facts.between_slices))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        logit, feature = logit_loss(options, pair), feature_loss(options, pair)
-    loss = Distillation(options, logit, feature, pair.task)
-    kept = [module for module in loss.modules() if module is pair.observed_teacher.model]
-    assert not kept, "a loss borrows of the teacher what Pair.after returns, and never keeps the teacher"
+        # A network that looks at the teacher alone is one for all candidates, so it sees all channels.
+        kept = () if options.feature_facts.pretraining == "loss" else pair.kept
+        seen = replace(pair, teacher=on_kept(pair.teacher, kept))
+        logit, feature = logit_loss(options, seen), feature_loss(options, seen)
+    loss = Distillation(options, logit, feature, pair.task, kept)
+    held = [module for module in loss.modules() if module is pair.observed_teacher.model]
+    assert not held, "a loss borrows of the teacher what Pair.after returns, and never keeps the teacher"
     return loss.to(pair.student.logits.device)
 
 

@@ -7,8 +7,10 @@ where they leave too large a gap, their number stays and the neurons alone are f
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -17,12 +19,13 @@ from torch import nn
 from stepwell.config.commands import CompressConfig
 from stepwell.data.spec import InputSpec
 from stepwell.errors import ConfigError, ExportError
+from stepwell.measure.balance import searched
 from stepwell.measure.clock import Timing, time_onnx
 from stepwell.measure.size import count_macs, num_params, short_number
 from stepwell.models.card import ONNX
 from stepwell.models.export import temporary_folder
 from stepwell.models.onnx_graph import write_onnx
-from stepwell.pruning.ranking import Scores, widths_at
+from stepwell.pruning.ranking import EQUAL, Balance, Scores, widths_at
 from stepwell.pruning.skeleton import build_skeleton, fill
 from stepwell.pruning.units import Group, Widths
 from stepwell.run.progress import progress, say
@@ -38,7 +41,7 @@ LEAST, MOST = 0.001, 0.999
 """Keep ratios between which is looked."""
 
 WidthsAt = Callable[[float, float], Widths]
-"""Widths for a share of the heads, and one of the neurons and filters."""
+"""Widths for a keep ratio of the heads and channels, and one of the neurons and filters."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ class Met:
     keep_ratio: float
     widths: dict[str, int]
     cost: float
+    balance: Balance = EQUAL
 
 
 @dataclass(frozen=True)
@@ -87,13 +91,15 @@ def student_widths(
         ConfigError: The budget cannot be met.
     """
 
-    def at(heads: float, others: float) -> dict[str, int]:
-        return widths_at(groups, scores, heads, others, config)
+    equal = Balance(uniform=config.uniform)
+
+    def at(coarse: float, fine: float, balance: Balance = equal) -> dict[str, int]:
+        return widths_at(groups, scores, coarse, fine, config, balance)
 
     priced = _budget_and_cost(config, model, spec)
     if priced is None:
         keep = config.keep_ratio or min(config.ladder, default=DEFAULT_KEEP)
-        return Met(keep_ratio=keep, widths=at(keep, keep), cost=keep)
+        return Met(keep_ratio=keep, widths=at(keep, keep), cost=keep, balance=equal)
     budget, cost = priced
     steps = _STEPS[budget.kind]
     with progress(f"find {budget.text(budget.target)}", steps + 2) as advance:
@@ -103,12 +109,26 @@ def student_widths(
             advance(budget.text(value))
             return value
 
-        met = meet(budget, shown_cost, at, steps)
+        met = replace(meet(budget, shown_cost, at, steps), balance=equal)
+        if config.shares == "search":
+            counted = "params" if budget.kind == "params" else "macs"
+            balance = searched(model, spec, groups, scores, met.widths, counted)
+            met = replace(meet(budget, shown_cost, partial(at, balance=balance), steps), balance=balance)
+            say(f"shares: {_shares(groups, met)}")
     noise = f"; repeated timings differ by {budget.tolerance:.0%}" if budget.kind == "latency_ms" else ""
     say(
         f"budget: {budget.text(met.cost)}, asked {budget.text(budget.target)}{noise}; keep {met.keep_ratio:g}"
     )
     return met
+
+
+def _shares(groups: Sequence[Group], met: Met) -> str:
+    """`12 % of the heads, 30 % of the channels`."""
+    whole, kept = Counter[str](), Counter[str]()
+    for group in groups:
+        whole[group.kind] += group.num_units
+        kept[group.kind] += met.widths[group.name]
+    return ", ".join(f"{kept[kind] / whole[kind]:.0%} of the {kind}s" for kind in whole)
 
 
 def _budget_and_cost(

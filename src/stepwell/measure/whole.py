@@ -8,9 +8,12 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from stepwell.config.options import TaskOptions
+from stepwell.config.options import GridOptions, TaskOptions
 from stepwell.data.spec import InputSpec
-from stepwell.measure.size import macs_by_module
+from stepwell.measure.size import count_macs, macs_by_module, num_params
+from stepwell.pruning.channels import channel_groups
+from stepwell.pruning.ranking import uniform_scores, widths_at
+from stepwell.pruning.skeleton import build_skeleton
 from stepwell.pruning.units import Candidate, Group
 
 FAR_MORE = 2.0
@@ -47,6 +50,31 @@ def little_saved(
         f"keep {student.keep_ratio:g} of the units leaves {scale:.0%} of the operations: most of them are in "
         f"what stays whole ({', '.join(parts)} of the student's); --macs asks for operations instead"
     )
+
+
+def narrower(
+    model: nn.Module, spec: InputSpec, groups: Sequence[Group], keep: float, options: GridOptions
+) -> list[str]:
+    """A line on what the same share of every kind leaves if the residual stream is cut too; none where it
+    cannot be, or is cut already.
+
+    Args:
+        model: The teacher; its shapes are enough.
+        spec: The images that it takes.
+        groups: What is cut in it.
+        keep: Share of the units.
+        options: How widths are rounded.
+    """
+    if any(group.kind == "channel" for group in groups) or not (channels := channel_groups(model, groups)):
+        return []
+    every = [*groups, *channels]
+    skeleton = build_skeleton(model, every, widths_at(every, uniform_scores(every), keep, keep, options))
+    macs = count_macs(skeleton, spec) / count_macs(model, spec)
+    params = num_params(skeleton) / num_params(model)
+    return [
+        f"with --cut all, keep {keep:.3g} of the channels too: {100 * params:.1f} % of the parameters, "
+        f"{100 * macs:.1f} % of the MACs"
+    ]
 
 
 def _whole_parts(skeleton: nn.Module, spec: InputSpec, groups: Sequence[Group]) -> list[tuple[str, float]]:

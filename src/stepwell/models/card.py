@@ -29,6 +29,7 @@ from stepwell.models.arguments import refused
 from stepwell.models.factory import Factory, build_with
 from stepwell.models.input import check_runs
 from stepwell.pruning import generic
+from stepwell.pruning.channels import channel_groups, is_stream
 from stepwell.pruning.families import find_groups
 from stepwell.pruning.skeleton import build_skeleton, fill
 from stepwell.pruning.units import Group
@@ -197,6 +198,8 @@ def named_groups(model: nn.Module, names: Collection[str], spec: InputSpec | Non
         groups = find_groups(model)
     except UnsupportedModelError:
         groups = []
+    if any(is_stream(name) for name in names):
+        groups = [*groups, *channel_groups(model, groups)]
     unknown = sorted(set(names) - {group.name for group in groups})
     if not unknown or spec is None:
         return groups

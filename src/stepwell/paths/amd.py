@@ -12,7 +12,7 @@ from dataclasses import replace
 from stepwell.config.commands import CompressConfig
 from stepwell.measure.cost import Costs, Epochs
 from stepwell.measure.estimate import Losses
-from stepwell.paths.path import Deliver, Path, R, finish, middle
+from stepwell.paths.path import Deliver, Path, R, check_no_repair, finish, middle
 from stepwell.paths.plan import plan_steps, plan_with_joint
 from stepwell.paths.sizes import more_sizes
 from stepwell.paths.tune import tune
@@ -95,4 +95,4 @@ def losses(num_rungs: int, _options: CompressConfig) -> Losses:
     return Losses(kept=num_rungs)
 
 
-PATH = Path(rungs=with_sizes, bill=bill, descend=descend, losses=losses)
+PATH = Path(rungs=with_sizes, bill=bill, descend=descend, losses=losses, check=check_no_repair)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from stepwell.config.commands import CompressConfig
 from stepwell.measure.cost import Costs, Epochs
 from stepwell.paths import amd
-from stepwell.paths.path import Deliver, Path, R, candidates_above, finish
+from stepwell.paths.path import Deliver, Path, R, candidates_above, check_no_repair, finish
 from stepwell.paths.plan import plan
 from stepwell.paths.tune import tune
 from stepwell.setting.rungs import slice_of_store, student_below
@@ -59,4 +59,4 @@ def words(num_rungs: int) -> str:
     )
 
 
-PATH = Path(rungs=keep_ratios, bill=bill, descend=descend, losses=amd.losses)
+PATH = Path(rungs=keep_ratios, bill=bill, descend=descend, losses=amd.losses, check=check_no_repair)

@@ -128,6 +128,15 @@ def given_rungs(student: float, options: CompressConfig) -> list[float]:
     return [student, *given]
 
 
+def check_no_repair(options: CompressConfig) -> None:
+    """Refuse `--repair` where all candidates share one store of weights."""
+    if options.repair:
+        raise ConfigError(
+            f"--repair fits one model at a time, and the candidates of --path {options.path} share their "
+            f"weights: take --path single-step, takd, dgkd, mmd or mmd-os"
+        )
+
+
 def check_given(options: CompressConfig) -> None:
     """Refuse `--assistant` where `--assistants` names them all."""
     if options.assistant is not None:

@@ -85,7 +85,7 @@ def _with_joint(s: Setting, ladder: Ladder, bill: Bill) -> Epochs:
         return epochs_of(costs, bill, config)
     # A store and losses of their own: those with a memory must not remember that they were timed.
     shared = store_of(s, ladder)
-    seconds = seconds_per_step(joint_step(s, shared), s.train) * s.train.steps_per_epoch
+    seconds = seconds_per_step(joint_step(s, shared, ladder.order), s.train) * s.train.steps_per_epoch
     seconds *= _usual_step(s, ladder) * (1 + config.pretraining_epochs(1))
     joint = config.joint_epochs or epochs_in(config.joint_share * minutes, seconds)
     # The middle candidate stands for the assistant, which is not chosen yet.

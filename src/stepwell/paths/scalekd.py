@@ -54,6 +54,8 @@ def check(options: CompressConfig) -> None:
         "--macs": options.macs,
         "--params": options.params,
         "--latency-ms": options.latency_ms,
+        "--cut": options.cut if options.cuts_channels else None,
+        "--repair": options.repair or None,
     }
     for flag in (flag for flag, value in given.items() if value is not None):
         say(f"{flag} does nothing with --path scalekd: the student is {options.student}, whatever its size")

@@ -85,7 +85,7 @@ def filter_groups(name: str, block: nn.Module, path: Sequence[str]) -> list[Grou
             called several times (one ReLU for all) may be left out if it treats every number by itself.
     """
     prefix = f"{name}." if name else ""  # a block may be the whole model
-    modules = dict(leaf for part in path for leaf in _leaves(f"{prefix}{part}", _child(block, part)))
+    modules = dict(leaf for part in path for leaf in leaves_of(f"{prefix}{part}", _child(block, part)))
     spans = list(_spans(modules))
     made = {span.makes: span.units for span in spans}
     taken = {span.takes: span.units for span in spans}
@@ -109,25 +109,26 @@ def _child(block: nn.Module, name: str) -> nn.Module | None:
     return cast(nn.Module | None, getattr(block, name, None))
 
 
-def _leaves(name: str, module: nn.Module | None) -> Iterator[tuple[str, nn.Module]]:
+def leaves_of(name: str, module: nn.Module | None) -> Iterator[tuple[str, nn.Module]]:
     """The module itself, or the modules that it runs one after the other if it is a container."""
     if type(module) is ConvNormAct:
         for part in ("conv", "bn", "aa"):
-            yield from _leaves(f"{name}.{part}", _child(module, part))
+            yield from leaves_of(f"{name}.{part}", _child(module, part))
     elif (
         module is not None
         and full_name(module) == "transformers.models.resnet.modeling_resnet.ResNetConvLayer"
     ):
         for part in ("convolution", "normalization", "activation"):
-            yield from _leaves(f"{name}.{part}", _child(module, part))
+            yield from leaves_of(f"{name}.{part}", _child(module, part))
     elif isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
         for part, child in module.named_children():
-            yield from _leaves(f"{name}.{part}", child)
+            yield from leaves_of(f"{name}.{part}", child)
     elif module is not None:
         yield name, module
 
 
-def _is_conv(module: nn.Module) -> TypeGuard[nn.Conv2d]:
+def is_conv(module: nn.Module) -> TypeGuard[nn.Conv2d]:
+    """Whether it is a convolution that we know, of any groups."""
     return type(module) in CONVOLUTIONS
 
 
@@ -138,7 +139,7 @@ def _is_grouped(conv: nn.Conv2d) -> bool:
 def _spans(modules: Mapping[str, nn.Module]) -> Iterator[Span]:
     run: list[str] = []  # the span that is open: the convolution that makes its channels, and what follows
     for name, module in modules.items():
-        if _is_conv(module) and not _is_grouped(module):
+        if is_conv(module) and not _is_grouped(module):
             span = _span(run, name, modules)
             if span is not None:
                 yield span
@@ -153,7 +154,7 @@ def _span(run: Sequence[str], takes: str, modules: Mapping[str, nn.Module]) -> S
     if not run:
         return None
     makes, *between = run
-    grouped = {module.groups for module in map(modules.__getitem__, between) if _is_conv(module)}
+    grouped = {module.groups for module in map(modules.__getitem__, between) if is_conv(module)}
     if len(grouped) > 1:  # two grouped convolutions whose groups differ in size, and so overlap
         return None
     units = grouped.pop() if grouped else cast(nn.Conv2d, modules[makes]).out_channels
@@ -170,14 +171,15 @@ def _span(run: Sequence[str], takes: str, modules: Mapping[str, nn.Module]) -> S
 
 def _keeps_channels_apart(module: nn.Module) -> bool:
     if type(module) in NORMS:
-        return all(_is_elementwise(inner) for inner in module.children())  # timm's contain an activation
+        return all(is_elementwise(inner) for inner in module.children())  # timm's contain an activation
     if type(module) in SQUEEZE_EXCITES:
         layers = [_child(module, leaf) for leaf in SQUEEZE_EXCITES[type(module)]]
-        return all(layer is not None and _is_conv(layer) and layer.groups == 1 for layer in layers)
-    return _is_conv(module) or type(module) in (BlurPool2d, nn.AvgPool2d) or _is_elementwise(module)
+        return all(layer is not None and is_conv(layer) and layer.groups == 1 for layer in layers)
+    return is_conv(module) or type(module) in (BlurPool2d, nn.AvgPool2d) or is_elementwise(module)
 
 
-def _is_elementwise(module: nn.Module) -> bool:
+def is_elementwise(module: nn.Module) -> bool:
+    """Whether it treats every number by itself, without parameters."""
     if type(module) in (nn.Identity, nn.Dropout, nn.Dropout2d, DropBlock2d):
         return True
     # An activation with parameters (PReLU) may have one per channel.
@@ -193,7 +195,7 @@ def _slices(
     yield from _filters(span.makes, modules[span.makes], units, taken.get(span.makes))
     for name in span.between:
         module = modules[name]
-        if _is_conv(module):
+        if is_conv(module):
             yield from _filters(name, module, units)
         elif type(module) in NORMS:
             for leaf in ("weight", "bias", "running_mean", "running_var"):

@@ -9,11 +9,13 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from stepwell.config.options import GridOptions
-from stepwell.pruning.units import Group
+from stepwell.pruning.uniform import uniform_widths
+from stepwell.pruning.units import Group, Kind
 from stepwell.run.run_dir import StageResult
 
 Scores = Mapping[str, Sequence[float]]
@@ -41,11 +43,52 @@ def l2_normalised(raw: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
     return normalised
 
 
+@dataclass(frozen=True)
+class Balance:
+    """How the kinds of units share a cut: at keep ratio s a kind keeps s to the power of its exponent.
+
+    An exponent below 1 spares a kind. What a small s keeps, every larger one keeps too, and at 1 nothing is
+    cut, whatever the exponents: so one balance is nested over a ladder.
+    """
+
+    heads: float = 1.0
+    channels: float = 1.0
+    others: float = 1.0
+    """Of neurons and filters."""
+    uniform: bool = False
+    """Whether every block has the same widths, whatever the scores, and the channels follow the heads."""
+
+    def ratios(self, coarse: float, fine: float) -> dict[Kind, float]:
+        """The share of each kind.
+
+        Args:
+            coarse: Keep ratio of heads and channels, of which there are few, or few multiples.
+            fine: Keep ratio of neurons and filters.
+        """
+        others = fine**self.others
+        return {
+            "head": coarse**self.heads,
+            "neuron": others,
+            "filter": others,
+            "channel": coarse**self.channels,
+        }
+
+
+EQUAL = Balance()
+
+
 def widths_at(
-    groups: Sequence[Group], scores: Scores, head_ratio: float, other_ratio: float, options: GridOptions
+    groups: Sequence[Group],
+    scores: Scores,
+    coarse: float,
+    fine: float,
+    options: GridOptions,
+    balance: Balance = EQUAL,
 ) -> dict[str, int]:
-    """Widths that keep `head_ratio` of the heads and `other_ratio` of the neurons and filters."""
-    ratios = {"head": head_ratio, "neuron": other_ratio, "filter": other_ratio}
+    """Widths at a keep ratio of heads and channels, and one of neurons and filters: see `Balance.ratios`."""
+    ratios = balance.ratios(coarse, fine)
+    if balance.uniform:
+        return uniform_widths(groups, ratios["head"], ratios["neuron"], options.multiple)
     counts = {
         name: count
         for kind, ratio in ratios.items()
@@ -78,7 +121,7 @@ def kept_counts(groups: Sequence[Group], scores: Scores, keep_ratio: float) -> d
 
 
 def round_widths(groups: Sequence[Group], counts: Mapping[str, int], options: GridOptions) -> dict[str, int]:
-    """Round neurons and filters to the nearest multiple of `round_to`, and hold `min_heads_per_layer`.
+    """Round all but heads to the nearest multiple of `round_to`, and hold `min_heads_per_layer`.
 
     Less than half a multiple empties the layer, but never the last one of its ranking.
     """

@@ -37,6 +37,9 @@ def build_skeleton(model: nn.Module, groups: Sequence[Group], widths: Widths) ->
         id(p): nn.Parameter(torch.empty_like(p, device="meta")) for p in model.parameters()
     }
     skeleton = copy.deepcopy(model, memo)
+    if any(group.kind == "channel" and group.name in widths for group in groups):
+        # Attention of all heads, too, has to know that its input may have another width.
+        widths = {**{group.name: group.num_units for group in groups}, **widths}
     chosen = [group for group in groups if group.name in widths]
     for name, cuts in cuts_by_tensor(chosen).items():
         _shrink(skeleton, name, cuts, widths)

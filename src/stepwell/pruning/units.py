@@ -1,6 +1,7 @@
 """The words of pruning: unit, slice, group, candidate.
 
-    unit       one attention head, FFN neuron or convolution filter: what is kept or cut as a whole
+    unit       one attention head, FFN neuron, convolution filter or channel of the residual stream: what is
+               kept or cut as a whole
     group      the units of one layer:   group := (name, kind, num_units, [(tensor, view, axis), ...])
     candidate  a width per group; it holds the `width` most important units of each group
 
@@ -19,7 +20,7 @@ from typing import Literal
 from jaxtyping import Shaped
 from torch import Tensor, nn
 
-Kind = Literal["head", "neuron", "filter"]
+Kind = Literal["head", "neuron", "filter", "channel"]
 Widths = Mapping[str, int]
 """Number of kept units of each group, by the group's name."""
 Narrow = Callable[[nn.Module, str, int], None]
@@ -75,8 +76,9 @@ class Group:
     its output is (batch, tokens, 192) whatever is cut inside, and can be compared with the teacher's.
 
     Attributes:
-        name: Name of the module that the units belong to, as in `model.named_modules()`.
-        kind: `head`, `neuron` or `filter`; kinds are ranked apart.
+        name: Name of the module that the units belong to, as in `model.named_modules()`; channels, which run
+            through many, have a name of their own (pruning/channels.py).
+        kind: `head`, `neuron`, `filter` or `channel`; kinds are ranked apart.
         num_units: Number of units in the teacher.
         slices: The parameters and buffers that shrink with the group.
         gate: Name of the module whose input is the units' outputs, side by side in dimension `gate_dim`,
@@ -87,12 +89,13 @@ class Group:
         gate_dim: Dimension of the units in the gate's input: -1 for tokens, 1 for channels of a map.
         more_gates: Names of further modules whose input has something of each unit that must be 0 as well for
             the unit to be gone. It is multiplied by the same number as at the first gate.
-        norm: A norm over the units, behind the gate: it is computed over those that are left, so that
-            cutting a unit is more than setting its output to 0. None where there is none.
+        norms: Norms over the units, behind the gates: they are computed over those that are left, so that
+            cutting a unit is more than setting its output to 0.
         unit_size: Number of neurons or filters in a unit: more than 1 around a grouped convolution. Widths
             are rounded so that the number of filters, not of units, is a multiple of the divisor.
         block_width: Number of channels that the block returns, where its container holds blocks of several
             widths; set by `sections.in_sections`, not by a family. None where the container is the section.
+        returned_by: Of channels of the residual stream: the blocks that return them.
     """
 
     name: str
@@ -104,9 +107,10 @@ class Group:
     narrow: Narrow = field(repr=False, compare=False)
     gate_dim: int = -1
     more_gates: tuple[str, ...] = ()
-    norm: str | None = None
+    norms: tuple[str, ...] = ()
     unit_size: int = 1
     block_width: int | None = None
+    returned_by: tuple[str, ...] = ()
 
     @property
     def gates(self) -> tuple[str, ...]:

@@ -108,7 +108,8 @@ def decision(result: Result) -> str:
 
 def units(result: Result) -> str:
     """`heads and neurons`, or whatever was cut."""
-    return " and ".join(f"{kind}s" for kind in dict.fromkeys(result.group_kinds.values()))
+    kinds = [f"{kind}s" for kind in dict.fromkeys(result.group_kinds.values())]
+    return " and ".join([", ".join(kinds[:-1]), kinds[-1]]) if len(kinds) > 1 else "".join(kinds)
 
 
 def verdict(result: Result, handed_out: ModelResult) -> tuple[str, list[str]]:

@@ -7,7 +7,7 @@ from torch import nn
 from stepwell.errors import ConfigError
 from stepwell.measure.budget import DEFAULT_KEEP, no_milliseconds, with_random_weights
 from stepwell.models.export import why_not_onnx
-from stepwell.pruning.ranking import uniform_scores, widths_at
+from stepwell.pruning.ranking import Balance, uniform_scores, widths_at
 from stepwell.pruning.skeleton import build_skeleton
 from stepwell.run.progress import progress, say
 from stepwell.setting.setting import Setting
@@ -36,5 +36,6 @@ def _small(s: Setting) -> nn.Module:
     if (other := s.fresh_student()) is not None:
         return other
     keep = s.config.keep_ratio or min(s.config.ladder, default=DEFAULT_KEEP)
-    widths = widths_at(s.groups, uniform_scores(s.groups), keep, keep, s.config)
+    balance = Balance(uniform=s.config.uniform)
+    widths = widths_at(s.groups, uniform_scores(s.groups), keep, keep, s.config, balance)
     return with_random_weights(build_skeleton(s.model, s.groups, widths))

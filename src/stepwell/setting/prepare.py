@@ -18,7 +18,9 @@ from stepwell.data.splits import Data
 from stepwell.errors import ConfigError, UnsupportedModelError
 from stepwell.losses.choose import Pair
 from stepwell.losses.distillation import Phase, loss_macs, make_distillation
+from stepwell.losses.kept import Kept
 from stepwell.losses.observe import Observed
+from stepwell.measure.budget import with_random_weights
 from stepwell.models.card import example_images
 from stepwell.models.input import check_runs, check_trains, too_few
 from stepwell.models.student import OtherStudent, build_student
@@ -26,12 +28,15 @@ from stepwell.models.teacher import Teacher, placeholders
 from stepwell.pruning.families import find_groups
 from stepwell.pruning.generic import propose
 from stepwell.pruning.prove import proven
+from stepwell.pruning.skeleton import build_skeleton
 from stepwell.pruning.units import Group
 from stepwell.run.device import find_device, set_up_torch
 from stepwell.run.progress import say
 from stepwell.run.run_dir import RunDir
 from stepwell.setting.agreed_task import teacher_task
+from stepwell.setting.channels import check_uniform, halved, with_channels
 from stepwell.setting.classes import settle
+from stepwell.setting.rungs import kept_channels
 from stepwell.setting.setting import Setting
 from stepwell.setting.suits_task import check_no_labels_needed, check_suits_task
 from stepwell.setting.training_mode import check_training_mode, trainable_groups
@@ -81,6 +86,10 @@ def prepare(
         groups = groups_of(teacher.model, teacher.spec, teacher.is_own_module, data, config)
     else:
         groups = known_groups(teacher.model)
+    if cuts and config.cuts_channels:
+        groups = with_channels(teacher.model, groups, proof_images(data, teacher.spec, config))
+    if cuts and config.uniform:
+        check_uniform(teacher, groups, config.multiple)
     if cuts and config.importance == "l1" and not any(group.kind == "filter" for group in groups):
         name = type(teacher.model).__name__
         raise ConfigError(f"--importance l1 is for convolution filters, and this {name} has none to cut")
@@ -152,9 +161,15 @@ def try_losses(s: Setting, *, is_other: bool) -> dict[Phase, float]:
     images = torch.zeros(2, s.spec.channels, *s.spec.size, device=s.device)
     with torch.no_grad():
         answer = example = teacher(images)
+        kept: list[Kept | None] = []
         if is_other and (model := s.fresh_student()) is not None:
             example = Observed(model, ours)(images)
-    pair = Pair(example, answer, teacher, images, s.training_images, is_other, s.data.task, s.stages)
+        elif not is_other and s.config.cuts_channels:  # states have other shapes then
+            half = halved(s.groups)
+            small = with_random_weights(build_skeleton(s.model, s.groups, half.widths)).to(s.device)
+            example = Observed(small.eval(), ours)(images)
+            kept = kept_channels(s, half, {g.name: range(g.num_units) for g in s.groups})
+    pair = Pair(example, answer, teacher, images, s.training_images, is_other, s.data.task, s.stages, kept)
     loss = make_distillation(s.config, pair, s.config.seed)
     loss.views(images)
     if s.config.feature_weight and loss.feature is None:

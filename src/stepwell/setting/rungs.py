@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
+from stepwell.losses.kept import Kept
 from stepwell.models.ladder import Ladder
 from stepwell.pruning.shared import SharedWeights
-from stepwell.pruning.skeleton import build_skeleton, fill, leading_units, sort_units
+from stepwell.pruning.skeleton import Order, build_skeleton, fill, leading_units, sort_units
+from stepwell.pruning.streams import find_module
 from stepwell.pruning.units import Candidate, tensors_of
+from stepwell.setting.repair import output_layers, repair
 from stepwell.setting.setting import Setting
 from stepwell.training.statistics import recalibrate
 
@@ -24,6 +27,8 @@ class Rung:
         candidate: Its keep ratio and widths; None for the teacher.
         is_other: Whether it is of another architecture, and `candidate` only the rung in its place.
         passes: What making it has cost, in forward passes of the teacher; on the bill of its training.
+        order: The teacher's units, as they are sorted in the model; nothing for the teacher.
+        cut_from: The trained model that it is a slice of, not trained since; None for others.
     """
 
     model: nn.Module
@@ -31,6 +36,8 @@ class Rung:
     candidate: Candidate | None = None
     is_other: bool = False
     passes: float = 0.0
+    order: Order = field(default_factory=dict)
+    cut_from: Rung | None = None
 
     @property
     def keep_ratio(self) -> float:
@@ -54,7 +61,8 @@ def slice_of_teacher(s: Setting, ladder: Ladder, index: int) -> Rung:
     weights = sort_units(tensors_of(s.model), s.groups, ladder.order)
     widths = ladder.candidates[index].widths
     skeleton = build_skeleton(s.model, s.groups, widths)
-    return _rung(fill(skeleton, leading_units(weights, skeleton, s.groups, widths)), ladder, index)
+    model = fill(skeleton, leading_units(weights, skeleton, s.groups, widths))
+    return replace(_rung(model, ladder, index), cut_from=teacher_of(s))
 
 
 def slice_of_store(shared: SharedWeights, ladder: Ladder, index: int) -> Rung:
@@ -68,7 +76,7 @@ def rung_below(s: Setting, ladder: Ladder, index: int, above: Rung) -> Rung:
         return slice_of_teacher(s, ladder, index)
     store = store_of(s, ladder)
     store.put(ladder.candidates.index(above.candidate), above.model)
-    rung = slice_of_store(store, ladder, index)
+    rung = replace(slice_of_store(store, ladder, index), cut_from=above)
     # Weights come from the model above; statistics of batches must be those of these weights.
     recalibrate(rung.model.eval(), rung.model, s.of_statistics)
     return replace(rung, passes=s.costs(ladder.scales).recalibrating(rung.scale))
@@ -90,5 +98,52 @@ def student_below(s: Setting, ladder: Ladder, above: Rung | SharedWeights) -> Ru
     return rung_below(s, ladder, 0, above)
 
 
+def kept_channels(
+    s: Setting, student: Candidate, order: Order, teacher: Candidate | None = None
+) -> list[Kept | None]:
+    """Which channels of the states of `s.blocks` a slice has; nothing where none were cut.
+
+    Args:
+        s: What the run works with.
+        student: The slice.
+        order: The order of the teacher's units in it.
+        teacher: The larger slice that teaches it, whose units lie in the same order; None for the teacher.
+    """
+    groups = {block: group for group in s.groups for block in group.returned_by}
+    if not groups:
+        return []
+    kept: list[Kept | None] = []
+    for block in s.blocks:
+        if (group := groups.get(block)) is None:  # of a stream that stays whole
+            kept.append(None)
+            continue
+        width = student.widths[group.name]
+        channels = range(width) if teacher is not None else order[group.name][:width]
+        kept.append(Kept(tuple(channels), group.gate_dim))
+    return kept
+
+
+def repair_rung(s: Setting, rung: Rung) -> float:
+    """With `--repair`: fit the output layers of a slice to those of the model that it was cut from, in place.
+
+    Returns:
+        What it has cost, in forward passes of the teacher.
+    """
+    above, candidate = rung.cut_from, rung.candidate
+    if not s.config.repair or above is None or candidate is None:
+        return 0.0
+    kinds = nn.Linear | nn.Conv2d  # what is no such layer was emptied before
+    layers = [n for n in output_layers(s.model, s.groups) if isinstance(find_module(above.model, n), kinds)]
+    streams = {cut.tensor: g for g in s.groups if g.kind == "channel" for cut in g.slices if cut.dim == 0}
+    kept = {}
+    for name in layers:
+        if (group := streams.get(f"{name}.weight")) is not None:
+            width = candidate.widths[group.name]
+            kept[name] = range(width) if above.candidate is not None else rung.order[group.name][:width]
+    num_images = repair(rung.model.eval(), above.model.eval(), layers, kept, s.of_statistics)
+    # For each layer both models run up to it: on average half of the way.
+    return len(layers) * num_images * (above.scale + rung.scale) / 2
+
+
 def _rung(model: nn.Module, ladder: Ladder, index: int) -> Rung:
-    return Rung(model, ladder.scales[index], ladder.candidates[index])
+    return Rung(model, ladder.scales[index], ladder.candidates[index], order=ladder.order)

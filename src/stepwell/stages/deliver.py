@@ -18,6 +18,7 @@ from stepwell.measure.hardware import hardware
 from stepwell.models.card import BASELINE, CARD, ONNX, Card, save_model, size_folder
 from stepwell.models.export import export_onnx
 from stepwell.models.ladder import SAME, Ladder
+from stepwell.models.plain import plain_recipe
 from stepwell.pruning.skeleton import build_skeleton, fill
 from stepwell.report.figures import figures_of, neighbours_top1
 from stepwell.report.notes import notes
@@ -112,7 +113,8 @@ def deliver(s: Setting, finished: Finished) -> Result:
     assert model is not None
     figures = delivered.control if handed_out == "control" and delivered.control else delivered.student
     widths = _widths(finished.student)
-    card = s.student_card(widths, **_provenance(s, figures, finished.student.keep_ratio))
+    recipe = {} if finished.student.is_other else _recipe(s, model)
+    card = s.student_card(widths, **_provenance(s, figures, finished.student.keep_ratio), **recipe)
     not_exported = _write_model(s, "student", model, card, folder)
     _write_others(s, finished, delivered)
     result = _result(s, finished, delivered, handed_out).model_copy(update={"not_exported": not_exported})
@@ -133,7 +135,8 @@ def deliver(s: Setting, finished: Finished) -> Result:
 def _write_others(s: Setting, finished: Finished, delivered: Delivered) -> None:
     """The further sizes, and the baseline, each as a folder like the student's."""
     for size, figures in zip(finished.sizes[::-1], delivered.sizes, strict=True):
-        card = s.card(_widths(size.rung), **_provenance(s, figures, size.rung.keep_ratio))
+        provenance = _provenance(s, figures, size.rung.keep_ratio) | _recipe(s, size.rung.model)
+        card = s.card(_widths(size.rung), **provenance)
         _write_model(s, f"size {size.rung.keep_ratio:g}", size.rung.model, card, s.run.path / figures.folder)
     if finished.baseline is not None and delivered.baseline is not None and s.baseline is not None:
         card = s.baseline.student_card({}, **_provenance(s, delivered.baseline, None))
@@ -258,6 +261,11 @@ def _size_result(size: Size, figures: Mapping[str, ModelResult]) -> SizeResult:
 
 def _widths(rung: Rung) -> dict[str, int]:
     return {} if rung.candidate is None else rung.candidate.widths
+
+
+def _recipe(s: Setting, model: nn.Module) -> dict[str, object]:
+    """With `--uniform`: how timm builds a slice, for those who load its weights without stepwell."""
+    return {"timm": plain_recipe(model, s.teacher.architecture)} if s.config.uniform else {}
 
 
 def _provenance(s: Setting, figures: ModelResult, keep_ratio: float | None) -> dict[str, object]:

@@ -16,12 +16,13 @@ from stepwell.data.batches import Batch
 from stepwell.errors import DivergedError
 from stepwell.losses.choose import Pair
 from stepwell.losses.distillation import make_distillation
+from stepwell.losses.kept import Kept
 from stepwell.losses.observe import Observed
 from stepwell.models.ladder import Ladder
 from stepwell.report.wording import plural
 from stepwell.run.progress import say
 from stepwell.run.run_dir import Stage
-from stepwell.setting.rungs import Rung
+from stepwell.setting.rungs import Rung, kept_channels, repair_rung
 from stepwell.setting.setting import Setting
 from stepwell.training.handed_on import performance_of
 from stepwell.training.lesson import Lesson
@@ -52,12 +53,14 @@ def distill(
     """
     with s.run.stage(name, Trained) as stage:
         if stage.is_new:
+            repairing = repair_rung(s, student)
             step = distill_step(s, teachers, student, drop)
             # The student learns in the last one; with some losses a pretraining comes before.
             for course in _courses(s, stage, step, student, epochs):
                 stage.result = fit(course, step, s.train, s.config, s.config)
             scales = [teacher.scale for teacher in teachers]
             passes = student.passes + s.costs(ladder.scales).step_down(epochs, student.scale, scales, drop)
+            passes += repairing
             stage.result = stage.result.model_copy(update={"tensors": _state(student), "passes": passes})
     student.model.load_state_dict(stage.result.tensors)
     student.model.eval()
@@ -187,19 +190,26 @@ def distill_step(s: Setting, teachers: Sequence[Rung], student: Rung, drop: int 
         pairs = [
             Pair(
                 example,
-                teacher(images),
-                teacher,
+                seen(images),
+                seen,
                 images,
                 s.training_images,
                 student.is_other,
                 s.data.task,
                 s.stages,
+                _kept(s, teacher, student),
             )
-            for teacher in observed
+            for teacher, seen in zip(teachers, observed, strict=True)
         ]
     losses = [make_distillation(s.config, pair, s.config.seed) for pair in pairs]
     student.model.train()
     return DistillStep(Lesson(observed, losses, s.autocast), learner, s.config.seed, drop)
+
+
+def _kept(s: Setting, teacher: Rung, student: Rung) -> list[Kept | None]:
+    if student.is_other or student.candidate is None:
+        return []
+    return kept_channels(s, student.candidate, student.order, teacher.candidate)
 
 
 def teachers_of_step(num_teachers: int, drop: int, seed: int, step: int) -> list[int]:

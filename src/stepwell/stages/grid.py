@@ -17,7 +17,7 @@ from stepwell.measure.budget import student_widths
 from stepwell.measure.size import count_macs
 from stepwell.measure.whole import little_saved
 from stepwell.models.ladder import Ladder
-from stepwell.pruning.ranking import Importance, Scores, widths_at
+from stepwell.pruning.ranking import EQUAL, Balance, Importance, Scores, widths_at
 from stepwell.pruning.skeleton import build_skeleton
 from stepwell.pruning.units import Candidate, Group
 from stepwell.run.progress import say
@@ -37,7 +37,7 @@ def grid(s: Setting, scores: Importance, rungs: Rungs) -> Ladder:
         if stage.is_new:
             met = student_widths(s.config, s.model, s.spec, s.groups, scores.normalised)
             ratios = rungs(met.keep_ratio, s.config)
-            candidates = make_grid(s.groups, scores.normalised, ratios, s.config, met.widths)
+            candidates = make_grid(s.groups, scores.normalised, ratios, s.config, met.widths, met.balance)
             skeletons = [build_skeleton(s.model, s.groups, c.widths) for c in candidates]
             scales = [count_macs(skeleton, s.spec) / s.teacher_macs for skeleton in skeletons]
             if len(candidates) > 1:
@@ -85,6 +85,7 @@ def make_grid(
     ratios: Sequence[float],
     options: GridOptions,
     student: Mapping[str, int] | None = None,
+    balance: Balance = EQUAL,
 ) -> list[Candidate]:
     """The candidates for `ratios`, from the smallest to the largest, nested.
 
@@ -94,13 +95,14 @@ def make_grid(
         ratios: Keep ratios, rising.
         options: Rounding and the least number of heads.
         student: Widths of the first candidate, where a budget has fixed them.
+        balance: How the kinds share the cut.
     """
     candidates: list[Candidate] = []
     for ratio in ratios:
         if student is not None and not candidates:
             widths = dict(student)
         else:
-            widths = widths_at(groups, scores, ratio, ratio, options)
+            widths = widths_at(groups, scores, ratio, ratio, options, balance)
         if candidates:
             # Rounding looks at one candidate at a time; nestedness is a promise across them.
             widths = {name: max(width, candidates[-1].widths[name]) for name, width in widths.items()}

@@ -21,7 +21,8 @@ from stepwell.losses.distillation import make_distillation, share_teacher_side
 from stepwell.losses.observe import Observed
 from stepwell.models.ladder import Ladder, fingerprints
 from stepwell.pruning.shared import SharedWeights, in_layout_of
-from stepwell.setting.rungs import store_of
+from stepwell.pruning.skeleton import Order
+from stepwell.setting.rungs import kept_channels, store_of
 from stepwell.setting.setting import Setting
 from stepwell.training.lesson import Lesson
 from stepwell.training.loop import Trained, fit
@@ -33,7 +34,7 @@ def joint(s: Setting, ladder: Ladder, epochs: float) -> SharedWeights:
     shared = store_of(s, ladder)
     with s.run.stage("joint", Trained) as stage:
         if stage.is_new:
-            step = joint_step(s, shared)
+            step = joint_step(s, shared, ladder.order)
             courses = step.lesson.courses(
                 stage,
                 shared.parameters,
@@ -114,8 +115,8 @@ def _add_gradient(parameter: Tensor, gradient: Tensor | None) -> None:
             parameter.grad += gradient
 
 
-def joint_step(s: Setting, shared: SharedWeights) -> JointStep:
-    """The step of a run; its losses are new."""
+def joint_step(s: Setting, shared: SharedWeights, order: Order | None = None) -> JointStep:
+    """The step of a run; its losses are new. `order` is that of the store's units in the teacher."""
     teacher = Observed(s.model, s.blocks)
     # In eval mode, so that blank images do not move BatchNorm statistics.
     students = [Observed(skeleton.eval(), s.blocks) for skeleton in shared.skeletons]
@@ -124,7 +125,8 @@ def joint_step(s: Setting, shared: SharedWeights) -> JointStep:
         answer = teacher(images)
         for index, student in enumerate(students):
             example = student.with_weights(shared.weights(index), images)
-            pair = Pair(example, answer, teacher, images, s.training_images, task=s.data.task)
+            kept = kept_channels(s, shared.candidates[index], order or {})
+            pair = Pair(example, answer, teacher, images, s.training_images, task=s.data.task, kept=kept)
             # Another seed for each: the parameters of two losses must not start equal.
             losses.append(make_distillation(s.config, pair, s.config.seed + index))
             student.model.train()

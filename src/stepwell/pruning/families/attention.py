@@ -85,7 +85,7 @@ def _heads(name: str, module: _Heads) -> Group:
         gate=over_units or f"{name}.proj",
         block=block_of(name),
         narrow=_narrow,
-        norm=over_units,
+        norms=(over_units,) if over_units else (),
     )
 
 

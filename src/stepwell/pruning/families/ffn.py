@@ -103,7 +103,7 @@ def _neurons(name: str, module: nn.Module) -> Group:
         block=block_of(name),
         narrow=_narrow,
         gate_dim=1 if isinstance(output, nn.Conv2d) else -1,
-        norm=over_units,
+        norms=(over_units,) if over_units else (),
     )
 
 

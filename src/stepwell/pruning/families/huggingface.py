@@ -179,7 +179,7 @@ def _between(name: str, block: nn.Module, first: str, last: str) -> Group:
         gate=norm or f"{name}.{last}",
         block=name,
         narrow=partial(_narrow_between, first=f"{name}.{first}", norm=norm, last=f"{name}.{last}"),
-        norm=norm,
+        norms=(norm,) if norm else (),
     )
 
 

@@ -1,0 +1,40 @@
+"""Options of what is cut: which kinds of units, how much of each, and what is done to a model right after."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import model_validator
+
+from stepwell.config.options import Options
+
+
+class CutOptions(Options):
+    """What is cut, and how much of each kind."""
+
+    cut: Literal["heads,neurons", "all"] = "heads,neurons"
+    """`heads,neurons`: what lies inside of blocks (the paper's; in a CNN its filters), so that every block
+    returns the teacher's width. `all`: the channels of the residual stream too, from the first layer to the
+    head, which saves time where `heads,neurons` saves operations alone."""
+    shares: Literal["equal", "search"] = "equal"
+    """`equal`: every kind of unit keeps the same share. `search`: more of that kind which keeps the most
+    importance for a budget of --macs, --params or --latency-ms; nothing is trained for it."""
+    uniform: bool = False
+    """The same widths in every block, so that the student of a ViT is one that timm builds by name
+    (embed_dim, num_heads, mlp_ratio): its weights load there without stepwell. Needs --cut all."""
+    repair: bool = False
+    """After each cut of a single model, fit the output layers of attention and FFNs to what they returned
+    before, by least squares on some training images; for paths whose models share no weights."""
+
+    @property
+    def cuts_channels(self) -> bool:
+        """Whether the residual stream is cut."""
+        return self.cut == "all"
+
+    @model_validator(mode="after")
+    def _uniform_needs_channels(self) -> Self:
+        if self.uniform and not self.cuts_channels:
+            raise ValueError("--uniform needs --cut all: a plain ViT is as wide as its heads together")
+        if self.uniform and self.shares == "search":
+            raise ValueError("--uniform ties the channels to the heads: leave --shares equal")
+        return self

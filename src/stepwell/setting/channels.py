@@ -1,0 +1,98 @@
+"""`--cut all`: the channels of the residual stream beside what lies inside of blocks, tried on a model.
+
+And `--uniform`, which needs them.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from stepwell.errors import ConfigError, UnsupportedModelError
+from stepwell.models.plain import plain_recipe
+from stepwell.models.teacher import Teacher
+from stepwell.pruning.channels import KNOWN, channel_groups
+from stepwell.pruning.skeleton import build_skeleton, leading_units, sort_units
+from stepwell.pruning.uniform import has_equal_blocks, uniform_widths
+from stepwell.pruning.units import Candidate, Group, tensors_of
+
+SAME = 1e-3
+"""Largest difference of logits, relative to the largest, that is put down to rounding: a sum of channels in
+another order."""
+
+
+def with_channels(
+    model: nn.Module, groups: Sequence[Group], images: Float[Tensor, "batch channels height width"]
+) -> list[Group]:
+    """The groups of a model, and the channels of its residual stream.
+
+    Args:
+        model: The teacher, in eval mode; one without numbers (doctor's) is believed.
+        groups: What else may be cut in it.
+        images: A few images, on the device of the model.
+
+    Raises:
+        UnsupportedModelError: Its channels cannot be cut.
+    """
+    channels = channel_groups(model, groups)
+    refused = f"--cut all: the residual stream of this {type(model).__name__} cannot be cut"
+    instead = "--cut heads,neurons cuts what lies inside of blocks"
+    if not channels:
+        raise UnsupportedModelError(f"{refused}, but that of {KNOWN}; {instead}")
+    every = [*groups, *channels]
+    if not next(model.parameters()).is_meta and not _is_the_same_in_any_order(model, every, images[:2]):
+        raise UnsupportedModelError(f"{refused}: something else in it reads its channels; {instead}")
+    return every
+
+
+def check_uniform(teacher: Teacher, groups: Sequence[Group], multiple: int) -> None:
+    """Check that a student of equal blocks is one that timm builds.
+
+    Args:
+        teacher: What is cut.
+        groups: Its groups, channels among them.
+        multiple: Numbers of neurons are multiples of it.
+
+    Raises:
+        ConfigError: It is not.
+    """
+    reason = ""
+    if teacher.architecture.source != "timm":
+        reason = "it is not built by timm by name"
+    elif not has_equal_blocks(groups):
+        reason = "its blocks differ in heads or neurons"
+    else:
+        widths = uniform_widths(groups, 0.5, 0.5, multiple)
+        if plain_recipe(build_skeleton(teacher.model, groups, widths), teacher.architecture) is None:
+            reason = "timm does not build it by embed_dim, num_heads and mlp_ratio alone"
+    if reason:
+        raise ConfigError(f"--uniform is for plain vision transformers, not for {teacher.name}: {reason}")
+
+
+def _is_the_same_in_any_order(model: nn.Module, groups: Sequence[Group], images: Tensor) -> bool:
+    """Whether the slices are all there is of each unit: then their order does not matter, and half of them
+    make a model that runs."""
+    rng = random.Random(0)
+    order = {group.name: rng.sample(range(group.num_units), group.num_units) for group in groups}
+    weights = sort_units(tensors_of(model), groups, order)
+    half = halved(groups).widths
+    try:
+        with torch.no_grad():
+            expected = model(images)
+            whole = build_skeleton(model, groups, {group.name: group.num_units for group in groups})
+            found = functional_call(whole, weights, (images,))
+            small = build_skeleton(model, groups, half)
+            functional_call(small, leading_units(weights, small, groups, half), (images,))
+    except (RuntimeError, ValueError, AttributeError, TypeError, LookupError, AssertionError):
+        return False  # the forward pass cannot do with fewer channels, whatever error it gives
+    return bool((found - expected).abs().max() <= SAME * expected.abs().max())
+
+
+def halved(groups: Sequence[Group]) -> Candidate:
+    """Half of the units of every group."""
+    return Candidate(0.5, {group.name: (group.num_units + 1) // 2 for group in groups})

@@ -1,0 +1,151 @@
+"""`--repair`: after a cut, the layers behind the units are fitted to what they returned before.
+
+    minimise over W, b:   mean over images and positions of |W x + b - y|^2  +  lambda |W - W_cut|^2
+
+y is what the layer returned in the model above, on the channels that are left; x is what it reads in the cut
+model, whose layers before it are fitted by then. It has a closed form, and lambda holds the cut weights where
+the images say little. What an emptied layer returns, its bias, becomes the mean of y.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from typing import cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from stepwell.data.batches import Batch
+from stepwell.pruning.constant import ConstantOutput
+from stepwell.pruning.units import Group
+from stepwell.run.progress import progress
+
+RIDGE = 1e-3
+"""lambda, as a share of the mean square of what the layer reads."""
+
+Kept = Mapping[str, Sequence[int]]
+"""By layer: which of its outputs are left in the cut model; all of a layer that is not named."""
+
+
+def output_layers(model: nn.Module, groups: Sequence[Group]) -> list[str]:
+    """The layers that read the units of a group and return what the block adds, in the order of the model.
+
+    Those of attention and FFNs, and 1 x 1 convolutions at the end of a block: wherever what is read at a
+    position makes what is returned there.
+    """
+    found = set()
+    for group in groups:
+        readers = [s.tensor.removesuffix(".weight") for s in group.slices if s.dim == 1]
+        if readers and group.kind != "channel" and _is_linear(model.get_submodule(readers[-1])):
+            found.add(readers[-1])
+    return [name for name, _ in model.named_modules() if name in found]
+
+
+def repair(
+    student: nn.Module, above: nn.Module, layers: Sequence[str], kept: Kept, batches: Iterable[Batch]
+) -> int:
+    """Fit the output layers of a cut model, one after the other, in place.
+
+    Args:
+        student: The cut model, in eval mode.
+        above: The model that it was cut from, in eval mode.
+        layers: Names of layers of `above`, in the order in which they run.
+        kept: Which of their outputs are left.
+        batches: Some images.
+
+    Returns:
+        The number of images.
+    """
+    with progress("repair", len(layers)) as advance, torch.no_grad():
+        for name in layers:
+            owner, _, leaf = name.rpartition(".")
+            around = student.get_submodule(owner)
+            if isinstance(around, ConstantOutput):
+                _fit_constant(around.get_submodule(leaf), above, name, kept.get(name), batches)
+            else:
+                _fit_layer(student, above, name, kept.get(name), batches)
+            advance("")
+    return sum(len(batch.labels) for batch in batches)
+
+
+def _fit_constant(
+    holder: nn.Module, above: nn.Module, name: str, kept: Sequence[int] | None, batches: Iterable[Batch]
+) -> None:
+    if holder.bias is None:
+        return
+    means = [_rows(above, name, batch.images, returned=True).mean(dim=0) for batch in batches]
+    mean = torch.stack(means).mean(dim=0)
+    cast(nn.Parameter, holder.bias).copy_(mean if kept is None else mean[list(kept)])
+
+
+def _fit_layer(
+    student: nn.Module, above: nn.Module, name: str, kept: Sequence[int] | None, batches: Iterable[Batch]
+) -> None:
+    layer = cast(nn.Linear | nn.Conv2d, student.get_submodule(name))
+    if not _is_linear(layer):
+        return
+    inputs, outputs = layer.weight.shape[1], layer.weight.shape[0]
+    products = torch.zeros(inputs + 1, inputs + 1, dtype=torch.float64)
+    targets = torch.zeros(outputs, inputs + 1, dtype=torch.float64)
+    rows = 0
+    for batch in batches:
+        y = _rows(above, name, batch.images, returned=True)
+        y = y if kept is None else y[:, list(kept)]
+        x = _rows(student, name, batch.images, returned=False)
+        x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)  # the input of the bias
+        products += (x.T @ x).cpu().double()
+        targets += (y.T @ x).cpu().double()
+        rows += len(x)
+    if layer.bias is None:
+        products, targets = products[:inputs, :inputs], targets[:, :inputs]
+    _solve(layer, products / rows, targets / rows)
+
+
+def _solve(
+    layer: nn.Linear | nn.Conv2d,
+    products: Float[Tensor, "inputs inputs"],
+    targets: Float[Tensor, "outputs inputs"],
+) -> None:
+    """Set weight and bias, which is the weight of the last input, a constant 1."""
+    parts = [layer.weight.flatten(1)] + ([] if layer.bias is None else [layer.bias[:, None]])
+    cut = torch.cat(parts, dim=1).cpu().double()
+    inputs = layer.weight.shape[1]
+    ridge = torch.zeros(len(products), dtype=torch.float64)
+    ridge[:inputs] = RIDGE * products.diagonal()[:inputs].mean().clamp_min(1e-12)
+    # As a step away from the cut weights, which lambda makes short.
+    fitted = cut + torch.linalg.solve(products + ridge.diag(), (targets - cut @ products).T).T
+    layer.weight.copy_(fitted[:, :inputs].reshape(layer.weight.shape))
+    if layer.bias is not None:
+        layer.bias.copy_(fitted[:, -1])
+
+
+def _is_linear(layer: nn.Module) -> bool:
+    if isinstance(layer, nn.Conv2d):
+        return layer.kernel_size == (1, 1) and layer.stride == (1, 1) and layer.groups == 1
+    return isinstance(layer, nn.Linear)
+
+
+class _EnoughError(Exception):
+    """Internal: what comes behind the layer need not run."""
+
+
+def _rows(
+    model: nn.Module, name: str, images: Float[Tensor, "batch channels height width"], *, returned: bool
+) -> Float[Tensor, "rows numbers"]:
+    """What a layer reads or returns at every position of every image."""
+    found: list[Tensor] = []
+    layer = model.get_submodule(name)
+
+    def hook(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        found.append(output if returned else inputs[0])
+        raise _EnoughError
+
+    handle = layer.register_forward_hook(hook)
+    try:
+        with suppress(_EnoughError):
+            model(images)
+    finally:
+        handle.remove()
+    return found[0].movedim(1 if isinstance(layer, nn.Conv2d) else -1, -1).flatten(0, -2).float()

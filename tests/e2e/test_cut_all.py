@@ -1,0 +1,184 @@
+"""`--cut all`: whole runs whose students are narrower than the teacher everywhere."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+from small_world import QUICK, stepwell, student_weights
+
+import stepwell as package
+from conftest import without_files
+from stepwell.measure.size import num_params
+from stepwell.report.result import Result
+
+ALL = (*QUICK, "--cut", "all", "--keep", "0.5", "--round-to", "4")
+
+
+@pytest.fixture(scope="module")
+def run(teacher, data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("all") / "run"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        without_files(monkeypatch)
+        stepwell("compress", "--teacher", teacher, "--data", data, "--out", folder, *ALL)
+    return folder
+
+
+def test_the_student_is_narrower_everywhere(run):
+    card, result = (
+        json.loads((run / "student" / "stepwell.json").read_text()),
+        Result.load(run / "result.json"),
+    )
+    student = package.load(run)
+    assert card["widths"]["channels"] == student.embed_dim == 12
+    assert student.cls_token.shape == (1, 1, 12)
+    assert num_params(student) == result.student.num_params < 0.4 * result.teacher.num_params
+
+
+@pytest.mark.slow
+def test_the_report_and_an_onnx_file(teacher, data, tmp_path):
+    stepwell("compress", "--teacher", teacher, "--data", data, "--out", tmp_path / "run", *ALL)
+    assert not Result.load(tmp_path / "run" / "result.json").not_exported
+    assert "of its heads, neurons and channels." in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_every_rung_is_there(run, tmp_path):
+    stepwell("export", run, "--all", "--format", "safetensors", "--out", tmp_path)
+    widths = [package.load(folder).embed_dim for folder in sorted(tmp_path.iterdir())]
+    assert widths == sorted(set(widths))
+    assert len(widths) == 3
+
+
+def test_resumed_equals_uninterrupted(run, teacher, data, tmp_path, quick):
+    words = ("--teacher", teacher, "--data", data, "--out", tmp_path / "run", *ALL)
+    stepwell("compress", *words)
+    for name in ("distill", "deliver"):
+        for file in (tmp_path / "run" / "stages" / name).iterdir():
+            file.unlink()
+        (tmp_path / "run" / "stages" / name).rmdir()
+    (tmp_path / "run" / "result.json").unlink()
+    stepwell("compress", *words)
+    ours, theirs = student_weights(tmp_path / "run"), student_weights(run)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_student_is_a_teacher_again(run, data, tmp_path, quick):
+    words = (
+        "--teacher",
+        run,
+        "--data",
+        data,
+        "--out",
+        tmp_path / "run",
+        *QUICK,
+        "--cut",
+        "all",
+        "--keep",
+        "0.5",
+    )
+    stepwell("compress", *words, "--round-to", "2", "--path", "single-step")
+    assert package.load(tmp_path / "run").embed_dim == 6
+
+
+@pytest.mark.parametrize("path", ["takd", "dgkd", "mmd"])
+def test_every_path_and_losses_on_states_of_other_widths(teacher, data, tmp_path, quick, path):
+    loss = {"takd": "fsp", "dgkd": "at", "mmd": "fitnet"}[path]
+    words = ("--teacher", teacher, "--data", data, "--out", tmp_path / "run", *ALL, "--path", path)
+    words = (*words, *(() if path == "mmd" else ("--assistants", "0.75")))
+    stepwell("compress", *words, "--feature-loss", loss, "--epochs", "1")
+    assert package.load(tmp_path / "run").embed_dim == 12
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "model",
+    [
+        ("--model", "cifar_resnet20", "--image-size", "16", "--model-args", "shortcut=B"),
+        ("--model", "swin_tiny_patch4_window7_224", "--model-args", "img_size=16", "patch_size=2",
+         "window_size=4", "embed_dim=24", "depths=(2,2)", "num_heads=(2,4)"),
+    ],
+    ids=["cnn", "swin"],
+)  # fmt: skip
+def test_a_pyramid_is_narrower_in_every_stage(model, data, tmp_path):
+    words = ("--data", data, "--epochs", 1, "--batch-size", 16)
+    stepwell("train", *model, "--no-pretrained", *words, "--out", tmp_path / "teacher")
+    words = ("--teacher", tmp_path / "teacher", "--data", data, "--out", tmp_path / "run", *ALL)
+    stepwell("compress", *words, "--epochs", "1", "--control", "equal_epochs")
+    card = json.loads((tmp_path / "run" / "student" / "stepwell.json").read_text())
+    assert sum(name.startswith("channels.") for name in card["widths"]) >= 2
+    result = Result.load(tmp_path / "run" / "result.json")
+    assert num_params(package.load(tmp_path / "run")) == result.student.num_params
+    assert result.student.macs < 0.45 * result.teacher.macs
+    assert not result.not_exported
+
+
+def test_a_model_whose_stream_stays_whole_is_refused(data, fails, tmp_path):
+    words = ("--teacher", "cifar_resnet20", "--data", data, "--cut", "all", "--image-size", "16")
+    line = fails("doctor", *words)
+    assert "--cut all: the residual stream of this CifarResNet cannot be cut, but that of timm's ViT" in line
+    assert "--cut heads,neurons cuts what lies inside of blocks" in line
+
+
+def test_a_uniform_student_loads_in_timm_without_us(teacher, data, tmp_path, quick):
+    words = ("--teacher", teacher, "--data", data, "--out", tmp_path / "run", *ALL, "--uniform")
+    stepwell("compress", *words, "--path", "single-step")
+    student = tmp_path / "run" / "student"
+    recipe = json.loads((student / "stepwell.json").read_text())["provenance"]["timm"]
+    model = timm.create_model(**recipe).eval()
+    model.load_state_dict(load_file(student / "model.safetensors"), strict=True)
+    assert (model.embed_dim, model.blocks[1].attn.num_heads, model.blocks[1].mlp.fc1.out_features) == (
+        12,
+        2,
+        48,
+    )
+    images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(model(images), package.load(tmp_path / "run")(images), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--uniform",), "--uniform needs --cut all: a plain ViT is as wide as its heads together"),
+        (("--cut", "all", "--uniform", "--shares", "search", "--macs", "10%"), "leave --shares equal"),
+        (("--shares", "search"), "--shares search looks for the shares that suit a budget: give --macs"),
+    ],
+)
+def test_options_that_do_not_go_together(words, said, teacher, data, fails):
+    assert said in fails("doctor", "--teacher", teacher, "--data", data, *words)
+
+
+@pytest.mark.parametrize("path", ["single-step", "takd"])
+def test_repair_is_a_part_of_the_training_that_follows(teacher, data, tmp_path, quick, path):
+    words = (
+        "--teacher",
+        teacher,
+        "--data",
+        data,
+        *ALL,
+        "--path",
+        path,
+        "--assistants",
+        "0.75",
+        "--epochs",
+        "1",
+    )
+    stepwell("compress", *words, "--out", tmp_path / "plain")
+    stepwell("compress", *words, "--out", tmp_path / "repaired", "--repair")
+    plain, repaired = (Result.load(tmp_path / name / "result.json") for name in ("plain", "repaired"))
+    assert sum(repaired.teacher_passes.values()) > sum(plain.teacher_passes.values())
+    one, other = student_weights(tmp_path / "plain"), student_weights(tmp_path / "repaired")
+    assert not torch.equal(one["blocks.0.mlp.fc2.weight"], other["blocks.0.mlp.fc2.weight"])
+
+
+def test_candidates_of_other_widths_share_what_looks_at_the_teacher(teacher, data, tmp_path, quick):
+    words = ("--teacher", teacher, "--data", data, "--out", tmp_path / "run", *ALL, "--epochs", "1")
+    stepwell("compress", *words, "--feature-loss", "ft")
+    assert package.load(tmp_path / "run").embed_dim == 12
+
+
+def test_repair_needs_models_of_their_own(compress_fails):
+    line = compress_fails("--repair")
+    assert "--repair fits one model at a time, and the candidates of --path amd share their weights" in line

@@ -1,0 +1,116 @@
+"""`--repair`: output layers fitted to what they returned before the cut, by least squares."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_channels import convnext, swin, vit
+from torch import Tensor, nn
+
+from blocks import shaken
+from stepwell.data.batches import Batch
+from stepwell.pruning.channels import channel_groups
+from stepwell.pruning.families import find_groups
+from stepwell.pruning.skeleton import build_skeleton, fill, leading_units
+from stepwell.pruning.units import Group, tensors_of
+from stepwell.setting.repair import output_layers, repair
+from tiny import random_images, tiny_vit
+
+BATCHES = [
+    Batch(random_images(8, seed=i), torch.zeros(8, dtype=torch.int64), torch.arange(8)) for i in range(4)
+]
+
+
+def cut(model: nn.Module, groups: list[Group], share: float, **widths: int) -> nn.Module:
+    kept = {g.name: max(1, round(share * g.num_units)) for g in groups} | widths
+    skeleton = build_skeleton(model, groups, kept)
+    return (
+        fill(skeleton, leading_units(tensors_of(model), skeleton, groups, kept)).eval().requires_grad_(False)
+    )
+
+
+def output_of(model: nn.Module, name: str, images: Tensor) -> Tensor:
+    found = []
+    handle = model.get_submodule(name).register_forward_hook(lambda _m, _i, output: found.append(output))
+    model(images)
+    handle.remove()
+    return found[0]
+
+
+def test_whole_layers_stay_as_they_are() -> None:
+    model = tiny_vit().requires_grad_(False)
+    groups = find_groups(model)
+    same = cut(model, groups, 1.0)
+    layers = output_layers(model, groups)
+    assert layers == [f"blocks.{i}.{leaf}" for i in range(3) for leaf in ("attn.proj", "mlp.fc2")]
+    assert repair(same, model, layers, {}, BATCHES) == 32
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(same.state_dict()[name], tensor, rtol=1e-4, atol=1e-4)
+
+
+def test_what_lost_units_did_is_taken_over_by_their_copies() -> None:
+    model = tiny_vit().requires_grad_(False)
+    for block in model.blocks:
+        fc1 = block.mlp.fc1
+        fc1.weight[24:], fc1.bias[24:] = fc1.weight[:24], fc1.bias[:24]
+    neurons = [group for group in find_groups(model) if group.kind == "neuron"]
+    student, images = cut(model, neurons, 0.5), random_images(8, seed=9)
+    assert (student(images) - model(images)).abs().max() > 0.1
+    repair(student, model, output_layers(model, neurons), {}, BATCHES)
+    scale = model(images).abs().max()
+    assert (student(images) - model(images)).abs().max() < 0.02 * scale
+
+
+def test_it_is_the_least_squares_solution() -> None:
+    model = tiny_vit().requires_grad_(False)
+    neurons = [group for group in find_groups(model) if group.name == "blocks.0.mlp"]
+    student = cut(model, neurons, 0.25)
+    repair(student, model, ["blocks.0.mlp.fc2"], {}, BATCHES)
+    x, y = [], []
+    for batch in BATCHES:
+        x.append(output_of(student, "blocks.0.mlp.act", batch.images).flatten(0, 1))
+        y.append(output_of(model, "blocks.0.mlp.fc2", batch.images).flatten(0, 1))
+    x, y = torch.cat(x).double(), torch.cat(y).double()
+    x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
+    best = torch.linalg.lstsq(x, y).solution
+    residual = (x @ best - y).square().mean()
+    fc2 = student.blocks[0].mlp.fc2
+    found = (x @ torch.cat([fc2.weight.T, fc2.bias[None]]).double() - y).square().mean()
+    assert residual <= found <= 1.01 * residual
+
+
+def test_an_emptied_layer_returns_the_mean() -> None:
+    model = tiny_vit().requires_grad_(False)
+    groups = find_groups(model)
+    student = cut(model, groups, 1.0, **{"blocks.0.attn": 0})
+    repair(student, model, output_layers(model, groups), {}, BATCHES)
+    returned = torch.cat([output_of(model, "blocks.0.attn.proj", batch.images) for batch in BATCHES])
+    torch.testing.assert_close(student.blocks[0].attn.proj.bias.data, returned.mean(dim=(0, 1)))
+
+
+@pytest.mark.parametrize("name", ["vit", "swin", "convnext", "convnext of convolutions"])
+def test_narrower_models_come_nearer_to_the_teacher(name: str) -> None:
+    builds = {
+        "vit": vit("vit_tiny_patch16_224", init_values=0.1),
+        "swin": swin("swin_tiny_patch4_window7_224"),
+        "convnext": convnext(),
+        "convnext of convolutions": convnext(conv_mlp=True),
+    }
+    model = shaken(builds[name]).float().requires_grad_(False)
+    groups = find_groups(model)
+    groups = [*groups, *channel_groups(model, groups)]
+    student = cut(model, groups, 0.75)
+    sizes = [Batch(random_images(8, seed=i, size=32), *BATCHES[0][1:]) for i in range(4)]
+    layers = output_layers(model, groups)
+    streams = {s.tensor: g for g in groups if g.kind == "channel" for s in g.slices if s.dim == 0}
+    kept = {layer: range(round(0.75 * streams[f"{layer}.weight"].num_units)) for layer in layers}
+
+    def error(layer: str) -> float:
+        dim = 1 if isinstance(model.get_submodule(layer), nn.Conv2d) else -1
+        y = output_of(model, layer, sizes[0].images).movedim(dim, -1)[..., : len(kept[layer])]
+        return (output_of(student, layer, sizes[0].images).movedim(dim, -1) - y).square().mean().item()
+
+    before = [error(layer) for layer in layers]
+    repair(student, model, layers, kept, sizes)
+    after = [error(layer) for layer in layers]
+    assert sum(after) < 0.8 * sum(before)
