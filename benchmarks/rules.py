@@ -24,7 +24,7 @@ from scipy.stats import spearmanr
 from record import RESULTS, commit
 from stepwell.compare.cells import CellResult
 from stepwell.compare.table import as_svg
-from stepwell.config.options import Rule
+from stepwell.config.path_options import Rule
 from stepwell.run.run_dir import write_atomically
 from stepwell.stages.select import Point, pick, rule_values
 from stepwell.tasks.measures import performance

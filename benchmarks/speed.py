@@ -48,7 +48,7 @@ from torch import nn
 
 from record import RESULTS, save
 from stepwell.config.commands import CompressConfig
-from stepwell.config.options import GridOptions
+from stepwell.config.path_options import GridOptions
 from stepwell.errors import ConfigError
 from stepwell.measure.budget import student_widths
 from stepwell.measure.hardware import processor

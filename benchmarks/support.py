@@ -34,7 +34,8 @@ import torchvision
 from torch import nn
 
 from record import RESULTS, commit
-from stepwell.config.options import DataOptions, GridOptions
+from stepwell.config.options import DataOptions
+from stepwell.config.path_options import GridOptions
 from stepwell.errors import UnsupportedModelError
 from stepwell.measure.size import count_macs, num_params
 from stepwell.models.card import Card, load, save_model

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from stepwell.config.options import GridOptions
+from stepwell.config.path_options import GridOptions
 from stepwell.pruning.families import find_groups
 from stepwell.pruning.prove import difference, masked
 from stepwell.pruning.shared import SharedWeights

@@ -193,3 +193,18 @@ def test_a_student_that_does_not_exist(data, teacher, tmp_path, capsys):
     assert main(["compress", *map(str, words), "--student", "vit_tiny_patch16_242"]) == 2
     assert "did you mean vit_tiny_patch16_224" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_assistants_in_a_row_within_minutes(data, teacher, tmp_path, quick):
+    """Steps are timed on copies: an assistant that has been timed as a teacher is trained all the same."""
+    words = ("--teacher", teacher, "--data", data, "--out", tmp_path / "run", "--keep", "0.1")
+    words += ("--num-candidates", 5, "--batch-size", 16, "--num-assistants", 2, "--assistant", 0.8)
+    stepwell("compress", *words, "--minutes", "0.02")
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert {"assistant 2", "plan steps"} <= result["seconds"].keys()
+    assert result["histories"]["assistant 2"]["losses"]["loss"]
+
+
+def test_doctor_says_what_minutes_are_good_for(data, teacher, capsys):
+    stepwell("doctor", "--teacher", teacher, "--data", data, *SMALL, "--minutes", "2")
+    assert "roughly, on this" in capsys.readouterr().out

@@ -340,7 +340,6 @@ def test_long_names_fit_a_terminal(compared):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("--minutes", "3"), "compare needs --epochs"),
         (("--path", "amd"), "compare takes --paths, not --path"),
         (("--seed", "1"), "compare takes --seeds, not --seed"),
         (("--control", "equal_compute"), "compare takes --controls or --no-controls, not --control"),
@@ -357,6 +356,11 @@ def test_long_names_fit_a_terminal(compared):
 def test_what_makes_no_comparison_is_refused(words, said, data, teacher, tmp_path, capsys):
     assert said in refusal([*command(teacher, data, tmp_path / "out"), *words], capsys)
     assert not (tmp_path / "out" / "cells").exists()
+
+
+def test_minutes_make_no_comparison():
+    with pytest.raises(ConfigError, match="compare takes --budget-epochs or --epochs"):
+        check(config_of("--minutes", "3"))
 
 
 def test_a_preset_is_no_contradiction():

@@ -6,7 +6,7 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stepwell.config.options import GridOptions
+from stepwell.config.path_options import GridOptions
 from stepwell.pruning.ranking import kept_counts
 from stepwell.pruning.units import Group
 from stepwell.stages.grid import keep_ratios, make_grid

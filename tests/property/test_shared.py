@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.func import functional_call
 
-from stepwell.config.options import GridOptions
+from stepwell.config.path_options import GridOptions
 from stepwell.measure.size import num_params
 from stepwell.pruning.families import find_groups
 from stepwell.pruning.shared import SharedWeights

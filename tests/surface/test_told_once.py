@@ -14,7 +14,7 @@ from typing import get_args
 import pytest
 
 from stepwell.config.loss_facts import FEATURE_LOSSES, LOGIT_LOSSES
-from stepwell.config.options import Way
+from stepwell.config.path_options import Way
 
 SOURCE = Path(__file__).parents[2] / "src" / "stepwell"
 PATHS = {"amd", "amd-manual", "auto", "single-step", "takd", "dgkd", "mmd", "mmd-os", "scalekd"}

@@ -43,7 +43,7 @@ def test_the_loss_is_counted_on_shapes_as_on_tensors(name, given):
     observed = Observed(teacher, theirs.blocks)
     with torch.no_grad():
         outputs = Observed(student, ours.blocks)(images), observed(images)
-    pair = Pair(*outputs, observed, images, TrainingImages(None, 1), True, (ours, theirs))
+    pair = Pair(*outputs, observed, images, TrainingImages(None, 1), True, stages=(ours, theirs))
     options = LossOptions(feature_loss="scalekd", logit_weight=0, feature_args=given)
     real = loss_macs(make_distillation(options, pair, 0), pair, 2)["main"]
     parts = Parts(**{part: type(getattr(Parts(), part))(value) for part, value in given.items()})

@@ -9,7 +9,7 @@ import timm
 import torch
 
 from stepwell.config.commands import CompressConfig
-from stepwell.config.options import GridOptions
+from stepwell.config.path_options import GridOptions
 from stepwell.data.spec import InputSpec
 from stepwell.errors import ConfigError
 from stepwell.measure.balance import searched

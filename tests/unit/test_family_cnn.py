@@ -28,7 +28,7 @@ from torchvision.models import resnet as torchvision_resnet
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from blocks import check_sliced_equals_masked, masked, shaken, whole
-from stepwell.config.options import GridOptions
+from stepwell.config.path_options import GridOptions
 from stepwell.data.spec import InputSpec
 from stepwell.errors import UnsupportedModelError
 from stepwell.measure.size import count_macs, num_params

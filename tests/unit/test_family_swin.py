@@ -14,7 +14,7 @@ from torchvision.models import swin_t, swin_v2_t
 from torchvision.models import swin_transformer as tv
 
 from blocks import check_sliced_equals_masked, shaken, whole
-from stepwell.config.options import GridOptions
+from stepwell.config.path_options import GridOptions
 from stepwell.data.batches import Batch
 from stepwell.data.spec import InputSpec
 from stepwell.losses.observe import Observed

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from blocks import check_sliced_equals_masked, shaken
-from stepwell.config.options import GridOptions
+from stepwell.config.path_options import GridOptions
 from stepwell.data.spec import InputSpec
 from stepwell.errors import ModelError, UnsupportedModelError
 from stepwell.measure.size import num_params

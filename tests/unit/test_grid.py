@@ -7,7 +7,7 @@ import torch
 
 from stepwell.config.commands import CompressConfig
 from stepwell.config.files import make_config
-from stepwell.config.options import GridOptions
+from stepwell.config.path_options import GridOptions
 from stepwell.data.spec import InputSpec
 from stepwell.errors import ConfigError
 from stepwell.measure.size import count_macs, num_params

@@ -60,7 +60,7 @@ def pair_of(teacher: nn.Module, student: nn.Module, images: Tensor) -> tuple[Pai
     learner, observed = Observed(student, ours.blocks), Observed(teacher.requires_grad_(False), theirs.blocks)
     with torch.no_grad():
         outputs = learner(images[:2]), observed(images[:2])
-    pair = Pair(*outputs, observed, images[:2], TrainingImages(None, 1), True, (ours, theirs))
+    pair = Pair(*outputs, observed, images[:2], TrainingImages(None, 1), True, stages=(ours, theirs))
     return pair, learner, observed
 
 
@@ -393,7 +393,7 @@ def test_a_teacher_whose_rest_reads_more_than_a_state_teaches_without_its_parame
     observed, learner = Observed(teacher, theirs.blocks), Observed(student, ours.blocks)
     with torch.no_grad():
         outputs = learner(images), observed(images)
-    pair = Pair(*outputs, observed, images, TrainingImages(None, 1), True, (ours, theirs))
+    pair = Pair(*outputs, observed, images, TrainingImages(None, 1), True, stages=(ours, theirs))
     loss = make_distillation(LossOptions(**TERMS), pair, 0).feature
     assert loss.tail is None
     reason = "what follows blocks.0 reads more than what it returns"

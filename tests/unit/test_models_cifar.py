@@ -15,7 +15,7 @@ from torch import nn
 
 import stepwell
 from blocks import check_sliced_equals_masked, masked, shaken, whole
-from stepwell.config.options import GridOptions
+from stepwell.config.path_options import GridOptions
 from stepwell.data.spec import InputSpec
 from stepwell.errors import ConfigError, ModelError
 from stepwell.losses.observe import Observed

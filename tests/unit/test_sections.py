@@ -11,7 +11,7 @@ import torch
 import torchvision
 from torch import nn
 
-from stepwell.config.options import GridOptions
+from stepwell.config.path_options import GridOptions
 from stepwell.data.spec import InputSpec
 from stepwell.measure.size import count_macs
 from stepwell.pruning.blocks import compared_blocks

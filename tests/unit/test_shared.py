@@ -14,7 +14,8 @@ from torch import nn
 from torch.func import functional_call
 
 from stepwell.config.commands import CompressConfig
-from stepwell.config.options import JointOptions, LossOptions
+from stepwell.config.options import LossOptions
+from stepwell.config.path_options import JointOptions
 from stepwell.errors import ModelError, UnsupportedModelError
 from stepwell.losses.observe import Observed
 from stepwell.losses.output import Output

@@ -12,7 +12,7 @@ import torchvision
 from torch import nn
 
 from blocks import check_sliced_equals_masked, shaken
-from stepwell.config.options import GridOptions
+from stepwell.config.path_options import GridOptions
 from stepwell.pruning.families import find_groups
 from stepwell.pruning.ranking import uniform_scores
 from stepwell.pruning.skeleton import build_skeleton, fill, leading_units

@@ -7,7 +7,7 @@ import timm
 import torch
 
 from stepwell.config.commands import CompressConfig
-from stepwell.config.options import GridOptions
+from stepwell.config.path_options import GridOptions
 from stepwell.data.spec import InputSpec
 from stepwell.measure.size import count_macs, macs_by_module
 from stepwell.measure.whole import little_saved

@@ -74,7 +74,9 @@ def check(config: CompareConfig) -> None:
     """
     asked = given(config)
     if config.minutes is not None:
-        raise ConfigError("compare needs --epochs: what fits into --minutes depends on what else is running")
+        raise ConfigError(
+            "compare takes --budget-epochs or --epochs: what fits into --minutes depends on what else runs"
+        )
     for single, instead in (("path", "paths"), ("seed", "seeds"), ("control", "controls or --no-controls")):
         if single in asked:
             raise ConfigError(f"compare takes --{instead}, not --{single}")

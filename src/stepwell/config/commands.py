@@ -14,18 +14,13 @@ from stepwell.config.base import Count, Fraction, Positive, Seed, flag_of
 from stepwell.config.cut_options import CutOptions
 from stepwell.config.extra_options import ExtraOptions, check_extras, sizes_beside
 from stepwell.config.model_options import StartOptions, StudentOptions
-from stepwell.config.options import (
-    DataOptions,
+from stepwell.config.options import DataOptions, LossOptions, Options, Suite, TaskOptions, TrainingOptions
+from stepwell.config.path_options import (
     GridOptions,
     JointOptions,
-    LossOptions,
-    Options,
     PathOptions,
     ScoreOptions,
     SelectOptions,
-    Suite,
-    TaskOptions,
-    TrainingOptions,
     Way,
 )
 from stepwell.config.recipe_options import RecipeOptions, check_recipe, check_recipe_with_losses

@@ -6,8 +6,9 @@ import itertools
 from pathlib import Path
 
 from stepwell.config.base import Fraction
-from stepwell.config.options import Options, Way
+from stepwell.config.options import Options
 from stepwell.config.own_code import is_own_code
+from stepwell.config.path_options import Way
 
 NEAR = 0.005
 """Keep ratios that differ by less are one rung: `export --keep` takes the nearest."""

@@ -27,13 +27,9 @@ from stepwell.errors import did_you_mean
 
 Augment = Literal["auto", "none", "affine", "crop", "resized-crop"]
 Schedule = Literal["cosine", "linear", "cosine-restarts"]
-Rule = Literal[
-    "performance", "npsd", "npsd-chord-teacher", "npsd-chord-student", "lambda", "thrift", "nearest-2.5"
-]
 MetricOption = Literal["auto", "top1", "mAP", "cosine", "likelihood"]
 TaskName = Literal["classification", "multi-label", "features"]
 """What a model is for: one class for each image, or as many as there are in it, or an embedding."""
-Way = Literal["amd", "amd-manual", "auto", "single-step", "takd", "dgkd", "mmd", "mmd-os", "scalekd"]
 
 Suite = Literal[
     "losses", "candidates", "optimizer", "weights", "depth", "steps",
@@ -131,44 +127,6 @@ class TrainingOptions(Options):
         return self
 
 
-class ScoreOptions(Options):
-    """How the importance of units is measured."""
-
-    importance: Literal["gradient", "l1"] = "gradient"
-    """`gradient`: how much the loss would change (AMD). `l1`: convolution filters by the sum of their
-    weights, greedily along the network (Li et al. 2017); heads and neurons still by gradient."""
-    score_images: Count = 2048
-    """At most this many training images are scored on, without augmentation."""
-    score_reduction: Literal["sample", "batch"] = "sample"
-    """Take |gradient| per image (AMD's formula), or per batch of images (MiniDisc's code)."""
-
-
-class GridOptions(Options):
-    """Which candidates make up the ladder."""
-
-    num_candidates: Annotated[int, Field(ge=1, le=99)] = 9
-    """Rungs of the ladder; the paper's m."""
-    grid: Literal["with-student", "between"] = "with-student"
-    """Count the student's own rung among the candidates (0.1, 0.2 ... 0.9 for keep 0.1 and 9 candidates),
-    or place all of them strictly between student and teacher."""
-    round_to: Count | Literal["cpu", "gpu"] = "cpu"
-    """Widths of FFNs and convolutions are rounded to a multiple of this; below half of it the layer is left
-    out. `cpu` is 8, the numbers that a vector unit holds; `gpu` is 16, the tile of a matrix unit."""
-    min_heads_per_layer: Annotated[int, Field(ge=0)] = 0
-    """Heads that no layer falls below; 0 lets a layer lose its attention, as in the paper."""
-
-    @property
-    def multiple(self) -> int:
-        """`round_to` as a number."""
-        return {"cpu": 8, "gpu": 16}[self.round_to] if isinstance(self.round_to, str) else self.round_to
-
-    @model_validator(mode="after")
-    def _room_for_an_assistant(self) -> Self:
-        if self.grid == "with-student" and self.num_candidates < 2:
-            raise ValueError("num_candidates must be at least 2: one is the student, one the assistant")
-        return self
-
-
 class LossOptions(Options):
     """loss = task_weight * CE + logit_weight * LOGIT + feature_weight * FEATURE."""
 
@@ -258,58 +216,6 @@ class LossOptions(Options):
                 f"logit_weight above 0"
             )
         return self
-
-
-class JointOptions(Options):
-    """How the candidates are trained together."""
-
-    sampling: Literal["all", "sandwich"] = "sandwich"
-    """Train every candidate in every step (the paper's Algorithm 1), or smallest + `num_random` others."""
-    num_random: Count = 1
-    """Random candidates per step besides the smallest, with sandwich sampling."""
-    joint_epochs: Positive | None = None
-    """Epochs of the joint stage; by default `epochs`, or what `joint_share` of a budget allows."""
-    joint_share: Fraction = 0.5
-    """Share of the path's cost or time that the joint stage takes of `--budget-epochs` or `--minutes`."""
-    joint_lr: Positive | None = None
-    """Peak learning rate of the joint stage; `lr` if not given."""
-
-
-class SelectOptions(Options):
-    """How the assistant is chosen."""
-
-    rule: Rule = "thrift"
-    """performance: the candidate that performs best; npsd: just before the steepest fall (our reading of
-    AMD's NPSD); npsd-chord-*: minus the slope to teacher or student; lambda: MiniDisc's P + 0.2 (1 - S);
-    thrift: P + 0.5 (1 - S), since a smaller assistant leaves more of a budget for the student; nearest-2.5:
-    nearest to 2.5 times the student. Every run computes all."""
-    metric: MetricOption = "auto"
-    """Performance P of a candidate on the selection images: `top1` / 100 (with several classes an image,
-    `mAP` / 100), or `likelihood` (geometric mean of the probability given to the truth); `auto` is likelihood
-    below 2,000 images, where the others are noise."""
-    assistant: Fraction | None = None
-    """Use the candidate nearest to this keep ratio as the assistant, whatever the rule says."""
-
-
-class PathOptions(Options):
-    """Which way down from teacher to student."""
-
-    budget_epochs: Positive | None = None
-    """Cost of the whole path: that of distilling straight from the teacher for so many epochs; 60 if
-    neither this nor epochs nor minutes are given. Sets the epochs of every training; what a small assistant
-    saves goes into the last step."""
-    path: Way = "amd"
-    """amd: candidates trained together, one chosen as the assistant. amd-manual: the same, but a student via
-    every candidate. auto: as amd, but two short trials say whether the assistant or the teacher itself goes
-    on to teach the student. single-step: no assistant. takd: the assistants given, one after another. dgkd:
-    likewise, each taught by all larger ones. mmd: every candidate trained by itself, and a student via each.
-    mmd-os: the same, one chosen. scalekd: the teacher, of any kind, stays whole and teaches --student."""
-    assistants: tuple[Fraction, ...] = (0.5,)
-    """Keep ratios of the assistants of takd and dgkd."""
-    num_assistants: Count = 1
-    """Assistants in a row that amd chooses, each among the candidates below the one before."""
-    drop: Annotated[int, Field(ge=0)] = 1
-    """Teachers that dgkd leaves out of each step, drawn again for each; one always stays."""
 
 
 class TaskOptions(Options):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from stepwell.config.commands import CompressConfig
-from stepwell.config.options import JointOptions
+from stepwell.config.path_options import JointOptions
 from stepwell.run.run_dir import StageResult
 from stepwell.training.statistics import NUM_IMAGES
 

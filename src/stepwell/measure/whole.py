@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from stepwell.config.options import GridOptions, TaskOptions
+from stepwell.config.options import TaskOptions
+from stepwell.config.path_options import GridOptions
 from stepwell.data.spec import InputSpec
 from stepwell.measure.size import count_macs, macs_by_module, num_params
 from stepwell.pruning.channels import channel_groups

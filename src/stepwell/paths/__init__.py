@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from stepwell.config.options import Way
+from stepwell.config.path_options import Way
 from stepwell.paths import amd, amd_manual, auto, dgkd, mmd, mmd_os, scalekd, single_step, takd
 from stepwell.paths.path import Path
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from stepwell.config.options import GridOptions
+from stepwell.config.path_options import GridOptions
 from stepwell.pruning.uniform import uniform_widths
 from stepwell.pruning.units import Group, Kind
 from stepwell.run.run_dir import StageResult

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from stepwell.config.options import JointOptions
+from stepwell.config.path_options import JointOptions
 from stepwell.data.splits import TEST_BY_HASH
 from stepwell.models.teacher import Teacher
 from stepwell.report.beside import baseline_words, size_note

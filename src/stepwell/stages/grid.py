@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from stepwell.config.commands import CompressConfig
 from stepwell.config.extra_options import NEAR, sizes_beside
-from stepwell.config.options import GridOptions
+from stepwell.config.path_options import GridOptions
 from stepwell.errors import ConfigError
 from stepwell.measure.budget import student_widths
 from stepwell.measure.size import count_macs

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from stepwell.config.options import JointOptions
+from stepwell.config.path_options import JointOptions
 from stepwell.data.batches import Batch, EvalBatches
 from stepwell.losses.choose import Pair
 from stepwell.losses.distillation import make_distillation, share_teacher_side

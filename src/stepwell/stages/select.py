@@ -15,7 +15,7 @@ from typing import get_args
 
 from torch import nn
 
-from stepwell.config.options import Rule, SelectOptions
+from stepwell.config.path_options import Rule, SelectOptions
 from stepwell.measure.size import count_macs, num_params
 from stepwell.models.ladder import Ladder
 from stepwell.pruning.units import Candidate
