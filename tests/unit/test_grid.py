@@ -12,7 +12,7 @@ from stepwell.data.spec import InputSpec
 from stepwell.errors import ConfigError
 from stepwell.measure.size import count_macs, num_params
 from stepwell.pruning.families import find_groups
-from stepwell.pruning.ranking import kept_counts, round_widths
+from stepwell.pruning.ranking import kept_counts, round_widths, widths_at
 from stepwell.pruning.skeleton import build_skeleton
 from stepwell.pruning.units import Group
 from stepwell.stages.grid import keep_ratios, make_grid, with_sizes
@@ -245,6 +245,21 @@ def test_widths_are_rounded_for_the_machine_that_runs_the_student(round_to, widt
     groups = [group("m", "neuron", 64)]
     options = make_config(GridOptions, {"round_to": round_to})
     assert round_widths(groups, {"m": 27}, options)["m"] == width
+
+
+def test_a_bridge_is_never_emptied():
+    """Behind an emptied block without a shortcut the model would be a constant."""
+    for name in ("efficientnet_lite0", "mobilenetv3_small_100"):
+        with torch.device("meta"):
+            groups = find_groups(timm.create_model(name))
+        bridges = [group for group in groups if group.is_bridge]
+        assert 4 <= len(bridges) < len(groups)
+        # All that is important lies elsewhere.
+        scores = {
+            g.name: [1e-3 * (not g.is_bridge) + 1e-6 / (i + 1) for i in range(g.num_units)] for g in groups
+        }
+        widths = widths_at(groups, scores, 0.1, 0.1, GridOptions())
+        assert all(widths[group.name] > 0 for group in bridges)
 
 
 def test_sizes_are_rungs_among_the_usual_ones():

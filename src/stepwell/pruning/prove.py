@@ -56,7 +56,7 @@ def _agree(model: nn.Module, groups: Sequence[Group], images: Tensor) -> bool:
 
     def width(group: Group, empty: bool) -> int:
         # Where nothing leads past a group, it is never emptied.
-        return 0 if empty and group.block else max(1, group.num_units // 2)
+        return 0 if empty and group.block and not group.is_bridge else max(1, group.num_units // 2)
 
     # A halved group shows whether its units are where the slices say, an emptied one whether the constant
     # that replaces it is right. In two trials every group is once the one and once the other.

@@ -123,7 +123,7 @@ def kept_counts(groups: Sequence[Group], scores: Scores, keep_ratio: float) -> d
 def round_widths(groups: Sequence[Group], counts: Mapping[str, int], options: GridOptions) -> dict[str, int]:
     """Round all but heads to the nearest multiple of `round_to`, and hold `min_heads_per_layer`.
 
-    Less than half a multiple empties the layer, but never the last one of its ranking.
+    Less than half a multiple empties the layer, but never the last one of its ranking, nor a bridge.
     """
     widths = {}
     for group in groups:
@@ -132,7 +132,8 @@ def round_widths(groups: Sequence[Group], counts: Mapping[str, int], options: Gr
             widths[group.name] = min(group.num_units, max(count, options.min_heads_per_layer))
         else:
             step = _step(group, options)
-            widths[group.name] = min(group.num_units, step * math.floor(count / step + 0.5))
+            least = 1 if group.is_bridge else 0
+            widths[group.name] = min(group.num_units, step * max(least, math.floor(count / step + 0.5)))
     for ranking in {(group.kind, group.section) for group in groups}:
         members = [group for group in groups if (group.kind, group.section) == ranking]
         if all(widths[group.name] == 0 for group in members):

@@ -96,6 +96,7 @@ class Group:
         block_width: Number of channels that the block returns, where its container holds blocks of several
             widths; set by `sections.in_sections`, not by a family. None where the container is the section.
         returned_by: Of channels of the residual stream: the blocks that return them.
+        is_bridge: Whether nothing leads past the layer: emptied, it would make the whole model a constant.
     """
 
     name: str
@@ -111,6 +112,7 @@ class Group:
     unit_size: int = 1
     block_width: int | None = None
     returned_by: tuple[str, ...] = ()
+    is_bridge: bool = False
 
     @property
     def gates(self) -> tuple[str, ...]:

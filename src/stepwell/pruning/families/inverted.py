@@ -7,6 +7,8 @@ channels: they are cut as a whole.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from timm.models import _efficientnet_blocks as timm_blocks
 from timm.models import regnet as timm_regnet
 from torch import nn
@@ -39,4 +41,10 @@ PATHS: dict[type[nn.Module], tuple[str, ...]] = {
 def groups(name: str, module: nn.Module) -> list[Group]:
     """The channels inside of a block, if it expands at all."""
     path = PATHS.get(type(module))  # the exact class: a subclass may compute something else
-    return filter_groups(name, module, path) if path else []
+    found = filter_groups(name, module, path) if path else []
+    return [replace(group, is_bridge=not _has_shortcut(module)) for group in found]
+
+
+def _has_shortcut(block: nn.Module) -> bool:
+    """Whether the input is added, as where neither resolution nor width changes; RegNet has projections."""
+    return bool(getattr(block, "has_skip", getattr(block, "use_res_connect", True)))
