@@ -40,6 +40,8 @@ def embeddings_agree(run: Path, teacher: torch.nn.Module, student: torch.nn.Modu
 )
 def test_a_folder_without_a_classifier_from_compress_to_export(data, tmp_path, quick, capsys):
     torch.manual_seed(0)
+    if hasattr(transformers.models.dinov2.modeling_dinov2, "Dinov2SelfAttention"):
+        pytest.skip("DINOv2 as this version of transformers has it is not cut")
     config = transformers.Dinov2Config(**{**PLAIN, "image_size": 24, "mlp_ratio": 2})
     transformers.Dinov2Model(config).save_pretrained(tmp_path / "dino")
     processor = {"size": {"height": 16, "width": 16}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}

@@ -76,6 +76,11 @@ IMAGES = torch.randn(2, 3, 16, 16, dtype=torch.float64, generator=torch.Generato
 
 def inner(name: str, **more: object) -> nn.Module:
     kind, args, *_ = TOWERS[name]
+    # Before, its attention was two modules, which stay whole.
+    if name.startswith("DINOv2") and hasattr(
+        transformers.models.dinov2.modeling_dinov2, "Dinov2SelfAttention"
+    ):
+        pytest.skip("DINOv2 as this version of transformers has it is not cut")
     of = getattr(transformers, kind)
     return of(of.config_class(**{**args, **more}))
 
@@ -123,7 +128,7 @@ def test_sliced_equals_masked(name):
     if TOWERS[name][3]:
         assert [(group.kind, group.num_units) for group in groups] == TOWERS[name][3]
     if name == "ConvNeXt V2":  # its norm lies over units: tests of the classifier show what is equal there
-        assert all(group.norm for group in groups)
+        assert all(group.norms for group in groups)
     else:
         check_sliced_equals_masked(model, IMAGES, (0.1, 0.5))
 
