@@ -168,6 +168,7 @@ def test_doctor_says_that_four_views_take_the_memory_of_four_times_as_many_image
     assert said(feature_loss="sskd", batch_size=512) == said(batch_size=2048) > 2 * said(batch_size=512)
 
 
+@pytest.mark.slow
 def test_doctor_says_what_a_narrower_stream_would_leave():
     words = {"teacher": "vit_tiny_patch16_224", "keep_ratio": 0.5}
     plain, narrow = (doctor.run(CompressConfig(**words, cut=cut)) for cut in ("heads,neurons", "all"))
