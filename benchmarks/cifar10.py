@@ -144,5 +144,17 @@ def unpack(archive: Path, folder: Path) -> Path:
     return folder
 
 
+def few_images(archive: Path, folder: Path, per_class: int) -> Path:
+    """The first training images of each class, and all test images, as links."""
+    whole, few = unpack(archive, folder / "cifar10").resolve(), folder / f"cifar10-{per_class}"
+    if not (few / "test").exists():
+        for one in sorted((whole / "train").iterdir()):
+            (few / "train" / one.name).mkdir(parents=True, exist_ok=True)
+            for file in sorted(one.iterdir())[:per_class]:
+                (few / "train" / one.name / file.name).symlink_to(file)
+        (few / "test").symlink_to(whole / "test")
+    return few
+
+
 if __name__ == "__main__":
     main()

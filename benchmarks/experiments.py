@@ -11,12 +11,12 @@ of docs/experiments.md of them, which has the questions, and what was expected b
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 from typing import Any
 
-from cifar10 import RECIPES, unpack
+from cifar10 import RECIPES, few_images, unpack
 from record import RESULTS
+from selection import SETTINGS as TEACHERS
 from stepwell.commands import demo, train
 from stepwell.compare.cells import Cell, run_all
 from stepwell.config.commands import CompressConfig, TrainConfig
@@ -40,26 +40,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "images_per_class": 200,
     },
     "vit-cifar10": {
-        "train": {
-            "model": RECIPES["vit"]["model"],
-            "model_args": RECIPES["vit"]["model_args"],
-            "epochs": 20,
-            "lr": 2e-3,
-            "batch_size": 128,
-        },
+        "train": {**TEACHERS["cifar10-vit"]["train"], "batch_size": 128},
         "compress": {**CIFAR, "lr": 2e-3, "batch_size": 128, "keep_ratio": 0.1, "budget_epochs": 20},
         "images_per_class": 1000,
     },
     "digits": {
-        "train": {
-            "model": demo.MODEL,
-            "model_args": demo.MODEL_ARGS,
-            "batch_size": 32,
-            "epochs": 60,
-            "lr": 2e-3,
-            "augment": "affine",
-            "threads": 1,
-        },
+        "train": {**TEACHERS["digits"]["train"], "augment": "affine", "threads": 1},
         "compress": {
             "augment": "affine",
             "threads": 1,
@@ -136,18 +122,10 @@ def images(name: str, archive: Path | None, out: Path) -> Path:
         demo.write_digits(out / "digits")
         return out / "digits"
     assert archive is not None, "this setting needs --archive"
-    whole = unpack(archive, out / "cifar10").resolve()
     per_class = SETTINGS[name].get("images_per_class")
     if per_class is None:
-        return whole
-    few = out / f"cifar10-{per_class}"
-    if not (few / "test").exists():
-        for folder in sorted((whole / "train").iterdir()):
-            (few / "train" / folder.name).mkdir(parents=True, exist_ok=True)
-            for file in sorted(folder.iterdir())[:per_class]:
-                os.symlink(file, few / "train" / folder.name / file.name)
-        os.symlink(whole / "test", few / "test")
-    return few
+        return unpack(archive, out / "cifar10")
+    return few_images(archive, out, per_class)
 
 
 def teacher(name: str, data: Path, seed: int, options: argparse.Namespace) -> dict[str, Any]:

@@ -11,11 +11,10 @@ candidate (`--path amd-manual`). Cells are kept in benchmarks/results/selection/
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 from typing import Any
 
-from cifar10 import RECIPES, unpack
+from cifar10 import RECIPES, few_images
 from record import RESULTS
 from stepwell.commands import demo, train
 from stepwell.compare.cells import Cell, run_all
@@ -83,14 +82,7 @@ def images(name: str, archive: Path | None, out: Path) -> Path:
         demo.write_digits(out / "digits")
         return out / "digits"
     assert archive is not None
-    whole, few = unpack(archive, out / "cifar10").resolve(), out / "cifar10-few"
-    if not (few / "test").exists():
-        for folder in sorted((whole / "train").iterdir()):
-            (few / "train" / folder.name).mkdir(parents=True)
-            for file in sorted(folder.iterdir())[:1000]:
-                os.symlink(file, few / "train" / folder.name / file.name)
-        os.symlink(whole / "test", few / "test")
-    return few
+    return few_images(archive, out, 1000)
 
 
 def cell(name: str, data: Path, seed: int, out: Path) -> Cell:

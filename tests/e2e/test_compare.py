@@ -19,7 +19,7 @@ from stepwell.cli import main, parse
 from stepwell.commands.compare import check
 from stepwell.compare import cells, scales, suites
 from stepwell.compare.arms import Arm, Row, arms_of, cell_of, run_arms
-from stepwell.compare.cells import CellResult
+from stepwell.compare.cells import CellResult, options_of
 from stepwell.compare.table import as_json, as_markdown, as_plot, as_table
 from stepwell.config.commands import CompareConfig, CompressConfig
 from stepwell.config.files import make_config
@@ -556,3 +556,31 @@ def test_the_pairs_of_cnns_run_on_digits(tmp_path, here, monkeypatch, capsys):
     assert re.search(r"^train: [\d.]+ s$", output.err, flags=re.MULTILINE)
     assert re.search(r"^train: done before", again.err, flags=re.MULTILINE)
     assert not re.search(r"^train: [\d.]+ s$", again.err, flags=re.MULTILINE)
+
+
+def test_a_cell_names_no_place(tmp_path):
+    """Its file is for others too, and is the same wherever the weights lie."""
+    for folder in ("one", "other"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "w.safetensors").write_bytes(b"the same")
+    cells = [
+        options_of(
+            make_config(
+                CompressConfig,
+                {
+                    "teacher_weights": tmp_path / folder / "w.safetensors",
+                    "student_weights": tmp_path / folder / "w.safetensors",
+                    "student": "resnet18",
+                    "selection_data": tmp_path / folder / "val",
+                },
+            )
+        )
+        for folder in ("one", "other")
+    ]
+    assert cells[0] == cells[1]
+    assert str(tmp_path) not in str(cells)
+    assert cells[0]["teacher_weights"] == "w.safetensors"
+    (tmp_path / "one" / "w.safetensors").write_bytes(b"others")
+    changed = {"student": "resnet18", "student_weights": tmp_path / "one" / "w.safetensors"}
+    digest = options_of(make_config(CompressConfig, changed))["student_weights_file"]
+    assert digest != cells[0]["student_weights_file"]

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from hashlib import sha256
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -147,6 +148,11 @@ def options_of(config: CompressConfig) -> dict[str, Any]:
     options = config.model_dump(mode="json")
     for name in ("out_dir", "device", "workers", "threads", "data", "teacher", "class_order", "task"):
         del options[name]
+    for name, value in config:
+        if isinstance(value, Path) and name in options:
+            options[name] = value.name  # where a file lies is another place on every machine
+    if config.student_weights is not None:
+        options["student_weights_file"] = sha256(config.student_weights.read_bytes()).hexdigest()
     for name in ("logit_loss", "feature_loss"):
         if is_own_code(options[name]):
             options[f"{name}_file"] = file_digest(options[name])

@@ -51,7 +51,7 @@ def loss_per_image(
 
 
 @dataclass(frozen=True)
-class Answers(measures.Answers, measures.Meter):
+class Answers(measures.KeptAnswers):
     """A model's embeddings of a set of images; `+` joins those of batches, or of processes.
 
     Attributes:
@@ -61,21 +61,6 @@ class Answers(measures.Answers, measures.Meter):
 
     probabilities: Float[Tensor, "images dim"]
     labels: Tensor
-
-    def __add__(self, other: Answers) -> Answers:
-        return Answers(
-            torch.cat([self.probabilities, other.probabilities]), torch.cat([self.labels, other.labels])
-        )
-
-    @property
-    def meter(self) -> Answers:
-        """Itself."""
-        return self
-
-    @property
-    def num_images(self) -> int:
-        """How many were looked at."""
-        return len(self.probabilities)
 
     @property
     def cosines(self) -> Float[Tensor, " images"]:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
@@ -105,6 +107,32 @@ class Answers(ABC):
     @abstractmethod
     def decided(self) -> Sequence[Label] | Tensor:
         """What the model would have taken for the labels."""
+
+
+@dataclass(frozen=True)
+class KeptAnswers(Answers, Meter):
+    """Answers that are their own meter, where the measure is no sum over images; `+` joins those of batches,
+    or of processes."""
+
+    probabilities: Tensor
+    labels: Tensor
+
+    def __add__(self, other: KeptAnswers) -> KeptAnswers:
+        return replace(
+            self,
+            probabilities=torch.cat([self.probabilities, other.probabilities]),
+            labels=torch.cat([self.labels, other.labels]),
+        )
+
+    @property
+    def meter(self) -> KeptAnswers:
+        """Itself."""
+        return self
+
+    @property
+    def num_images(self) -> int:
+        """How many were looked at."""
+        return len(self.probabilities)
 
 
 def performance(quality: float, log_likelihood: float | None, metric: Metric) -> float:

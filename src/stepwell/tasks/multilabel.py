@@ -57,7 +57,7 @@ def loss_per_image(
 
 
 @dataclass(frozen=True)
-class Answers(measures.Answers, measures.Meter):
+class Answers(measures.KeptAnswers):
     """A model's answers on a set of images; `+` joins those of batches, or of processes.
 
     Attributes:
@@ -67,21 +67,6 @@ class Answers(measures.Answers, measures.Meter):
 
     probabilities: Float[Tensor, "images classes"]
     labels: Shaped[Tensor, "images ..."]
-
-    def __add__(self, other: Answers) -> Answers:
-        return Answers(
-            torch.cat([self.probabilities, other.probabilities]), torch.cat([self.labels, other.labels])
-        )
-
-    @property
-    def meter(self) -> Answers:
-        """Itself: mAP is no sum over images."""
-        return self
-
-    @property
-    def num_images(self) -> int:
-        """How many were looked at."""
-        return len(self.labels)
 
     @property
     def quality(self) -> float:
