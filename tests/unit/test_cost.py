@@ -165,8 +165,8 @@ def test_auto_tries_twice_and_goes_on_with_one(length, pilot, rest):
 def test_rates_that_are_tried_cost_a_twentieth_of_the_budget_each():
     found = costs(num_train=1000, num_selection=100, tune_lrs=(1e-4, 1e-3, 1e-2), budget_epochs=40)
     assert found.tuning == pytest.approx(0.15 * found.single_step(40))
-    assert found.probe_epochs == pytest.approx(2 - 100 * 0.1 / (1000 * 1.3))
-    assert costs(tune=True, epochs=40).probe_epochs == pytest.approx(2)
+    assert found.trial_epochs == pytest.approx(2 - 100 * 0.1 / (1000 * 1.3))
+    assert costs(tune=True, epochs=40).trial_epochs == pytest.approx(2)
     assert costs(budget_epochs=40).tuning == costs(tune=True, minutes=3).tuning == 0
     assert costs(tune=True, lr=1e-3).options.rates_to_try == (4e-4, 1e-3, 2.5e-3)
 

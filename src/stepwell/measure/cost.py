@@ -16,7 +16,7 @@ from stepwell.config.path_options import JointOptions
 from stepwell.run.run_dir import StageResult
 from stepwell.training.statistics import NUM_IMAGES
 
-PROBE_SHARE = 0.05
+TRIAL_SHARE = 0.05
 """Share of the budget that each learning rate of `--tune` is tried with."""
 
 
@@ -114,12 +114,12 @@ class Costs:
         return self.step_down(epochs, self.student, [1.0])
 
     @property
-    def probe_epochs(self) -> float:
+    def trial_epochs(self) -> float:
         """Epochs with which each learning rate is tried, where not a clock says how long."""
         if self.options.epochs is not None:
-            return PROBE_SHARE * self.options.epochs
+            return TRIAL_SHARE * self.options.epochs
         assert self.options.budget is not None, "minutes are planned with a clock"
-        budget = PROBE_SHARE * self.single_step(self.options.budget)
+        budget = TRIAL_SHARE * self.single_step(self.options.budget)
         return epochs_for(budget - self.evaluating(self.student), self.single_step)
 
     @property
@@ -128,7 +128,7 @@ class Costs:
         rates = self.options.rates_to_try
         if not rates or self.options.minutes is not None:
             return 0.0
-        return len(rates) * (self.single_step(self.probe_epochs) + self.evaluating(self.student))
+        return len(rates) * (self.single_step(self.trial_epochs) + self.evaluating(self.student))
 
     def equal_compute_epochs(self, bill: Mapping[str, float]) -> float:
         """Epochs of a single step that cost as much as all of `bill` but the scores, which it needs too."""

@@ -52,7 +52,7 @@ from stepwell.run.run_dir import StageResult
 from stepwell.setting.rungs import Rung, slice_of_store, student_below, teacher_of
 from stepwell.setting.setting import Setting
 from stepwell.stages.deliver import Finished
-from stepwell.stages.distill import Probed, distill, probe
+from stepwell.stages.distill import Trial, distill, try_out
 from stepwell.stages.grid import grid, keep_ratios
 from stepwell.stages.joint import joint
 from stepwell.stages.score import score
@@ -88,16 +88,16 @@ def descend(s: Setting, deliver: Deliver[R]) -> R:
     # 2. Pilots, at equal cost and from the same slice: taught by the assistant, and by the teacher itself.
     teachers = {"assistant": slice_of_store(shared, ladder, choice.index), "teacher": teacher_of(s)}
     lengths = _plan_pilots(s, ladder, epochs, teachers, student_below(s, ladder, shared))
-    pilots: dict[TaughtBy, Probed] = {}
+    pilots: dict[TaughtBy, Trial] = {}
     for by in BOTH:
         student = student_below(s, ladder, shared)
-        pilots[by] = probe(s, ladder, f"pilot {by}", teachers[by], student, lengths[by])
+        pilots[by] = try_out(s, ladder, f"pilot {by}", teachers[by], student, lengths[by])
 
     # 3. The better one goes on with the rest of the budget, and with its teacher.
     better = judge({by: pilot.performance for by, pilot in pilots.items()})
     student = _as_trained(student_below(s, ladder, shared), pilots[better])
     rest = _plan_rest(s, ladder, epochs, [teachers[better], student], lengths[better])
-    longer = probe(s, ladder, "distill", teachers[better], student, rest)
+    longer = try_out(s, ladder, "distill", teachers[better], student, rest)
 
     # 4. The best on the selection images: the student at the end, or the pilot's.
     best = longer
@@ -176,8 +176,8 @@ def _plan_rest(s: Setting, ladder: Ladder, epochs: Epochs, chain: list[Rung], pi
     return plan_steps(s, ladder, epochs, chain, evaluated).distill
 
 
-def _as_trained(student: Rung, probed: Probed) -> Rung:
-    student.model.load_state_dict(probed.tensors)
+def _as_trained(student: Rung, trial: Trial) -> Rung:
+    student.model.load_state_dict(trial.tensors)
     student.model.eval()
     return replace(student, passes=0.0)
 

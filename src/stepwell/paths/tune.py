@@ -9,13 +9,13 @@ short training likes a rate that is a little too high; what a long one cannot be
 from __future__ import annotations
 
 from stepwell.errors import DivergedError
-from stepwell.measure.cost import PROBE_SHARE, Epochs, epochs_in
+from stepwell.measure.cost import TRIAL_SHARE, Epochs, epochs_in
 from stepwell.models.ladder import Ladder
 from stepwell.paths.plan import seconds_per_epoch
 from stepwell.run.progress import say
 from stepwell.setting.rungs import Rung, student_below, teacher_of
 from stepwell.setting.setting import Setting
-from stepwell.stages.distill import Probed, probe
+from stepwell.stages.distill import Trial, try_out
 
 
 def tune(s: Setting, ladder: Ladder) -> Setting:
@@ -34,14 +34,14 @@ def tune(s: Setting, ladder: Ladder) -> Setting:
     tried = {}
     for lr in rates:
         student = student_below(s, ladder, teacher)
-        tried[lr] = probe(s.with_lr(lr), ladder, f"tune {lr:g}", teacher, student, epochs)
+        tried[lr] = try_out(s.with_lr(lr), ladder, f"tune {lr:g}", teacher, student, epochs)
     best = best_rate(tried)
-    found = ", ".join(f"{lr:g}: {_performance(probed)}" for lr, probed in tried.items())
+    found = ", ".join(f"{lr:g}: {_performance(trial)}" for lr, trial in tried.items())
     say(f"tune: learning rate {best:g} ({found} on the selection images, {epochs:.2g} epochs each)")
     return s.with_lr(best)
 
 
-def best_rate(tried: dict[float, Probed]) -> float:
+def best_rate(tried: dict[float, Trial]) -> float:
     """The rate of the best student, of equal ones the lowest.
 
     Args:
@@ -50,7 +50,7 @@ def best_rate(tried: dict[float, Probed]) -> float:
     Raises:
         DivergedError: All diverged.
     """
-    performances = {lr: probed.performance for lr, probed in tried.items() if probed.performance is not None}
+    performances = {lr: trial.performance for lr, trial in tried.items() if trial.performance is not None}
     if not performances:
         rates = " ".join(f"{lr:g}" for lr in tried)
         raise DivergedError(
@@ -62,14 +62,14 @@ def best_rate(tried: dict[float, Probed]) -> float:
 def _epochs_of_each(s: Setting, ladder: Ladder, teacher: Rung) -> float:
     costs = s.costs(ladder.scales)
     if (minutes := s.config.minutes_of_path) is None:
-        return costs.probe_epochs
+        return costs.trial_epochs
     with s.run.stage("plan tune", Epochs) as stage:  # a clock decides here, so it is kept
         if stage.is_new:
             seconds = seconds_per_epoch(s, [teacher, student_below(s, ladder, teacher)])
-            epochs = epochs_in(PROBE_SHARE * minutes, seconds)
+            epochs = epochs_in(TRIAL_SHARE * minutes, seconds)
             stage.result = Epochs(joint=epochs, distill=epochs)
     return stage.result.distill
 
 
-def _performance(probed: Probed) -> str:
-    return "diverged" if probed.performance is None else f"{probed.performance:.3f}"
+def _performance(trial: Trial) -> str:
+    return "diverged" if trial.performance is None else f"{trial.performance:.3f}"

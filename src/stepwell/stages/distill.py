@@ -68,21 +68,22 @@ def distill(
 
 
 FEW_STEPS = 20
+"""Fewer say little about a student."""
 
 
-class Probed(Trained):
+class Trial(Trained):
     """A short training that is there to be judged; `tensors` hold the student that it made."""
 
     performance: float | None
     """In [0, 1], on the selection images; None where it diverged."""
 
 
-def probe(s: Setting, ladder: Ladder, name: str, teacher: Rung, student: Rung, epochs: float) -> Probed:
+def try_out(s: Setting, ladder: Ladder, name: str, teacher: Rung, student: Rung, epochs: float) -> Trial:
     """Train `student` in place for a short while, with a schedule of that length, and say how good it is.
 
     A training that diverges is a result, too, and costs as much as it would have.
     """
-    with s.run.stage(name, Probed) as stage:
+    with s.run.stage(name, Trial) as stage:
         if stage.is_new:
             costs = s.costs(ladder.scales)
             passes = student.passes + costs.step_down(epochs, student.scale, [teacher.scale])
@@ -101,7 +102,7 @@ def probe(s: Setting, ladder: Ladder, name: str, teacher: Rung, student: Rung, e
                     step=[], losses={"loss": []}, lr=[], num_steps=0, epochs=epochs, images_per_second=0
                 )
                 performance = None
-            stage.result = Probed(
+            stage.result = Trial(
                 **trained.model_dump(exclude={"passes"}),
                 performance=performance,
                 passes=passes,
