@@ -134,14 +134,14 @@ def main() -> None:
     print(save(f"cifar10-{options.model}", runs, finished.result.hardware, **about))
 
 
-def unpack(archive: Path, folder: Path) -> Path:
-    """Unpack once; the `data` filter keeps every file inside the folder."""
-    if not (folder / "test").is_dir():
+def unpack(archive: Path, folder: Path, inner: str = "") -> Path:
+    """Unpack once, and return its folder `inner`; the `data` filter keeps every file inside the folder."""
+    if not (folder / inner / "test").is_dir():
         folder.mkdir(parents=True, exist_ok=True)
         print(f"unpacking {archive.name}")
         with tarfile.open(archive) as tar:
             tar.extractall(folder, filter="data")
-    return folder
+    return folder / inner
 
 
 def few_images(archive: Path, folder: Path, per_class: int) -> Path:

@@ -1,7 +1,7 @@
 """How should a budget be spent? Single step and AMD at equal cost, over settings, splits and assistants.
 
     python benchmarks/experiments.py --only digits --jobs 2
-    python benchmarks/experiments.py --archive cifar10.tar.xz --weights resnet44-cifar10.safetensors --jobs 2
+    python benchmarks/experiments.py --files FOLDER --jobs 2
 
 Every arm of a setting costs as much as a single step of so many epochs (`--budget-epochs`). Cells are kept
 in benchmarks/results/experiments/SETTING/ and not run again; `python benchmarks/tables.py` makes the tables
@@ -27,6 +27,12 @@ CELLS = RESULTS / "experiments"
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 CIFAR: dict[str, Any] = {"augment": "crop", "threads": 1}
 
+FILES = {
+    "cifar10": "cifar10.tar.xz",
+    "cifar_resnet44": "resnet44-cifar10.safetensors",
+    "clothing": "clothing160.tar",
+    "tf_efficientnet_lite0": "tf_efficientnet_lite0-imagenet.safetensors",
+}
 SETTINGS: dict[str, dict[str, Any]] = {
     # A strong teacher that others trained, few images, and a small student: the gap is real.
     "resnet44-few": {
@@ -39,7 +45,28 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "compress": {**CIFAR, **IMAGENET, "lr": 8e-3, "keep_ratio": 0.2, "budget_epochs": 20},
         "images_per_class": 200,
     },
+    # What a practitioner has: a pretrained network, tuned on a folder of photographs.
+    "clothing": {
+        "one_teacher": True,
+        "train": {
+            "model": "tf_efficientnet_lite0",
+            "image_size": 96,
+            "epochs": 10,
+            "lr": 1e-3,
+            "batch_size": 64,
+            "threads": 1,
+        },
+        "compress": {
+            "image_size": 96,
+            "threads": 1,
+            "lr": 2e-3,
+            "batch_size": 64,
+            "keep_ratio": 0.3,
+            "budget_epochs": 10,
+        },
+    },
     "vit-cifar10": {
+        "one_teacher": True,
         "train": {**TEACHERS["cifar10-vit"]["train"], "batch_size": 128},
         "compress": {**CIFAR, "lr": 2e-3, "batch_size": 128, "keep_ratio": 0.1, "budget_epochs": 20},
         "images_per_class": 1000,
@@ -77,11 +104,31 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 SHARES, ASSISTANTS = (0.1, 0.25, 0.5, 0.7), (0.2, 0.3, 0.5, 0.9)
+METHODS: dict[str, dict[str, Any]] = {
+    "default": {"path": "amd"},
+    "auto": {"path": "auto"},
+    # With every candidate in every step, joint training is so much dearer than the last step that this
+    # share gives both about the same epochs, as in Algorithm 1.
+    "paper": {"preset": "paper", "path": "amd", "joint_share": 0.93},
+    "single-step": {"path": "single-step"},
+    # The student's weights are still the teacher's; nobody pays for the teacher's answers.
+    "labels": {"path": "single-step", "logit_weight": 0, "feature_weight": 0},
+    "stock": {"path": "single-step"},
+}
+RECIPES_TRIED: dict[str, dict[str, Any]] = {
+    "mix": {"mixup": 0.2, "cutmix": 1.0},
+    "ema": {"ema": 0.99},
+    "smooth": {"label_smoothing": 0.1},
+}
 
 
 def arms() -> dict[str, dict[str, Any]]:
-    """What is compared: a single step, and AMD by length of the joint training and size of the assistant."""
-    found: dict[str, dict[str, Any]] = {"single-step": {"path": "single-step"}}
+    """What is compared: methods; the two main ones with another recipe; and AMD by length of the joint
+    training and size of the assistant."""
+    found = dict(METHODS)
+    for method in ("default", "single-step"):
+        for name, recipe in RECIPES_TRIED.items():
+            found[f"{method}-{name}"] = {**METHODS[method], **recipe}
     for share in SHARES:
         for assistant in ASSISTANTS:
             options = {"path": "amd", "joint_share": share, "assistant": assistant}
@@ -94,8 +141,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--archive", type=Path, help="CIFAR-10 as cifar10.py takes it")
-    parser.add_argument("--weights", type=Path, help="of the published ResNet-44")
+    parser.add_argument("--files", type=Path, help=f"folder that holds {', '.join(FILES.values())}")
     parser.add_argument("--only", choices=SETTINGS, nargs="+", default=list(SETTINGS))
     parser.add_argument("--arms", nargs="+", choices=arms(), default=list(arms()))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -104,8 +150,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark-experiments"))
     options = parser.parse_args()
     for name in options.only:
-        data = images(name, options.archive, options.out)
-        teachers = {seed: teacher(name, data, seed, options) for seed in options.seeds}
+        data = images(name, options.files, options.out)
+        one = SETTINGS[name].get("one_teacher", False)
+        teachers = {seed: teacher(name, data, 0 if one else seed, options) for seed in options.seeds}
         # Seed by seed: what is there when the time ends is whole.
         cells = [
             cell(name, arm, data, seed, teachers[seed], options)
@@ -116,26 +163,34 @@ def main() -> None:
             say(f"{name} {result.arm} {result.seed}: {result.top1:.2f}")
 
 
-def images(name: str, archive: Path | None, out: Path) -> Path:
-    """The digits; or so many of the training images of each class of CIFAR-10, with all test images."""
+def images(name: str, files: Path | None, out: Path) -> Path:
+    """The digits; the photographs; or so many of the training images of each class of CIFAR-10, with all
+    test images."""
     if name == "digits":
         demo.write_digits(out / "digits")
         return out / "digits"
-    assert archive is not None, "this setting needs --archive"
+    assert files is not None, "this setting needs --files"
+    if name == "clothing":
+        return unpack(files / FILES["clothing"], out / "clothing", "clothing160")
     per_class = SETTINGS[name].get("images_per_class")
     if per_class is None:
-        return unpack(archive, out / "cifar10")
-    return few_images(archive, out, per_class)
+        return unpack(files / FILES["cifar10"], out / "cifar10")
+    return few_images(files / FILES["cifar10"], out, per_class)
 
 
 def teacher(name: str, data: Path, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     """The options that name the teacher, which is trained unless it comes with weights."""
     setting = SETTINGS[name]
     if "teacher" in setting:
-        return {"teacher": setting["teacher"], "teacher_weights": options.weights}
+        return {"teacher": setting["teacher"], "teacher_weights": options.files / FILES[setting["teacher"]]}
+    given = {"pretrained": False, "data": str(data), "seed": seed, **setting["train"]}
+    if given["model"] in FILES:
+        given["weights"] = options.files / FILES[given["model"]]
     folder = options.out / f"{name}-teacher-{seed}"
-    given = {"pretrained": False, "out_dir": folder, "data": str(data), "seed": seed, **setting["train"]}
-    print(train.run(make_config(TrainConfig, {"device": options.device, **given})), flush=True)
+    print(
+        train.run(make_config(TrainConfig, {"device": options.device, "out_dir": folder, **given})),
+        flush=True,
+    )
     return {"teacher": str(folder)}
 
 

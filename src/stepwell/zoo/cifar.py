@@ -29,7 +29,7 @@ def _cfg(first_conv: str, classifier: str) -> dict[str, Any]:
 
 default_cfgs = generate_default_cfgs(
     {
-        **{f"cifar_resnet{depth}": _cfg("conv1", "linear") for depth in (20, 32, 44, 56, 110)},
+        **{f"cifar_resnet{depth}": _cfg("conv1", "linear") for depth in (8, 14, 20, 32, 44, 56, 110)},
         **{f"cifar_wrn_{depth}_2": _cfg("conv1", "fc") for depth in (16, 40)},
         **{f"cifar_vgg{depth}": _cfg("block0.0", "classifier") for depth in (8, 13)},
     }
@@ -40,6 +40,18 @@ def _build(
     kind: type[CifarNet], name: str, pretrained: bool, args: dict[str, Any], **fixed: object
 ) -> CifarNet:
     return cast(CifarNet, build_model_with_cfg(kind, name, pretrained, **fixed, **args))
+
+
+@register_model
+def cifar_resnet8(pretrained: bool = False, **kwargs: Any) -> CifarNet:  # noqa: ANN401
+    """ResNet-8 of He et al. 2015 for CIFAR."""
+    return _build(CifarResNet, "cifar_resnet8", pretrained, kwargs, depth=8)
+
+
+@register_model
+def cifar_resnet14(pretrained: bool = False, **kwargs: Any) -> CifarNet:  # noqa: ANN401
+    """ResNet-14 of He et al. 2015 for CIFAR."""
+    return _build(CifarResNet, "cifar_resnet14", pretrained, kwargs, depth=14)
 
 
 @register_model
