@@ -33,16 +33,27 @@ FILES = {
     "clothing": "clothing160.tar",
     "tf_efficientnet_lite0": "tf_efficientnet_lite0-imagenet.safetensors",
 }
+
+
+def narrower(teacher: dict[str, Any], **args: str) -> dict[str, Any]:
+    """A student like the teacher, made anew with other arguments."""
+    return {"student": teacher["model"], "student_args": {**teacher["model_args"], **args}}
+
+
+# `stock` is a network of about the student's operations, with the epochs that make its single step cost what
+# the others cost.
 SETTINGS: dict[str, dict[str, Any]] = {
     # A strong teacher that others trained, few images, and a small student: the gap is real.
     "resnet44-few": {
         "teacher": "cifar_resnet44",
         "compress": {**CIFAR, **IMAGENET, "lr": 8e-3, "keep_ratio": 0.1, "budget_epochs": 20},
+        "stock": {"student": "cifar_resnet8", "budget_epochs": 17.9},
         "images_per_class": 200,
     },
     "resnet44-few-keep-0.2": {
         "teacher": "cifar_resnet44",
         "compress": {**CIFAR, **IMAGENET, "lr": 8e-3, "keep_ratio": 0.2, "budget_epochs": 20},
+        "stock": {"student": "cifar_resnet14", "budget_epochs": 17.4},
         "images_per_class": 200,
     },
     # What a practitioner has: a pretrained network, tuned on a folder of photographs.
@@ -64,11 +75,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
             "keep_ratio": 0.3,
             "budget_epochs": 10,
         },
+        "stock": {"student": "mobilenetv2_050", "budget_epochs": 10.9},
     },
     "vit-cifar10": {
         "one_teacher": True,
         "train": {**TEACHERS["cifar10-vit"]["train"], "batch_size": 128},
         "compress": {**CIFAR, "lr": 2e-3, "batch_size": 128, "keep_ratio": 0.1, "budget_epochs": 20},
+        "stock": {**narrower(RECIPES["vit"], embed_dim="32", num_heads="2"), "budget_epochs": 19},
         "images_per_class": 1000,
     },
     "digits": {
@@ -80,6 +93,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
             "batch_size": 64,
             "keep_ratio": 0.1,
             "budget_epochs": 60,
+        },
+        "stock": {
+            **narrower(TEACHERS["digits"]["train"], embed_dim="16", num_heads="2"),
+            "budget_epochs": 56.7,
         },
     },
     # 10.7 M parameters and all 50,000 images: a GPU in bf16.
@@ -100,6 +117,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
             "keep_ratio": 0.1,
             "budget_epochs": 20,
         },
+        "stock": {**narrower(RECIPES["vit-gpu"], embed_dim="120", num_heads="4"), "budget_epochs": 19.8},
     },
 }
 
@@ -202,6 +220,7 @@ def cell(
         **SETTINGS[name]["compress"],
         **teacher,
         **arms()[arm],
+        **(SETTINGS[name]["stock"] if arm == "stock" else {}),
         "data": str(data),
         "seed": seed,
         "device": options.device,
