@@ -122,6 +122,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 SHARES, ASSISTANTS = (0.1, 0.25, 0.5, 0.7), (0.2, 0.3, 0.5, 0.9)
+LADDER = (0.1, 0.2, 0.3, 0.5)
 METHODS: dict[str, dict[str, Any]] = {
     "default": {"path": "amd"},
     "auto": {"path": "auto"},
@@ -151,6 +152,12 @@ def arms() -> dict[str, dict[str, Any]]:
         for assistant in ASSISTANTS:
             options = {"path": "amd", "joint_share": share, "assistant": assistant}
             found[f"joint-{share:g}-assistant-{assistant:g}"] = options
+    # Four single steps of a budget each cost 5.6 budgets of the smallest (4 + 3 x 1.1 passes of the teacher
+    # over 1 + 3 x 0.1); the ladder has a third of it, as have the short single steps together.
+    found["ladder"] = {"path": "amd", "ladder": LADDER, "budgets": 5.6 / 3}
+    for keep in LADDER:
+        options = {"path": "single-step", "keep_ratio": keep}
+        found |= {f"single-step-{keep:g}": options, f"third-{keep:g}": {**options, "budgets": 1 / 3}}
     return found
 
 
@@ -216,11 +223,13 @@ def cell(
     name: str, arm: str, data: Path, seed: int, teacher: dict[str, Any], options: argparse.Namespace
 ) -> Cell:
     """One run."""
+    options_of_arm = {**arms()[arm], **(SETTINGS[name]["stock"] if arm == "stock" else {})}
+    budget = options_of_arm.pop("budgets", 1) * SETTINGS[name]["compress"]["budget_epochs"]
     values = {
         **SETTINGS[name]["compress"],
         **teacher,
-        **arms()[arm],
-        **(SETTINGS[name]["stock"] if arm == "stock" else {}),
+        "budget_epochs": round(budget, 2),
+        **options_of_arm,
         "data": str(data),
         "seed": seed,
         "device": options.device,

@@ -68,6 +68,8 @@ class CellResult(BaseModel):
     candidates: list[CandidateResult]
     selection: SelectionResult | None
     tried: list[TriedResult]
+    sizes: dict[float, float] = {}
+    """top1 of the other sizes of `--ladder`, by keep ratio."""
     teacher_passes: dict[str, float]
     """Cost by stage, in forward passes of the teacher on one image."""
     single_step_passes: float
@@ -199,6 +201,10 @@ def _look(cell: Cell, s: Setting, finished: Finished) -> CellResult:
             "candidates": choice.candidates if choice else [],
             "selection": choice.selection if choice else None,
             "tried": [tried_result(s, *pair) for pair in finished.tried],
+            "sizes": {
+                size.rung.keep_ratio: evaluate(size.rung.model, s.test, "test").top1
+                for size in finished.sizes
+            },
             "teacher_passes": bill,
             "single_step_passes": finished.single_step,
             "equal_compute_epochs": s.costs(finished.ladder.scales).equal_compute_epochs(bill),
