@@ -53,6 +53,7 @@ COMPRESS = TRAINING | {
     "--student-weights-key", "--weights-key",
     "--path", "--assistants", "--num-assistants", "--drop", "--logit-loss", "--feature-loss", "--logit-args",
     "--feature-args", "--loss-warmup", "--first-epochs", "--budget-epochs", "--joint-share",
+    "--assistant-share", "--snapshots",
     "--ladder", "--baseline", "--baseline-args", "--baseline-pretrained", "--baseline-weights",
     "--baseline-weights-key",
     "--tune", "--tune-lrs",

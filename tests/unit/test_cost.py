@@ -10,7 +10,7 @@ import pytest
 
 from stepwell.config.commands import CompressConfig
 from stepwell.config.files import make_config
-from stepwell.measure.cost import Costs, Epochs, candidates_per_step, epochs_in
+from stepwell.measure.cost import Costs, Epochs, Seconds, candidates_per_step, epochs_in
 from stepwell.models.ladder import Ladder
 from stepwell.paths import path_of
 from stepwell.pruning.units import Candidate
@@ -353,8 +353,10 @@ def test_a_control_with_a_pretraining_longer_than_the_run_keeps_something_for_th
 
 def test_minutes_become_epochs():
     # 12 s + 3 s per epoch of both: 10 minutes hold 40 of each.
-    assert epochs_in(10, 12, 3) == pytest.approx(40)
-    assert epochs_in(10, 15) == pytest.approx(40)
+    assert epochs_in(10, Seconds(12) + Seconds(3)) == pytest.approx(40)
+    assert epochs_in(10, Seconds(15)) == pytest.approx(40)
+    assert epochs_in(10, Seconds(15, before=150)) == pytest.approx(30)
+    assert epochs_in(1, Seconds(15, before=150)) == pytest.approx(0.2)  # something is left
 
 
 @pytest.mark.parametrize("score_images", [4, 100])

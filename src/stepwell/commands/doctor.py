@@ -35,6 +35,7 @@ from stepwell.models.timm_folder import LOCAL
 from stepwell.models.timm_models import create_timm, create_without_memory, parse_model_args
 from stepwell.paths import path_of
 from stepwell.paths.begin import require
+from stepwell.paths.path import say_what_is_not_read
 from stepwell.paths.plan import epochs_of
 from stepwell.pruning import generic
 from stepwell.pruning.families import names_by_family
@@ -58,6 +59,7 @@ def run(config: CompressConfig) -> str:
     require(config, "doctor", "teacher")
     path = path_of(config.path)
     path.check(config)
+    say_what_is_not_read(config)
     data = resolve_data(config) if config.data else None
     teacher = _model(config, data)
     spec = as_asked(teacher.spec, teacher.model, config, data.white_level if data else None)

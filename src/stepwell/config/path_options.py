@@ -82,6 +82,12 @@ class SelectOptions(Options):
     below 2,000 images, where the others are noise."""
     assistant: Fraction | None = None
     """Use the candidate nearest to this keep ratio as the assistant, whatever the rule says."""
+    assistant_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the path's cost or time in which the teacher goes on to train the chosen assistant by itself,
+    before it teaches; with --epochs, that share of them. With --path amd."""
+    snapshots: Annotated[int, Field(ge=0, le=8)] = 0
+    """So many earlier states of the assistant, from equal stretches of the joint training, teach the student
+    first, each for as long as the finished one in the end (progressive distillation). With --path amd."""
 
 
 class PathOptions(Options):

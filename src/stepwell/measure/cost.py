@@ -182,6 +182,28 @@ def epochs_for(budget: float, cost: Callable[[float], float]) -> float:
     return max(budget - fixed, 0.05 * budget) / each
 
 
-def epochs_in(minutes: float, *seconds_per_epoch: float) -> float:
-    """Epochs that trainings of these seconds may each have to end within `minutes` together."""
-    return 60 * minutes / sum(seconds_per_epoch)
+@dataclass(frozen=True)
+class Seconds:
+    """How long a training takes: for each epoch, and before the first."""
+
+    epoch: float
+    before: float = 0.0
+
+    def __add__(self, other: Seconds) -> Seconds:
+        return Seconds(self.epoch + other.epoch, self.before + other.before)
+
+    def __mul__(self, times: float) -> Seconds:
+        return Seconds(self.epoch * times, self.before * times)
+
+    def of(self, epochs: float) -> float:
+        """All of it."""
+        return self.before + self.epoch * epochs
+
+
+NO_TIME = Seconds(0.0)
+
+
+def epochs_in(minutes: float, seconds: Seconds) -> float:
+    """Epochs of a training, or of each of several added up, that end within `minutes`; something is left for
+    them in any case."""
+    return max(60 * minutes - seconds.before, 0.05 * 60 * minutes) / seconds.epoch

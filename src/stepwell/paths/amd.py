@@ -12,6 +12,7 @@ from dataclasses import replace
 from stepwell.config.commands import CompressConfig
 from stepwell.measure.cost import Costs, Epochs
 from stepwell.measure.estimate import Losses
+from stepwell.paths.assistant import bill_of_assistant, snapshots_of, trained_on
 from stepwell.paths.path import Deliver, Path, R, check_no_repair, finish, middle
 from stepwell.paths.plan import plan_steps, plan_with_joint
 from stepwell.paths.sizes import more_sizes
@@ -45,7 +46,9 @@ def descend(s: Setting, deliver: Deliver[R]) -> R:
 
     # 4. Select the assistant, on images that nothing was trained on.
     choice = select(s, ladder, (shared.extract(index) for index in range(len(ladder.candidates))))
-    top, *lower = [slice_of_store(shared, ladder, i) for i in (choice.index, *lower_assistants(s, choice))]
+    chosen = (choice.index, *lower_assistants(s, choice))
+    top, *lower = [slice_of_store(shared, ladder, i) for i in chosen]
+    top = trained_on(s, ladder, top, epochs)  # as it is, unless --assistant-share lets it learn on
     epochs = plan_steps(s, ladder, epochs, [top, *lower, student_below(s, ladder, shared)])
     assistants = [top]
     for number, rung in enumerate(lower, start=2):  # none, unless several in a row are wanted
@@ -54,7 +57,13 @@ def descend(s: Setting, deliver: Deliver[R]) -> R:
 
     # 5. Distill: the assistant teaches the student, which starts as a slice of the same weights.
     student = student_below(s, ladder, shared if len(assistants) == 1 else assistants[-1])
-    student = distill(s, ladder, "distill", assistants[-1:], student, epochs.distill)
+    earlier = snapshots_of(s, ladder, chosen[-1])  # none, unless --snapshots wants them
+    length = epochs.distill / (len(earlier) + 1)
+    for number, snapshot in enumerate(earlier, start=1):
+        student = replace(student, passes=student.passes + snapshot.passes)
+        student = distill(s, ladder, f"snapshot {number}", [snapshot], student, length)
+        student = replace(student, passes=0.0)  # they are on that stage's bill
+    student = distill(s, ladder, "distill", assistants[-1:], student, length)
 
     # `finish` trains the control, if asked for: the same student straight from the teacher.
     way = words(len(ladder.candidates), len(assistants))
@@ -76,6 +85,7 @@ def bill(costs: Costs, epochs: Epochs, options: CompressConfig) -> dict[str, flo
         "score": costs.scoring,
         "joint": costs.joint(epochs.joint),
         "select": costs.evaluating(1.0, *costs.scales),  # the teacher too
+        **bill_of_assistant(costs, epochs.distill, options),
         "distill": last,
         "more assistants": (options.num_assistants - 1) * further + sliced,
         "more sizes": options.num_more_sizes * last,  # each as dear as the student's last step

@@ -44,7 +44,7 @@ from stepwell.models.ladder import Ladder
 from stepwell.paths import single_step
 from stepwell.paths.amd import losses
 from stepwell.paths.path import Deliver, Path, R, finish, middle
-from stepwell.paths.plan import expected_epochs, plan_steps, plan_with_joint, seconds_per_epoch
+from stepwell.paths.plan import expected_epochs, plan_steps, plan_with_joint, seconds_of_step
 from stepwell.paths.tune import tune
 from stepwell.report.wording import plural
 from stepwell.run.progress import say
@@ -150,7 +150,7 @@ def _plan_pilots(
 
     def length(teacher: Rung) -> float:
         if (minutes := s.config.minutes_of_path) is not None:
-            return epochs_in(PILOT_SHARE * minutes, seconds_per_epoch(s, [teacher, student]))
+            return epochs_in(PILOT_SHARE * minutes, seconds_of_step(s, teacher, student))
 
         def cost(length: float) -> float:
             return costs.step_down(length, student.scale, [teacher.scale]) + costs.evaluating(student.scale)

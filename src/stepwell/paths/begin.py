@@ -16,6 +16,7 @@ from stepwell.models.card import digest
 from stepwell.models.input import as_asked
 from stepwell.models.teacher import load_teacher, teacher_from_module
 from stepwell.paths import path_of
+from stepwell.paths.path import say_what_is_not_read
 from stepwell.run.observer import Observer
 from stepwell.run.progress import say
 from stepwell.run.run_dir import RunDir
@@ -45,6 +46,7 @@ def begin(
     assert config.out_dir is not None
     path = path_of(config.path)
     path.check(config)
+    say_what_is_not_read(config)
     data = resolve_data(config)
     if module is not None:
         teacher = teacher_from_module(module, None)

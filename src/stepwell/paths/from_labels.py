@@ -14,7 +14,7 @@ from stepwell.config.commands import DEFAULT_EPOCHS, TrainConfig
 from stepwell.data.batches import Batch, EvalBatches, TrainBatches
 from stepwell.data.splits import resolve_data
 from stepwell.errors import ConfigError
-from stepwell.measure.cost import epochs_in
+from stepwell.measure.cost import Seconds, epochs_in
 from stepwell.measure.size import num_params
 from stepwell.models.card import Card, find_model_dir, save_model
 from stepwell.models.fitting import load_start
@@ -168,7 +168,7 @@ def _fit(
             # Forward alone, which is a third of a step, and nearly all of a probe's.
             passes = 1 if config.probe else 3
             seconds *= 1 + len(selection.labels) / (passes * len(batches.labels) * config.keep_best)
-        epochs = epochs_in(config.minutes, seconds)
+        epochs = epochs_in(config.minutes, Seconds(seconds))
         say(f"train: {epochs:.1f} epochs fit into {config.minutes:g} minutes")
     judge = None
     if selection is not None:

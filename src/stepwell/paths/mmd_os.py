@@ -8,7 +8,7 @@ from __future__ import annotations
 from stepwell.config.commands import CompressConfig
 from stepwell.measure.cost import Costs, Epochs
 from stepwell.paths.path import Deliver, Path, R, finish, middle
-from stepwell.paths.plan import plan
+from stepwell.paths.plan import plan, plan_steps
 from stepwell.paths.tune import tune
 from stepwell.setting.rungs import slice_of_teacher, student_below, teacher_of
 from stepwell.setting.setting import Setting
@@ -22,18 +22,20 @@ def descend(s: Setting, deliver: Deliver[R]) -> R:
     """Train every candidate from the teacher, one after another; choose one; train its student."""
     ladder = grid(s, score(s), keep_ratios)
     s = tune(s, ladder)
-    epochs, teacher = plan(s, ladder, bill).distill, teacher_of(s)
+    epochs, teacher = plan(s, ladder, bill), teacher_of(s)
     candidates = []  # the student's own rung too: it is one of the points that the rule looks at
     for index in range(len(ladder.candidates)):
         slice_ = slice_of_teacher(s, ladder, index)
         name = f"assistant {slice_.keep_ratio:g}"
-        candidates.append(distill(s, ladder, name, [teacher], slice_, epochs))
+        candidates.append(distill(s, ladder, name, [teacher], slice_, epochs.distill))
     choice = select(s, ladder, (candidate.model for candidate in candidates))
     assistant = candidates[choice.index]
     student = student_below(s, ladder, assistant)
-    student = distill(s, ladder, "distill", [assistant], student, epochs)
+    # The plan took the middle candidate for the assistant; what the chosen one saves is the student's.
+    length = plan_steps(s, ladder, epochs, [assistant, student], student.passes).distill
+    student = distill(s, ladder, "distill", [assistant], student, length)
     way = words(len(candidates))
-    return deliver(s, finish(s, ladder, epochs, student, [assistant], way, choice))
+    return deliver(s, finish(s, ladder, length, student, [assistant], way, choice))
 
 
 def bill(costs: Costs, epochs: Epochs, _options: CompressConfig) -> dict[str, float]:

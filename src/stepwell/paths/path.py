@@ -6,12 +6,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
+from stepwell.config.base import flag_of
 from stepwell.config.commands import CompressConfig
+from stepwell.config.files import make_config
 from stepwell.errors import ConfigError
 from stepwell.measure.cost import Costs, Epochs
 from stepwell.measure.estimate import Losses
 from stepwell.models.ladder import Ladder
 from stepwell.report.result import Choice
+from stepwell.run.progress import say
 from stepwell.setting.bill import CONTROL_STAGE, bill_of, trainings_of
 from stepwell.setting.rungs import Rung, student_below, teacher_of
 from stepwell.setting.setting import Setting
@@ -126,6 +129,29 @@ def given_rungs(student: float, options: CompressConfig) -> list[float]:
             f"student, which keeps {student:g}"
         )
     return [student, *given]
+
+
+TOGETHER = frozenset({"amd", "amd-manual", "auto"})
+"""Paths that train their candidates together."""
+READ_BY = {
+    **dict.fromkeys(("snapshots", "assistant_share", "num_assistants"), frozenset({"amd"})),
+    **dict.fromkeys(("sampling", "num_random", "joint_epochs", "joint_share", "joint_lr"), TOGETHER),
+    "assistant": TOGETHER | {"mmd-os"},
+    "assistants": frozenset({"takd", "dgkd"}),
+    "drop": frozenset({"dgkd"}),
+}
+"""Options of a way down, and the paths that look at them."""
+
+
+def say_what_is_not_read(options: CompressConfig) -> None:
+    """A line for what was given and is not looked at on this path."""
+    usual = make_config(CompressConfig, {"preset": options.preset, "path": options.path})
+    given = {name for name in READ_BY if getattr(options, name) != getattr(usual, name)}
+    unread = [flag_of(name) for name in READ_BY if name in given and options.path not in READ_BY[name]]
+    if unread:
+        say(f"{', '.join(unread)}: not read with --path {options.path}")
+    elif "joint_share" in given and options.epochs is not None:
+        say("--joint-share: not read with --epochs; it is a share of --budget-epochs or --minutes")
 
 
 def check_no_repair(options: CompressConfig) -> None:

@@ -17,7 +17,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from stepwell.config.commands import CompressConfig
-from stepwell.measure.cost import Costs, Epochs, candidates_per_step, epochs_for, epochs_in
+from stepwell.measure.cost import (
+    NO_TIME,
+    Costs,
+    Epochs,
+    Seconds,
+    candidates_per_step,
+    epochs_for,
+    epochs_in,
+)
 from stepwell.models.ladder import Ladder
 from stepwell.paths.path import Bill
 from stepwell.run.progress import say
@@ -44,7 +52,7 @@ def expected_epochs(s: Setting, ladder: Ladder, bill: Bill) -> Epochs:
     if (minutes := minutes_left(s)) is None:
         return epochs_of(costs, bill, s.config)
     # The bill and a single step have their pretraining both, so that it is counted once.
-    seconds = seconds_per_epoch(s, [teacher_of(s), student_below(s, ladder, teacher_of(s))])
+    seconds = seconds_of_step(s, teacher_of(s), student_below(s, ladder, teacher_of(s)))
     passes = bill(costs, Epochs(joint=1, distill=1), s.config)
     share = (sum(passes.values()) - passes["score"]) / costs.single_step(1)
     epochs = epochs_in(minutes, seconds * share)
@@ -71,31 +79,37 @@ def epochs_of(costs: Costs, bill: Bill, config: CompressConfig) -> Epochs:
     return Epochs(joint=joint, distill=epochs_for(budget, lambda epochs: cost(joint, epochs)))
 
 
-def plan_with_joint(s: Setting, ladder: Ladder, bill: Bill) -> Epochs:
-    """`plan` for a joint training and the steps down from it, which `plan_steps` settles later."""
+def plan_with_joint(s: Setting, ladder: Ladder, bill: Bill, num_students: int = 1) -> Epochs:
+    """`plan` for a joint training and the steps down from it, which `plan_steps` settles later.
+
+    Args:
+        s: What the run works with.
+        ladder: The candidates.
+        bill: What the path costs.
+        num_students: Students that are trained, each by an assistant of its own.
+    """
     with s.run.stage("plan", Epochs) as stage:
         if stage.is_new:
-            stage.result = _with_joint(s, ladder, bill)
+            stage.result = _with_joint(s, ladder, bill, num_students)
     return stage.result
 
 
-def _with_joint(s: Setting, ladder: Ladder, bill: Bill) -> Epochs:
+def _with_joint(s: Setting, ladder: Ladder, bill: Bill, num_students: int) -> Epochs:
     config, costs = s.config, s.costs(ladder.scales)
     if (minutes := minutes_left(s)) is None:
         return epochs_of(costs, bill, config)
     # A store and losses of their own: those with a memory must not remember that they were timed.
     shared = store_of(s, ladder)
-    seconds = seconds_per_step(joint_step(s, shared, ladder.order), s.train) * s.train.steps_per_epoch
-    seconds *= _usual_step(s, ladder) * (1 + config.pretraining_epochs(1))
+    epoch = seconds_per_step(joint_step(s, shared, ladder.order), s.train) * s.train.steps_per_epoch
+    seconds = with_pretraining(s, epoch * _usual_step(s, ladder))
     joint = config.joint_epochs or epochs_in(config.joint_share * minutes, seconds)
     # The middle candidate stands for the assistant, which is not chosen yet.
     assistant = slice_of_store(shared, ladder, len(ladder.candidates) // 2)
-    steps = config.num_assistants + config.num_more_sizes
-    rest = seconds_per_epoch(s, [assistant, student_below(s, ladder, shared)]) * steps
-    distill = epochs_in(max(minutes - joint * seconds / 60, 0.05 * minutes), rest)
-    say(
-        f"plan: {joint:.1f} epochs of joint training take {joint * seconds / 60:.1f} of {minutes:.3g} minutes"
-    )
+    steps = num_students * config.num_assistants + config.num_more_sizes
+    rest = seconds_of_step(s, assistant, student_below(s, ladder, shared)) * steps
+    spent = seconds.of(joint) / 60
+    distill = epochs_in(max(minutes - spent, 0.05 * minutes), rest)
+    say(f"plan: {joint:.1f} epochs of joint training take {spent:.1f} of {minutes:.3g} minutes")
     return Epochs(joint=joint, distill=distill)
 
 
@@ -129,8 +143,9 @@ def plan_steps(
 def _in_time(s: Setting, chain: Sequence[Rung], num_more: int) -> float:
     left = minutes_left(s)
     assert left is not None
-    seconds = [seconds_of_step(s, upper, lower) for upper, lower in itertools.pairwise(chain)]
-    return epochs_in(left, *seconds, num_more * seconds[-1])
+    *_, last = pairs = list(itertools.pairwise(chain))
+    more = seconds_of_step(s, *last) * num_more if num_more else NO_TIME
+    return epochs_in(left, sum((seconds_of_step(s, *pair) for pair in pairs), more))
 
 
 def minutes_left(s: Setting) -> float | None:
@@ -166,18 +181,21 @@ def _usual_step(s: Setting, ladder: Ladder) -> float:
     return (taught + 3 * usual) / (taught + 3 * timed)
 
 
-def seconds_per_epoch(s: Setting, chain: Sequence[Rung]) -> float:
-    """Of all steps down a chain together."""
-    return sum(seconds_of_step(s, upper, lower) for upper, lower in itertools.pairwise(chain))
-
-
-def seconds_of_step(s: Setting, upper: Rung, lower: Rung) -> float:
-    """Of an epoch of one step down, with one of its pretraining, and what is evaluated in between; timed on
-    copies, since a timed model is not what it was."""
+def seconds_of_step(s: Setting, upper: Rung, lower: Rung) -> Seconds:
+    """Of one step down, with its pretraining, and what is evaluated in between; timed on copies, since a
+    timed model is not what it was."""
     lower = replace(lower, model=copy.deepcopy(lower.model))
     if upper.candidate is not None:  # the teacher is frozen already
         upper = replace(upper, model=copy.deepcopy(upper.model))
     costs = s.costs([lower.scale])
     evaluated = costs.keeping_best(1, lower.scale) / costs.step_down(1, lower.scale, [upper.scale])
     seconds = seconds_per_step(distill_step(s, [upper], lower), s.train) / (1 - evaluated)
-    return seconds * s.train.steps_per_epoch * (1 + s.config.pretraining_epochs(1))
+    return with_pretraining(s, seconds * s.train.steps_per_epoch)
+
+
+def with_pretraining(s: Setting, epoch: float) -> Seconds:
+    """Of a training whose epoch takes so long; one of its pretraining is taken to take as long."""
+    share = s.config.pretraining_epochs(1)  # grows with the training, unless its length is given
+    if share and s.config.first_epochs is not None:
+        return Seconds(epoch, before=s.config.first_epochs * epoch)
+    return Seconds(epoch * (1 + share))

@@ -84,7 +84,7 @@ def _plan(
 def _as_dear(s: Setting, ladder: Ladder, step: Sequence[Rung], like: Sequence[Rung], epochs: float) -> float:
     """Epochs of `step` that take as long, or cost as much, as `epochs` of `like`."""
     if s.config.minutes is not None:
-        return epochs * seconds_of_step(s, *like) / seconds_of_step(s, *step)
+        return epochs * seconds_of_step(s, *like).epoch / seconds_of_step(s, *step).epoch
     costs = s.costs(ladder.scales)
     budget = costs.step_down(epochs, like[1].scale, [like[0].scale])
     return epochs_for(budget, lambda n: costs.step_down(n, step[1].scale, [step[0].scale]))

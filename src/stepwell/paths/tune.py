@@ -11,7 +11,7 @@ from __future__ import annotations
 from stepwell.errors import DivergedError
 from stepwell.measure.cost import TRIAL_SHARE, Epochs, epochs_in
 from stepwell.models.ladder import Ladder
-from stepwell.paths.plan import seconds_per_epoch
+from stepwell.paths.plan import seconds_of_step
 from stepwell.run.progress import say
 from stepwell.setting.rungs import Rung, student_below, teacher_of
 from stepwell.setting.setting import Setting
@@ -65,7 +65,7 @@ def _epochs_of_each(s: Setting, ladder: Ladder, teacher: Rung) -> float:
         return costs.trial_epochs
     with s.run.stage("plan tune", Epochs) as stage:  # a clock decides here, so it is kept
         if stage.is_new:
-            seconds = seconds_per_epoch(s, [teacher, student_below(s, ladder, teacher)])
+            seconds = seconds_of_step(s, teacher, student_below(s, ladder, teacher))
             epochs = epochs_in(TRIAL_SHARE * minutes, seconds)
             stage.result = Epochs(joint=epochs, distill=epochs)
     return stage.result.distill

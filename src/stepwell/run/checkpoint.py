@@ -105,16 +105,25 @@ class Checkpoint:
             **{f"more/{name}": tensor for name, tensor in more.items()},
         }
         metadata = {"record": json.dumps({**record, "seconds": self.seconds})}
-        with writing(self.file):
-            self.file.parent.mkdir(exist_ok=True)
-            unfinished = self.file.with_suffix(".unfinished")
-            try:
-                save_file(plain_tensors(tensors), unfinished, metadata)
-                os.replace(unfinished, self.file)
-            finally:
-                unfinished.unlink(missing_ok=True)  # only there still if something failed
+        save_tensors(tensors, self.file, metadata)
         now = time.monotonic()
         self._next = now + max(SECONDS_BETWEEN, TIMES_AS_LONG * (now - start))
+
+
+def save_tensors(tensors: Mapping[str, Tensor], file: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file whole or not at all; its folder is made.
+
+    Raises:
+        RunDirError: It cannot be written (no permission, no space).
+    """
+    with writing(file):
+        file.parent.mkdir(exist_ok=True)
+        unfinished = file.with_suffix(".unfinished")
+        try:
+            save_file(plain_tensors(tensors), unfinished, metadata)
+            os.replace(unfinished, file)
+        finally:
+            unfinished.unlink(missing_ok=True)  # only there still if something failed
 
 
 def changed_by_training(

@@ -26,6 +26,7 @@ from stepwell.setting.rungs import kept_channels, store_of
 from stepwell.setting.setting import Setting
 from stepwell.training.lesson import Lesson
 from stepwell.training.loop import Trained, fit
+from stepwell.training.snapshots import read_snapshots, snapshot_files, with_snapshots
 from stepwell.training.statistics import recalibrate
 
 
@@ -35,6 +36,7 @@ def joint(s: Setting, ladder: Ladder, epochs: float) -> SharedWeights:
     with s.run.stage("joint", Trained) as stage:
         if stage.is_new:
             step = joint_step(s, shared, ladder.order)
+            files = snapshot_files(stage.checkpoints, s.config.snapshots)
             courses = step.lesson.courses(
                 stage,
                 shared.parameters,
@@ -46,10 +48,11 @@ def joint(s: Setting, ladder: Ladder, epochs: float) -> SharedWeights:
             )
             # The candidates learn in the last one; with some losses a pretraining comes before.
             for course in courses:
-                stage.result = fit(course, step, s.train, s.config, s.config)
+                kept = files if course.name == stage.name else []  # not of a pretraining
+                stage.result = fit(course, with_snapshots(step, shared, kept), s.train, s.config, s.config)
             recalibrate_all(shared, s.of_statistics)
             passes = s.costs(ladder.scales).joint(epochs)
-            tensors = {**shared.state(), **fingerprints(shared, s.spec)}
+            tensors = {**shared.state(), **fingerprints(shared, s.spec), **read_snapshots(files)}
             stage.result = stage.result.model_copy(update={"tensors": tensors, "passes": passes})
     shared.load(stage.result.tensors)
     return shared
