@@ -122,10 +122,10 @@ def claims(digits: dict[str, Any], speed: list[dict[str, Any]], support: dict[st
 
 def experiment_table(folder: Path) -> str:
     """One row per arm: the students on the test images, by seed, and how the budget was spent."""
-    arms: dict[str, list[dict[str, Any]]] = {}
-    for file in sorted(folder.glob("*.json")):
-        cell = json.loads(file.read_text(encoding="utf-8"))
-        arms.setdefault(cell["arm"], []).append(cell)
+    cells = cells_by_arm(folder)
+    arms = {arm: of for arm, of in cells.items() if arm == "single-step" or arm.startswith("joint-")}
+    if not arms:
+        return ""
     rows = [
         "| | top1 % | selection images | joint epochs | last step | seeds |",
         "|---|---:|---:|---:|---:|---:|",
@@ -151,6 +151,82 @@ def experiment_table(folder: Path) -> str:
             f"{machine['torch']}.",
         ]
     )
+
+
+METHODS = {
+    "default": "AMD, default",
+    "auto": "AMD, auto",
+    "paper": "AMD, paper",
+    "single-step": "single step",
+    "labels": "labels only",
+    "stock": "stock network",
+}
+STUDENTS = {
+    "resnet44-few": "ResNet-44 to 10 %, 200 images a class of CIFAR-10",
+    "resnet44-few-keep-0.2": "ResNet-44 to 20 %, the same images",
+    "clothing": "EfficientNet-Lite0 to 30 %, 3,068 photographs of clothing",
+    "vit-cifar10": "ViT to 10 %, 1,000 images a class of CIFAR-10",
+    "digits": "ViT to 10 %, digits",
+}
+
+
+def methods_table(folders: Path) -> str:
+    """A row for each setting of docs/experiments.md, a column for each method; accuracy with its spread."""
+    rows = [f"| | teacher | {' | '.join(METHODS.values())} |", "|---|---:|" + "---:|" * len(METHODS)]
+    for setting, words in STUDENTS.items():
+        arms = cells_by_arm(folders / setting)
+        if "default" not in arms:
+            continue
+        teacher = sum(cell["teacher_top1"] for cell in arms["default"]) / len(arms["default"])
+        values = []
+        for arm in METHODS:
+            cells = arms.get(arm, [])
+            text = spread([cell["top1"] for cell in cells], 1) if cells else ""
+            values.append(f"{text} (1 seed)" if len(cells) == 1 else text)
+        rows.append(f"| {words} | {teacher:.1f} | {' | '.join(values)} |")
+    return "\n".join(rows)
+
+
+def recipe_table(folders: Path) -> str:
+    """A row for each setting and method, a column for each recipe."""
+    recipes = {"": "bare", "-mix": "MixUp, CutMix", "-ema": "average", "-smooth": "smoothed labels"}
+    rows = [f"| | | {' | '.join(recipes.values())} |", "|---|---|" + "---:|" * len(recipes)]
+    for setting in STUDENTS:
+        arms = cells_by_arm(folders / setting)
+        for method in ("default", "single-step"):
+            of = [[cell["top1"] for cell in arms.get(method + recipe, [])] for recipe in recipes]
+            if any(of[1:]):
+                texts = [f"{spread(tops, 1)} ({len(tops)})" if tops else "" for tops in of]
+                rows.append(f"| `{setting}` | {METHODS[method]} | {' | '.join(texts)} |")
+    return "\n".join(rows)
+
+
+def ladder_table(folders: Path) -> str:
+    """A row for each rung: from one run, by single steps of the same total cost, by full single steps."""
+    rows = [
+        "| | keep | from one run | single steps, the same total | single steps, three times the total |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for setting in STUDENTS:
+        arms = cells_by_arm(folders / setting)
+        for cell in arms.get("ladder", [])[:1]:
+            tops = {float(keep): [c["sizes"][keep] for c in arms["ladder"]] for keep in cell["sizes"]}
+            tops[cell["options"]["keep_ratio"]] = [c["top1"] for c in arms["ladder"]]
+            for keep in sorted(tops):
+                others = (arms.get(f"{kind}-{keep:g}", []) for kind in ("third", "single-step"))
+                values = [tops[keep], *([c["top1"] for c in cells] for cells in others)]
+                texts = [spread(tops_of, 1) if tops_of else "" for tops_of in values]
+                rows.append(f"| `{setting}` | {keep:g} | {' | '.join(texts)} |")
+    return "\n".join(rows)
+
+
+def cells_by_arm(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """The cells of a setting, those of an arm by seed."""
+    arms: dict[str, list[dict[str, Any]]] = {}
+    for file in sorted(folder.glob("*.json")):
+        cell = json.loads(file.read_text(encoding="utf-8"))
+        arms.setdefault(cell["arm"], []).append(cell)
+    return arms
 
 
 def throughput_table(record: dict[str, Any]) -> str:
@@ -195,6 +271,9 @@ def main() -> None:
     parts["throughput"] = throughput_table(records["throughput"])
     for folder in (RESULTS / "experiments").iterdir():
         parts[f"experiment-{folder.name}"] = experiment_table(folder)
+    parts["methods"] = methods_table(RESULTS / "experiments")
+    parts["recipes"] = recipe_table(RESULTS / "experiments")
+    parts["ladder"] = ladder_table(RESULTS / "experiments")
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         new = text
