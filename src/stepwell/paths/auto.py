@@ -4,28 +4,12 @@
           -> distill (the rest, 40 %: the better pilot goes on, with its teacher)
 
 Nobody need know whether an assistant pays for his teacher, images and budget: the selection images are asked.
-The figures here are top-1 on 200 images a class of CIFAR-10, under a published ResNet-44, with a budget of 20
-epochs of a single step, unless another is said (docs/experiments.md).
-
-Why so late. A trial of both paths from their beginnings misleads while it is short: an assistant that has
-hardly been trained teaches badly. A budget of 1 epoch said 16.9 for the single step and 10.6 for AMD; one of
-20 puts AMD 4 to 6 points ahead. A straight line in the logarithm of the budget through these has the two meet
-at 6 epochs: pilots of 10 % from the beginning would be wrong below a budget of 60. To train both to the end
-and keep the better costs every user half of the budget, on the same line 10 points. So the joint training,
-which AMD needs in any case, comes first, and what is tried is the question that is left: does the student
-learn more, at the same cost, from the chosen assistant or from the teacher itself? Both pilots start from the
-same slice and have a whole schedule, down to its end, so neither is judged in the middle of something. The
-better student is not thrown away, it goes on.
-
-Where nothing need be tried. A joint training of a few steps makes no assistant: of 17 steps it was no better
-than a single step (57.8 against 58.7), of 58 level with it (digits), of 76 ahead by 4. With fewer than 50 the
-whole budget is a single step, and nothing is lost.
-
-Why 40 and 10 %. The last step is then as long as AMD's own, which gives half to the joint training; its joint
-training is a fifth shorter, and a tenth, the other pilot, is the price of the question. In every joint step
-the smallest candidate, the student, is taught by the teacher too, and that is about half of the cost. So
-where the teacher goes on, its student has had some 70 % of what a single step of the whole budget gets: 50
-of its own, 20 of the joint training.
+The joint training, which AMD needs in any case, comes first; what is tried is the question that is left: does
+the student learn more, at the same cost, from the chosen assistant or from the teacher itself? Both pilots
+start from the same slice and have a whole schedule, down to its end, so neither is judged in the middle of
+something. The better student is not thrown away, it goes on. With fewer than 50 steps of joint training there
+is no assistant worth a trial, and the whole budget is a single step. Why so late, and why these shares:
+docs/design.md, "Trials".
 
 The best on the selection images is handed out: the student at the end, or that of the better pilot, should
 the rest have done it harm.
