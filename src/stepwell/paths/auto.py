@@ -9,7 +9,7 @@ the student learn more, at the same cost, from the chosen assistant or from the 
 start from the same slice and have a whole schedule, down to its end, so neither is judged in the middle of
 something. The better student is not thrown away, it goes on. With fewer than 50 steps of joint training there
 is no assistant worth a trial, and the whole budget is a single step. Why so late, and why these shares:
-docs/design.md, "Trials".
+docs/design.md, "Auto decides late".
 
 The best on the selection images is handed out: the student at the end, or that of the better pilot, should
 the rest have done it harm.
