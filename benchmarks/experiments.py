@@ -139,6 +139,10 @@ RECIPES_TRIED: dict[str, dict[str, Any]] = {
     "ema": {"ema": 0.99},
     "smooth": {"label_smoothing": 0.1},
 }
+ASSISTANTS_TRIED: dict[str, dict[str, Any]] = {
+    "trained-on": {"assistant_share": 0.15},
+    "snapshots": {"snapshots": 2},
+}
 
 
 def arms() -> dict[str, dict[str, Any]]:
@@ -148,6 +152,8 @@ def arms() -> dict[str, dict[str, Any]]:
     for method in ("default", "single-step"):
         for name, recipe in RECIPES_TRIED.items():
             found[f"{method}-{name}"] = {**METHODS[method], **recipe}
+    for name, options in ASSISTANTS_TRIED.items():
+        found[f"default-{name}"] = {**METHODS["default"], **options}
     for share in SHARES:
         for assistant in ASSISTANTS:
             options = {"path": "amd", "joint_share": share, "assistant": assistant}

@@ -187,9 +187,12 @@ def methods_table(folders: Path) -> str:
     return "\n".join(rows)
 
 
-def recipe_table(folders: Path) -> str:
-    """A row for each setting and method, a column for each recipe."""
-    recipes = {"": "bare", "-mix": "MixUp, CutMix", "-ema": "average", "-smooth": "smoothed labels"}
+RECIPES = {"": "bare", "-mix": "MixUp, CutMix", "-ema": "average", "-smooth": "smoothed labels"}
+OF_ASSISTANT = {"": "default", "-trained-on": "trained on by itself", "-snapshots": "two snapshots first"}
+
+
+def variants_table(folders: Path, recipes: dict[str, str]) -> str:
+    """A row for each setting and method, a column for each variant of it."""
     rows = [f"| | | {' | '.join(recipes.values())} |", "|---|---|" + "---:|" * len(recipes)]
     for setting in STUDENTS:
         arms = cells_by_arm(folders / setting)
@@ -272,7 +275,8 @@ def main() -> None:
     for folder in (RESULTS / "experiments").iterdir():
         parts[f"experiment-{folder.name}"] = experiment_table(folder)
     parts["methods"] = methods_table(RESULTS / "experiments")
-    parts["recipes"] = recipe_table(RESULTS / "experiments")
+    parts["recipes"] = variants_table(RESULTS / "experiments", RECIPES)
+    parts["of-assistant"] = variants_table(RESULTS / "experiments", OF_ASSISTANT)
     parts["ladder"] = ladder_table(RESULTS / "experiments")
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
