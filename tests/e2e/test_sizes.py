@@ -18,6 +18,7 @@ from small_world import (
     Stopped,
     assert_same_run,
     assert_same_weights,
+    config_of,
     result_of,
     stepwell,
     student_weights,
@@ -26,6 +27,7 @@ from small_world import (
 
 import stepwell as package
 from conftest import made_once, without_files
+from stepwell.compare.cells import Cell, CellResult, run_cell
 from stepwell.models.card import read_card
 from stepwell.paths import plan
 from stepwell.report.beside import baseline_won
@@ -78,6 +80,13 @@ def test_every_size_is_a_folder_like_the_students(sizes):
         # What is handed out is what was trained last, not its start.
         trained = load_file(sizes / "stages" / f"size {size.keep_ratio:g}" / "tensors.safetensors")
         assert all(torch.equal(model.state_dict()[name], trained[name]) for name in model.state_dict())
+
+
+def test_a_cell_of_a_comparison_knows_the_sizes(sizes, teacher, data, tmp_path):
+    config = config_of("--teacher", teacher, "--data", data, "--out", tmp_path / "out", *QUICK, *LADDER)
+    cell = run_cell(Cell("ladder", config, tmp_path / "cell.json"))
+    assert cell.sizes == {size.keep_ratio: size.quality for size in result_of(sizes).sizes}
+    assert CellResult.model_validate_json((tmp_path / "cell.json").read_bytes()) == cell
 
 
 def test_each_is_taught_from_above_and_costs_what_the_students_last_step_does(sizes):
