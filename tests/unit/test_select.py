@@ -34,7 +34,7 @@ def by_loop(candidates, teacher, rule) -> list[float | None]:
             values.append(p[i])
             continue
         if rule == "thrift":
-            values.append(p[i] + 0.5 * (1 - s[i]))
+            values.append(p[i] - 0.3 * math.log(s[i] + 3 * s[0]))
             continue
         if rule == "nearest-2.5":
             values.append(-abs(s[i] / s[0] - 2.5))
@@ -125,12 +125,26 @@ def test_lambda_trades_performance_for_scale():
 
 
 def test_thrift_lets_an_assistant_pay_for_what_it_takes_from_the_student():
-    # As in the runs with the published ResNet-44 (docs/experiments.md): of candidates that are jointly
-    # trained for long a small one, of such as are still weak a larger one.
-    scales = [0.09, 0.25, 0.31, 0.51, 0.95]
-    trained, weak = [0.41, 0.57, 0.60, 0.67, 0.74], [0.15, 0.31, 0.35, 0.70, 0.87]
+    # Two runs with the published ResNet-44 (docs/experiments.md): of candidates that are jointly trained for
+    # long a small one, of such as are still weak neither a small one nor the largest.
+    scales = [0.09, 0.25, 0.31, 0.44, 0.51, 0.55, 0.72, 0.87, 0.95]
+    trained, weak = (
+        [0.35, 0.55, 0.58, 0.64, 0.63, 0.63, 0.65, 0.65, 0.70],
+        [0.15, 0.31, 0.35, 0.56, 0.70, 0.78, 0.84, 0.84, 0.87],
+    )
     assert choice([Point(s, p) for s, p in zip(scales, trained, strict=True)], TEACHER, "thrift") in (1, 2)
-    assert choice([Point(s, p) for s, p in zip(scales, weak, strict=True)], TEACHER, "thrift") == 3
+    assert choice([Point(s, p) for s, p in zip(scales, weak, strict=True)], TEACHER, "thrift") in (4, 5, 6)
+
+
+def test_thrift_knows_that_beside_a_larger_student_an_assistant_saves_less():
+    # An EfficientNet-Lite0 on photographs of clothing, with a student that keeps 30 % of its filters.
+    scales = [0.39, 0.46, 0.53, 0.60, 0.67, 0.73, 0.79, 0.87, 0.93]
+    likelihoods = [0.542, 0.592, 0.620, 0.635, 0.668, 0.670, 0.680, 0.666, 0.662]
+    found = choice([Point(s, p) for s, p in zip(scales, likelihoods, strict=True)], TEACHER, "thrift")
+    assert found == 4
+    # The same candidates above a student of a twentieth, beside which the teacher is nearly all that costs.
+    above = [Point(0.05, 0.4), *(Point(s, p) for s, p in zip(scales, likelihoods, strict=True))]
+    assert choice(above, TEACHER, "thrift") == 2
 
 
 def test_the_law_of_capacity_gap_looks_at_sizes_alone():

@@ -9,6 +9,7 @@ that the evidence is for (docs/experiments.md). The exact NPSD formula of the AM
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import get_args
@@ -27,9 +28,8 @@ from stepwell.setting.setting import Setting
 from stepwell.tasks.measures import Metric, performance
 
 LAMBDA = 0.2  # MiniDisc's published setting
-THRIFT = 0.5
-"""What the whole of the teacher's operations is worth in performance (docs/experiments.md): a smaller
-assistant leaves more of a budget for the student."""
+THRIFT = 0.3
+"""What e times as many epochs are worth in performance (docs/experiments.md)."""
 CAPACITY_GAP = 2.5
 """How many times the student's size the best teacher has (Zhang et al., ACL 2025)."""
 
@@ -199,7 +199,8 @@ def rule_values(candidates: Sequence[Point], teacher: Point, rule: Rule) -> list
             `npsd-chord-teacher`: -(P_T - P_i) / (1 - S_i), minus the slope of the chord to the teacher.
             `npsd-chord-student`: -(P_i - P_S) / (S_i - S_S), minus the slope of the chord to the student.
             `lambda`: P_i + 0.2 (1 - S_i), MiniDisc's trade-off.
-            `thrift`: P_i + 0.5 (1 - S_i), the same at the price that a budget puts on an assistant.
+            `thrift`: P_i - 0.3 log(S_i + 3 S_S), performance at the price that a budget puts on an assistant:
+                of a last step it leaves epochs in inverse proportion to S_i + 3 S_S, what one of them costs.
             `nearest-2.5`: -|S_i / S_S - 2.5|, the "law of capacity gap": 2.5 times the student's size.
     """
     student = candidates[0]
@@ -221,7 +222,7 @@ def rule_values(candidates: Sequence[Point], teacher: Point, rule: Rule) -> list
             case "lambda":
                 values.append(point.performance + LAMBDA * (1 - point.scale))
             case "thrift":
-                values.append(point.performance + THRIFT * (1 - point.scale))
+                values.append(point.performance - THRIFT * math.log(point.scale + 3 * student.scale))
             case "nearest-2.5":
                 values.append(-abs(point.scale / student.scale - CAPACITY_GAP))
     return values
