@@ -17,7 +17,7 @@ from small_world import QUICK, stepwell, write_images
 
 from stepwell.cli import main, parse
 from stepwell.commands.compare import check
-from stepwell.compare import cells, scales, suites
+from stepwell.compare import cells, paper, scales, suites
 from stepwell.compare.arms import Arm, Row, arms_of, cell_of, run_arms
 from stepwell.compare.cells import CellResult, options_of
 from stepwell.compare.table import as_json, as_markdown, as_plot, as_table
@@ -413,6 +413,10 @@ def test_a_process_that_is_killed_is_one_line(teacher, data, tmp_path, capsys, m
 @pytest.mark.parametrize("suite", suites.ARMS)
 def test_every_arm_of_a_suite_can_be_built(suite, scale, tmp_path):
     options = {"suite": suite, "scale": scale, "data": "images", "teacher": "teacher"}
+    if suite == suites.SEVERAL_TEACHERS:
+        with pytest.raises(ConfigError, match="needs --teachers beside --teacher, such as "):
+            scales.prepared(suite, make_config(CompareConfig, options), tmp_path)
+        options["teachers"] = ("second", "third")
     if suite == "imagenet-pair" and scale != "paper":
         with pytest.raises(ConfigError, match="needs --scale paper"):
             scales.prepared(suite, make_config(CompareConfig, options), tmp_path)
@@ -429,8 +433,8 @@ def test_every_arm_of_a_suite_can_be_built(suite, scale, tmp_path):
 @pytest.mark.parametrize("scale", ["cpu", "gpu", "paper"])
 def test_pruned_and_shallow_students_have_about_the_same_operations(scale):
     size = scales.size_of("depth", scale)
-    model, spec = scales._model(size.model, size.model_args)
-    shallow = count_macs(*scales._model(size.student, size.student_args)) / count_macs(model, spec)
+    model, spec = paper._model(size.model, size.model_args)
+    shallow = count_macs(*paper._model(size.student, size.student_args)) / count_macs(model, spec)
     groups = find_groups(model)
     keep = [size.compress["keep_ratio"]]
     (candidate,) = make_grid(groups, uniform_scores(groups), keep, CompressConfig())
@@ -443,6 +447,7 @@ def test_pruned_and_shallow_students_have_about_the_same_operations(scale):
     [
         ("steps", (), True),
         ("depth", (), True),
+        ("several-teachers", ("--teachers", "second"), True),
         ("vgg-pair", (), True),
         ("vgg-pair", ("--no-controls",), False),
         ("losses", (), False),

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
 from safetensors.torch import load_file
-from small_world import QUICK, all_test_images, data_of, result_of, stepwell, write_images
+from small_world import QUICK, all_test_images, config_of, data_of, result_of, stepwell, write_images
 
 import stepwell as package
 from conftest import made_once, without_files
+from stepwell.config.commands import CompressConfig
+from stepwell.config.files import make_config, read_yaml
+from stepwell.data.batches import EvalBatches
 from stepwell.data.labels import as_tensor
 from stepwell.data.spec import InputSpec
 from stepwell.models.card import read_card
 from stepwell.models.export import export_onnx
 from stepwell.models.factory import load_factory
+from stepwell.paths.begin import begin
 from stepwell.report.report import write_report
 from stepwell.stages import deliver
 
@@ -183,7 +190,44 @@ def test_another_architecture_learns_the_embedding(data, tmp_path, quick, labell
     assert cosine > 0.3
 
 
-def test_what_another_architecture_needs_to_learn_an_embedding(data, tower, fails, tmp_path):
+@pytest.mark.brings(
+    "model",
+    "a tower without classes, with --path scalekd --student NAME --logit-weight 0",
+    "The student is a backbone of its own width; its cosine is measured through a fitted linear map",
+)
+@pytest.mark.parametrize("labelled", [True, False])
+def test_a_backbone_of_its_own_width(data, tmp_path, quick, labelled, capsys):
+    (tmp_path / "tower.py").write_text(TOWER.replace("patch_size=8", "patch_size=4"))
+    tower, run = f"{tmp_path / 'tower.py'}:build", tmp_path / "run"
+    images = data if labelled else write_images(tmp_path / "flat", 60, seed=0, classes=())
+    words = ("--teacher", tower, "--data", images, "--out", run, "--epochs", 2, "--lr", 0.01)
+    stepwell("compress", *words, *RESNET, "--logit-weight", 0, "--keep-best", 1)
+    result = result_of(run)
+    assert set(result.histories["distill"].losses) == {"loss", "feature"}
+    assert "the student is a backbone that returns 16 numbers of its own" in capsys.readouterr().err
+    (note,) = [note for note in result.notes if "best linear map" in note]
+    assert note.endswith(f"fitted on {result.data.num_train} training images, which is in no file.")
+    assert (result.student.neighbours_right is not None) == labelled
+    # The file is the plain backbone, and the figure is that of its least squares.
+    shape: dict[str, Any] = {"layers": (1, 1, 1, 1), "channels": (8, 8, 8, 16), "output_stride": 8}
+    plain = timm.create_model("resnet18", num_classes=0, **shape).eval()
+    plain.load_state_dict(load_file(run / "student" / "model.safetensors"), strict=True)
+    teacher, card = load_factory(tower)().eval(), read_card(run / "student")
+    config = make_config(CompressConfig, read_yaml(run / "config.yaml"))
+    shown = EvalBatches(data_of(run).train, card.input, config, torch.device("cpu"))
+    with torch.no_grad():
+        known, asked = torch.cat([batch.images for batch in shown]), all_test_images(run)
+        x, y = plain(known).double().numpy(), teacher(known).double().numpy()
+        gram = (x - x.mean(0)).T @ (x - x.mean(0))
+        ridge = 1e-3 * np.trace(gram) / len(gram) * np.eye(len(gram))
+        weight = np.linalg.solve(gram + ridge, (x - x.mean(0)).T @ (y - y.mean(0)))
+        found = (plain(asked).double().numpy() - x.mean(0)) @ weight + y.mean(0)
+        truth = teacher(asked).double().numpy()
+    cosines = (found * truth).sum(1) / np.linalg.norm(found, axis=1) / np.linalg.norm(truth, axis=1)
+    assert result.student.quality == pytest.approx(100 * cosines.mean(), abs=0.01)
+
+
+def test_what_another_architecture_needs_to_learn_an_embedding(data, tower, fails, tmp_path, capsys):
     words = (
         "compress",
         "--teacher",
@@ -196,10 +240,22 @@ def test_what_another_architecture_needs_to_learn_an_embedding(data, tower, fail
         1,
         *RESNET,
     )
-    said = fails(*words, "--logit-weight", 0)
-    assert said.endswith(
-        "the last layer of --student resnet18, which is to return the teacher's embedding; leave it out"
-    )
+    said = fails(*words, "--logit-weight", 0, "--baseline", "resnet18")
+    assert said.endswith("and --baseline would return the teacher's embedding: leave one of them out")
+    own = tuple("num_classes=7" if word == "output_stride=8" else word for word in words)
+    said = fails(*own, "--logit-weight", 0)
+    assert said.endswith("whose last layer nothing would train: leave out --student-args num_classes")
+    # Behind the last stage of a MobileNet there is a convolution more.
+    own = (*words[:9], "--path", "scalekd", "--student", "test_efficientnet", "--batch-size", 4)
+    said = fails(*own, "--logit-weight", 0, "--feature-args", "alternative=0")
+    assert "of --student test_efficientnet lies behind the last states that --feature-loss scalekd" in said
+    shape = ("img_size=16", "patch_size=8", "embed_dim=12", "depth=2", "num_heads=2")
+    own = (*words[1:7], "--path", "scalekd", "--student", "vit_tiny_patch16_224", "--student-args", *shape)
+    for more, warns in ((), True), (("class_token=False", "global_pool=avg"), False):
+        capsys.readouterr()
+        begin(config_of(*own, *more, "--logit-weight", 0, "--batch-size", 4), exports=False)
+        assert ("returns its class token, and what is compared are" in capsys.readouterr().err) == warns
+        shutil.rmtree(tmp_path / "run")
     words = tuple("num_classes=0" if word == "output_stride=8" else word for word in words)
     said = fails(*words)
     assert "--student resnet18 returns 16 numbers, and the teacher an embedding of 24: let the" in said

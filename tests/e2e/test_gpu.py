@@ -16,7 +16,7 @@ from stepwell.measure.size import num_params
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
-SLICING = [path for path in get_args(Way) if path != "scalekd"]
+SLICING = [path for path in get_args(Way) if path not in ("scalekd", "curriculum")]
 # ScaleKD is for students of another architecture alone.
 ON_STATES = [name for name, facts in FEATURE_LOSSES.items() if not facts.between_slices]
 GPU = ("--device", "cuda", "--task-weight", "1")

@@ -184,6 +184,16 @@ def test_the_doctor_names_the_stages_and_wants_no_cut(capsys):
     assert "stage 4 of resnet18 ends with layer4: 512 channels on 5 x 5" in said
 
 
+def test_the_doctor_knows_a_teacher_without_classes(capsys):
+    """By its name, and so without weights; the student then has its width, or one of its own."""
+    words = ("--teacher", "test_vit", "--model-args", "num_classes=0", "--path", "scalekd", "--student")
+    assert main(["doctor", *words, "test_resnet"]) == 0
+    embedding = capsys.readouterr().out
+    assert main(["doctor", *words, "test_resnet", "--logit-weight", "0"]) == 0
+    assert "student: test_resnet, " in embedding
+    assert embedding != capsys.readouterr().out
+
+
 @pytest.mark.brings(
     "model",
     "A teacher for images that are not square, with --path scalekd --student NAME",

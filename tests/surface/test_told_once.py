@@ -17,7 +17,7 @@ from stepwell.config.loss_facts import FEATURE_LOSSES, LOGIT_LOSSES
 from stepwell.config.path_options import Way
 
 SOURCE = Path(__file__).parents[2] / "src" / "stepwell"
-PATHS = {"amd", "amd-manual", "auto", "single-step", "takd", "dgkd", "mmd", "mmd-os", "scalekd"}
+PATHS = {"amd", "amd-manual", "auto", "single-step", "takd", "dgkd", "mmd", "mmd-os", "scalekd", "curriculum"}
 LOSSES = {*LOGIT_LOSSES, *FEATURE_LOSSES}
 BOTH = {"scalekd"}
 """The path with a loss of its own name."""

@@ -10,7 +10,7 @@ import pytest
 
 from stepwell.config.commands import CompressConfig
 from stepwell.config.files import make_config
-from stepwell.measure.cost import Costs, Epochs, Seconds, candidates_per_step, epochs_in
+from stepwell.measure.cost import Costs, Epochs, OtherTeacher, Seconds, candidates_per_step, epochs_in
 from stepwell.models.ladder import Ladder
 from stepwell.paths import path_of
 from stepwell.pruning.units import Candidate
@@ -43,6 +43,42 @@ def relative(epochs: Epochs = ONCE, scales=SCALES, **options) -> float:
 
 
 # --- paths
+
+
+def test_several_teachers_cost_what_each_of_them_does():
+    """Two others of half and a fourth of the best's operations, each with projections of its own."""
+    others = [OtherTeacher(0.5, loss=0.2), OtherTeacher(0.25, loss=0.1)]
+    options = {"path": "curriculum", "student": "resnet18", "teacher": "best", "teachers": ("a", "b")}
+    found = replace(
+        costs([0.1], num_train=1000, num_selection=100, loss=0.3),
+        options=make_config(CompressConfig, options),
+        other_teachers=others,
+    )
+    bill = bill_of(found, Epochs(joint=0, distill=10))
+    assert bill == pytest.approx(
+        {
+            "score": 0,
+            "arrange": (1000 + 100) * (1 + 0.5 + 0.25),
+            "other teachers": 10 * 1000 * (0.5 + 0.3 + 0.2 + 0.25 + 0.3 + 0.1),
+            "distill": 10 * 1000 * (1 + 0.3 + 0.3),
+        }
+    )
+    # All of it is what a control may spend.
+    assert found.equal_compute_epochs(bill) == pytest.approx(sum(bill.values()) / 1600)
+
+
+def test_a_probe_is_on_the_bill_and_no_control_is_charged_with_it():
+    found = costs([0.1], num_train=1000, num_selection=100, probe=True, probe_epochs=4, keep_best=2)
+    assert found.probing == 4 * 1000 + 3 * 100
+    assert costs([0.1], num_train=1000).probing == 0
+    bill = {"probe": found.probing, "score": 7.0, "distill": found.single_step(5)}
+    assert found.equal_compute_epochs(bill) == pytest.approx(5)
+
+
+def test_a_student_that_is_mapped_runs_on_the_scored_images_too_when_it_is_measured():
+    found = costs([0.1], num_train=1000, num_selection=100, keep_best=2)
+    assert found.keeping_best(4, 0.1) == pytest.approx(2 * 0.1 * 100)
+    assert replace(found, is_mapped=True).keeping_best(4, 0.1) == pytest.approx(2 * 0.1 * 1100)
 
 
 # With all candidates as the table of docs/method.md; with sandwich sampling worked out in the same way.

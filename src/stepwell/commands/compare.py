@@ -8,6 +8,7 @@ from pathlib import Path
 
 from stepwell.compare import scales
 from stepwell.compare.arms import arms_of, given, run_arms
+from stepwell.compare.paper import paper
 from stepwell.compare.table import as_json, as_markdown, as_plot, as_table
 from stepwell.config.base import flag_of
 from stepwell.config.commands import CompareConfig
@@ -24,7 +25,7 @@ def run(config: CompareConfig) -> str:
     """Run the cells that are missing; write compare.json, compare.md and accuracy-over-cost.svg."""
     check(config)
     if config.suite is not None and config.scale == "paper" and not (config.teacher or config.data):
-        return scales.paper(config.suite, config)
+        return paper(config.suite, config)
     require(config, "compare", "out_dir")
     assert config.out_dir is not None
     out = config.out_dir
@@ -92,6 +93,11 @@ def check(config: CompareConfig) -> None:
             raise ConfigError(f"--suite {config.suite} has arms of its own: leave out {flag_of(name)}")
     if config.suite == "optimizer" and config.lrs:
         raise ConfigError("--suite optimizer compares learning rates: leave out --lrs")
+    if config.probe:
+        raise ConfigError(
+            "--probe in every run of a comparison would train the same classifier again: train it once with "
+            "stepwell train --probe, and give that --teacher"
+        )
     if config.suite is None and "scale" in asked:
         raise ConfigError("--scale is the size of a --suite")
     if not config.seeds or not config.paths:

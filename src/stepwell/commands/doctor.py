@@ -23,7 +23,7 @@ from stepwell.data.spec import InputSpec
 from stepwell.data.splits import Data, resolve_data
 from stepwell.errors import DataError
 from stepwell.measure.budget import student_widths
-from stepwell.measure.cost import Costs
+from stepwell.measure.cost import Costs, OtherTeacher
 from stepwell.measure.estimate import memory_and_disk, seconds_of
 from stepwell.measure.size import count_macs, num_params, short_number
 from stepwell.measure.whole import little_saved, narrower
@@ -33,10 +33,11 @@ from stepwell.models.student import OtherStudent
 from stepwell.models.teacher import Teacher, load_teacher
 from stepwell.models.timm_folder import LOCAL
 from stepwell.models.timm_models import create_timm, create_without_memory, parse_model_args
-from stepwell.paths import path_of
+from stepwell.paths import checked_path, path_of
 from stepwell.paths.begin import require
 from stepwell.paths.path import say_what_is_not_read
 from stepwell.paths.plan import epochs_of
+from stepwell.paths.probe import probe_line, with_head
 from stepwell.pruning import generic
 from stepwell.pruning.families import names_by_family
 from stepwell.pruning.ranking import uniform_scores
@@ -48,7 +49,7 @@ from stepwell.run.device import find_device
 from stepwell.run.progress import progress
 from stepwell.setting.channels import check_uniform, with_channels
 from stepwell.setting.classes import settle
-from stepwell.setting.other_models import baseline_network, other_student, size_line
+from stepwell.setting.other_models import baseline_network, embeds, other_student, other_teachers, size_line
 from stepwell.setting.prepare import groups_of, proof_images
 from stepwell.stages.grid import make_grid, size_indices
 from stepwell.tasks.task import task_of
@@ -57,22 +58,25 @@ from stepwell.tasks.task import task_of
 def run(config: CompressConfig) -> str:
     """Report what `compress` with the same options would do."""
     require(config, "doctor", "teacher")
-    path = path_of(config.path)
-    path.check(config)
+    path = checked_path(config)
     say_what_is_not_read(config)
     data = resolve_data(config) if config.data else None
-    teacher = _model(config, data)
+    teacher = with_head(_model(config, data), data, config)
     spec = as_asked(teacher.spec, teacher.model, config, data.white_level if data else None)
     teacher, class_lines = _classes(replace(teacher, spec=spec), data, config)
     model = teacher.model
     if teacher.is_own_module:
         check_runs(model, spec, config.teacher, "--image-size")
         check_trains(model, spec, config.teacher, config.batch_size)
-    student, baseline = other_student(config, model, spec), baseline_network(config, model, spec)
+    student = other_student(config, model, spec, embeds=embeds(teacher, config))
+    baseline = baseline_network(config, model, spec)
     others = [*size_line("student", student, model, spec), *size_line("baseline", baseline, model, spec)]
+    before = other_teachers(config, model, spec)
+    others = [*others, *(size_line("other teacher", t, model, t.spec)[0] for t in before)]
     beside = [] if baseline is None else [baseline.model]
-    if not path.cuts:
-        return "\n".join([*_uncut(config, data, teacher, student, beside), *others[1:], *class_lines])
+    if not path.cuts(config):
+        lines = _uncut(config, data, teacher, student, beside, before)
+        return "\n".join([*lines, *others[1:], *class_lines])
     groups = groups_of(model, spec, teacher.is_own_module, data, config)
     if config.cuts_channels:
         groups = with_channels(model, groups, proof_images(data, spec, config))
@@ -102,7 +106,7 @@ def run(config: CompressConfig) -> str:
         *narrower(model, spec, groups, met.keep_ratio, config),
         *others,
         "",
-        *_estimate(config, data, model, skeletons, student, spec, [*sizes, *beside]),
+        *_estimate(config, data, model, skeletons, student, spec, [*sizes, *beside], before),
         *class_lines,
         *(f"warning: {text}" for text in (*warnings_for(groups, candidates[0]), little) if text),
     ]
@@ -115,6 +119,7 @@ def _uncut(
     teacher: Teacher,
     student: OtherStudent | None,
     beside: Sequence[nn.Module],
+    before: Sequence[Teacher],
 ) -> list[str]:
     """A teacher that stays whole, the student that it teaches, and which of their states are compared."""
     assert student is not None, "the path's check asks for one"
@@ -126,7 +131,7 @@ def _uncut(
         *stage_lines(config, model, student, spec),
         *_images(data),
         "",
-        *_estimate(config, data, model, [student.model], student, spec, beside),
+        *_estimate(config, data, model, [student.model], student, spec, beside, before),
     ]
 
 
@@ -202,7 +207,7 @@ def _images(data: Data | None) -> list[str]:
 
 def _model(config: CompressConfig, data: Data | None) -> Teacher:
     """What is looked at; a model of timm by name is built without its weights, and has no digest."""
-    num_classes = len(data.classes) if data else 0
+    num_classes = len(data.classes) if data and not config.probe else 0
     source = config.teacher
     # Weights that are here are loaded: whether they fit is what is asked.
     if is_own_code(source) or Path(source).exists() or source.startswith(LOCAL) or config.teacher_weights:
@@ -290,27 +295,32 @@ def _estimate(
     student: OtherStudent | None,
     spec: InputSpec,
     beside: Sequence[nn.Module],
+    before: Sequence[Teacher],
 ) -> list[str]:
     device, path, total = find_device(config.device), path_of(config.path), count_macs(model, spec)
     scales = [count_macs(skeleton, spec) / total for skeleton in skeletons]
     num_train, num_selection = (len(data.train), len(data.selection)) if data else (1000, 100)
     # What a loss computes by itself is left out: it is counted on outputs, and nothing runs here.
     student_scale = scales[0] if student is None else count_macs(student.model, spec) / total
-    costs = Costs(config, scales, student_scale, num_train, num_selection)
+    others = [OtherTeacher(count_macs(t.model, t.spec) / total) for t in before]
+    costs = Costs(config, scales, student_scale, num_train, num_selection, other_teachers=others)
     if (minutes := config.minutes_of_path) is not None:  # as many operations as this device is good for
         fitting = 60 * minutes / seconds_of(costs.single_step(1) * total, device)
         config = config.model_copy(update={"minutes": None, "budget_epochs": fitting})
     epochs = epochs_of(costs, path.bill, config)
     passes = (sum(path.bill(costs, epochs, config).values()) + costs.tuning) * config.equal_trainings
+    passes += costs.probing
     seconds = seconds_of(passes * total, device)
     losses = path.losses(len(scales), config)
     memory, disk = memory_and_disk(config, model, skeletons, spec, num_train, losses)
+    memory += 4 * sum(num_params(t.model) for t in before)
     disk += 16 * sum(map(num_params, beside))  # further sizes and the baseline, as the student
     images = f"{num_train} training images" if data else "1,000 training images (give --data for yours)"
     return [
         f"roughly, on this {device.type}: {_hours(seconds)}: {epochs.joint:.3g} + {epochs.distill:.3g} "
         f"epochs of {images}, {memory / 2**30:.2g} GiB of memory at batch {config.batch_size}, "
         f"{disk / 2**20:.3g} MiB on disk",
+        *probe_line(config),
     ]
 
 

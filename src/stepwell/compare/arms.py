@@ -21,7 +21,7 @@ from stepwell.config.commands import CompareConfig, CompressConfig
 from stepwell.config.files import PATHS, implied, make_config
 from stepwell.config.own_code import is_own_code
 from stepwell.errors import ConfigError
-from stepwell.paths import CONTROL_PATH, path_of
+from stepwell.paths import CONTROL_PATH, WHOLE_PATH, path_of, takes_teachers
 from stepwell.run.progress import say
 
 _NOT_OF_A_RUN = frozenset(CompareConfig.model_fields) - frozenset(CompressConfig.model_fields)
@@ -45,7 +45,7 @@ class Arm:
     def is_single_step(self) -> bool:
         """Whether it is its own control."""
         path = self.options.get("path")
-        return path == CONTROL_PATH or (path is not None and not path_of(path).cuts)
+        return path is not None and path_of(path).is_one_step
 
 
 @dataclass(frozen=True)
@@ -111,8 +111,8 @@ def run_arms(arms: Sequence[Arm], config: CompareConfig, out: Path) -> list[Row]
             if not arm.is_single_step and not _has_control(arm, arms, config):
                 epochs = searched[arm.name].epochs_of_equal_compute
                 length = {"epochs": round(epochs, 2), "budget_epochs": None}
-                options = {**arm.options, "path": CONTROL_PATH, **length}
-                controls[arm.name] = Arm(f"{CONTROL_PATH}, compute of {arm.name}", options)
+                options = {**arm.options, **_single_step_of(searched[arm.name]), **length}
+                controls[arm.name] = Arm(f"{options['path']}, compute of {arm.name}", options)
         searched |= _search(list(controls.values()), config, out, searched_with, "controls")
     everyone: list[tuple[Arm, str | None]] = []
     for arm in arms:
@@ -131,6 +131,14 @@ def run_arms(arms: Sequence[Arm], config: CompareConfig, out: Path) -> list[Row]
         best = searched[arm.name]
         rows.append(Row(arm, best.options["lr"], [best, *cells], control_of))
     return rows
+
+
+def _single_step_of(cell: CellResult) -> dict[str, Any]:
+    """The path of the control of a run, with the same losses: where that has cut nothing, nothing is cut."""
+    made = make_config(CompressConfig, {name: cell.options[name] for name in ("path", "student")})
+    if path_of(made.path).cuts(made):
+        return {"path": CONTROL_PATH}
+    return {"path": WHOLE_PATH, "feature_loss": cell.options["feature_loss"]}
 
 
 def _has_control(arm: Arm, arms: Sequence[Arm], config: CompareConfig) -> bool:
@@ -189,6 +197,8 @@ def cell_of(arm: Arm, config: CompareConfig, out: Path, seed: int, lr: float | N
     values = {**given_to_runs(config), **arm.options, "seed": seed, "control": "none"}
     if lr is not None and "lr" not in arm.options:
         values["lr"] = lr
+    if not takes_teachers(values.get("path", "")):
+        values.pop("teachers", None)  # they are of other arms
     name = slug(arm.name) + (f"-lr-{lr:g}" if lr is not None and config.lrs else "")
     values["out_dir"] = out / "unfinished" / f"{name}-{seed}"
     return Cell(arm.name, make_config(CompressConfig, values), out / "cells" / f"{name}-{seed}.json")

@@ -23,8 +23,10 @@ from stepwell.config.own_code import file_digest, is_own_code
 from stepwell.errors import DivergedError, RunDirError, StepwellError
 from stepwell.measure.hardware import hardware
 from stepwell.measure.size import count_macs, num_params
+from stepwell.models.card import WEIGHTS, find_model_dir
 from stepwell.paths import path_of
 from stepwell.paths.begin import begin
+from stepwell.paths.path import ladder_of
 from stepwell.paths.plan import expected_epochs
 from stepwell.report.result import CandidateResult, SelectionResult, TriedResult
 from stepwell.run import progress
@@ -32,8 +34,6 @@ from stepwell.run.run_dir import write_atomically
 from stepwell.setting.rungs import student_below, teacher_of
 from stepwell.setting.setting import Setting
 from stepwell.stages.deliver import Finished, bill_of, trainings_of, tried_result
-from stepwell.stages.grid import grid
-from stepwell.stages.score import score
 from stepwell.tasks.classification import evaluate
 from stepwell.version import __version__
 
@@ -155,10 +155,19 @@ def options_of(config: CompressConfig) -> dict[str, Any]:
             options[name] = value.name  # where a file lies is another place on every machine
     if config.student_weights is not None:
         options["student_weights_file"] = sha256(config.student_weights.read_bytes()).hexdigest()
+    options["teachers"] = [Path(name).name for name in config.teachers]
+    if weights := [_weights_digest(Path(name)) for name in config.teachers if Path(name).is_dir()]:
+        options["teachers_files"] = weights
     for name in ("logit_loss", "feature_loss"):
         if is_own_code(options[name]):
             options[f"{name}_file"] = file_digest(options[name])
     return options
+
+
+def _weights_digest(folder: Path) -> str:
+    """Of a teacher that lies in a folder: who trains it anew has another one under the same name."""
+    file = (find_model_dir(folder) or folder) / WEIGHTS
+    return sha256(file.read_bytes()).hexdigest() if file.exists() else ""
 
 
 def run_cell(cell: Cell) -> CellResult:
@@ -215,7 +224,7 @@ def _look(cell: Cell, s: Setting, finished: Finished) -> CellResult:
 
 def _look_at_wreck(cell: Cell, s: Setting, error: DivergedError) -> CellResult:
     path = path_of(cell.config.path)
-    ladder = grid(s, score(s), path.rungs)  # finished before the first training, and only read
+    ladder = ladder_of(s, path)  # finished before the first training, and only read
     epochs, costs = expected_epochs(s, ladder, path.bill), s.costs(ladder.scales)
     bill = path.bill(costs, epochs, s.config)
     return _result(

@@ -140,6 +140,8 @@ _TABLE_3 = {
 
 OTHER_ARCHITECTURE: Suite = "scalekd"
 """A transformer teaches a CNN."""
+SEVERAL_TEACHERS: Suite = "several-teachers"
+"""A chain of slices of one teacher, and several teachers one after another."""
 _WHOLE = {"path": "scalekd"}
 _WITH_LOGITS = {**_WHOLE, "task_weight": 0.5, "logit_weight": 0.5}
 
@@ -211,6 +213,12 @@ ARMS: dict[Suite, tuple[Arm, ...]] = {
         Arm("CAP, DFM", {**_WITH_LOGITS, "feature_args": {"tpp": 0.0}}),
         Arm("CAP, TPP", {**_WITH_LOGITS, "feature_args": {"alternative": 0.0}}),
         Arm("CAP, DFM, TPP", _WITH_LOGITS),
+    ),
+    # Table 6: of ViT-S; which teachers were there besides is not known to us.
+    SEVERAL_TEACHERS: (
+        Arm("single-step", {"path": "single-step"}),
+        Arm("amd", {"path": "amd"}, 79.17),
+        Arm("curriculum", {"path": "curriculum"}, 78.91),
     ),
     **{suite: _arms_of_pair(suite, pair) for suite, pair in PAIRS.items()},
 }

@@ -33,7 +33,7 @@ TaskName = Literal["classification", "multi-label", "features"]
 
 Suite = Literal[
     "losses", "candidates", "optimizer", "weights", "depth", "steps",
-    "resnet-pair", "wrn-pair", "vgg-pair", "imagenet-pair", "scalekd",
+    "resnet-pair", "wrn-pair", "vgg-pair", "imagenet-pair", "scalekd", "several-teachers",
 ]  # fmt: skip
 
 
@@ -242,6 +242,12 @@ class TaskOptions(Options):
     latency_ms: Positive | None = None
     """Budget instead of --keep: milliseconds per image (onnxruntime, CPU, batch 1), measured on exported
     candidates before anything is trained."""
+    probe: bool = False
+    """First give --teacher, a model of timm without classes or with others, a linear classifier for those of
+    the folder, trained on its frozen features (a linear probe). A stage of the run, and on its bill; `train
+    --probe` does it once for several runs."""
+    probe_epochs: Positive = 10.0
+    """Passes over the images of that training."""
     out_dir: Path | None = None
     """Run directory; the same command on an unfinished one resumes where it stopped."""
 

@@ -12,7 +12,9 @@ from stepwell.config.options import MetricOption, Options
 Rule = Literal[
     "performance", "npsd", "npsd-chord-teacher", "npsd-chord-student", "lambda", "thrift", "nearest-2.5"
 ]
-Way = Literal["amd", "amd-manual", "auto", "single-step", "takd", "dgkd", "mmd", "mmd-os", "scalekd"]
+Way = Literal[
+    "amd", "amd-manual", "auto", "single-step", "takd", "dgkd", "mmd", "mmd-os", "scalekd", "curriculum",
+]  # fmt: skip
 
 
 class ScoreOptions(Options):
@@ -102,7 +104,12 @@ class PathOptions(Options):
     every candidate. auto: as amd, but two short trials say whether the assistant or the teacher itself goes
     on to teach the student. single-step: no assistant. takd: the assistants given, one after another. dgkd:
     likewise, each taught by all larger ones. mmd: every candidate trained by itself, and a student via each.
-    mmd-os: the same, one chosen. scalekd: the teacher, of any kind, stays whole and teaches --student."""
+    mmd-os: the same, one chosen. scalekd: the teacher, of any kind, stays whole and teaches --student.
+    curriculum: --teachers, of any kinds, teach the student one after another, and at last --teacher does."""
+    teachers: tuple[str, ...] = ()
+    """The other teachers of curriculum, each a timm name, the folder of a finished run, or FILE.py:FACTORY.
+    Their order is found: before each comes the one whose features lead to its own most cheaply. --teacher is
+    the best and the last, what all is measured against."""
     assistants: tuple[Fraction, ...] = (0.5,)
     """Keep ratios of the assistants of takd and dgkd."""
     num_assistants: Count = 1

@@ -16,6 +16,8 @@ from stepwell.config.path_options import JointOptions
 from stepwell.run.run_dir import StageResult
 from stepwell.training.statistics import NUM_IMAGES
 
+NEEDED_BY_ALL = ("score", "probe")
+"""Stages that every way down from the teacher needs: no budget and no control is charged with them."""
 TRIAL_SHARE = 0.05
 """Share of the budget that each learning rate of `--tune` is tried with."""
 
@@ -25,6 +27,21 @@ class Epochs(StageResult):
 
     joint: float
     distill: float
+
+
+@dataclass(frozen=True)
+class OtherTeacher:
+    """One of several teachers, as far as it costs.
+
+    Attributes:
+        scale: Its multiply-accumulates, as a share of the last teacher's.
+        loss: What the loss between it and the student costs by itself, as in `Costs`.
+        pretraining_loss: The same in a pretraining.
+    """
+
+    scale: float
+    loss: float = 0.0
+    pretraining_loss: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -42,6 +59,8 @@ class Costs:
         has_statistics: Whether models keep statistics of batches, which are recomputed on the scored images.
         slice_loss: What the loss costs between slices of one model, where the student is none of them.
         slice_pretraining_loss: The same in a pretraining.
+        is_mapped: Whether the student is measured through a map that is fitted on the scored images.
+        other_teachers: Where the student has several teachers one after another: all but the last.
     """
 
     options: CompressConfig
@@ -54,6 +73,8 @@ class Costs:
     has_statistics: bool = False
     slice_loss: float | None = None
     slice_pretraining_loss: float | None = None
+    is_mapped: bool = False
+    other_teachers: Sequence[OtherTeacher] = ()
 
     @property
     def scoring(self) -> float:
@@ -107,11 +128,38 @@ class Costs:
     def keeping_best(self, epochs: float, student: float) -> float:
         """Evaluations in the middle of a training of `epochs`, if the best weights are to be kept."""
         every = self.options.keep_best
-        return epochs / every * self.evaluating(student) if every else 0.0
+        mapped = self.is_mapped * self._num_scored * student
+        return epochs / every * (self.evaluating(student) + mapped) if every else 0.0
 
     def single_step(self, epochs: float) -> float:
         """Distilling the student straight from the teacher."""
         return self.step_down(epochs, self.student, [1.0])
+
+    @property
+    def probing(self) -> float:
+        """Training the teacher's classifier on its frozen features, and evaluating it."""
+        if not self.options.probe:
+            return 0.0
+        epochs, every = self.options.probe_epochs, self.options.keep_best
+        evaluations = 1 + (epochs / every if every else 0)
+        return epochs * self.num_train + evaluations * self.evaluating(1.0)
+
+    @property
+    def arranging(self) -> float:
+        """Putting several teachers in order: each runs on the scored and on the selection images."""
+        scales = [1.0, *(teacher.scale for teacher in self.other_teachers)]
+        return self._num_scored * sum(scales) + self.evaluating(*scales)
+
+    def taught_by_other(self, epochs: float, teacher: OtherTeacher) -> float:
+        """Distilling the student from one of the other teachers; it is no slice of that one."""
+        between = replace(
+            self,
+            loss=teacher.loss,
+            pretraining_loss=teacher.pretraining_loss,
+            slice_loss=None,
+            slice_pretraining_loss=None,
+        )
+        return between.step_down(epochs, self.student, [teacher.scale])
 
     @property
     def trial_epochs(self) -> float:
@@ -131,8 +179,8 @@ class Costs:
         return len(rates) * (self.single_step(self.trial_epochs) + self.evaluating(self.student))
 
     def equal_compute_epochs(self, bill: Mapping[str, float]) -> float:
-        """Epochs of a single step that cost as much as all of `bill` but the scores, which it needs too."""
-        passes = sum(bill.values()) - bill.get("score", 0.0)
+        """Epochs of a single step that cost as much as all of `bill` but what it needs, too."""
+        passes = sum(cost for stage, cost in bill.items() if stage not in NEEDED_BY_ALL)
         before = self._pretraining(1, 1.0, self.student, 1.0)
         main = self.single_step(1) - before
         if self.options.first_epochs is None:

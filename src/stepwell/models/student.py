@@ -42,7 +42,7 @@ class OtherStudent:
 
 def build_student(
     options: StudentOptions,
-    num_classes: int,
+    num_classes: int | None,
     spec: InputSpec,
     seed: int,
     module: nn.Module | None = None,
@@ -55,7 +55,8 @@ def build_student(
 
     Args:
         options: What it is, and which weights it starts from.
-        num_classes: Those of the teacher, or the numbers in its embedding.
+        num_classes: Those of the teacher, or the numbers in its embedding; None for a backbone without a last
+            layer, whose features are as wide as they are.
         spec: The teacher's input: the student gets the same images.
         seed: Of the random weights.
         module: The module that `--student` stands for, where the caller built it; a copy is taken.
@@ -79,7 +80,7 @@ def build_student(
         elif is_own_code(name):
             model, architecture = load_factory(name)(), Architecture(source="factory", name=name)
         else:
-            model, architecture = _from_timm(options, num_classes, spec, flag)
+            model, architecture = _from_timm(options, num_classes or 0, spec, flag)
     if options.student_weights is not None:  # first: they are the file's own, before anything is folded
         whole = own_module.unwrapped(model)
         load_start(whole, options.student_weights, options.student_weights_key, f"{flag}-weights-key")
@@ -88,7 +89,7 @@ def build_student(
     # A slice of the teacher is trained as a whole, and so is this.
     model = model.eval().requires_grad_(True)
     classes = check_runs(model, spec, f"{flag} {name}", f"{flag}-args or another model")
-    if classes != num_classes:
+    if num_classes is not None and classes != num_classes:
         if embeds:
             raise ConfigError(
                 f"{flag} {name} returns {classes} numbers, and the teacher an embedding of {num_classes}: "

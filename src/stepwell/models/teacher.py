@@ -51,6 +51,7 @@ class Teacher:
         trained_on: Fingerprint of the data that stepwell trained it on, or None.
         notes: What was found out about it that a careful reader should be told.
         task: What it was trained for, where something says that.
+        own_spec: The images that it was trained on, where those of `spec` are brought to them on the way in.
     """
 
     model: nn.Module
@@ -63,6 +64,7 @@ class Teacher:
     trained_on: str | None = None
     notes: tuple[str, ...] = ()
     task: TaskName | None = None
+    own_spec: InputSpec | None = None
 
     @property
     def is_own_module(self) -> bool:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from stepwell.config.commands import CompressConfig
 from stepwell.config.path_options import Way
-from stepwell.paths import amd, amd_manual, auto, dgkd, mmd, mmd_os, scalekd, single_step, takd
+from stepwell.errors import ConfigError
+from stepwell.paths import amd, amd_manual, auto, curriculum, dgkd, mmd, mmd_os, scalekd, single_step, takd
 from stepwell.paths.path import Path
 
 CONTROL_PATH: Way = "single-step"
 """The path of a control: every comparison of paths is one with it."""
+WHOLE_PATH: Way = "scalekd"
+"""The same where nothing of the teacher is cut."""
 
 
 def path_of(name: Way) -> Path:
@@ -31,3 +35,26 @@ def path_of(name: Way) -> Path:
             return mmd_os.PATH
         case "scalekd":
             return scalekd.PATH
+        case "curriculum":
+            return curriculum.PATH
+
+
+def takes_teachers(name: str) -> bool:
+    """Whether a path has several teachers."""
+    return name == "curriculum"
+
+
+def checked_path(options: CompressConfig) -> Path:
+    """The way that `--path` names, which takes these options.
+
+    Raises:
+        ConfigError: It does not.
+    """
+    path = path_of(options.path)
+    path.check(options)
+    if options.teachers and not takes_teachers(options.path):
+        raise ConfigError(
+            f"--teachers teach one after another with --path curriculum, and --path {options.path} has one: "
+            f"leave them out, or take that path"
+        )
+    return path

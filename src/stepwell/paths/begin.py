@@ -15,15 +15,18 @@ from stepwell.errors import ConfigError
 from stepwell.models.card import digest
 from stepwell.models.input import as_asked
 from stepwell.models.teacher import load_teacher, teacher_from_module
-from stepwell.paths import path_of
+from stepwell.paths import checked_path
 from stepwell.paths.path import say_what_is_not_read
+from stepwell.paths.probe import probe, with_head
 from stepwell.run.observer import Observer
 from stepwell.run.progress import say
 from stepwell.run.run_dir import RunDir
 from stepwell.setting.baseline import with_baseline
 from stepwell.setting.export_trial import try_export
+from stepwell.setting.own_width import check_all_is_trained
 from stepwell.setting.prepare import prepare, read_images
 from stepwell.setting.setting import Setting
+from stepwell.setting.teachers import with_other_teachers
 
 
 def begin(
@@ -44,20 +47,27 @@ def begin(
     """
     require(config, "compress", "teacher", "data", "out_dir")
     assert config.out_dir is not None
-    path = path_of(config.path)
-    path.check(config)
+    path = checked_path(config)
     say_what_is_not_read(config)
     data = resolve_data(config)
     if module is not None:
         teacher = teacher_from_module(module, None)
     else:
         teacher = load_teacher(
-            config.teacher, config.teacher_weights, config.model_args, len(data.classes), config.weights_key
+            config.teacher,
+            config.teacher_weights,
+            config.model_args,
+            0 if config.probe else len(data.classes),
+            config.weights_key,
         )
+    teacher = with_head(teacher, data, config)
     spec = as_asked(teacher.spec, teacher.model, config, data.white_level)
     teacher = replace(teacher, spec=spec)
     # Every check comes before the folder is made.
-    s = with_baseline(prepare(config, RunDir(config.out_dir, observer), teacher, data, student, path.cuts))
+    cuts = path.cuts(config)
+    s = with_baseline(prepare(config, RunDir(config.out_dir, observer), teacher, data, student, cuts))
+    s = with_other_teachers(s)
+    check_all_is_trained(s)
     if not (config.out_dir / "result.json").exists():
         read_images(s)
     begun = any(config.out_dir.glob("stages/[!.]*/result.json"))
@@ -65,9 +75,9 @@ def begin(
         try_export(s)
     RunDir.open(config.out_dir, config)
     s.run.check_identity(_identity(s))
-    for note in s.teacher.notes:
+    for note in (note for each in (s, *s.other_teachers) for note in each.teacher.notes):
         say(note)
-    return s
+    return probe(s)
 
 
 def _identity(s: Setting) -> dict[str, str]:
@@ -79,6 +89,8 @@ def _identity(s: Setting) -> dict[str, str]:
         identity["student"] = digest(s.other_student.model)
     if s.baseline is not None and s.baseline.other_student is not None:
         identity["baseline"] = digest(s.baseline.other_student.model)
+    if s.other_teachers:
+        identity["teachers"] = " ".join(other.teacher.digest for other in s.other_teachers)
     for option, loss in (("--logit-loss", s.config.logit_loss), ("--feature-loss", s.config.feature_loss)):
         if is_own_code(loss):
             identity[option] = file_digest(loss)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from stepwell.config.commands import DEFAULT_EPOCHS, TrainConfig
-from stepwell.data.batches import Batch, EvalBatches, TrainBatches
+from stepwell.data.batches import EvalBatches, TrainBatches
 from stepwell.data.splits import resolve_data
 from stepwell.errors import ConfigError
 from stepwell.measure.cost import Seconds, epochs_in
@@ -25,29 +22,12 @@ from stepwell.run.device import autocast_of, set_up_torch
 from stepwell.run.progress import say
 from stepwell.run.run_dir import RunDir, Stage, writing
 from stepwell.setting.classes import in_order_of_model
-from stepwell.tasks.task import Task, task_of
+from stepwell.tasks.task import task_of
+from stepwell.training.from_labels import LabelStep, freeze_but_classifier
 from stepwell.training.handed_on import performance_of
 from stepwell.training.loop import Course, Trained, fit, seconds_per_step
 from stepwell.training.optimizer import layer_scales, no_decay_of
 from stepwell.version import __version__
-
-
-@dataclass(frozen=True)
-class LabelStep:
-    """The task's loss with the labels, softened."""
-
-    task: Task
-    model: nn.Module
-    label_smoothing: float
-    autocast: torch.autocast
-
-    def __call__(self, batch: Batch, step: int, progress: float = 0.0) -> Mapping[str, Tensor]:
-        """Forward and backward; returns the loss, detached."""
-        with self.autocast:
-            logits = self.model(batch.images)
-        loss = self.task.loss_per_image(logits, batch.labels, self.label_smoothing).mean()
-        loss.backward()
-        return {"loss": loss.detach()}
 
 
 def train(config: TrainConfig) -> str:
@@ -141,14 +121,7 @@ def _trained_names(config: TrainConfig, model: nn.Module, fresh: tuple[str, ...]
     names = [name for name, _ in model.named_parameters()]
     if not config.probe:
         return names
-    found = cast(Any, model).get_classifier() if hasattr(model, "get_classifier") else None
-    heads = found if isinstance(found, (tuple, list)) else [found]
-    ids = {id(p) for head in heads if isinstance(head, nn.Module) for p in head.parameters()}
-    if not ids:
-        raise ConfigError(f"--probe: this {type(model).__name__} says of no layer that it is its classifier")
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(id(parameter) in ids or name in fresh)
-    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    return freeze_but_classifier(model, fresh)
 
 
 def _fit(

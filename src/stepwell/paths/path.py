@@ -13,14 +13,16 @@ from stepwell.errors import ConfigError
 from stepwell.measure.cost import Costs, Epochs
 from stepwell.measure.estimate import Losses
 from stepwell.models.ladder import Ladder
+from stepwell.pruning.units import Candidate
 from stepwell.report.result import Choice
 from stepwell.run.progress import say
-from stepwell.setting.bill import CONTROL_STAGE, bill_of, trainings_of
+from stepwell.setting.bill import CONTROL_STAGE, PROBE_STAGE, bill_of, trainings_of
 from stepwell.setting.rungs import Rung, student_below, teacher_of
 from stepwell.setting.setting import Setting
 from stepwell.stages.deliver import Finished
 from stepwell.stages.distill import distill
-from stepwell.stages.grid import Rungs
+from stepwell.stages.grid import Rungs, grid
+from stepwell.stages.score import score
 
 R = TypeVar("R")
 R_co = TypeVar("R_co", covariant=True)
@@ -49,6 +51,7 @@ class Path:
         losses: Given the number of rungs, how many losses it keeps and computes at once.
         check: Refuses options that it does not take, with a ConfigError.
         cuts: Whether slices of the teacher are made on it; if not, any teacher will do.
+        is_one_step: Whether it is a single step from the teacher, so that it is its own control.
     """
 
     rungs: Rungs
@@ -56,7 +59,34 @@ class Path:
     descend: Descend
     losses: Callable[[int, CompressConfig], Losses] = lambda _num_rungs, _options: Losses()
     check: Callable[[CompressConfig], None] = lambda _options: None
-    cuts: bool = True
+    cuts: Callable[[CompressConfig], bool] = lambda _options: True
+    is_one_step: bool = False
+
+
+def ladder_of(s: Setting, path: Path) -> Ladder:
+    """The candidates that a path stands on: scored and laid out, or none where the teacher stays whole."""
+    return grid(s, score(s), path.rungs) if path.cuts(s.config) else no_ladder(s)
+
+
+def no_ladder(s: Setting) -> Ladder:
+    """A ladder without a rung of the teacher's: the other student's share of its operations, no widths."""
+    assert s.other_scale is not None, "a path that does not cut has another student"
+    return Ladder(teacher=s.card({}), candidates=[Candidate(1.0, {})], scales=[s.other_scale])
+
+
+def say_what_does_nothing(options: CompressConfig) -> None:
+    """Where the teacher stays whole, options of what is cut have no meaning."""
+    given = {
+        "--keep": options.keep_ratio,
+        "--macs": options.macs,
+        "--params": options.params,
+        "--latency-ms": options.latency_ms,
+        "--cut": options.cut if options.cuts_channels else None,
+        "--repair": options.repair or None,
+    }
+    for flag in (flag for flag, value in given.items() if value is not None):
+        told = f"the student is {options.student}, whatever its size"
+        say(f"{flag} does nothing with --path {options.path}: {told}")
 
 
 def finish(
@@ -85,7 +115,7 @@ def finish(
     costs, control = s.costs(ladder.scales), None
     if s.config.control != "none":
         equal = costs.equal_compute_epochs(bill_of(s.run))
-        total = sum(training.epochs for training in trainings_of(s.run).values())
+        total = sum(t.epochs for name, t in trainings_of(s.run).items() if name != PROBE_STAGE)
         length = equal if s.config.control == "equal_compute" else total
         teacher = teacher_of(s)
         control = distill(

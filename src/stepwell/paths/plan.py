@@ -18,6 +18,7 @@ from dataclasses import replace
 
 from stepwell.config.commands import CompressConfig
 from stepwell.measure.cost import (
+    NEEDED_BY_ALL,
     NO_TIME,
     Costs,
     Epochs,
@@ -54,7 +55,9 @@ def expected_epochs(s: Setting, ladder: Ladder, bill: Bill) -> Epochs:
     # The bill and a single step have their pretraining both, so that it is counted once.
     seconds = seconds_of_step(s, teacher_of(s), student_below(s, ladder, teacher_of(s)))
     passes = bill(costs, Epochs(joint=1, distill=1), s.config)
-    share = (sum(passes.values()) - passes["score"]) / costs.single_step(1)
+    # What was done before the plan has been taken off the minutes.
+    before = passes["score"] + passes.get("arrange", 0.0)
+    share = (sum(passes.values()) - before) / costs.single_step(1)
     epochs = epochs_in(minutes, seconds * share)
     say(f"plan: {epochs:.1f} epochs of each training fit into {minutes:.3g} minutes")
     return Epochs(joint=epochs, distill=epochs)
@@ -160,7 +163,7 @@ def _for_the_rest(s: Setting, ladder: Ladder, chain: Sequence[Rung], num_more: i
     assert s.config.budget is not None
     costs, spent = s.costs(ladder.scales), bill_of(s.run)
     budget = costs.single_step(s.config.budget)
-    left = budget - reserved - sum(passes for stage, passes in spent.items() if stage != "score")
+    left = budget - reserved - sum(passes for stage, passes in spent.items() if stage not in NEEDED_BY_ALL)
 
     def cost(epochs: float) -> float:
         steps = itertools.pairwise(chain)

@@ -11,12 +11,9 @@ from __future__ import annotations
 from stepwell.config.commands import CompressConfig
 from stepwell.errors import ConfigError
 from stepwell.measure.cost import Costs, Epochs
-from stepwell.models.ladder import Ladder
-from stepwell.paths.path import Deliver, Path, R, finish
+from stepwell.paths.path import Deliver, Path, R, finish, no_ladder, say_what_does_nothing
 from stepwell.paths.plan import plan
 from stepwell.paths.tune import tune
-from stepwell.pruning.units import Candidate
-from stepwell.run.progress import say
 from stepwell.setting.rungs import student_below, teacher_of
 from stepwell.setting.setting import Setting
 from stepwell.stages.distill import distill
@@ -33,12 +30,6 @@ def descend(s: Setting, deliver: Deliver[R]) -> R:
     return deliver(s, finish(s, ladder, epochs, student, [], WAY))
 
 
-def no_ladder(s: Setting) -> Ladder:
-    """A ladder without a rung of the teacher's: the other student's share of its operations, no widths."""
-    assert s.other_scale is not None, "`check` asks for a student"
-    return Ladder(teacher=s.card({}), candidates=[Candidate(1.0, {})], scales=[s.other_scale])
-
-
 def check(options: CompressConfig) -> None:
     """There must be a student; a budget is for what is cut, and has no meaning here.
 
@@ -49,16 +40,7 @@ def check(options: CompressConfig) -> None:
         raise ConfigError(
             "--path scalekd needs --student NAME: the teacher is not cut, it teaches another architecture"
         )
-    given = {
-        "--keep": options.keep_ratio,
-        "--macs": options.macs,
-        "--params": options.params,
-        "--latency-ms": options.latency_ms,
-        "--cut": options.cut if options.cuts_channels else None,
-        "--repair": options.repair or None,
-    }
-    for flag in (flag for flag, value in given.items() if value is not None):
-        say(f"{flag} does nothing with --path scalekd: the student is {options.student}, whatever its size")
+    say_what_does_nothing(options)
 
 
 def rungs(_student: float, _options: CompressConfig) -> list[float]:
@@ -66,9 +48,14 @@ def rungs(_student: float, _options: CompressConfig) -> list[float]:
     return [1.0]
 
 
+def cuts(_options: CompressConfig) -> bool:
+    """The teacher stays whole."""
+    return False
+
+
 def bill(costs: Costs, epochs: Epochs, _options: CompressConfig) -> dict[str, float]:
     """One training, against the teacher; nothing is scored."""
     return {"score": 0.0, "distill": costs.single_step(epochs.distill)}
 
 
-PATH = Path(rungs=rungs, bill=bill, descend=descend, check=check, cuts=False)
+PATH = Path(rungs=rungs, bill=bill, descend=descend, check=check, cuts=cuts, is_one_step=True)

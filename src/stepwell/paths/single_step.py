@@ -35,4 +35,4 @@ def bill(costs: Costs, epochs: Epochs, _options: CompressConfig) -> dict[str, fl
     return {"score": costs.scoring, "distill": costs.single_step(epochs.distill)}
 
 
-PATH = Path(rungs=rungs, bill=bill, descend=descend)
+PATH = Path(rungs=rungs, bill=bill, descend=descend, is_one_step=True)

@@ -15,20 +15,22 @@ from stepwell.models.export import export_onnx, temporary_folder
 from stepwell.report.result import ModelResult
 from stepwell.run.progress import say
 from stepwell.tasks import embedding
+from stepwell.tasks.measures import Forward
 from stepwell.tasks.task import Answers, Task
 
 
-def neighbours_top1(model: nn.Module, known: EvalBatches, answers: Answers, truth: Tensor) -> float:
+def neighbours_top1(model: nn.Module, known: EvalBatches, test: EvalBatches, truth: Tensor) -> float:
     """Top1 of the nearest neighbours by a model's embeddings.
 
     Args:
         model: It returns embeddings.
         known: Training images, with their classes.
-        answers: Its embeddings of the test images.
+        test: The images whose neighbours are looked for.
         truth: The classes of these.
     """
     bank = embedding.evaluate(model, known, "embeddings of the training images").probabilities
-    return embedding.nearest(bank, known.labels, answers.probabilities, truth)
+    asked = embedding.evaluate(model, test, "embeddings of the test images").probabilities
+    return embedding.nearest(bank, known.labels, asked, truth)
 
 
 def figures_of(
@@ -41,6 +43,7 @@ def figures_of(
     teacher_macs: int,
     keep_ratio: float,
     threads: int,
+    measured: Forward | None = None,
 ) -> tuple[ModelResult, Answers]:
     """A model's figures, and its answers on the test images.
 
@@ -54,10 +57,11 @@ def figures_of(
         teacher_macs: Operations of the teacher, for the model's scale.
         keep_ratio: Fraction of units kept.
         threads: CPU threads of onnxruntime and of eager torch.
+        measured: What is measured in place of the model's own answers, if anything.
     """
     selection, test = images
-    on_selection = task.evaluate(model, selection, f"{name}: selection images")
-    answers = task.predict(model, test, f"{name}: test images")
+    on_selection = task.evaluate(measured or model, selection, f"{name}: selection images")
+    answers = task.predict(measured or model, test, f"{name}: test images")
     with temporary_folder() as folder:
         say(f"  {name}: exporting and timing")
         onnx_file, not_exported = folder / ONNX, ""

@@ -62,10 +62,12 @@ RULES = {
 """What each selection rule looks at; the largest value wins."""
 STAGES = {
     "score": "score heads, neurons and filters",
+    "probe": "train the teacher's classifier",
     "grid": "find the widths of all candidates",
     "plan": "fix the epochs",
     "joint": "train all candidates together",
     "select": "choose the assistant",
+    "arrange": "find the order of the teachers",
     "distill": "distil the student",
     "choose": "compare the students",
     "control": "control: teacher straight to student",
@@ -78,6 +80,7 @@ def stage(name: str) -> str:
     """What a stage does, for people; those of a chain are numbered or named by what the assistant keeps."""
     return STAGES.get(name) or {
         "assistant": f"train {name}",
+        "teacher": f"taught by {name}",
         "tune": f"try learning rate {name.removeprefix('tune ')}",
         "pilot": f"trial: taught by the {name.removeprefix('pilot ')}",
         "distill": f"student {name.removeprefix('distill ')}",

@@ -10,6 +10,8 @@ CONTROL_STAGE = "control"
 """Stage in which the same student is trained straight from the teacher; it is no part of the path's cost."""
 BASELINE_STAGE = "baseline"
 """Stage in which a stock network is trained by the teacher; likewise."""
+PROBE_STAGE = "probe"
+"""Stage in which the teacher gets its classifier: every way down from it needs that."""
 _SIZE = "size "
 
 

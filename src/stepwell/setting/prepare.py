@@ -71,7 +71,9 @@ def prepare(
     """
     if not data.labelled and teacher_task(teacher, config) != "features":
         check_no_labels_needed(config, data.source)
-    teacher, data = settle(teacher, data, config, find_device(config.device))
+    # A classifier that is still to be trained has the order of the images' classes.
+    options = config.model_copy(update={"class_order": None}) if config.probe else config
+    teacher, data = settle(teacher, data, options, find_device(config.device))
     check_suits_task(config, data)
     teacher.model.cpu()
     num_classes = check_runs(teacher.model, teacher.spec, teacher.name, "--image-size")
@@ -100,6 +102,13 @@ def prepare(
     s = Setting(config, run, teacher, groups, other_student, data, names, device)
     _check_something_to_learn(s)
     s = _with_training_mode(s, cuts)
+    if other_student is not None and s.has_own_width:
+        width = check_runs(other_student.model, s.spec, f"--student {other_student.name}", "--student-args")
+        fitted_on = min(config.score_images, len(data.train))
+        s = s.with_note(
+            f"the student is a backbone that returns {width} numbers of its own: its cosine is that of the "
+            f"best linear map of them, fitted on {fitted_on:,} training images, which is in no file"
+        )
     if other_student is None:
         return replace(s, loss_macs=try_losses(s, is_other=False))
     sliced = try_losses(s, is_other=False) if cuts else None
@@ -131,7 +140,13 @@ def _other_student(
     if config.student is None:
         return None
     spec, model = teacher.spec, teacher.model
-    return build_student(config, num_classes, spec, config.seed, student, model, embeds=embeds)
+    wanted = None if embeds and not config.logit_weight else num_classes
+    if wanted is None and "num_classes" in config.student_args:
+        raise ConfigError(
+            "--logit-weight 0 makes the student a backbone, whose last layer nothing would train: leave out "
+            "--student-args num_classes"
+        )
+    return build_student(config, wanted, spec, config.seed, student, model, embeds=embeds)
 
 
 def _check_something_to_learn(s: Setting) -> None:

@@ -20,7 +20,7 @@ from stepwell.errors import ConfigError, DataError
 from stepwell.losses.distillation import Phase
 from stepwell.losses.output import TrainingImages
 from stepwell.losses.scalekd.stages import Stages, find_stages
-from stepwell.measure.cost import Costs
+from stepwell.measure.cost import Costs, OtherTeacher
 from stepwell.measure.size import count_macs
 from stepwell.models.card import Architecture, Card
 from stepwell.models.student import OtherStudent
@@ -53,6 +53,8 @@ class Setting:
             phase of a training.
         slice_loss_macs: The same of the loss between slices of one model, where that is another one.
         baseline: The same setting with a stock network as the student, where one is asked for.
+        other_teachers: The same setting under each of `--teachers`, where the student has several.
+        unit_macs: Multiply-accumulates of one pass, where `teacher` is one of these and not the last.
     """
 
     config: CompressConfig
@@ -66,6 +68,8 @@ class Setting:
     loss_macs: Mapping[Phase, float] = field(default_factory=dict)
     slice_loss_macs: Mapping[Phase, float] | None = None
     baseline: Setting | None = None
+    other_teachers: tuple[Setting, ...] = ()
+    unit_macs: int | None = None
 
     @property
     def model(self) -> nn.Module:
@@ -88,9 +92,17 @@ class Setting:
         return self.data.labelled and self.data.task != "features"
 
     @property
+    def has_own_width(self) -> bool:
+        """Whether the student of another architecture returns features of its own, and no embedding like the
+        teacher's, which nothing would teach it."""
+        is_other = self.other_student is not None
+        return is_other and self.data.task == "features" and not self.config.logit_weight
+
+    @property
     def teacher_is_ours(self) -> bool:
-        """Whether stepwell trained the teacher on the same images, and so left out the same ones."""
-        return self.teacher.trained_on == self.data.fingerprint
+        """Whether stepwell trained all teachers on the same images, and so left out the same ones."""
+        trained_on = [s.teacher.trained_on for s in (self, *self.other_teachers)]
+        return all(fingerprint == self.data.fingerprint for fingerprint in trained_on)
 
     @cached_property
     def blocks(self) -> tuple[str, ...]:
@@ -117,12 +129,13 @@ class Setting:
         if other is None or not config.feature_weight or not config.feature_facts.reads_stages:
             return None
         found = []
-        for name, model, blocks in (
-            (f"--student {other.name}", other.model, other.blocks),
-            (self.teacher.name, self.model, compared_blocks(self.groups)),
+        own_size = (self.teacher.own_spec or self.spec).size
+        for name, model, blocks, size in (
+            (f"--student {other.name}", other.model, other.blocks, self.spec.size),
+            (self.teacher.name, self.model, compared_blocks(self.groups), own_size),
         ):
             device = next(model.parameters()).device
-            blank = torch.zeros(1, self.spec.channels, *self.spec.size, device=device)
+            blank = torch.zeros(1, self.spec.channels, *size, device=device)
             if (stages := find_stages(model, blank, blocks)) is None:
                 raise ConfigError(
                     f"--feature-loss {config.feature_loss}: {name} has no blocks that are known, so its "
@@ -138,8 +151,8 @@ class Setting:
 
     @cached_property
     def teacher_macs(self) -> int:
-        """Multiply-accumulates of the teacher for one image."""
-        return count_macs(self.model, self.spec)
+        """Multiply-accumulates of the teacher for one image; of several, of the last."""
+        return self.unit_macs or count_macs(self.model, self.spec)
 
     @cached_property
     def metric(self) -> Metric:
@@ -153,9 +166,23 @@ class Setting:
 
     def with_lr(self, lr: float) -> Setting:
         """The same with another peak learning rate; batches and counts do not depend on it, and are kept."""
-        other = replace(self, config=self.config.model_copy(update={"lr": lr}))
+        return self._but(config=self.config.model_copy(update={"lr": lr}))
+
+    def with_note(self, note: str) -> Setting:
+        """The same with something more to be told of its teacher."""
+        return self._but(teacher=replace(self.teacher, notes=(*self.teacher.notes, note)))
+
+    def _but(self, **changes: object) -> Setting:
+        """What was computed does not depend on the changes, and is kept."""
+        other = replace(self, **changes)  # pyright: ignore[reportArgumentType]
         vars(other).update({name: value for name, value in vars(self).items() if name not in vars(other)})
         return other
+
+    def under(self, other: Setting) -> Setting:
+        """One of `other_teachers` with this one's options, and its images, which are decoded once."""
+        taught = replace(other, config=self.config)
+        vars(taught).update(train=self.train, selection=self.selection)
+        return taught
 
     def fresh_student(self) -> nn.Module | None:
         """A copy of the untrained student of another architecture, on the device; None if there is none."""
@@ -175,6 +202,17 @@ class Setting:
             slice_loss=None if sliced is None else self._passes(sliced, "main"),
             slice_pretraining_loss=None if sliced is None else self._passes(sliced, "pretraining"),
             has_statistics=bool(norms_with_statistics(self.model)),
+            is_mapped=self.has_own_width,
+            other_teachers=[other.as_other_teacher for other in self.other_teachers],
+        )
+
+    @property
+    def as_other_teacher(self) -> OtherTeacher:
+        """What this one's teacher costs, who is one of several."""
+        return OtherTeacher(
+            count_macs(self.model, self.spec) / self.teacher_macs,
+            self._passes(self.loss_macs, "main"),
+            self._passes(self.loss_macs, "pretraining"),
         )
 
     def _passes(self, loss_macs: Mapping[Phase, float], phase: Phase) -> float:

@@ -67,10 +67,10 @@ def _check_embedding(config: CompressConfig) -> None:
     by_itself = {**config.logit_facts.implied, **config.feature_facts.implied}.get("task_weight", 1.0)
     if config.task_weight not in (0, by_itself):
         raise ConfigError("--task-weight: an embedding is learnt from the teacher alone; leave it out, or 0")
-    if config.student is not None and not config.logit_weight:
+    if config.student is not None and not config.logit_weight and config.baseline is not None:
         raise ConfigError(
-            f"--logit-weight 0: nothing else trains the last layer of --student {config.student}, which is "
-            f"to return the teacher's embedding; leave it out"
+            "--logit-weight 0 makes the student a backbone of its own width, and --baseline would return the "
+            "teacher's embedding: leave one of them out"
         )
     if config.label_smoothing:
         raise ConfigError("--label-smoothing softens labels, and an embedding is learnt from none")

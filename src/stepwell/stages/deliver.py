@@ -35,6 +35,7 @@ from stepwell.run.progress import say
 from stepwell.run.run_dir import StageResult, write_atomically, writing
 from stepwell.setting.bill import bill_of, cost_of, size_stage, trainings_of
 from stepwell.setting.images_used import images_used
+from stepwell.setting.own_width import measured
 from stepwell.setting.rungs import Rung
 from stepwell.setting.setting import Setting
 from stepwell.tasks.measures import Metric, performance
@@ -195,8 +196,9 @@ def better_on_selection(delivered: Delivered, metric: Metric) -> Literal["studen
 def tried_result(s: Setting, assistant: Rung, student: Rung) -> TriedResult:
     """Figures of a student that was taught by `assistant`."""
     name = f"via {assistant.keep_ratio:g}"
-    selection = s.task.evaluate(student.model, s.selection, f"{name}: selection images")
-    test = s.task.evaluate(student.model, s.test, f"{name}: test images")
+    forward = measured(s, student.model.eval(), is_other=student.is_other)
+    selection = s.task.evaluate(forward, s.selection, f"{name}: selection images")
+    test = s.task.evaluate(forward, s.test, f"{name}: test images")
     return TriedResult(
         keep_ratio=assistant.keep_ratio,
         scale=assistant.scale,
@@ -235,10 +237,11 @@ def _measure_all(s: Setting, finished: Finished) -> Delivered:
                 teacher_macs=s.teacher_macs,
                 keep_ratio=keep_ratio,
                 threads=s.config.latency_threads,
+                measured=measured(s, model, is_other=student.is_other and role in ("student", "control")),
             )
             if s.data.task == "features" and s.data.labelled and not s.data.train.is_multi_label:
                 truth = as_tensor(s.data.test.labels)
-                share = neighbours_top1(model, s.known, answers[role], truth)
+                share = neighbours_top1(model, s.known, s.test, truth)
                 figures[role] = figures[role].model_copy(update={"neighbours_right": share})
     return Delivered(
         teacher=figures["teacher"],

@@ -8,9 +8,10 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from stepwell.data.batches import Batch
 from stepwell.errors import DivergedError
@@ -22,8 +23,10 @@ from stepwell.models.ladder import Ladder
 from stepwell.report.wording import plural
 from stepwell.run.progress import say
 from stepwell.run.run_dir import Stage
+from stepwell.setting.own_width import measured
 from stepwell.setting.rungs import Rung, kept_channels, repair_rung
 from stepwell.setting.setting import Setting
+from stepwell.tasks.measures import Forward
 from stepwell.training.handed_on import performance_of
 from stepwell.training.lesson import Lesson
 from stepwell.training.loop import Course, Trained, fit
@@ -93,7 +96,8 @@ def try_out(s: Setting, ladder: Ladder, name: str, teacher: Rung, student: Rung,
                 courses = _courses(s, stage, step, student, epochs)
                 *_, trained = [fit(course, step, s.train, s.config, s.config) for course in courses]
                 trained = trained.model_copy(update={"tensors": _state(student)})
-                performance = _performance(s, student.model.eval(), name)
+                student.model.eval()
+                performance = _performance(s, measured(s, student.model, is_other=student.is_other), name)
                 if trained.num_steps < FEW_STEPS:
                     say(f"warning: {name} has {plural(trained.num_steps, 'step')}, which say little")
             except DivergedError as error:
@@ -111,7 +115,7 @@ def try_out(s: Setting, ladder: Ladder, name: str, teacher: Rung, student: Rung,
     return stage.result
 
 
-def _performance(s: Setting, model: nn.Module, name: str) -> float | None:
+def _performance(s: Setting, model: Forward, name: str) -> float | None:
     """On the selection images; None where the model answers with what is not a number."""
     is_finite = []
 
@@ -133,7 +137,14 @@ def _courses(s: Setting, stage: Stage, step: DistillStep, student: Rung, epochs:
         lr=s.config.distill_lr or s.config.lr,
         no_decay=no_decay_of(student.model),
         modules=[student.model],
-        judge=lambda: performance_of(student.model, s.selection, s.metric, s.task),
+        judge=partial(
+            performance_of,
+            student.model,
+            s.selection,
+            s.metric,
+            s.task,
+            partial(measured, s, is_other=student.is_other),
+        ),
     )
 
 

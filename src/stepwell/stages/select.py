@@ -23,6 +23,7 @@ from stepwell.pruning.units import Candidate
 from stepwell.report.result import CandidateResult, Choice, SelectionResult
 from stepwell.run.progress import say
 from stepwell.run.run_dir import StageResult
+from stepwell.setting.own_width import measured
 from stepwell.setting.rungs import Rung
 from stepwell.setting.setting import Setting
 from stepwell.tasks.measures import Metric, performance
@@ -74,7 +75,11 @@ def select_student(s: Setting, tried: Sequence[tuple[Rung, Rung]]) -> int:
     with s.run.stage("choose", Best) as stage:
         if stage.is_new:
             values = [
-                s.task.evaluate(student.model, s.selection, f"select: student via {assistant.keep_ratio:g}")
+                s.task.evaluate(
+                    measured(s, student.model, is_other=student.is_other),
+                    s.selection,
+                    f"select: student via {assistant.keep_ratio:g}",
+                )
                 for assistant, student in tried
             ]
             performances = [meter.performance(s.metric) for meter in values]

@@ -21,7 +21,7 @@ from stepwell.data.batches import EvalBatches
 from stepwell.run.checkpoint import changed_by_training
 from stepwell.run.progress import say
 from stepwell.tasks import classification
-from stepwell.tasks.measures import Metric
+from stepwell.tasks.measures import Forward, Metric
 from stepwell.tasks.task import Task
 from stepwell.training.statistics import norms_with_statistics
 
@@ -30,13 +30,25 @@ Judge = Callable[[], float]
 
 
 def performance_of(
-    model: nn.Module, images: EvalBatches, metric: Metric, task: Task = classification
+    model: nn.Module,
+    images: EvalBatches,
+    metric: Metric,
+    task: Task = classification,
+    measured: Callable[[nn.Module], Forward] = lambda model: model,
 ) -> float:
-    """How good a model is in the middle of its training; it is in the same mode before and after."""
+    """How good a model is in the middle of its training; it is in the same mode before and after.
+
+    Args:
+        model: What is trained.
+        images: What it is evaluated on.
+        metric: What performance means.
+        task: What the model is for.
+        measured: What is measured of it, asked for in eval mode.
+    """
     was_training = model.training
-    model.eval()
+    forward = measured(model.eval())
     # Where it has just diverged there is NaN, of which no figure can be made; the loop will stop it.
-    meter = task.evaluate(lambda batch: torch.nan_to_num(model(batch)), images, "selection images")
+    meter = task.evaluate(lambda batch: torch.nan_to_num(forward(batch)), images, "selection images")
     model.train(was_training)  # a probe's features are those of eval mode
     return meter.performance(metric)
 

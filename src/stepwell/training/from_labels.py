@@ -1,0 +1,52 @@
+"""What trainings from labels alone share: the step, and what of a model is its classifier."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from stepwell.data.batches import Batch
+from stepwell.errors import ConfigError
+from stepwell.tasks.task import Task
+
+
+@dataclass(frozen=True)
+class LabelStep:
+    """The task's loss with the labels, softened."""
+
+    task: Task
+    model: nn.Module
+    label_smoothing: float
+    autocast: torch.autocast
+
+    def __call__(self, batch: Batch, step: int, progress: float = 0.0) -> Mapping[str, Tensor]:
+        """Forward and backward; returns the loss, detached."""
+        with self.autocast:
+            logits = self.model(batch.images)
+        loss = self.task.loss_per_image(logits, batch.labels, self.label_smoothing).mean()
+        loss.backward()
+        return {"loss": loss.detach()}
+
+
+def freeze_but_classifier(model: nn.Module, fresh: Collection[str] = ()) -> list[str]:
+    """Freeze all of a model but its classifier; returns the names of what is not frozen.
+
+    Args:
+        model: One of timm.
+        fresh: Parameters that start from random numbers, and so are trained, too.
+
+    Raises:
+        ConfigError: It does not say which layer is its classifier.
+    """
+    found = cast(Any, model).get_classifier() if hasattr(model, "get_classifier") else None
+    heads = found if isinstance(found, (tuple, list)) else [found]
+    ids = {id(p) for head in heads if isinstance(head, nn.Module) for p in head.parameters()}
+    if not ids:
+        raise ConfigError(f"--probe: this {type(model).__name__} says of no layer that it is its classifier")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(id(parameter) in ids or name in fresh)
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
