@@ -55,8 +55,8 @@ RULES = {
     "npsd-chord-teacher": "Minus the slope of the straight line from the candidate up to the teacher.",
     "npsd-chord-student": "Minus the slope of the straight line from the student's rung up to the candidate.",
     "lambda": "Performance plus a reward for being small, P + 0.2 (1 − S): the rule of MiniDisc.",
-    "thrift": "Performance less what the assistant takes from the student's epochs, P − 0.3 log(S + 3 S of the "
-    "student): an image of the last step costs S + 3 S of the student.",
+    "thrift": "Performance less what the assistant takes from the student's epochs, "
+    "P − 0.3 log(S + 3 S of the student): an image of the last step costs S + 3 S of the student.",
     "nearest-2.5": "Nearest to 2.5 times the student's operations: the law of capacity gap.",
 }
 """What each selection rule looks at; the largest value wins."""

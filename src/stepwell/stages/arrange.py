@@ -5,7 +5,7 @@
 
 F are the features before the classifier, (images, dim), on the scored images. The map is fitted on one half
 of them and judged on the other, both ways: on the images that it was fitted on a wide enough A reaches any B.
-After Cao et al., ICML 2023, for detectors; docs/design-lines/curriculum.md says what is theirs.
+After Cao et al., ICML 2023, for detectors; docs/method.md says what is theirs.
 """
 
 from __future__ import annotations
