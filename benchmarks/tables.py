@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from record import RESULTS
+from scalekd import table as scalekd_table
 from speed import table as speed_table
 from stepwell.compare.table import spread
 from stepwell.measure.size import short_number
@@ -278,6 +279,8 @@ def main() -> None:
     parts["recipes"] = variants_table(RESULTS / "experiments", RECIPES)
     parts["of-assistant"] = variants_table(RESULTS / "experiments", OF_ASSISTANT)
     parts["ladder"] = ladder_table(RESULTS / "experiments")
+    for folder in {file.parent for file in (RESULTS / "scalekd").glob("*/*.json")}:
+        parts[f"scalekd-{folder.name}"] = scalekd_table(folder)
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         new = text
