@@ -198,8 +198,9 @@ def table(folder: Path) -> str:
             "",
             f"Teacher {some['teacher_top1']:.1f} %, {some['teacher_macs'] / 1e6:.1f} M operations; student "
             f"{some['macs'] / 1e6:.1f} M, {some['num_params'] / 1e3:.0f} thousand parameters; "
-            f"{some['num_test']} test images; selection images: likelihood; cost: counted "
-            f"operations, KD being 1; seconds of the training on {some['hardware']['training device']}, torch {some['hardware']['torch']}.",
+            f"{some['num_test']} test images; selection images: likelihood; cost: counted operations, KD "
+            f"being 1; seconds of the training on {some['hardware']['training device']}, torch "
+            f"{some['hardware']['torch']}.",
         ]
     )
 
