@@ -46,7 +46,7 @@ TEACHER: dict[str, Any] = {
     "batch_size": 128,
     "threads": 1,
 }
-RECIPE: dict[str, Any] = {"path": "scalekd", "augment": "crop", "epochs": 20, "batch_size": 64, "threads": 1}
+RECIPE: dict[str, Any] = {"path": "scalekd", "augment": "crop", "epochs": 12, "batch_size": 64, "threads": 1}
 STUDENTS: dict[str, dict[str, Any]] = {
     "resnet8": {"student": "cifar_resnet8", "lr": 4e-3},
     "vit": {

@@ -168,6 +168,19 @@ def test_the_path_with_another_loss_is_its_comparison(data, teacher, tmp_path, q
     assert read_yaml(tmp_path / "run" / "config.yaml")["task_weight"] == 1
 
 
+def test_another_loss_on_states_of_a_teacher_that_no_family_knows_is_behind_its_stages(tmp_path, data, quick):
+    """As FitNet beside ScaleKD, in a comparison."""
+    teacher = timm.create_model("test_mambaout", num_classes=3)
+    config = config_of(
+        *("--teacher", "test_mambaout", "--image-size", 32, "--data", data, "--out", tmp_path / "run"),
+        *("--path", "scalekd", *WORDS[:6], "--feature-loss", "fitnet", "--epochs", 0.5, "--batch-size", 8),
+    )
+    s = begin(config, teacher)
+    assert s.groups == []
+    assert s.compared(True) == (("layer1", "layer4"), ("stages.2", "stages.3"))
+    assert s.costs([1.0]).loss > 0
+
+
 def test_there_is_no_ladder_to_export(data, teacher, tmp_path, quick, capsys):
     stepwell("compress", *words(teacher, data, tmp_path / "run", "--path", "scalekd"))
     for more in (["--all"], ["--keep", "0.5"]):
