@@ -48,14 +48,17 @@ def look_at_features(run: Path, beside: Sequence[Path]) -> str:
             f"{len(fitted.labels)} and {len(judged.labels)}, and {FEWEST_IMAGES} of each are needed"
         )
     teacher = _looked(s, s.model, compared_blocks(s.groups), s.teacher.name)
-    students = {str(run): _student_of(s, run)}
+    runs = [run, *beside]
+    is_named_alike = len({one.resolve().name for one in runs}) < len(runs)
+    called = {one: str(one) if is_named_alike else one.resolve().name for one in runs}
+    students = {called[run]: _student_of(s, run)}
     for other in beside:
         s_other = _setting(other)
         if (s_other.teacher.digest, s_other.spec) != (s.teacher.digest, s.spec):
             raise ConfigError(
                 f"--beside {other}: its teacher, or the size of its images, is not that of {run}"
             )
-        students[str(other)] = _student_of(s_other, other)
+        students[called[other]] = _student_of(s_other, other)
     if (fresh := s.fresh_student()) is not None:
         students[UNTRAINED] = _looked(s, fresh, _own_blocks(s), UNTRAINED)
     features = look(teacher, students, _images(fitted), _images(judged))
