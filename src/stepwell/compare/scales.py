@@ -17,7 +17,8 @@ from torch import nn
 
 from stepwell.compare.architectures import loss_passes, published_pairs
 from stepwell.compare.arms import Arm, given, given_to_runs
-from stepwell.compare.suites import ARMS, OTHER_ARCHITECTURE, PAIRS
+from stepwell.compare.suites import ARMS, OTHER_ARCHITECTURE, PAIRS, TEACHER_SIZE, TO_OTHERS
+from stepwell.compare.teacher_sizes import MODELS, paper_of_sizes
 from stepwell.config.base import flag_of
 from stepwell.config.commands import CompareConfig, CompressConfig, TrainConfig
 from stepwell.config.files import make_config, over
@@ -164,7 +165,7 @@ def size_of(suite: Suite, scale: str) -> Size:
     Raises:
         ConfigError: ImageNet has no small size.
     """
-    if suite == OTHER_ARCHITECTURE:  # nothing is cut
+    if suite in TO_OTHERS:  # nothing is cut
         size = _OTHER_ARCHITECTURE[scale]
         return replace(size, compress={k: v for k, v in size.compress.items() if k != "keep_ratio"})
     if suite not in PAIRS:
@@ -200,6 +201,13 @@ def prepared(suite: Suite, config: CompareConfig, out: Path) -> tuple[list[Arm],
     """
     size = size_of(suite, config.scale)
     asked = given(config)
+    if suite == TEACHER_SIZE and config.scale == "paper":
+        raise ConfigError(
+            "--suite teacher-size --scale paper is a plan: leave out --data and --teacher to read it, and "
+            "run stepwell compress for each teacher"
+        )
+    if suite == TEACHER_SIZE and config.teacher:
+        raise ConfigError("--suite teacher-size trains its teachers of three sizes: leave out --teacher")
     if config.scale == "cpu" and not config.data:
         write_digits(out / "digits")
         asked["data"] = str(out / "digits")
@@ -211,19 +219,36 @@ def prepared(suite: Suite, config: CompareConfig, out: Path) -> tuple[list[Arm],
     values = over(size.compress, asked)
     # Arms that are all AMD are controls of each other.
     values["controls"] = config.controls and (suite in CONTROLLED or "controls" in asked)
-    if not config.teacher:
-        teacher = out / "teacher"
-        recipe = {
-            "model": size.model,
-            "model_args": size.model_args,
-            "pretrained": False,
-            "out_dir": teacher,
-            **size.train,
-            **{name: asked[name] for name in OF_THE_TEACHER if name in asked},
+    arms = filled(suite, size)
+    if suite == TEACHER_SIZE:
+        teachers = {
+            name: _trained(model, args, out / f"teacher-{name}", size, asked)
+            for name, (model, args) in MODELS[config.scale].items()
         }
-        say(train(make_config(TrainConfig, recipe)))
-        values["teacher"] = str(teacher)
-    return filled(suite, size), make_config(CompareConfig, values)
+        arms = [
+            replace(arm, options={**arm.options, "teacher": teachers[arm.options["teacher"]]})
+            if "teacher" in arm.options
+            else arm
+            for arm in arms
+        ]
+        values["teacher"] = teachers["middle"]
+    elif not config.teacher:
+        values["teacher"] = _trained(size.model, size.model_args, out / "teacher", size, asked)
+    return arms, make_config(CompareConfig, values)
+
+
+def _trained(model: str, args: dict[str, str], folder: Path, size: Size, asked: Mapping[str, Any]) -> str:
+    """The folder of a teacher, which is trained if it is missing."""
+    recipe = {
+        "model": model,
+        "model_args": args,
+        "pretrained": False,
+        "out_dir": folder,
+        **size.train,
+        **{name: asked[name] for name in OF_THE_TEACHER if name in asked},
+    }
+    say(train(make_config(TrainConfig, recipe)))
+    return str(folder)
 
 
 def filled(suite: Suite, size: Size) -> list[Arm]:
@@ -231,7 +256,7 @@ def filled(suite: Suite, size: Size) -> list[Arm]:
     arms = []
     for arm in ARMS[suite]:
         options = dict(arm.options)
-        if suite in PAIRS or suite == OTHER_ARCHITECTURE:
+        if suite in PAIRS or suite in TO_OTHERS:
             options |= {"student": size.student, "student_args": size.student_args}
         elif options.get("student") == "depth":
             options |= {
@@ -252,6 +277,8 @@ def paper(suite: Suite, config: CompareConfig) -> str:
     """
     size = size_of(suite, "paper")
     values = over(size.compress, given_to_runs(config))
+    if suite == TEACHER_SIZE:
+        return paper_of_sizes(filled(suite, size), values, size.macs_per_second)
     sets = list(NUM_TRAIN)
     if suite in PAIRS or suite == OTHER_ARCHITECTURE:
         sets = ["ImageNet"] if suite in ("imagenet-pair", OTHER_ARCHITECTURE) else ["CIFAR-100"]

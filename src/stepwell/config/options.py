@@ -34,6 +34,7 @@ TaskName = Literal["classification", "multi-label", "features"]
 Suite = Literal[
     "losses", "candidates", "optimizer", "weights", "depth", "steps",
     "resnet-pair", "wrn-pair", "vgg-pair", "imagenet-pair", "scalekd",
+    "teacher-size",
 ]  # fmt: skip
 
 
