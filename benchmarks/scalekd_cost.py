@@ -50,7 +50,7 @@ PAIRS: dict[str, dict[str, Any]] = {
         "args": {},
         "student": {"student": "resnet50"},
         "size": 224,
-        "batch": 8,
+        "batch": 4,
     },
     # The models of benchmarks/scalekd.py.
     "cifar": {
@@ -78,7 +78,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", choices=PAIRS, nargs="+", default=list(PAIRS))
-    parser.add_argument("--batch", type=int, help="images of a step; by default 8 and 64")
+    parser.add_argument("--batch", type=int, help="images of a step; by default 4 and 64")
     parser.add_argument("--steps", type=int, default=3, help="that are timed, after a first one")
     parser.add_argument("--device", default="auto")
     options = parser.parse_args()

@@ -14,6 +14,7 @@ from typing import Any
 
 from record import RESULTS
 from scalekd import table as scalekd_table
+from scalekd_cost import table as scalekd_cost_table
 from speed import table as speed_table
 from stepwell.compare.table import spread
 from stepwell.measure.size import short_number
@@ -278,6 +279,7 @@ def main() -> None:
     parts |= {f"suite-{name}": suite_table(record) for name, record in suites.items()}
     parts["speed"] = speed_table(records["speed"]["runs"])
     parts["throughput"] = throughput_table(records["throughput"])
+    parts["scalekd-cost"] = scalekd_cost_table(records["scalekd-cost"])
     for folder in (RESULTS / "experiments").iterdir():
         parts[f"experiment-{folder.name}"] = experiment_table(folder)
     parts["methods"] = methods_table(RESULTS / "experiments")
