@@ -190,7 +190,7 @@ def setting(folder: Path, pair: str, arm: str, device: torch.device) -> Setting:
         "data": str(folder / "data"),
         "out_dir": folder / "run",
         "image_size": its["size"] if its["size"] != 224 else None,
-        "batch_size": 8,
+        "batch_size": 2,
         "epochs": 1,
         "threads": 1 if device.type == "cpu" else None,
         "device": str(device),

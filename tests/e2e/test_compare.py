@@ -17,7 +17,7 @@ from small_world import QUICK, stepwell, write_images
 
 from stepwell.cli import main, parse
 from stepwell.commands.compare import check
-from stepwell.compare import cells, scales, suites
+from stepwell.compare import cells, plan, scales, suites
 from stepwell.compare.arms import Arm, Row, arms_of, cell_of, costs, run_arms
 from stepwell.compare.cells import CellResult, options_of
 from stepwell.compare.table import as_json, as_markdown, as_plot, as_table
@@ -443,8 +443,8 @@ def test_every_arm_of_a_suite_can_be_built(suite, scale, tmp_path):
 @pytest.mark.parametrize("scale", ["cpu", "gpu", "paper"])
 def test_pruned_and_shallow_students_have_about_the_same_operations(scale):
     size = scales.size_of("depth", scale)
-    model, spec = scales._model(size.model, size.model_args)
-    shallow = count_macs(*scales._model(size.student, size.student_args)) / count_macs(model, spec)
+    model, spec = plan._model(size.model, size.model_args)
+    shallow = count_macs(*plan._model(size.student, size.student_args)) / count_macs(model, spec)
     groups = find_groups(model)
     keep = [size.compress["keep_ratio"]]
     (candidate,) = make_grid(groups, uniform_scores(groups), keep, CompressConfig())

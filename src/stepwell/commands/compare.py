@@ -6,7 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
-from stepwell.compare import scales
+from stepwell.compare import plan, scales
 from stepwell.compare.arms import arms_of, given, run_arms
 from stepwell.compare.table import as_json, as_markdown, as_plot, as_table
 from stepwell.config.base import flag_of
@@ -24,7 +24,7 @@ def run(config: CompareConfig) -> str:
     """Run the cells that are missing; write compare.json, compare.md and accuracy-over-cost.svg."""
     check(config)
     if config.suite is not None and config.scale == "paper" and not (config.teacher or config.data):
-        return scales.paper(config.suite, config)
+        return plan.paper(config.suite, config)
     require(config, "compare", "out_dir")
     assert config.out_dir is not None
     out = config.out_dir

@@ -48,23 +48,27 @@ def look_at_features(run: Path, beside: Sequence[Path]) -> str:
             f"{len(fitted.labels)} and {len(judged.labels)}, and {FEWEST_IMAGES} of each are needed"
         )
     teacher = _looked(s, s.model, compared_blocks(s.groups), s.teacher.name)
-    runs = [run, *beside]
-    is_named_alike = len({one.resolve().name for one in runs}) < len(runs)
-    called = {one: str(one) if is_named_alike else one.resolve().name for one in runs}
-    students = {called[run]: _student_of(s, run)}
-    for other in beside:
+    names = _names([run, *beside])
+    students = {names[0]: _student_of(s, run)}
+    for other, name in zip(beside, names[1:], strict=True):
         s_other = _setting(other)
         if (s_other.teacher.digest, s_other.spec) != (s.teacher.digest, s.spec):
             raise ConfigError(
                 f"--beside {other}: its teacher, or the size of its images, is not that of {run}"
             )
-        students[called[other]] = _student_of(s_other, other)
+        students[name] = _student_of(s_other, other)
     if (fresh := s.fresh_student()) is not None:
         students[UNTRAINED] = _looked(s, fresh, _own_blocks(s), UNTRAINED)
     features = look(teacher, students, _images(fitted), _images(judged))
     file = run / "features.svg"
     write_atomically(file, features_figure(features, UNTRAINED))
     return f"{_in_words(s, features)}\n\n{file}"
+
+
+def _names(runs: Sequence[Path]) -> list[str]:
+    """Of their folders, where these say which is which."""
+    names = [run.resolve().name for run in runs]
+    return names if len(set(names)) == len(names) else [str(run) for run in runs]
 
 
 def _setting(run: Path) -> Setting:

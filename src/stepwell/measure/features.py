@@ -165,7 +165,7 @@ def _maps(looked: Looked, images: Tensor) -> list[Tensor]:
 
 def _add(pairs: tuple[_Pairs, _Pairs], ours: Tensor, theirs: Tensor, is_judge: bool) -> None:
     """The means over the image, and what is left, of a batch."""
-    ours = F.adaptive_avg_pool2d(ours, theirs.shape[2:])
+    ours = F.adaptive_avg_pool2d(ours, (theirs.shape[2], theirs.shape[3]))
     means = [maps.mean((2, 3)) for maps in (ours, theirs)]
     rests = [
         (maps - mean[..., None, None]).permute(0, 2, 3, 1)

@@ -1,0 +1,121 @@
+"""The plan of a suite: its published recipe, the figures, and the GPU-hours that a seed would take.
+
+Operations are counted on models without memory for weights, so nothing is downloaded or run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+from torch import nn
+
+from stepwell.compare.architectures import loss_passes, published_pairs
+from stepwell.compare.arms import Arm, given_to_runs
+from stepwell.compare.scales import CONTROLLED, filled, size_of
+from stepwell.compare.suites import OTHER_ARCHITECTURE, PAIRS, TEACHER_SIZE
+from stepwell.compare.teacher_sizes import paper_of_sizes
+from stepwell.config.base import flag_of
+from stepwell.config.commands import CompareConfig, CompressConfig
+from stepwell.config.files import make_config, over
+from stepwell.config.options import Suite
+from stepwell.data.spec import InputSpec
+from stepwell.measure.cost import Costs
+from stepwell.measure.size import count_macs
+from stepwell.models.input import input_spec
+from stepwell.models.timm_models import create_without_memory, parse_model_args
+from stepwell.paths import path_of
+from stepwell.paths.plan import epochs_of
+from stepwell.pruning.families import find_groups
+from stepwell.pruning.ranking import uniform_scores
+from stepwell.pruning.skeleton import build_skeleton
+from stepwell.pruning.units import Group
+from stepwell.stages.grid import make_grid
+
+NUM_TRAIN = {"CIFAR-100": 50_000, "ImageNet": 1_281_167}
+
+
+def paper(suite: Suite, config: CompareConfig) -> str:
+    """The published recipe of a suite, its numbers, and how many GPU-hours one seed would take.
+
+    Args:
+        suite: Which one.
+        config: Its options take the place of the suite's.
+    """
+    size = size_of(suite, "paper")
+    values = over(size.compress, given_to_runs(config))
+    if suite == TEACHER_SIZE:
+        return paper_of_sizes(filled(suite, size), values, size.macs_per_second)
+    sets = list(NUM_TRAIN)
+    if suite in PAIRS or suite == OTHER_ARCHITECTURE:
+        sets = ["ImageNet"] if suite in ("imagenet-pair", OTHER_ARCHITECTURE) else ["CIFAR-100"]
+    macs = count_macs(*_model(size.model, size.model_args))
+    other_student = count_macs(*_model(size.student, size.student_args)) / macs
+    arms = filled(suite, size)
+    hours = {
+        arm.name: [
+            _passes(suite, arm, other_student, values, NUM_TRAIN[name]) * macs / size.macs_per_second / 3600
+            for name in sets
+        ]
+        for arm in arms
+    }
+    rows = [(arm.name, hours[arm.name], arm.published) for arm in arms]
+    if config.controls and suite in CONTROLLED:
+        paths = [hours[arm.name] for arm in arms if not arm.is_single_step]
+        rows.append(("controls of equal compute", [sum(column) for column in zip(*paths, strict=True)], None))
+    rows.append(("all", [sum(column) for column in zip(*(row[1] for row in rows), strict=True)], None))
+    head = f"  {'GPU-hours for one seed':<30}" + "".join(f"{name:>11}" for name in [*sets, "published"])
+    lines = [f"suite {suite}, the published recipe: {size.model}, {_words(values)}", "", head]
+    for name, figures, published in rows:
+        numbers = "".join(f"{figure:>11.2f}" for figure in figures)
+        lines.append(f"  {name:<30}{numbers}" + ("" if published is None else f"{published:>9.2f} %"))
+    lines += [
+        "",
+        f"Published on {sets[0]}, with a teacher of {size.teacher_top1} %. Counted operations, at "
+        f"{size.macs_per_second:.0e} MACs per second; every rate of --lrs comes on top.",
+        "It runs with --teacher and --data: a trained teacher and the images.",
+        *(["", *published_pairs()] if suite == OTHER_ARCHITECTURE else []),
+    ]
+    return "\n".join(lines)
+
+
+def _passes(suite: Suite, arm: Arm, other_student: float, values: Mapping[str, Any], num_train: int) -> float:
+    """Cost of one run of `arm`, in forward passes of the teacher; a student of another shape has a share."""
+    config = make_config(CompressConfig, {**values, **arm.options})
+    path = path_of(config.path)
+    scales = [_share(suite, ratio) for ratio in path.rungs(values.get("keep_ratio", 1.0), config)]
+    student = other_student if config.student else scales[0]
+    size, loss = size_of(suite, "paper"), 0.0
+    if config.feature_weight and config.feature_facts.reads_stages:
+        loss = loss_passes(size.student, size.model, config.feature_args)
+    costs = Costs(config, scales, student, num_train, num_train // 10, loss)
+    return sum(path.bill(costs, epochs_of(costs, path.bill, config), config).values())
+
+
+@cache
+def _share(suite: Suite, keep_ratio: float) -> float:
+    """Share of the operations of a candidate: of a transformer its units', of a CNN counted."""
+    if suite not in PAIRS:
+        return keep_ratio
+    model, spec, groups, macs = _teacher(suite)
+    (candidate,) = make_grid(groups, uniform_scores(groups), [keep_ratio], CompressConfig())
+    return count_macs(build_skeleton(model, groups, candidate.widths), spec) / macs
+
+
+@cache
+def _teacher(suite: Suite) -> tuple[nn.Module, InputSpec, list[Group], int]:
+    """The published teacher of a suite, its input, what can be cut, its operations."""
+    size = size_of(suite, "paper")
+    model, spec = _model(size.model, size.model_args)
+    return model, spec, find_groups(model), count_macs(model, spec)
+
+
+def _model(name: str, args: dict[str, str]) -> tuple[nn.Module, InputSpec]:
+    """A model with 100 classes, without memory for its weights, and its input."""
+    model = create_without_memory(name, {**parse_model_args(args), "num_classes": 100})
+    return model, input_spec(model)
+
+
+def _words(options: Mapping[str, Any]) -> str:
+    return " ".join(f"{flag_of(name)} {value}" for name, value in options.items())
