@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from stepwell.measure.features import Features
 from stepwell.report.plots import COLORS, render
@@ -37,13 +37,15 @@ def _draw_frequencies(axes: Axes, features: Features) -> None:
         places = list(range(len(shares)))
         axes.plot(places, [100 * s for s in shares], marker=marker, color=COLORS[color], label=label)
     axes.set_yscale("log")
+    shares = [share for stage in features.frequencies for share in stage]
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(shares) < 100 * min(shares) else (1,)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.minorticks_off()
+    axes.yaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("half waves across the image; 0 is the mean")
     axes.set_ylabel("share of the squared features, %")
     axes.set_title("the teacher's features by frequency", fontsize=12, loc="left")
-    axes.legend()
+    axes.figure.legend(*axes.get_legend_handles_labels(), loc="outside lower left")
 
 
 def _draw_left_over(axes: Axes, features: Features, untrained: str) -> None:
