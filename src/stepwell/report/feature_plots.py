@@ -36,11 +36,14 @@ def _draw_frequencies(axes: Axes, features: Features) -> None:
         label = f"stage {number}: {100 * shares[0]:.0f} % at 0"
         places = list(range(len(shares)))
         axes.plot(places, [100 * s for s in shares], marker=marker, color=COLORS[color], label=label)
-    axes.set_yscale("log")
     shares = [share for stage in features.frequencies for share in stage]
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(shares) < 100 * min(shares) else (1,)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_locator(NullLocator())
+    if max(shares) < 20 * min(shares):
+        axes.set_ylim(bottom=0)
+    else:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("half waves across the image; 0 is the mean")
     axes.set_ylabel("share of the squared features, %")
