@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from record import RESULTS
+from scalekd import table as scalekd_table
+from scalekd_cost import table as scalekd_cost_table
 from speed import table as speed_table
 from stepwell.compare.table import spread
 from stepwell.measure.size import short_number
@@ -62,7 +64,9 @@ def results_table(record: dict[str, Any]) -> str:
 def suite_table(record: dict[str, Any]) -> str:
     """One row per arm of `stepwell compare --suite`; the published figure beside ours."""
     published = any(row["published"] is not None for row in record["rows"])
-    columns = ["", "top1 %", "MACs", "assistants", "cost", "seconds", *["published"] * published]
+    several = len({row["cells"][0]["teacher_macs"] for row in record["rows"]}) > 1
+    columns = ["", "top1 %", "MACs", "assistants", "cost", "seconds"]
+    columns += ["teacher %"] * several + ["published"] * published
     rows = [f"| {' | '.join(columns)} |", "|---|" + "---:|" * (len(columns) - 1)]
     for row in record["rows"]:
         cell, name = row["cells"][0], row["arm"]
@@ -76,17 +80,20 @@ def suite_table(record: dict[str, Any]) -> str:
         seconds = "" if row["seconds"] is None else f"{row['seconds']:.0f}"
         values = [name, top1, f"{100 * cell['macs'] / cell['teacher_macs']:.1f} %", ", ".join(kept)]
         values += [f"{row['cost']:.1f}x", seconds]
+        if several:
+            values.append(f"{cell['teacher_top1']:.1f}")
         if published:
             values.append("" if row["published"] is None else f"{row['published']:.2f}")
         rows.append(f"| {' | '.join(values)} |")
     cell, machine = record["rows"][0]["cells"][0], record["hardware"]
     seeds = len(record["rows"][0]["cells"])
+    teacher = "" if several else f"teacher {cell['teacher_top1']:.1f} % on "
     return "\n".join(
         [
             *rows,
             "",
-            f"Scale {record['scale']}; teacher {cell['teacher_top1']:.1f} % on {cell['num_test']} test "
-            f"images; {seeds} seed{'s' * (seeds > 1)}; assistants: keep ratios, of all seeds; cost in single "
+            f"Scale {record['scale']}; {teacher}{cell['num_test']} test images; "
+            f"{seeds} seed{'s' * (seeds > 1)}; assistants: keep ratios, of all seeds; cost in single "
             f"steps; seconds on {machine['processor']}, {machine['threads']} thread; "
             f"commit {record['commit']}.",
         ]
@@ -272,12 +279,15 @@ def main() -> None:
     parts |= {f"suite-{name}": suite_table(record) for name, record in suites.items()}
     parts["speed"] = speed_table(records["speed"]["runs"])
     parts["throughput"] = throughput_table(records["throughput"])
+    parts["scalekd-cost"] = scalekd_cost_table(records["scalekd-cost"])
     for folder in (RESULTS / "experiments").iterdir():
         parts[f"experiment-{folder.name}"] = experiment_table(folder)
     parts["methods"] = methods_table(RESULTS / "experiments")
     parts["recipes"] = variants_table(RESULTS / "experiments", RECIPES)
     parts["of-assistant"] = variants_table(RESULTS / "experiments", OF_ASSISTANT)
     parts["ladder"] = ladder_table(RESULTS / "experiments")
+    for folder in {file.parent for file in (RESULTS / "scalekd").glob("*/*.json")}:
+        parts[f"scalekd-{folder.name}"] = scalekd_table(folder)
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         new = text

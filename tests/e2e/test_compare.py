@@ -18,7 +18,7 @@ from small_world import QUICK, stepwell, write_images
 from stepwell.cli import main, parse
 from stepwell.commands.compare import check
 from stepwell.compare import cells, paper, scales, suites
-from stepwell.compare.arms import Arm, Row, arms_of, cell_of, run_arms
+from stepwell.compare.arms import Arm, Row, arms_of, cell_of, costs, run_arms
 from stepwell.compare.cells import CellResult, options_of
 from stepwell.compare.table import as_json, as_markdown, as_plot, as_table
 from stepwell.config.commands import CompareConfig, CompressConfig
@@ -325,6 +325,20 @@ def test_the_mean_is_over_the_seeds_that_came_to_an_end(compared):
     assert "<!-- none -->" not in picture
 
 
+def test_rows_with_teachers_of_their_own_name_them_and_cost_operations(compared):
+    cell = results(compared)["single-step-states-0"]
+    larger = cell.model_copy(update={"teacher_macs": 2 * cell.teacher_macs, "teacher_top1": 91.5})
+    rows = [row_of("small", cell), row_of("large", larger)]
+    assert costs(rows) == pytest.approx([costs(rows)[0], 2 * costs(rows)[0]])
+    small, large = as_markdown(rows).splitlines()[2:]
+    assert [line.split(" | ")[-2] for line in (small, large)] == [f"{cell.teacher_top1:.2f}", "91.50"]
+    assert "teacher: " not in as_table(rows)
+    assert "teacher %" in as_table(rows)
+    assert "teacher %" not in as_table(rows[:1])
+    placed = replace(rows[0], arm=Arm("small", {"teacher": "/home/me/teacher-small"}))
+    assert json.loads(as_json([placed], {}))["rows"][0]["options"] == {"teacher": "teacher-small"}
+
+
 def test_long_names_fit_a_terminal(compared):
     cell = results(compared)["amd-states-0"]
     names = ["sgd, 0.0003, cosine-restarts", "amd-manual, my_losses.py:AttentionOfEveryLayer[x]", "amd"]
@@ -498,6 +512,37 @@ def test_a_suites_teacher_sees_the_data_as_the_comparison_does(tmp_path, monkeyp
         assert getattr(config, name) == value
 
 
+def test_teachers_of_three_sizes_are_trained_and_each_teaches_by_two_losses(tmp_path, monkeypatch):
+    trained = []
+    monkeypatch.setattr(scales, "train", lambda config: trained.append(config) or "trained")
+    config = config_of("--suite", "teacher-size", "--data", "images")
+    arms, compared = scales.prepared("teacher-size", config, tmp_path)
+    widths = {config.out_dir.name: int(config.model_args["embed_dim"]) for config in trained}
+    assert widths == {"teacher-small": 24, "teacher-middle": 48, "teacher-large": 96}
+    folders = {arm.name: Path(arm.options["teacher"]) for arm in arms if "teacher" in arm.options}
+    assert folders == {
+        f"{loss}, {size} teacher": tmp_path / f"teacher-{size}"
+        for loss in ("KD", "ScaleKD")
+        for size in ("small", "middle", "large")
+    }
+    assert compared.teacher == str(tmp_path / "teacher-middle")
+    assert {arm.options["student"] for arm in arms} == {"resnet18"}
+    cell = cell_of(arms[-1], compared, tmp_path, 0, None)
+    assert cell.config.teacher == str(tmp_path / "teacher-large")
+    assert cell.config.feature_loss == "scalekd"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--data", "d", "--teacher", "t"), "trains its teachers of three sizes: leave out --teacher"),
+        (("--data", "d", "--scale", "paper"), "--scale paper is a plan: leave out --data and --teacher"),
+    ],
+)
+def test_a_suite_with_teachers_of_its_own_takes_none(words, said, capsys):
+    assert said in refusal(["compare", "--suite", "teacher-size", "--out", "o", *words], capsys)
+
+
 def test_a_plan_takes_options_and_refuses_what_a_comparison_refuses(capsys):
     stepwell("compare", "--suite", "losses", "--scale", "paper")
     usual = capsys.readouterr().out
@@ -519,7 +564,7 @@ def test_a_plan_takes_options_and_refuses_what_a_comparison_refuses(capsys):
     "suite",
     [
         # Large models of many kinds, counted one after another.
-        pytest.param(suite, marks=[pytest.mark.slow] if suite == suites.OTHER_ARCHITECTURE else [])
+        pytest.param(suite, marks=[pytest.mark.slow] if suite in suites.TO_OTHERS else [])
         for suite in suites.ARMS
     ],
 )

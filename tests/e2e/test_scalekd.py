@@ -20,6 +20,7 @@ from small_world import (
 )
 
 from stepwell.cli import main, parse
+from stepwell.commands import inspect_features
 from stepwell.compare.arms import arms_of, cell_of
 from stepwell.config.commands import CompareConfig, CompressConfig
 from stepwell.config.files import read_yaml
@@ -166,6 +167,51 @@ def test_the_path_with_another_loss_is_its_comparison(data, teacher, tmp_path, q
     stepwell("compress", *words(teacher, data, tmp_path / "run", *more))
     assert set(result_of(tmp_path / "run").histories["distill"].losses) == {"loss", "task", "logit"}
     assert read_yaml(tmp_path / "run" / "config.yaml")["task_weight"] == 1
+
+
+def test_another_loss_on_states_of_a_teacher_that_no_family_knows_is_behind_its_stages(tmp_path, data, quick):
+    """As FitNet beside ScaleKD, in a comparison."""
+    teacher = timm.create_model("test_mambaout", num_classes=3)
+    config = config_of(
+        *("--teacher", "test_mambaout", "--image-size", 32, "--data", data, "--out", tmp_path / "run"),
+        *("--path", "scalekd", *WORDS[:6], "--feature-loss", "fitnet", "--epochs", 0.5, "--batch-size", 8),
+    )
+    s = begin(config, teacher)
+    assert s.groups == []
+    assert s.compared(True) == (("layer1", "layer4"), ("stages.2", "stages.3"))
+    assert s.costs([1.0]).loss > 0
+
+
+def test_features_of_runs_with_and_without_the_second_view_side_by_side(
+    data, teacher, tmp_path, quick, capsys, monkeypatch
+):
+    with_dfm, without = tmp_path / "with", tmp_path / "without"
+    stepwell("compress", *words(teacher, data, with_dfm, "--path", "scalekd"))
+    more = ("--path", "scalekd", "--feature-args", "alternative=0")
+    stepwell("compress", *words(teacher, data, without, *more))
+    few = main(["inspect", str(with_dfm), "--features"])
+    assert (few, "20 of each are needed" in capsys.readouterr().err) == (2, True)
+    monkeypatch.setattr(inspect_features, "FEWEST_IMAGES", 1)
+    assert main(["inspect", str(with_dfm), "--features", "--beside", str(without)]) == 0
+    said = capsys.readouterr().out
+    rows = {line.split()[0]: line.split()[1:] for line in said.splitlines() if line.strip()}
+    assert [len(rows[name]) for name in ("with", "without", "untrained")] == [4, 4, 4]
+    assert "<text" in (with_dfm / "features.svg").read_text()
+    assert str(with_dfm / "features.svg") in said
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--features", "--beside", "nowhere"], "nowhere is not a finished run of stepwell compress"),
+        (["--beside", "nowhere"], "--beside compares features: give --features, too"),
+    ],
+)
+def test_what_cannot_be_looked_at(data, teacher, tmp_path, quick, capsys, monkeypatch, more, said):
+    monkeypatch.setattr(inspect_features, "FEWEST_IMAGES", 1)
+    stepwell("compress", *words(teacher, data, tmp_path / "run", "--path", "scalekd"))
+    assert main(["inspect", str(tmp_path / "run"), *more]) == 2
+    assert said in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_there_is_no_ladder_to_export(data, teacher, tmp_path, quick, capsys):

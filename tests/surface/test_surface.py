@@ -67,7 +67,7 @@ FLAGS = {
         "--suite", "--scale",
     },
     "doctor": COMPRESS,
-    "inspect": {"--all", "--json", "--latency-ms", "--teacher"},
+    "inspect": {"--all", "--beside", "--features", "--json", "--latency-ms", "--teacher"},
     "export": {"--all", "--format", "--keep", "--opset", "--out", "--teacher"},
     "predict": {"--teacher", "--top", "--white-level"},
     "demo": {"--device", "--effort", "--out", "--seed"},

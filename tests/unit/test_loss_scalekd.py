@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from blocks import shaken
 from stepwell.config.options import LossOptions
+from stepwell.data.batches import Batch
 from stepwell.errors import ConfigError
 from stepwell.losses.choose import Pair
 from stepwell.losses.distillation import Distillation, loss_macs, loss_parameters, make_distillation
@@ -25,6 +26,8 @@ from stepwell.losses.scalekd.loss import Parts, ScaleKD
 from stepwell.losses.scalekd.projector import CrossAttentionProjector
 from stepwell.losses.scalekd.stages import Layout, Stage, Stages, find_stages
 from stepwell.losses.scalekd.views import alternative_view, original_view
+from stepwell.stages.distill import DistillStep
+from stepwell.training.lesson import Lesson
 from tiny import NUM_CLASSES, random_images, tiny_vit
 
 SIZE = 32
@@ -224,6 +227,38 @@ def test_the_tail_runs_once_for_both_views(lesson):
     teacher.layers[0].blocks[0].register_forward_hook(lambda *_: seen.append("before the tail"))
     loss(ours, theirs)
     assert seen == [6]
+
+
+def test_in_a_step_only_the_tail_runs_twice_once_for_its_own_features_and_once_for_both_views(lesson):
+    teacher, student, images, pair, learner, observed = lesson
+    loss = loss_of(pair)
+    calls: dict[str, list[int]] = {}
+
+    def count(name: str, model: nn.Module) -> None:
+        for part, module in model.named_modules():
+            if not list(module.children()) and not isinstance(module, (nn.Identity, nn.Dropout)):
+                seen = calls.setdefault(f"{name}.{part}", [])
+                module.register_forward_hook(lambda _m, inputs, _o, seen=seen: seen.append(len(inputs[0])))
+
+    for name, model in (("teacher", teacher), ("student", student), ("loss", loss)):
+        count(name, model)
+    step = DistillStep(Lesson([observed], [loss], torch.autocast("cpu", enabled=False)), learner)
+    step(Batch(images, torch.arange(3), torch.arange(3)), 0)
+
+    def times(start: str) -> set[int]:
+        """How often the modules whose names begin so were called."""
+        return {len(seen) for name, seen in calls.items() if name.startswith(start)}
+
+    windows = images.shape[0] * (SIZE // 4 // 4) ** 2  # Swin's blocks see windows of 4 x 4 positions
+    assert times("teacher.patch_embed") | times("teacher.layers.0") == {1}
+    assert times("teacher.layers.1") == times("teacher.norm") == {2}
+    assert calls["teacher.layers.1.downsample.reduction"] == [3, 2 * 3]
+    assert calls["teacher.layers.0.blocks.0.attn.qkv"] == [windows]
+    # Of the student all but the ReLU that a block has twice.
+    assert {
+        len(seen) for name, seen in calls.items() if name.startswith("student.") and "act" not in name
+    } == {1}
+    assert times("loss.feature.third.") == times("loss.feature.fourth.") == {1}
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rich.table import Table
 
+from stepwell.commands.inspect_features import look_at_features
 from stepwell.config.commands import InspectConfig
 from stepwell.errors import ExportError, ModelError
 from stepwell.measure.clock import Latency, measure_latency
@@ -32,6 +33,8 @@ def run(config: InspectConfig) -> str:
     result = Result.load(file)
     if config.json_:
         return result.to_json()
+    if config.features:
+        return look_at_features(config.run, config.beside)
     factory = load_factory(config.teacher) if config.teacher else None
     latencies = _latencies(config.run, result, factory) if config.all else []
     kept = f"keep {result.keep_ratio:g}" if result.group_kinds else "nothing cut"

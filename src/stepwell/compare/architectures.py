@@ -25,7 +25,7 @@ from stepwell.measure.size import count_macs, macs_by_module
 from stepwell.models.timm_models import create_without_memory
 
 EPOCHS = {"traditional": 100, "advanced": 300}
-_NUM_IMAGES = 1_281_167  # of ImageNet
+NUM_IMAGES = 1_281_167  # of ImageNet
 _MACS_PER_SECOND = 1e14  # roughly what one H100 reaches with transformers: a quarter of its peak in bf16
 
 
@@ -108,7 +108,7 @@ def gpu_hours(pair: PublishedPair) -> tuple[float, float]:
     parts = Parts(num_heads_3=heads[0], num_heads_4=heads[1], own_queries=pair.is_pilot)
     loss = loss_macs_of(student, teacher, parts)
     macs = teacher.macs + 3 * student.macs + loss
-    return macs * _NUM_IMAGES * EPOCHS[pair.strategy] / _MACS_PER_SECOND / 3600, loss / macs
+    return macs * NUM_IMAGES * EPOCHS[pair.strategy] / _MACS_PER_SECOND / 3600, loss / macs
 
 
 def published_pairs() -> list[str]:

@@ -151,13 +151,16 @@ def _has_control(arm: Arm, arms: Sequence[Arm], config: CompareConfig) -> bool:
 
 def costs(rows: Sequence[Row]) -> list[float]:
     """Mean cost of each row, in units of the cheapest single step among the arms, with all its epochs; where
-    there is none, of one with as many epochs as the cheapest arm's last training."""
+    there is none, of one with as many epochs as the cheapest arm's last training. In operations: teachers may
+    differ."""
     arms = [row for row in rows if row.control_of is None]
     steps = [row for row in arms if row.arm.is_single_step]
     cells = [cell for row in steps or arms for cell in row.cells]
     taught = [c for c in cells if c.options["logit_weight"] or c.options["feature_weight"]]
-    unit = min(cell.single_step_passes for cell in taught or cells)
-    return [mean(cell.passes for cell in row.finished or row.cells) / unit for row in rows]
+    unit = min(cell.single_step_passes * cell.teacher_macs for cell in taught or cells)
+    return [
+        mean(cell.passes * cell.teacher_macs for cell in row.finished or row.cells) / unit for row in rows
+    ]
 
 
 def given(config: CompareConfig) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""The published recipe of a suite, printed: what it takes, and what was published."""
+"""The published recipe of a suite, printed: what it takes, and what was published.
+
+Operations are counted on models without memory for weights, so nothing is downloaded or run.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,8 @@ from torch import nn
 from stepwell.compare.architectures import loss_passes, published_pairs
 from stepwell.compare.arms import Arm, given_to_runs
 from stepwell.compare.scales import CONTROLLED, Size, filled, size_of
-from stepwell.compare.suites import OTHER_ARCHITECTURE, PAIRS
+from stepwell.compare.suites import OTHER_ARCHITECTURE, PAIRS, TEACHER_SIZE
+from stepwell.compare.teacher_sizes import paper_of_sizes
 from stepwell.config.base import flag_of
 from stepwell.config.commands import CompareConfig, CompressConfig
 from stepwell.config.files import make_config, over
@@ -41,6 +45,8 @@ def paper(suite: Suite, config: CompareConfig) -> str:
     """
     size = size_of(suite, "paper")
     values = over(size.compress, given_to_runs(config))
+    if suite == TEACHER_SIZE:
+        return paper_of_sizes(filled(suite, size), values, size.macs_per_second)
     sets = list(NUM_TRAIN)
     if suite in PAIRS or suite == OTHER_ARCHITECTURE:
         sets = ["ImageNet"] if suite in ("imagenet-pair", OTHER_ARCHITECTURE) else ["CIFAR-100"]

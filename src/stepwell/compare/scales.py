@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from stepwell.compare.arms import Arm, given
-from stepwell.compare.suites import ARMS, OTHER_ARCHITECTURE, PAIRS, SEVERAL_TEACHERS
+from stepwell.compare.suites import ARMS, PAIRS, SEVERAL_TEACHERS, TEACHER_SIZE, TO_OTHERS
+from stepwell.compare.teacher_sizes import MODELS
 from stepwell.config.commands import CompareConfig, TrainConfig
 from stepwell.config.files import make_config, over
 from stepwell.config.options import Suite
@@ -165,7 +166,7 @@ def size_of(suite: Suite, scale: str) -> Size:
     Raises:
         ConfigError: ImageNet has no small size.
     """
-    if suite == OTHER_ARCHITECTURE:  # nothing is cut
+    if suite in TO_OTHERS:  # nothing is cut
         size = _OTHER_ARCHITECTURE[scale]
         return replace(size, compress={k: v for k, v in size.compress.items() if k != "keep_ratio"})
     if suite not in PAIRS:
@@ -201,6 +202,13 @@ def prepared(suite: Suite, config: CompareConfig, out: Path) -> tuple[list[Arm],
     """
     size = size_of(suite, config.scale)
     asked = given(config)
+    if suite == TEACHER_SIZE and config.scale == "paper":
+        raise ConfigError(
+            "--suite teacher-size --scale paper is a plan: leave out --data and --teacher to read it, and "
+            "run stepwell compress for each teacher"
+        )
+    if suite == TEACHER_SIZE and config.teacher:
+        raise ConfigError("--suite teacher-size trains its teachers of three sizes: leave out --teacher")
     if config.scale == "cpu" and not config.data:
         write_digits(out / "digits")
         asked["data"] = str(out / "digits")
@@ -215,14 +223,27 @@ def prepared(suite: Suite, config: CompareConfig, out: Path) -> tuple[list[Arm],
     if size.other_teachers and not config.teachers and (config.scale == "paper" or config.teacher):
         names = ", ".join(name for name, _ in size.other_teachers)
         raise ConfigError(f"--suite {suite} needs --teachers beside --teacher, such as {names}, trained")
-    if not config.teacher:
+    arms = filled(suite, size)
+    if suite == TEACHER_SIZE:
+        teachers = {
+            name: _trained(model, args, out / f"teacher-{name}", size, asked)
+            for name, (model, args) in MODELS[config.scale].items()
+        }
+        arms = [
+            replace(arm, options={**arm.options, "teacher": teachers[arm.options["teacher"]]})
+            if "teacher" in arm.options
+            else arm
+            for arm in arms
+        ]
+        values["teacher"] = teachers["middle"]
+    elif not config.teacher:
         values["teacher"] = _trained(size.model, size.model_args, out / "teacher", size, asked)
     if not config.teachers:
         values["teachers"] = tuple(
             _trained(*model, out / f"teacher-{number}", size, asked)
             for number, model in enumerate(size.other_teachers, start=2)
         )
-    return filled(suite, size), make_config(CompareConfig, values)
+    return arms, make_config(CompareConfig, values)
 
 
 def _trained(model: str, args: dict[str, str], folder: Path, size: Size, asked: Mapping[str, Any]) -> str:
@@ -244,7 +265,7 @@ def filled(suite: Suite, size: Size) -> list[Arm]:
     arms = []
     for arm in ARMS[suite]:
         options = dict(arm.options)
-        if suite in PAIRS or suite == OTHER_ARCHITECTURE:
+        if suite in PAIRS or suite in TO_OTHERS:
             options |= {"student": size.student, "student_args": size.student_args}
         elif options.get("student") == "depth":
             options |= {

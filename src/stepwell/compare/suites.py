@@ -139,11 +139,16 @@ _TABLE_3 = {
 """With a cosine; SGD fails at every rate, AdamW at 0.3."""
 
 OTHER_ARCHITECTURE: Suite = "scalekd"
-"""A transformer teaches a CNN."""
 SEVERAL_TEACHERS: Suite = "several-teachers"
 """A chain of slices of one teacher, and several teachers one after another."""
+TEACHER_SIZE: Suite = "teacher-size"
+TO_OTHERS: frozenset[Suite] = frozenset({OTHER_ARCHITECTURE, TEACHER_SIZE})
+"""A transformer teaches a CNN, and nothing is cut."""
 _WHOLE = {"path": "scalekd"}
 _WITH_LOGITS = {**_WHOLE, "task_weight": 0.5, "logit_weight": 0.5}
+_LABELS_ALONE = {**_WHOLE, "feature_loss": "states", "logit_weight": 0.0, "feature_weight": 0.0}
+_KD = {**_WITH_LOGITS, "feature_loss": "states", "feature_weight": 0.0}
+TEACHER_SIZES = ("small", "middle", "large")
 
 ARMS: dict[Suite, tuple[Arm, ...]] = {
     # Table 4.
@@ -206,8 +211,8 @@ ARMS: dict[Suite, tuple[Arm, ...]] = {
     ),
     # The published ablations are pictures; the last row is Swin-L to ResNet-50 of the advanced recipe.
     OTHER_ARCHITECTURE: (
-        Arm("labels alone", {**_WHOLE, "feature_loss": "states", "logit_weight": 0.0, "feature_weight": 0.0}),
-        Arm("KD", {**_WITH_LOGITS, "feature_loss": "states", "feature_weight": 0.0}),
+        Arm("labels alone", _LABELS_ALONE),
+        Arm("KD", _KD),
         Arm("FitNet", {**_WITH_LOGITS, "feature_loss": "fitnet"}),
         Arm("CAP", {**_WITH_LOGITS, "feature_args": {"tpp": 0.0, "alternative": 0.0}}),
         Arm("CAP, DFM", {**_WITH_LOGITS, "feature_args": {"tpp": 0.0}}),
@@ -219,6 +224,15 @@ ARMS: dict[Suite, tuple[Arm, ...]] = {
         Arm("single-step", {"path": "single-step"}),
         Arm("amd", {"path": "amd"}, 79.17),
         Arm("curriculum", {"path": "curriculum"}, 78.91),
+    ),
+    # The size stands where the teacher's folder comes to stand (teacher_sizes.py).
+    TEACHER_SIZE: (
+        Arm("labels alone", _LABELS_ALONE),
+        *(
+            Arm(f"{name}, {size} teacher", {**options, "teacher": size})
+            for size in TEACHER_SIZES
+            for name, options in (("KD", _KD), ("ScaleKD", _WITH_LOGITS))
+        ),
     ),
     **{suite: _arms_of_pair(suite, pair) for suite, pair in PAIRS.items()},
 }

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from statistics import mean, stdev
 from textwrap import fill
 from typing import Any
@@ -25,17 +26,21 @@ COLUMNS = ("top1 %", "seeds", "params", "MACs", "assistants", "cost", "seconds",
 
 def as_table(rows: Sequence[Row], width: int = 118) -> str:
     """Mean and spread over the seeds; cost in single steps of as many epochs, counted and in seconds."""
-    published = any(row.arm.published is not None for row in rows)
+    more = _more_columns(rows)
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     table.add_column("", overflow="fold")  # the only one that may take a second line
-    for column in (*COLUMNS, *(["published"] if published else [])):
+    for column in (*COLUMNS, *more):
         table.add_column(column, justify="right", no_wrap=True)
     for row, cost in zip(rows, costs(rows), strict=True):
         name = f"  {CONTROL}" if row.control_of else row.arm.name
-        table.add_row(escape(name), *_cells(row, cost, published))
+        table.add_row(escape(name), *_cells(row, cost, more))
     first = rows[0].cells[0]
+    teacher = f"teacher: {mean(_teachers(rows)):.2f} %, {short_number(first.teacher_macs)} MACs"
+    if len(_by_size(rows)) > 1:
+        macs = [cell.teacher_macs for row in rows for cell in row.cells]
+        teacher = f"teachers of {short_number(min(macs))} to {short_number(max(macs))} MACs"
     below = (
-        f"teacher: {mean(_teachers(rows)):.2f} %, {short_number(first.teacher_macs)} MACs. top1 on "
+        f"{teacher}. top1 on "
         f"{first.num_test} test images, mean ± standard deviation over the seeds. cost: all "
         f"operations, scoring the units among them, in trainings of a single step."
     )
@@ -44,11 +49,11 @@ def as_table(rows: Sequence[Row], width: int = 118) -> str:
 
 def as_markdown(rows: Sequence[Row]) -> str:
     """The same table for a page."""
-    published = any(row.arm.published is not None for row in rows)
-    columns = ["", *COLUMNS, *(["published"] if published else [])]
+    more = _more_columns(rows)
+    columns = ["", *COLUMNS, *more]
     lines = ["| " + " | ".join(columns) + " |", "|---|" + "---:|" * (len(columns) - 1)]
     for row, cost in zip(rows, costs(rows), strict=True):
-        lines.append("| " + " | ".join([row.arm.name, *_cells(row, cost, published)]) + " |")
+        lines.append("| " + " | ".join([row.arm.name, *_cells(row, cost, more)]) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -59,7 +64,7 @@ def as_json(rows: Sequence[Row], about: dict[str, Any]) -> str:
         "rows": [
             {
                 "arm": row.arm.name,
-                "options": dict(row.arm.options),
+                "options": _without_places(row.arm.options),
                 "published": row.arm.published,
                 "control_of": row.control_of,
                 "lr": row.lr,
@@ -86,7 +91,9 @@ def as_plot(rows: Sequence[Row]) -> str:
     """
     figure = Figure(figsize=(8, 4.8), layout="constrained")
     axes = figure.add_subplot()
-    axes.axhline(mean(_teachers(rows)), color="0.5", linewidth=1, linestyle=":", label="teacher")
+    for number, top1 in enumerate(_by_size(rows)):
+        label = None if number else "teacher"
+        axes.axhline(top1, color="0.5", linewidth=1, linestyle=":", label=label)
     places = _side_by_side(costs(rows))
     looks = {row.arm.name: number for number, row in enumerate(r for r in rows if not r.control_of)}
     for row, place in zip(rows, places, strict=True):
@@ -148,7 +155,19 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
     return f"{mean(values):.{digits}f} ± {stdev(values):.{digits}f}"
 
 
-def _cells(row: Row, cost: float, published: bool) -> list[str]:
+def _more_columns(rows: Sequence[Row]) -> list[str]:
+    """What only some comparisons have: teachers that differ, figures of the literature."""
+    several = len(_by_size(rows)) > 1
+    published = any(row.arm.published is not None for row in rows)
+    return [*(["teacher %"] if several else []), *(["published"] if published else [])]
+
+
+def _without_places(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Names, not places: the file is for others too."""
+    return {name: Path(value).name if name == "teacher" else value for name, value in options.items()}
+
+
+def _cells(row: Row, cost: float, more: Sequence[str]) -> list[str]:
     first, finished = row.cells[0], row.finished
     ratios = sorted({"-".join(f"{a:g}" for a in cell.assistants) for cell in finished})
     diverged = len(row.cells) - len(finished)
@@ -162,7 +181,9 @@ def _cells(row: Row, cost: float, published: bool) -> list[str]:
         _seconds(row),
         f"{row.lr:g}",
     ]
-    if published:
+    if "teacher %" in more:
+        cells.append(f"{mean(cell.teacher_top1 for cell in row.cells):.2f}")
+    if "published" in more:
         cells.append("" if row.arm.published is None else f"{row.arm.published:.2f}")
     return cells
 
@@ -184,3 +205,11 @@ def _stdev(values: Sequence[float]) -> float:
 
 def _teachers(rows: Sequence[Row]) -> list[float]:
     return [cell.teacher_top1 for row in rows for cell in row.cells]
+
+
+def _by_size(rows: Sequence[Row]) -> list[float]:
+    """How good the teachers are, from the smallest up; most comparisons have one."""
+    of_size: dict[int, list[float]] = {}
+    for cell in (cell for row in rows for cell in row.cells):
+        of_size.setdefault(cell.teacher_macs, []).append(cell.teacher_top1)
+    return [mean(of_size[macs]) for macs in sorted(of_size)]

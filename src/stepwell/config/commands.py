@@ -230,6 +230,17 @@ class InspectConfig(Options):
     """Also export and time every rung of the ladder."""
     teacher: str = ""
     """FILE.py:FACTORY that builds the full-width model, with --all on a model that is not timm's."""
+    features: bool = False
+    """Draw what the teacher's features are made of, and how much of them is found in the student's, stage by
+    stage: RUN/features.svg."""
+    beside: tuple[Path, ...] = ()
+    """Other runs with the same teacher, drawn beside it with --features, such as one without DFM."""
+
+    @model_validator(mode="after")
+    def _beside_what(self) -> Self:
+        if self.beside and not self.features:
+            raise ValueError("--beside compares features: give --features, too")
+        return self
 
 
 class ExportConfig(Options):

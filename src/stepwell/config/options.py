@@ -33,7 +33,7 @@ TaskName = Literal["classification", "multi-label", "features"]
 
 Suite = Literal[
     "losses", "candidates", "optimizer", "weights", "depth", "steps",
-    "resnet-pair", "wrn-pair", "vgg-pair", "imagenet-pair", "scalekd", "several-teachers",
+    "resnet-pair", "wrn-pair", "vgg-pair", "imagenet-pair", "scalekd", "teacher-size", "several-teachers",
 ]  # fmt: skip
 
 

@@ -159,7 +159,8 @@ def _check_something_to_learn(s: Setting) -> None:
                 f"with --student"
             )
         return
-    nothing = s.teacher.name if not s.blocks else other.name if other and not other.blocks else None
+    ours, theirs = s.compared(other is not None)
+    nothing = s.teacher.name if not theirs else other.name if other and not ours else None
     if nothing and config.feature_facts.needs_states and not config.task_weight and not config.logit_weight:
         raise ConfigError(
             f"{nothing} has no hidden states that can be compared, so --feature-weight alone teaches "

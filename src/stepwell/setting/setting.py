@@ -120,13 +120,17 @@ class Setting:
 
     @cached_property
     def stages(self) -> tuple[Stages, Stages] | None:
-        """The last two stages of the other student and of the teacher, where the loss compares these.
+        """The last two stages of the other student and of the teacher, where the loss compares these: one
+        that is made for them, or any on states if the teacher has no blocks that are known.
 
         Raises:
             ConfigError: A model has no states that are known.
         """
         other, config = self.other_student, self.config
-        if other is None or not config.feature_weight or not config.feature_facts.reads_stages:
+        facts = config.feature_facts
+        if other is None or not config.feature_weight or not facts.needs_states:
+            return None
+        if not facts.reads_stages and self.groups:
             return None
         found = []
         own_size = (self.teacher.own_spec or self.spec).size
@@ -137,6 +141,8 @@ class Setting:
             device = next(model.parameters()).device
             blank = torch.zeros(1, self.spec.channels, *size, device=device)
             if (stages := find_stages(model, blank, blocks)) is None:
+                if not facts.reads_stages:
+                    return None
                 raise ConfigError(
                     f"--feature-loss {config.feature_loss}: {name} has no blocks that are known, so its "
                     f"stages cannot be told; take --feature-weight 0, or a model of timm"

@@ -1,0 +1,209 @@
+"""A transformer teaches other architectures from few labelled images: labels, KD, FitNet, ScaleKD, its parts.
+
+    python benchmarks/scalekd.py --files FOLDER --jobs 2
+
+FOLDER holds cifar10.tar.xz, as benchmarks/cifar10.py takes it. The teacher has seen all 50,000 training
+images of CIFAR-10, the students 500 of each class. Every arm has the same epochs; the arms named `equal
+compute` have as many as cost what ScaleKD costs, and come last. Cells are kept in
+benchmarks/results/scalekd/STUDENT/ and not run again; `python benchmarks/tables.py` makes the tables of
+docs/experiments.md of them, which says what was expected before the runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from cifar10 import few_images, unpack
+from record import RESULTS
+from stepwell.commands import train
+from stepwell.compare.cells import Cell, CellResult, run_all
+from stepwell.compare.table import spread
+from stepwell.config.commands import CompressConfig, TrainConfig
+from stepwell.config.files import make_config
+from stepwell.run.progress import say
+
+CELLS = RESULTS / "scalekd"
+ARCHIVE, PER_CLASS = "cifar10.tar.xz", 500
+TEACHER: dict[str, Any] = {
+    # 0.96 M parameters, stages of 8 x 8 and 4 x 4 positions. Its overlapping patches make of one core's
+    # minutes more than those of a Swin of this size.
+    "model": "pvt_v2_b0",
+    "model_args": {
+        "depths": "(2, 4)",
+        "embed_dims": "(48, 128)",
+        "num_heads": "(2, 4)",
+        "sr_ratios": "(2, 1)",
+        "mlp_ratios": "(4, 4)",
+    },
+    "pretrained": False,
+    "image_size": 32,
+    "augment": "crop",
+    "epochs": 16,
+    "lr": 2e-3,
+    "batch_size": 128,
+    "threads": 1,
+}
+RECIPE: dict[str, Any] = {"path": "scalekd", "augment": "crop", "epochs": 12, "batch_size": 64, "threads": 1}
+STUDENTS: dict[str, dict[str, Any]] = {
+    "resnet8": {"student": "cifar_resnet8", "lr": 4e-3},
+    "vit": {
+        "student": "vit_tiny_patch16_224",
+        "student_args": {
+            "img_size": "32",
+            "patch_size": "4",
+            "embed_dim": "64",
+            "depth": "4",
+            "num_heads": "4",
+        },
+        "lr": 2e-3,
+    },
+}
+
+_LABELS: dict[str, Any] = {"feature_loss": "states", "logit_weight": 0.0, "feature_weight": 0.0}
+_KD: dict[str, Any] = {
+    "feature_loss": "states",
+    "feature_weight": 0.0,
+    "task_weight": 0.5,
+    "logit_weight": 0.5,
+}
+_FITNET: dict[str, Any] = {"feature_loss": "fitnet", "task_weight": 0.5, "logit_weight": 0.5}
+ARMS: dict[str, dict[str, Any]] = {
+    "labels": _LABELS,
+    "KD": _KD,
+    "FitNet": {**_FITNET, "feature_weight": 100.0},
+    "ScaleKD": {},
+    "CAP": {"feature_args": {"tpp": 0.0, "alternative": 0.0}},
+    "CAP, DFM": {"feature_args": {"tpp": 0.0}},
+    "ScaleKD, weight 0.1": {"feature_weight": 0.1},
+    "FitNet, weight 1": {**_FITNET, "feature_weight": 1.0},
+}
+EQUAL_COMPUTE = {"labels, equal compute": "labels", "KD, equal compute": "KD"}
+"""Arms that are others for as long as costs what ScaleKD costs."""
+
+
+def main() -> None:
+    """Train the teacher if it is missing, then run the cells that are missing."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--files", type=Path, required=True, help=f"folder that holds {ARCHIVE}")
+    parser.add_argument("--only", choices=STUDENTS, nargs="+", default=list(STUDENTS))
+    parser.add_argument("--arms", choices=[*ARMS, *EQUAL_COMPUTE], nargs="+", default=[*ARMS, *EQUAL_COMPUTE])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmark-scalekd"))
+    options = parser.parse_args()
+    teacher = trained_teacher(options)
+    data = few_images(options.files / ARCHIVE, options.out, PER_CLASS)
+    # Seed by seed, both students: what is there when the time ends is whole.
+    for seed in options.seeds:
+        cells = [
+            cell(student, arm, seed, data, teacher, options)
+            for student in options.only
+            for arm in options.arms
+            if arm in ARMS
+        ]
+        told(run_all(cells, options.jobs, f"seed {seed}"))
+        longer = [
+            cell(student, arm, seed, data, teacher, options)
+            for student in options.only
+            for arm in options.arms
+            if arm in EQUAL_COMPUTE and has_bills(student, EQUAL_COMPUTE[arm])
+        ]
+        told(run_all(longer, options.jobs, f"seed {seed}, equal compute"))
+
+
+def trained_teacher(options: argparse.Namespace) -> Path:
+    """Its folder; one teacher for all."""
+    folder = options.out / "teacher"
+    given = {"data": str(unpack(options.files / ARCHIVE, options.out / "cifar10")), "out_dir": folder}
+    say(train.run(make_config(TrainConfig, {"device": options.device, **TEACHER, **given})))
+    return folder
+
+
+def cell(student: str, arm: str, seed: int, data: Path, teacher: Path, options: argparse.Namespace) -> Cell:
+    """One run."""
+    same_as = EQUAL_COMPUTE.get(arm, arm)
+    values = {
+        **RECIPE,
+        **STUDENTS[student],
+        **ARMS[same_as],
+        "teacher": str(teacher),
+        "data": str(data),
+        "seed": seed,
+        "device": options.device,
+        "out_dir": options.out / "unfinished" / f"{student}-{slug(arm)}-{seed}",
+    }
+    if arm in EQUAL_COMPUTE:
+        values["epochs"] = round(RECIPE["epochs"] * price(student, "ScaleKD") / price(student, same_as), 2)
+    return Cell(arm, make_config(CompressConfig, values), cell_file(student, arm, seed))
+
+
+def cell_file(student: str, arm: str, seed: int) -> Path:
+    """Where its result is kept."""
+    return CELLS / student / f"{slug(arm)}-{seed}.json"
+
+
+def slug(arm: str) -> str:
+    """The name of an arm as part of the name of a file."""
+    return arm.lower().replace(", ", "-").replace(" ", "-")
+
+
+def has_bills(student: str, arm: str) -> bool:
+    """Whether it is known what ScaleKD and `arm` cost."""
+    return all(any((CELLS / student).glob(f"{slug(name)}-[0-9]*.json")) for name in ("ScaleKD", arm))
+
+
+def price(student: str, arm: str) -> float:
+    """What a training of the equal epochs costs, in forward passes of the teacher: the same with any seed."""
+    file = next((CELLS / student).glob(f"{slug(arm)}-[0-9]*.json"))
+    return json.loads(file.read_text(encoding="utf-8"))["teacher_passes"]["distill"]
+
+
+def told(results: list[CellResult]) -> None:
+    """A line for each."""
+    for result in results:
+        say(f"{result.options['student']}, {result.arm}, seed {result.seed}: {result.top1:.2f}")
+
+
+def table(folder: Path) -> str:
+    """One row per arm, in the order of the arms: accuracy, what it costs, how long it took."""
+    cells: dict[str, list[dict[str, Any]]] = {}
+    for file in sorted(folder.glob("*.json")):
+        one = json.loads(file.read_text(encoding="utf-8"))
+        cells.setdefault(one["arm"], []).append(one)
+    rows = [
+        "| | top1 % | selection images | epochs | cost | seconds | seeds |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    kd = cells["KD"][0]["teacher_passes"]["distill"] if "KD" in cells else None
+    for arm in (arm for arm in (*ARMS, *EQUAL_COMPUTE) if arm in cells):
+        of_arm = cells[arm]
+        one = of_arm[0]
+        selection = sum(c["selection_performance"] for c in of_arm) / len(of_arm)
+        seconds = sum(c["seconds"]["distill"] for c in of_arm) / len(of_arm)
+        cost = "" if kd is None else f"{one['teacher_passes']['distill'] / kd:.2f}x"
+        rows.append(
+            f"| {arm} | {spread([c['top1'] for c in of_arm], 1)} | {selection:.3f} "
+            f"| {one['epochs']['distill']:.1f} | {cost} | {seconds:.0f} | {len(of_arm)} |"
+        )
+    some = next(iter(cells.values()))[0]
+    return "\n".join(
+        [
+            *rows,
+            "",
+            f"Teacher {some['teacher_top1']:.1f} %, {some['teacher_macs'] / 1e6:.1f} M operations; student "
+            f"{some['macs'] / 1e6:.1f} M, {some['num_params'] / 1e3:.0f} thousand parameters; "
+            f"{some['num_test']} test images; selection images: likelihood; cost: counted operations, KD "
+            f"being 1; seconds of the training on {some['hardware']['training device']}, torch "
+            f"{some['hardware']['torch']}.",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""The suite `teacher-size`: one student, teachers of three sizes, by KD and by ScaleKD.
+
+A larger teacher knows more and is farther from its student. The authors' three sizes of Swin with ResNet-50
+are configurations whose accuracies are in pictures alone (docs/method.md); what they report of two teachers
+of one student stands below the plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from stepwell.compare.architectures import EPOCHS, NUM_IMAGES, counted, gpu_hours
+from stepwell.compare.arms import Arm
+from stepwell.compare.pairs import PAIRS, PublishedPair
+from stepwell.compare.suites import TEACHER_SIZES
+from stepwell.data.digits import MODEL, MODEL_ARGS
+from stepwell.measure.size import short_number
+
+_VIT = {"img_size": "32", "patch_size": "4", "depth": "12"}
+MODELS: dict[str, dict[str, tuple[str, dict[str, str]]]] = {
+    "cpu": {
+        size: (MODEL, {**MODEL_ARGS, "embed_dim": width})
+        for size, width in zip(TEACHER_SIZES, ("24", "48", "96"), strict=True)
+    },
+    "gpu": {
+        size: (MODEL, {**_VIT, "embed_dim": width, "num_heads": heads})
+        for size, width, heads in zip(TEACHER_SIZES, ("192", "384", "768"), ("3", "6", "12"), strict=True)
+    },
+}
+"""Models of timm and their arguments, by scale and size."""
+
+_PUBLISHED = dict(zip(TEACHER_SIZES, ("Swin-S", "Swin-B", "Swin-L"), strict=True))
+_TEACHER_TOP1 = {"Swin-L": 86.24, "BEiT-L/14": 88.58}
+
+
+def paper_of_sizes(arms: Sequence[Arm], values: Mapping[str, Any], macs_per_second: float) -> str:
+    """What the published sizes take with ResNet-50 on ImageNet, and what is known of larger teachers.
+
+    Args:
+        arms: Of the suite.
+        values: Options of the recipe.
+        macs_per_second: Of the GPU that hours are told of.
+    """
+    epochs = float(values["epochs"])
+    lines = [
+        f"suite teacher-size, the published recipe: Swin-S, -B and -L teach resnet50, --epochs {epochs:g}",
+        "",
+        f"  {'GPU-hours for one seed':<30}{'ImageNet':>11}",
+    ]
+    total = 0.0
+    for arm in arms:
+        hours = _hours(arm, epochs, macs_per_second)
+        total += hours
+        lines.append(f"  {arm.name:<30}{hours:>11.2f}")
+    lines += [
+        f"  {'all':<30}{total:>11.2f}",
+        "",
+        f"  {'published, by student':<36}{'MACs':>7}{'top-1':>11}{'alone':>11}{'taught':>11}",
+        *(_line(pair) for pair in _with_two_teachers()),
+        "",
+        f"Counted operations, at {macs_per_second:.0e} MACs per second; MACs and top-1 are the teacher's. Of",
+        "Swin-S and Swin-B the authors' configurations are known, and their figures from pictures alone.",
+    ]
+    return "\n".join(lines)
+
+
+def _hours(arm: Arm, epochs: float, macs_per_second: float) -> float:
+    teacher = _PUBLISHED[arm.options.get("teacher", "middle")]
+    (pair,) = (pair for pair in PAIRS if pair.name == f"{teacher} -> ResNet-50")
+    student, above = counted(pair.name)
+    if arm.options.get("feature_weight") != 0:
+        return gpu_hours(pair)[0] * epochs / EPOCHS[pair.strategy]
+    macs = 3 * student.macs + (above.macs if arm.options.get("logit_weight") else 0)
+    return macs * NUM_IMAGES * epochs / macs_per_second / 3600
+
+
+def _with_two_teachers() -> list[PublishedPair]:
+    """Pairs whose student was taught by two teachers, with figures."""
+    told = [pair for pair in PAIRS if pair.top1 is not None]
+    students = [_student(pair) for pair in told]
+    again = [pair for pair, student in zip(told, students, strict=True) if students.count(student) > 1]
+    return sorted(again, key=lambda pair: (_student(pair), pair.top1))
+
+
+def _student(pair: PublishedPair) -> str:
+    """Without the size of its patches: 16 under Swin-L, 14 under BEiT-L."""
+    return pair.name.split(" -> ")[1].split("/")[0].removesuffix(", advanced")
+
+
+def _line(pair: PublishedPair) -> str:
+    macs = short_number(counted(pair.name)[1].macs)
+    figures = (_TEACHER_TOP1[pair.name.split(" -> ")[0]], pair.baseline, pair.top1)
+    return f"  {pair.name:<36}{macs:>7}" + "".join(f"{figure:>9.2f} %" for figure in figures)
