@@ -163,8 +163,15 @@ def arms() -> dict[str, dict[str, Any]]:
     found["ladder"] = {"path": "amd", "ladder": LADDER, "budgets": 5.6 / 3}
     for keep in LADDER:
         options = {"path": "single-step", "keep_ratio": keep}
-        found |= {f"single-step-{keep:g}": options, f"third-{keep:g}": {**options, "budgets": 1 / 3}}
+        full = {} if keep == LADDER[0] else {f"single-step-{keep:g}": options}
+        found |= {**full, f"third-{keep:g}": {**options, "budgets": 1 / 3}}
     return found
+
+
+def suits(name: str, arm: str) -> bool:
+    """Whether a setting has the arm: ladders begin with their smallest size."""
+    of_ladder = arm == "ladder" or arm.startswith(("single-step-0", "third-"))
+    return SETTINGS[name]["compress"]["keep_ratio"] == LADDER[0] or not of_ladder
 
 
 def main() -> None:
@@ -189,6 +196,7 @@ def main() -> None:
             cell(name, arm, data, seed, teachers[seed], options)
             for seed in options.seeds
             for arm in options.arms
+            if suits(name, arm)
         ]
         for result in run_all(cells, options.jobs, name):
             say(f"{name} {result.arm} {result.seed}: {result.top1:.2f}")

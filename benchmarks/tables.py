@@ -179,14 +179,17 @@ STUDENTS = {
 
 def methods_table(folders: Path) -> str:
     """A row for each setting of docs/experiments.md, a column for each method; accuracy with its spread."""
-    rows = [f"| | teacher | {' | '.join(METHODS.values())} |", "|---|---:|" + "---:|" * len(METHODS)]
+    by_setting = {setting: cells_by_arm(folders / setting) for setting in STUDENTS}
+    columns = [arm for arm in METHODS if any(arm in arms for arms in by_setting.values())]
+    rows = [f"| | teacher | {' | '.join(METHODS[arm] for arm in columns)} |"]
+    rows.append("|---|---:|" + "---:|" * len(columns))
     for setting, words in STUDENTS.items():
-        arms = cells_by_arm(folders / setting)
-        if "default" not in arms:
+        arms = by_setting[setting]
+        if "default" not in arms or "single-step" not in arms:
             continue
         teacher = sum(cell["teacher_top1"] for cell in arms["default"]) / len(arms["default"])
         values = []
-        for arm in METHODS:
+        for arm in columns:
             cells = arms.get(arm, [])
             text = spread([cell["top1"] for cell in cells], 1) if cells else ""
             values.append(f"{text} (1 seed)" if len(cells) == 1 else text)
@@ -223,7 +226,8 @@ def ladder_table(folders: Path) -> str:
             tops = {float(keep): [c["sizes"][keep] for c in arms["ladder"]] for keep in cell["sizes"]}
             tops[cell["options"]["keep_ratio"]] = [c["top1"] for c in arms["ladder"]]
             for keep in sorted(tops):
-                others = (arms.get(f"{kind}-{keep:g}", []) for kind in ("third", "single-step"))
+                full = "single-step" if keep == min(tops) else f"single-step-{keep:g}"
+                others = (arms.get(arm, []) for arm in (f"third-{keep:g}", full))
                 values = [tops[keep], *([c["top1"] for c in cells] for cells in others)]
                 texts = [spread(tops_of, 1) if tops_of else "" for tops_of in values]
                 rows.append(f"| `{setting}` | {keep:g} | {' | '.join(texts)} |")

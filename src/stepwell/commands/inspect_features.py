@@ -30,7 +30,7 @@ from stepwell.setting.setting import Setting
 MOST_IMAGES = 512
 """That linear maps are fitted on, and as many to judge them."""
 FEWEST_IMAGES = 20
-UNTRAINED = "untrained"
+UNTRAINED = "before training"
 
 
 def look_at_features(run: Path, beside: Sequence[Path]) -> str:
@@ -55,6 +55,10 @@ def look_at_features(run: Path, beside: Sequence[Path]) -> str:
         if (s_other.teacher.digest, s_other.spec) != (s.teacher.digest, s.spec):
             raise ConfigError(
                 f"--beside {other}: its teacher, or the size of its images, is not that of {run}"
+            )
+        if s_other.data.fingerprint != s.data.fingerprint:
+            raise ConfigError(
+                f"--beside {other}: its images are not those of {run}: it may know those that judge"
             )
         students[name] = _student_of(s_other, other)
     if (fresh := s.fresh_student()) is not None:

@@ -14,7 +14,15 @@ from stepwell.config.base import Count, Fraction, Positive, Seed, flag_of
 from stepwell.config.cut_options import CutOptions
 from stepwell.config.extra_options import ExtraOptions, check_extras, sizes_beside
 from stepwell.config.model_options import StartOptions, StudentOptions
-from stepwell.config.options import DataOptions, LossOptions, Options, Suite, TaskOptions, TrainingOptions
+from stepwell.config.options import (
+    PROBE_EPOCHS,
+    DataOptions,
+    LossOptions,
+    Options,
+    Suite,
+    TaskOptions,
+    TrainingOptions,
+)
 from stepwell.config.path_options import (
     GridOptions,
     JointOptions,
@@ -26,6 +34,8 @@ from stepwell.config.path_options import (
 from stepwell.config.recipe_options import RecipeOptions, check_recipe, check_recipe_with_losses
 
 DEFAULT_BUDGET = 60.0
+MOST_SHARED = 0.95
+"""Of a budget, what joint training and the assistant's own may take together."""
 TUNE_FACTORS = (0.4, 1.0, 2.5)
 """What --tune multiplies the learning rate by."""
 MOST_RATES = 8
@@ -102,6 +112,32 @@ class CompressConfig(
             raise ValueError(
                 "--shares search looks for the shares that suit a budget: give --macs, --params or "
                 "--latency-ms"
+            )
+        return self
+
+    @property
+    def stretches(self) -> int:
+        """Of the last step: one for each snapshot of the assistant, and one for the finished one."""
+        return 1 + (self.snapshots if self.path == "amd" else 0)
+
+    @model_validator(mode="after")
+    def _something_is_left_for_the_student(self) -> Self:
+        shared = self.joint_share + self.assistant_share
+        if self.path == "amd" and self.epochs is None and self.assistant_share and shared > MOST_SHARED:
+            raise ValueError(
+                f"--joint-share {self.joint_share:g} and --assistant-share {self.assistant_share:g} leave "
+                f"nothing for the student: together at most {MOST_SHARED:g}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _a_classifier_of_its_own(self) -> Self:
+        if self.probe_epochs != PROBE_EPOCHS and not self.probe:
+            raise ValueError("--probe-epochs is the length of --probe: give it, too")
+        if self.probe and self.student_init == "teacher":
+            raise ValueError(
+                "--student-init teacher copies the teacher's classifier before --probe trains it: train it "
+                "first (stepwell train --probe), and give its folder as --teacher"
             )
         return self
 
@@ -240,6 +276,9 @@ class InspectConfig(Options):
     def _beside_what(self) -> Self:
         if self.beside and not self.features:
             raise ValueError("--beside compares features: give --features, too")
+        others = {"--json": self.json_, "--all": self.all, "--latency-ms": self.latency_ms is not None}
+        if self.features and (flags := [flag for flag, given in others.items() if given]):
+            raise ValueError(f"--features draws one thing and {flags[0]} asks for another: give one of them")
         return self
 
 

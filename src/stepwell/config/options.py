@@ -36,6 +36,8 @@ Suite = Literal[
     "resnet-pair", "wrn-pair", "vgg-pair", "imagenet-pair", "scalekd", "teacher-size", "several-teachers",
 ]  # fmt: skip
 
+PROBE_EPOCHS = 10.0
+
 
 class Options(BaseModel):
     """Base of all option groups: frozen, and an unknown key is an error."""
@@ -246,7 +248,7 @@ class TaskOptions(Options):
     """First give --teacher, a model of timm without classes or with others, a linear classifier for those of
     the folder, trained on its frozen features (a linear probe). A stage of the run, and on its bill; `train
     --probe` does it once for several runs."""
-    probe_epochs: Positive = 10.0
+    probe_epochs: Positive = PROBE_EPOCHS
     """Passes over the images of that training."""
     out_dir: Path | None = None
     """Run directory; the same command on an unfinished one resumes where it stopped."""

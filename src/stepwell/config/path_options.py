@@ -107,7 +107,8 @@ class PathOptions(Options):
     mmd-os: the same, one chosen. scalekd: the teacher, of any kind, stays whole and teaches --student.
     curriculum: --teachers, of any kinds, teach the student one after another, and at last --teacher does."""
     teachers: tuple[str, ...] = ()
-    """The other teachers of curriculum, each a timm name, the folder of a finished run, or FILE.py:FACTORY.
+    """The other teachers of curriculum, each the folder of a finished run, a timm name (if its own
+    classes are those of --teacher), or FILE.py:FACTORY.
     Their order is found: before each comes the one whose features lead to its own most cheaply. --teacher is
     the best and the last, what all is measured against."""
     assistants: tuple[Fraction, ...] = (0.5,)

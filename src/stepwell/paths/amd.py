@@ -39,7 +39,7 @@ def descend(s: Setting, deliver: Deliver[R]) -> R:
     # 2. Grid: nested candidates of the most important units, the student's budget up. And the plan: epochs.
     ladder = grid(s, scores, with_sizes)
     s = tune(s, ladder)  # nothing, unless learning rates are to be tried
-    epochs = plan_with_joint(s, ladder, bill)
+    epochs = plan_with_joint(s, ladder, bill, num_steps=s.config.num_assistants)
 
     # 3. Joint: train all candidates in one shared store of weights, against the frozen teacher.
     shared = joint(s, ladder, epochs.joint)

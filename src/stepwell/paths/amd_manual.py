@@ -22,7 +22,7 @@ def descend(s: Setting, deliver: Deliver[R]) -> R:
     scores = score(s)
     ladder = grid(s, scores, keep_ratios)
     s = tune(s, ladder)
-    epochs = plan_with_joint(s, ladder, bill, num_students=len(ladder.candidates) - 1)
+    epochs = plan_with_joint(s, ladder, bill, num_steps=len(ladder.candidates) - 1)
     shared = joint(s, ladder, epochs.joint)
     choice = select(s, ladder, (shared.extract(index) for index in range(len(ladder.candidates))))
     tried = []

@@ -55,7 +55,7 @@ def passes_of_assistant(costs: Costs, scale: float, distill: float, options: Com
 
 def snapshots_of(s: Setting, ladder: Ladder, index: int) -> list[Rung]:
     """Candidate `index` in its earlier states, from the earliest; none without `--snapshots`."""
-    if not s.config.snapshots:
+    if s.config.stretches == 1:
         return []
     trained = s.run.finished("joint", Trained)
     assert trained is not None, "comes after the joint training"

@@ -166,7 +166,7 @@ TOGETHER = frozenset({"amd", "amd-manual", "auto"})
 READ_BY = {
     **dict.fromkeys(("snapshots", "assistant_share", "num_assistants"), frozenset({"amd"})),
     **dict.fromkeys(("sampling", "num_random", "joint_epochs", "joint_share", "joint_lr"), TOGETHER),
-    "assistant": TOGETHER | {"mmd-os"},
+    **dict.fromkeys(("rule", "assistant"), frozenset({"amd", "auto", "mmd-os"})),
     "assistants": frozenset({"takd", "dgkd"}),
     "drop": frozenset({"dgkd"}),
 }

@@ -19,7 +19,6 @@ from dataclasses import replace
 from stepwell.config.commands import CompressConfig
 from stepwell.measure.cost import (
     NEEDED_BY_ALL,
-    NO_TIME,
     Costs,
     Epochs,
     Seconds,
@@ -82,22 +81,22 @@ def epochs_of(costs: Costs, bill: Bill, config: CompressConfig) -> Epochs:
     return Epochs(joint=joint, distill=epochs_for(budget, lambda epochs: cost(joint, epochs)))
 
 
-def plan_with_joint(s: Setting, ladder: Ladder, bill: Bill, num_students: int = 1) -> Epochs:
+def plan_with_joint(s: Setting, ladder: Ladder, bill: Bill, num_steps: int = 1) -> Epochs:
     """`plan` for a joint training and the steps down from it, which `plan_steps` settles later.
 
     Args:
         s: What the run works with.
         ladder: The candidates.
         bill: What the path costs.
-        num_students: Students that are trained, each by an assistant of its own.
+        num_steps: Steps down after the joint training, but for those of further sizes.
     """
     with s.run.stage("plan", Epochs) as stage:
         if stage.is_new:
-            stage.result = _with_joint(s, ladder, bill, num_students)
+            stage.result = _with_joint(s, ladder, bill, num_steps)
     return stage.result
 
 
-def _with_joint(s: Setting, ladder: Ladder, bill: Bill, num_students: int) -> Epochs:
+def _with_joint(s: Setting, ladder: Ladder, bill: Bill, num_steps: int) -> Epochs:
     config, costs = s.config, s.costs(ladder.scales)
     if (minutes := minutes_left(s)) is None:
         return epochs_of(costs, bill, config)
@@ -108,7 +107,7 @@ def _with_joint(s: Setting, ladder: Ladder, bill: Bill, num_students: int) -> Ep
     joint = config.joint_epochs or epochs_in(config.joint_share * minutes, seconds)
     # The middle candidate stands for the assistant, which is not chosen yet.
     assistant = slice_of_store(shared, ladder, len(ladder.candidates) // 2)
-    steps = num_students * config.num_assistants + config.num_more_sizes
+    steps = num_steps + config.num_more_sizes
     rest = seconds_of_step(s, assistant, student_below(s, ladder, shared)) * steps
     spent = seconds.of(joint) / 60
     distill = epochs_in(max(minutes - spent, 0.05 * minutes), rest)
@@ -146,16 +145,17 @@ def plan_steps(
 def _in_time(s: Setting, chain: Sequence[Rung], num_more: int) -> float:
     left = minutes_left(s)
     assert left is not None
-    *_, last = pairs = list(itertools.pairwise(chain))
-    more = seconds_of_step(s, *last) * num_more if num_more else NO_TIME
-    return epochs_in(left, sum((seconds_of_step(s, *pair) for pair in pairs), more))
+    *_, last = seconds = [seconds_of_step(s, *pair) for pair in itertools.pairwise(chain)]
+    stretches = replace(last, before=(s.config.stretches - 1) * last.before, epoch=0.0)
+    return epochs_in(left, sum(seconds, stretches + last * num_more))
 
 
 def minutes_left(s: Setting) -> float | None:
-    """What is left of `--minutes` after the stages so far but the scores; None where no clock decides."""
+    """What is left of `--minutes` after the stages so far but those that every way needs; None where no clock
+    decides."""
     if (minutes := s.config.minutes_of_path) is None:
         return None
-    spent = sum(s.run.stages[name].seconds for name in bill_of(s.run) if name != "score")
+    spent = sum(s.run.stages[name].seconds for name in bill_of(s.run) if name not in NEEDED_BY_ALL)
     return max(minutes - spent / 60, 0.05 * minutes)
 
 
@@ -168,9 +168,14 @@ def _for_the_rest(s: Setting, ladder: Ladder, chain: Sequence[Rung], num_more: i
     def cost(epochs: float) -> float:
         steps = itertools.pairwise(chain)
         each = [costs.step_down(epochs, lower.scale, [upper.scale]) for upper, lower in steps]
+        # The student's own comes in stretches, by earlier states of its assistant too.
+        *_, upper, lower = chain
+        stretches = s.config.stretches
+        last = stretches * costs.step_down(epochs / stretches, lower.scale, [upper.scale])
+        last += (stretches - 1) * costs.recalibrating(upper.scale)
         # A student below a trained assistant is its slice, with statistics of its own.
-        sliced = costs.recalibrating(chain[-1].scale) if len(chain) > 2 else 0.0
-        return sum(each) + num_more * each[-1] + sliced
+        sliced = costs.recalibrating(lower.scale) if len(chain) > 2 else 0.0
+        return sum(each[:-1]) + last + num_more * each[-1] + sliced
 
     return epochs_for(max(left, 0.05 * budget), cost)
 

@@ -38,7 +38,9 @@ def with_head(teacher: Teacher, data: Data | None, config: CompressConfig) -> Te
     """
     if not config.probe:
         return teacher
-    if data is None or not data.labelled or config.task == "features":
+    if config.task == "features":
+        raise ConfigError("--probe makes it a run about classes: leave out --task features, or --probe")
+    if data is None or not data.labelled:
         where = "--data" if data is None else data.source
         raise ConfigError(
             f"--probe trains a classifier on the classes of the images, and {where} "

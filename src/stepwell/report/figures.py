@@ -16,7 +16,7 @@ from stepwell.report.result import ModelResult
 from stepwell.run.progress import say
 from stepwell.tasks import embedding
 from stepwell.tasks.measures import Forward
-from stepwell.tasks.task import Answers, Task
+from stepwell.tasks.task import Answers, task_of
 
 
 def neighbours_top1(model: nn.Module, known: EvalBatches, test: EvalBatches, truth: Tensor) -> float:
@@ -34,7 +34,6 @@ def neighbours_top1(model: nn.Module, known: EvalBatches, test: EvalBatches, tru
 
 
 def figures_of(
-    task: Task,
     name: str,
     model: nn.Module,
     images: tuple[EvalBatches, EvalBatches],
@@ -48,18 +47,17 @@ def figures_of(
     """A model's figures, and its answers on the test images.
 
     Args:
-        task: What it is for.
         name: Its role, for progress.
         model: The model, on the device of the batches.
         images: Those whose figures decide between student and control, and the test images, which are looked
             at once, for the report.
-        card: What the model would be saved with; also says its input.
+        card: What the model would be saved with; also says its input, and what it is for.
         teacher_macs: Operations of the teacher, for the model's scale.
         keep_ratio: Fraction of units kept.
         threads: CPU threads of onnxruntime and of eager torch.
         measured: What is measured in place of the model's own answers, if anything.
     """
-    selection, test = images
+    (selection, test), task = images, task_of(card.task)
     on_selection = task.evaluate(measured or model, selection, f"{name}: selection images")
     answers = task.predict(measured or model, test, f"{name}: test images")
     with temporary_folder() as folder:

@@ -81,6 +81,7 @@ def stage(name: str) -> str:
     return STAGES.get(name) or {
         "assistant": f"train {name}",
         "teacher": f"taught by {name}",
+        "snapshot": f"student, taught by {name} of the assistant",
         "tune": f"try learning rate {name.removeprefix('tune ')}",
         "pilot": f"trial: taught by the {name.removeprefix('pilot ')}",
         "distill": f"student {name.removeprefix('distill ')}",

@@ -42,12 +42,14 @@ def trainings_of(run: RunDir) -> dict[str, Trained]:
 
 
 def cost_of(run: RunDir, single_step: float) -> Cost:
-    """What a run cost: measured against the control's seconds where there is one, else by operations."""
-    bill, trainings = bill_of(run), trainings_of(run)
-    control = trainings.pop(CONTROL_STAGE, None)
-    trainings.pop(BASELINE_STAGE, None)
+    """What a run cost: measured against the control's seconds where there is one, else by operations.
+
+    Args:
+        run: All its stages are finished.
+        single_step: Passes of the teacher of a single step with the epochs of the last one.
+    """
+    bill, control = bill_of(run), trainings_of(run).get(CONTROL_STAGE)
     if control is None:
         return Cost(value=sum(bill.values()) / single_step, predicted=True)
     seconds = sum(run.stages[stage].seconds for stage in bill)
-    last = [training for stage, training in trainings.items() if not is_of_size(stage)][-1]
-    return Cost(value=seconds / (control.seconds * last.epochs / control.epochs), predicted=False)
+    return Cost(value=seconds / (control.seconds * single_step / control.passes), predicted=False)

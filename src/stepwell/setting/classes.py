@@ -55,6 +55,10 @@ class Answers:
     num_any: int
 
 
+NUMBERED = "the classes are numbered as"
+"""How the note begins that says whose order it is."""
+
+
 def settle(teacher: Teacher, data: Data, options: DataOptions, device: torch.device) -> tuple[Teacher, Data]:
     """The teacher, wrapped if it returns no logits, and the images with the labels in its order.
 
@@ -106,7 +110,7 @@ def settle(teacher: Teacher, data: Data, options: DataOptions, device: torch.dev
         best = _by_trying(predicted, answers, teacher, data)
         order, note = best.order, f"{best.words}: {_right(best)}"
     if order != data.classes:
-        note = f"the classes are numbered as {teacher.name} has them ({note})"
+        note = f"{NUMBERED} {teacher.name} has them ({note})"
     elif given is None:
         note = ""
     if several_classes:

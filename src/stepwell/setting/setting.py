@@ -171,8 +171,10 @@ class Setting:
         return autocast_of(self.config, self.device)
 
     def with_lr(self, lr: float) -> Setting:
-        """The same with another peak learning rate; batches and counts do not depend on it, and are kept."""
-        return self._but(config=self.config.model_copy(update={"lr": lr}))
+        """The same with another peak learning rate, for the baseline too; batches and counts do not depend on
+        it, and are kept."""
+        baseline = self.baseline and self.baseline.with_lr(lr)
+        return self._but(config=self.config.model_copy(update={"lr": lr}), baseline=baseline)
 
     def with_note(self, note: str) -> Setting:
         """The same with something more to be told of its teacher."""

@@ -18,7 +18,7 @@ from stepwell.models.student import OtherStudent
 from stepwell.models.teacher import Teacher, load_teacher
 from stepwell.pruning.skeleton import build_skeleton
 from stepwell.setting.channels import halved
-from stepwell.setting.classes import settle
+from stepwell.setting.classes import NUMBERED, settle
 from stepwell.setting.other_models import check_same_classes
 from stepwell.setting.prepare import known_groups, try_losses
 from stepwell.setting.setting import Setting
@@ -65,8 +65,11 @@ def _understood(s: Setting, name: str) -> Teacher:
     return_in_order(teacher.model, _names(s, teacher, data.classes), s.classes)
     teacher.model.to(s.device).eval().requires_grad_(False)
     take_images_of(teacher.model, s.spec, own)
+    notes = tuple(note for note in teacher.notes if not note.startswith(NUMBERED))
+    if data.classes != s.classes:
+        notes = (*notes, f"{teacher.name}: its outputs are put into the order of {s.teacher.name}'s classes")
     trained_on = s.data.fingerprint if is_ours else None
-    return replace(teacher, spec=s.spec, own_spec=own, trained_on=trained_on, classes=s.classes)
+    return replace(teacher, spec=s.spec, own_spec=own, trained_on=trained_on, classes=s.classes, notes=notes)
 
 
 def _names(s: Setting, teacher: Teacher, ordered: tuple[str, ...]) -> tuple[str, ...]:

@@ -229,7 +229,6 @@ def _measure_all(s: Setting, finished: Finished) -> Delivered:
     for role, (model, card, keep_ratio) in roles.items():
         if model is not None:
             figures[role], answers[role] = figures_of(
-                s.task,
                 role,
                 model.eval(),
                 (s.selection, s.test),

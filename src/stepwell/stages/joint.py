@@ -36,7 +36,7 @@ def joint(s: Setting, ladder: Ladder, epochs: float) -> SharedWeights:
     with s.run.stage("joint", Trained) as stage:
         if stage.is_new:
             step = joint_step(s, shared, ladder.order)
-            files = snapshot_files(stage.checkpoints, s.config.snapshots)
+            files = snapshot_files(stage.checkpoints, s.config.stretches - 1)
             courses = step.lesson.courses(
                 stage,
                 shared.parameters,

@@ -48,7 +48,9 @@ def select(s: Setting, ladder: Ladder, models: Iterable[nn.Module]) -> Choice:
             pairs = zip(ladder.candidates, models, strict=True)
             candidates = [candidate_result(s, candidate, model) for candidate, model in pairs]
             teacher = s.task.evaluate(s.model, s.selection, "select: teacher").performance(s.metric)
-            index, selection = choose(candidates, teacher, s.config, s.metric, len(s.data.selection))
+            index, selection = choose(
+                candidates, teacher, s.config, s.metric, len(s.data.selection), s.other_scale
+            )
             stage.result = Choice(
                 index=index,
                 candidates=candidates,
@@ -111,6 +113,7 @@ def choose(
     options: SelectOptions,
     metric: Metric,
     num_images: int,
+    student: float | None = None,
 ) -> tuple[int, SelectionResult]:
     """The index of the assistant, and what every rule says.
 
@@ -120,9 +123,10 @@ def choose(
         options: The rule, or the assistant that the user wants.
         metric: What performance means.
         num_images: How many images it was measured on.
+        student: Scale of a student of another architecture; None where it is the first candidate.
     """
     points = _points(candidates, metric)
-    values = all_rules(points, Point(1.0, teacher))
+    values = all_rules(points, Point(1.0, teacher), student)
     index, rule = pick(values[options.rule]), str(options.rule)
     if options.assistant is not None:
         index, rule = nearest(candidates, options.assistant), "by hand"
@@ -151,7 +155,7 @@ def lower_assistants(s: Setting, choice: Choice) -> list[int]:
         if not any(points[0].scale < point.scale < top.scale for point in below):
             say(f"select: no candidate is left for assistant {len(chosen) + 1}")
             break
-        chosen.append(pick(rule_values(below, top, s.config.rule)))
+        chosen.append(pick(rule_values(below, top, s.config.rule, s.other_scale)))
         keep_ratio = choice.candidates[chosen[-1]].keep_ratio
         say(f"select: the assistant keeps {keep_ratio:g} (rule: {s.config.rule})")
     return chosen[1:]
@@ -190,7 +194,9 @@ class Point:
     performance: float
 
 
-def rule_values(candidates: Sequence[Point], teacher: Point, rule: Rule) -> list[float | None]:
+def rule_values(
+    candidates: Sequence[Point], teacher: Point, rule: Rule, student_scale: float | None = None
+) -> list[float | None]:
     """The value of `rule` for each candidate; None for the student's own and where it is not defined.
 
     Args:
@@ -207,8 +213,11 @@ def rule_values(candidates: Sequence[Point], teacher: Point, rule: Rule) -> list
             `thrift`: P_i - 0.3 log(S_i + 3 S_S), performance at the price that a budget puts on an assistant:
                 of a last step it leaves epochs in inverse proportion to S_i + 3 S_S, what one of them costs.
             `nearest-2.5`: -|S_i / S_S - 2.5|, the "law of capacity gap": 2.5 times the student's size.
+        student_scale: Of a student of another architecture, for the last two rules; None where it is the
+            first candidate.
     """
     student = candidates[0]
+    learner = student.scale if student_scale is None else student_scale
     values: list[float | None] = [None]  # the student's scale is no assistant, only the last lower neighbour
     for lower, point in itertools.pairwise(candidates):
         # Rounding can give a candidate the student's own widths, or the teacher's.
@@ -227,9 +236,9 @@ def rule_values(candidates: Sequence[Point], teacher: Point, rule: Rule) -> list
             case "lambda":
                 values.append(point.performance + LAMBDA * (1 - point.scale))
             case "thrift":
-                values.append(point.performance - THRIFT * math.log(point.scale + 3 * student.scale))
+                values.append(point.performance - THRIFT * math.log(point.scale + 3 * learner))
             case "nearest-2.5":
-                values.append(-abs(point.scale / student.scale - CAPACITY_GAP))
+                values.append(-abs(point.scale / learner - CAPACITY_GAP))
     return values
 
 
@@ -255,6 +264,8 @@ def pick(values: Sequence[float | None]) -> int:
     return -max(allowed)[1]
 
 
-def all_rules(candidates: Sequence[Point], teacher: Point) -> dict[Rule, list[float | None]]:
+def all_rules(
+    candidates: Sequence[Point], teacher: Point, student_scale: float | None = None
+) -> dict[Rule, list[float | None]]:
     """The values of every rule, for the report."""
-    return {rule: rule_values(candidates, teacher, rule) for rule in get_args(Rule)}
+    return {rule: rule_values(candidates, teacher, rule, student_scale) for rule in get_args(Rule)}
