@@ -39,6 +39,7 @@ from stepwell.losses.observe import Observed
 from stepwell.losses.ofa import OFA
 from stepwell.losses.output import Output, TrainingImages, maps
 from stepwell.losses.pkt import pkt_loss
+from stepwell.losses.pixels import over_pixels
 from stepwell.losses.pld import pld_loss
 from stepwell.losses.projection import ProjectedStates
 from stepwell.losses.review import ReviewKD
@@ -96,6 +97,10 @@ def logit_loss(options: LossOptions, pair: Pair) -> Call | None:
         return None
     name, temperature = options.logit_loss, options.temperature
     made = partial(_made, name, "--logit-args", options.logit_args)
+    if pair.task == "segmentation" and name in LOGIT_LOSSES:
+        of_rows = logit_loss(options, replace(pair, task="classification"))
+        assert of_rows is not None
+        return over_pixels(of_rows)
     match name:
         case "kd" if pair.task == "features":
             return made(embedding_loss)

@@ -13,7 +13,7 @@ from stepwell.config.own_code import file_digest, is_own_code
 from stepwell.data.splits import resolve_data
 from stepwell.errors import ConfigError
 from stepwell.models.card import digest
-from stepwell.models.input import as_asked
+from stepwell.models.input import as_asked, for_masks, has_one_size
 from stepwell.models.teacher import load_teacher, teacher_from_module
 from stepwell.paths import path_of
 from stepwell.paths.path import say_what_is_not_read
@@ -55,6 +55,9 @@ def begin(
             config.teacher, config.teacher_weights, config.model_args, len(data.classes), config.weights_key
         )
     spec = as_asked(teacher.spec, teacher.model, config, data.white_level)
+    if data.task == "segmentation":
+        has_size = teacher.task == "segmentation" or has_one_size(teacher.model)
+        spec = for_masks(spec, data.train, config, has_size=has_size)
     teacher = replace(teacher, spec=spec)
     # Every check comes before the folder is made.
     s = with_baseline(prepare(config, RunDir(config.out_dir, observer), teacher, data, student, path.cuts))

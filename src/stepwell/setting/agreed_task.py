@@ -41,6 +41,11 @@ def agreed(data: Data, options: DataOptions, teacher: Teacher, outputs: Outputs 
             f"{teacher.name} {why}, and a run for the task {options.task} is measured by classes: pass "
             f"--task features to distil its embedding, or fine-tune it first (stepwell train --model ...)"
         )
+    if said == "segmentation":
+        raise ConfigError(
+            f"{teacher.name} {why}, the class of each pixel, and {data.source} does not hold images/ and "
+            f"masks/: pass the images with their masks"
+        )
     if said == "multi-label":
         raise ConfigError(
             f"{teacher.name} {why}, as where one image has several classes, and each image of {data.source} "

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from stepwell.config.commands import CompressConfig
-from stepwell.config.options import DataOptions
+from stepwell.config.options import DataOptions, TaskName
 from stepwell.data.batches import EvalBatches
 from stepwell.data.feed import decoded
 from stepwell.data.spec import InputSpec
@@ -74,8 +74,9 @@ def prepare(
     teacher, data = settle(teacher, data, config, find_device(config.device))
     check_suits_task(config, data)
     teacher.model.cpu()
-    num_classes = check_runs(teacher.model, teacher.spec, teacher.name, "--image-size")
-    other_student = _other_student(config, teacher, num_classes, student, data.task == "features")
+    dense = data.task == "segmentation"
+    num_classes = check_runs(teacher.model, teacher.spec, teacher.name, "--image-size", dense=dense)
+    other_student = _other_student(config, teacher, num_classes, student, data.task)
     batch_size = min(config.batch_size, len(data.train))
     if cuts:
         check_trains(teacher.model, teacher.spec, teacher.name, batch_size)  # its slices will be trained
@@ -83,7 +84,7 @@ def prepare(
         check_trains(other_student.model, teacher.spec, f"--student {other_student.name}", batch_size)
     # Last of the checks, since cuts are tried.
     if cuts:
-        groups = groups_of(teacher.model, teacher.spec, teacher.is_own_module, data, config)
+        groups = groups_of(teacher.model, teacher.spec, teacher.is_own_module or dense, data, config)
     else:
         groups = known_groups(teacher.model)
     if cuts and config.cuts_channels:
@@ -126,12 +127,12 @@ def read_images(s: Setting) -> None:
 
 
 def _other_student(
-    config: CompressConfig, teacher: Teacher, num_classes: int, student: nn.Module | None, embeds: bool
+    config: CompressConfig, teacher: Teacher, num_classes: int, student: nn.Module | None, task: TaskName
 ) -> OtherStudent | None:
     if config.student is None:
         return None
     spec, model = teacher.spec, teacher.model
-    return build_student(config, num_classes, spec, config.seed, student, model, embeds=embeds)
+    return build_student(config, num_classes, spec, config.seed, student, model, task=task)
 
 
 def _check_something_to_learn(s: Setting) -> None:
@@ -202,7 +203,7 @@ def groups_of(
     Args:
         model: The teacher, in eval mode.
         spec: The images that it takes.
-        is_own_module: Whether it is a module of the user's own.
+        is_own_module: Whether it is a module of the user's own, or one that families know in part.
         data: Where the images come from that a cut is proved on.
         options: How they are read.
 
