@@ -1,4 +1,4 @@
-"""Small images with masks: coloured shapes on a noisy ground, whose classes a small model learns in seconds."""
+"""Small images with masks: coloured shapes on a noisy ground, which a small model learns in seconds."""
 
 from __future__ import annotations
 
@@ -41,5 +41,7 @@ def write_masks(
                 Image.fromarray(array).save(file)
     if listed:
         rows = [f"{name},{i},," for i, name in enumerate(CLASSES)]
-        (folder / "classes.csv").write_text("\n".join(["name,index,colour,ignore", *rows, f"void,{VOID},,yes"]))
+        (folder / "classes.csv").write_text(
+            "\n".join(["name,index,colour,ignore", *rows, f"void,{VOID},,yes"])
+        )
     return folder

@@ -27,10 +27,18 @@ from stepwell.measure.cost import Costs
 from stepwell.measure.estimate import memory_and_disk, seconds_of
 from stepwell.measure.size import count_macs, num_params, short_number
 from stepwell.measure.whole import little_saved, narrower
+from stepwell.models import segmenters
 from stepwell.models.card import Architecture
-from stepwell.models.input import as_asked, check_runs, check_trains, input_spec
+from stepwell.models.input import (
+    as_asked,
+    check_runs,
+    check_trains,
+    for_masks,
+    has_one_size,
+    input_spec,
+)
 from stepwell.models.student import OtherStudent
-from stepwell.models.teacher import Teacher, load_teacher
+from stepwell.models.teacher import Teacher, load_teacher, named_segmenter
 from stepwell.models.timm_folder import LOCAL
 from stepwell.models.timm_models import create_timm, create_without_memory, parse_model_args
 from stepwell.paths import path_of
@@ -46,11 +54,13 @@ from stepwell.report.stages import stage_lines
 from stepwell.report.table import render
 from stepwell.run.device import find_device
 from stepwell.run.progress import progress
+from stepwell.setting.agreed_task import task_asked
 from stepwell.setting.channels import check_uniform, with_channels
 from stepwell.setting.classes import settle
 from stepwell.setting.other_models import baseline_network, other_student, size_line
 from stepwell.setting.prepare import groups_of, proof_images
 from stepwell.stages.grid import make_grid, size_indices
+from stepwell.tasks.outputs import is_dense
 from stepwell.tasks.task import task_of
 
 
@@ -63,17 +73,22 @@ def run(config: CompressConfig) -> str:
     data = resolve_data(config) if config.data else None
     teacher = _model(config, data)
     spec = as_asked(teacher.spec, teacher.model, config, data.white_level if data else None)
+    task = task_asked(teacher, data, config)
+    if data is not None and task == "segmentation":
+        has_size = teacher.task == "segmentation" or has_one_size(teacher.model)
+        spec = for_masks(spec, data.train, config, has_size=has_size)
     teacher, class_lines = _classes(replace(teacher, spec=spec), data, config)
     model = teacher.model
     if teacher.is_own_module:
-        check_runs(model, spec, config.teacher, "--image-size")
+        check_runs(model, spec, config.teacher, "--image-size", dense=task == "segmentation")
         check_trains(model, spec, config.teacher, config.batch_size)
-    student, baseline = other_student(config, model, spec), baseline_network(config, model, spec)
+    student = other_student(config, model, spec, task)
+    baseline = baseline_network(config, model, spec, task)
     others = [*size_line("student", student, model, spec), *size_line("baseline", baseline, model, spec)]
     beside = [] if baseline is None else [baseline.model]
     if not path.cuts:
         return "\n".join([*_uncut(config, data, teacher, student, beside), *others[1:], *class_lines])
-    groups = groups_of(model, spec, teacher.is_own_module, data, config)
+    groups = groups_of(model, spec, teacher.is_own_module or is_dense(model), data, config)
     if config.cuts_channels:
         groups = with_channels(model, groups, proof_images(data, spec, config))
     if config.uniform:
@@ -156,7 +171,9 @@ def _classes(teacher: Teacher, data: Data | None, config: CompressConfig) -> tup
         return teacher, []
     try:
         if not teacher.digest:  # no weights, so it can be asked for nothing but their number
-            classes = getattr(teacher.model, "num_classes", None) or len(data.classes)
+            classes = getattr(teacher.model, "num_classes", None) or len(
+                data.classes
+            )  # smp and torchvision: as built
             task_of(data.task).check_classes(classes, "the model", data)
             return teacher, []
         teacher, data = settle(teacher, data, config, torch.device("cpu"))
@@ -185,7 +202,9 @@ def _images(data: Data | None) -> list[str]:
         f"  {len(data.selection):,} to choose the assistant on ({data.selection_from})",
         f"  {len(data.test):,} to test on ({data.test_from})",
     ]
-    if data.labelled:
+    if data.train.masks is not None:
+        lines.append(f"  {len(data.classes):,} classes of pixels ({data.train.masks.classes.in_words()})")
+    elif data.labelled:
         counts = Counter(each for label in data.train.labels for each in classes_of(label))
         fewest, most = min(counts.values()), max(counts.values())
         each = f"{most:,}" if fewest == most else f"{fewest:,} to {most:,}"
@@ -210,6 +229,8 @@ def _model(config: CompressConfig, data: Data | None) -> Teacher:
             source, config.teacher_weights, config.model_args, num_classes, config.weights_key
         )
     args = parse_model_args(config.model_args)
+    if segmenters.is_named(source):
+        return named_segmenter(source, {"num_classes": num_classes or 2, **args})
     model = create_without_memory(config.teacher, args)
     # Shapes are enough to count, but not to time, nor to try cuts.
     if config.latency_ms is not None or not names_by_family(model):

@@ -17,9 +17,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from stepwell.config.options import DataOptions
 from stepwell.data.images import ImageSet, in_threads, num_cpus, one_line
+from stepwell.data.mask_transforms import eval_mask_transform
 from stepwell.data.randomness import seeded
 from stepwell.data.spec import InputSpec
-from stepwell.data.mask_transforms import eval_mask_transform
 from stepwell.data.transforms import Transform, eval_transform
 from stepwell.errors import DataError
 

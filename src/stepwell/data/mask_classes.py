@@ -74,9 +74,7 @@ class MaskClasses:
         there = np.flatnonzero(np.bincount(found.ravel(), minlength=1))
         return table[found], [int(n) for n in there if int(n) not in self.numbers]
 
-    def of_colours(
-        self, found: UInt8[np.ndarray, "h w 3"]
-    ) -> tuple[UInt8[np.ndarray, "h w"], list[Colour]]:
+    def of_colours(self, found: UInt8[np.ndarray, "h w 3"]) -> tuple[UInt8[np.ndarray, "h w"], list[Colour]]:
         """Colours of a mask as classes, and those that are none."""
         packed = packed_colours(found)
         values, places = np.unique(packed, return_inverse=True)
@@ -191,9 +189,8 @@ def _classes(file: Path, rows: Sequence[Mapping[str, str]]) -> MaskClasses:
         if number in numbers:
             raise DataError(f"{where}: number {number} is there twice")
         numbers[number] = place
-        if colour is not None:
-            if by_colour.setdefault(colour, place) != place:
-                raise DataError(f"{where}: its colour {colour} is another class's too")
+        if colour is not None and by_colour.setdefault(colour, place) != place:
+            raise DataError(f"{where}: its colour {colour} is another class's too")
     if len(names) < 2:
         raise DataError(f"{file} names {len(names)} classes that are not ignored: two or more are needed")
     if len(names) > MOST_CLASSES:

@@ -1,8 +1,8 @@
 """Folders of images with masks: what is in them, checked before anything is trained.
 
-    DIR/images/{train,val,test}/NAME.jpg + DIR/masks/{train,val,test}/NAME.png     splits as given
-    DIR/images/NAME.jpg + DIR/masks/NAME.png                                       splits by hash
-    DIR/classes.csv                                                                names, colours, what is ignored
+DIR/images/{train,val,test}/NAME.jpg + DIR/masks/{train,val,test}/NAME.png     splits as given
+DIR/images/NAME.jpg + DIR/masks/NAME.png                                       splits by hash
+DIR/classes.csv                                                                names, colours, what is ignored
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from PIL import Image
 from stepwell.config.options import DataOptions
 from stepwell.data.found import Found
 from stepwell.data.images import FolderReader, ImageSet, in_threads, num_cpus
-from stepwell.data.listing import list_images, subfolders
+from stepwell.data.listing import list_images
 from stepwell.data.mask_classes import IGNORED, LISTS, MaskClasses, numbered_classes, read_classes
 from stepwell.data.masks import Masks, classes_of, numbers_of, open_mask
 from stepwell.errors import DataError

@@ -1,4 +1,4 @@
-"""What happens to an image and its mask together: scaled, cropped and mirrored alike; colours are the image's.
+"""What happens to an image and its mask together: scaled, cropped, mirrored alike; colours are the image's.
 
 Everything is torchvision's, which knows an image from a mask by its type (tv_tensors). The numbers are drawn
 from torch's generator, which feed.py seeds by (seed, training, epoch, image).
@@ -68,6 +68,7 @@ class MaskTrainTransform:
         )
 
     def __call__(self, image: Image.Image, mask: Image.Image) -> UInt8[Tensor, "channels height width"]:
+        """Draw a scale, a crop, a mirror and colours."""
         low, high = SCALES
         scale = low + (high - low) * torch.rand(()).item()
         size = [max(1, round(side * scale)) for side in self._spec.size]

@@ -125,6 +125,6 @@ def _colours_of(image: Image.Image, classes: MaskClasses) -> np.ndarray | None:
 def _no_class(file: Path, pixels: np.ndarray, colour: Colour) -> str:
     row, column = np.argwhere((pixels == np.array(colour)).all(axis=2))[0].tolist()
     return (
-        f"{file}: pixel at row {row}, column {column} has the colour {colour}, which is no class of the list: "
-        f"mend the mask, or add the colour to the list (with ignore, if it is to count nowhere)"
+        f"{file}: pixel at row {row}, column {column} has the colour {colour}, which is no class of the "
+        f"list: mend the mask, or add the colour to the list (with ignore, if it is to count nowhere)"
     )

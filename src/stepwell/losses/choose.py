@@ -38,8 +38,8 @@ from stepwell.losses.nst import nst_loss
 from stepwell.losses.observe import Observed
 from stepwell.losses.ofa import OFA
 from stepwell.losses.output import Output, TrainingImages, maps
-from stepwell.losses.pkt import pkt_loss
 from stepwell.losses.pixels import over_pixels
+from stepwell.losses.pkt import pkt_loss
 from stepwell.losses.pld import pld_loss
 from stepwell.losses.projection import ProjectedStates
 from stepwell.losses.review import ReviewKD

@@ -42,8 +42,8 @@ def _with_channels_first(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[A
 def _only_logits(_module: nn.Module, _images: object, output: object) -> Tensor | None:
     """A hook: what is returned instead of `output`; None leaves it as it is.
 
-    `{"logits": ...}` or `{"out": ...}`, an object with `.logits`, a tuple with logits first; (batch, classes, 1, 1) of a
-    convolution that classifies; half precision of an autocast inside.
+    `{"logits": ...}` or `{"out": ...}`, an object with `.logits`, a tuple with logits first;
+    (batch, classes, 1, 1) of a convolution that classifies; half precision of an autocast inside.
     """
     logits = picked(output)
     if logits is None:

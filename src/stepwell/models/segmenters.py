@@ -130,7 +130,7 @@ def auxiliary_head(model: nn.Module) -> nn.Module | None:
 
 
 def input_spec(model: nn.Module, channels: int = 3) -> InputSpec:
-    """What images a model wants: any size, scaled as a whole; mean and std are its encoder's, or ImageNet's."""
+    """What images a model wants: any size, as a whole; mean and std are its encoder's, or ImageNet's."""
     encoder = encoder_of(model)
     config = getattr(encoder, "pretrained_cfg", None) or {}
     mean = tuple(config.get("mean") or IMAGENET_DEFAULT_MEAN)

@@ -216,21 +216,30 @@ def _from_segmenter(source: str, weights: Path | None, key: str | None, args: Ma
     """A model for masks by name, with the user's own weights."""
     if weights is None:
         raise ModelError(
-            f"{source} is built without weights: pass --teacher-weights FILE, or train it first (stepwell train "
-            f"--model {source} ...)"
+            f"{source} is built without weights: pass --teacher-weights FILE, or train it first (stepwell "
+            f"train --model {source} ...)"
         )
     names = (name for found in read_weights(weights).state_dicts for name in found.tensors)
     model = segmenters.build(source, args, auxiliary=any("aux_classifier." in name for name in names))
     load_whole(model, weights, key)
     segmenters.without_auxiliary(model)
     _check_numbers(model, source)
+    return _segmenter(source, args, model, has_weights=True)
+
+
+def named_segmenter(source: str, args: Mapping[str, Any]) -> Teacher:
+    """A model for masks with random weights, to be looked at; it has no digest."""
+    return _segmenter(source, args, segmenters.build(source, args), has_weights=False)
+
+
+def _segmenter(source: str, args: Mapping[str, Any], model: nn.Module, *, has_weights: bool) -> Teacher:
     spec = segmenters.input_spec(model)
     library, _, kind = source.partition(":")
     architecture = Architecture.model_validate(
         {"source": library, "name": kind, "args": dict(args), "outputs": "maps"}
     )
     model = as_logits(model, "maps").eval()
-    return Teacher(model, architecture, spec, None, {}, source, digest(model))
+    return Teacher(model, architecture, spec, None, {}, source, digest(model) if has_weights else "")
 
 
 def placeholders(num_classes: int) -> list[str]:

@@ -18,9 +18,9 @@ from stepwell.data.splits import resolve_data
 from stepwell.errors import ConfigError
 from stepwell.measure.cost import Seconds, epochs_in
 from stepwell.measure.size import num_params
+from stepwell.models import segmenters
 from stepwell.models.card import Card, find_model_dir, save_model
 from stepwell.models.fitting import load_start
-from stepwell.models import segmenters
 from stepwell.models.input import as_asked, check_runs, check_trains, for_masks, input_spec
 from stepwell.models.timm_models import create_timm, parse_model_args, timm_architecture
 from stepwell.paths.begin import require
@@ -39,7 +39,7 @@ from stepwell.version import __version__
 
 @dataclass(frozen=True)
 class LabelStep:
-    """The task's loss with the labels, softened; and that of a second head, where a model for masks has one."""
+    """The task's loss with the labels, softened; and that of a second head, where a model has one."""
 
     task: Task
     model: nn.Module
@@ -59,7 +59,9 @@ class LabelStep:
             logits = self.model(batch.images)
         loss = self._loss(logits, batch)
         for other in said:
-            scaled = F.interpolate(other.float(), batch.labels.shape[1:], mode="bilinear", align_corners=False)
+            scaled = F.interpolate(
+                other.float(), batch.labels.shape[1:], mode="bilinear", align_corners=False
+            )
             loss = loss + self.auxiliary_weight * self._loss(scaled, batch)
         loss.backward()
         return {"loss": loss.detach()}
@@ -132,7 +134,9 @@ def train(config: TrainConfig) -> str:
 
     meter = task.evaluate(model, test, "test images")
     card = Card(
-        architecture=architecture_for_masks(config, args) if dense else timm_architecture(config.model, model, args),
+        architecture=architecture_for_masks(config, args)
+        if dense
+        else timm_architecture(config.model, model, args),
         classes=list(data.classes),
         input=spec,
         task=data.task,

@@ -1,4 +1,4 @@
-"""A teacher of masks: what it returns is made logits of the images' size, and it is asked whether it knows them."""
+"""A teacher of masks: what it returns is made logits of the images' size, and it is asked what it knows."""
 
 from __future__ import annotations
 
@@ -74,7 +74,9 @@ def _check_names(teacher: Teacher, data: Data) -> None:
     if teacher.classes is None or teacher.classes == data.classes:
         return
     in_order_of(teacher.classes, data.classes, teacher.name, data.source)  # other names are refused there
-    where = next(i for i, pair in enumerate(zip(teacher.classes, data.classes, strict=True)) if len({*pair}) > 1)
+    where = next(
+        i for i, pair in enumerate(zip(teacher.classes, data.classes, strict=True)) if len({*pair}) > 1
+    )
     raise DataError(
         f"{teacher.name} has the class {teacher.classes[where]} where the list of {data.source} has "
         f"{data.classes[where]}: give a list in the teacher's order, with a column index (--class-list FILE)"

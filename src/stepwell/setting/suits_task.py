@@ -40,7 +40,9 @@ def check_class_weights(weights: tuple[float, ...], data: Data) -> None:
     if not weights:
         return
     if data.task != "segmentation":
-        raise ConfigError("--class-weights are for masks, where classes have few pixels or many: leave them out")
+        raise ConfigError(
+            "--class-weights are for masks, where classes have few pixels or many: leave them out"
+        )
     if len(weights) != len(data.classes):
         raise ConfigError(
             f"--class-weights has {len(weights)} numbers, and the masks have {len(data.classes)} classes "
@@ -96,7 +98,9 @@ def _check_masks(config: CompressConfig) -> None:
     for option, weight, name, known in given:
         if weight and name in known and known[name].masks == "never":
             others = ", ".join(each for each, facts in known.items() if facts.masks != "never")
-            raise ConfigError(f"{option} {name} is for one class an image, and here each pixel has one: take {others}")
+            raise ConfigError(
+                f"{option} {name} is for one class an image, and here each pixel has one: take {others}"
+            )
 
 
 def _check_embedding(config: CompressConfig) -> None:

@@ -113,7 +113,8 @@ def _of_size(output: object, images: Tensor) -> Tensor:
     logits = picked(output)
     assert logits is not None, "tried when the model was taken"
     size = images.shape[-2:]
-    if logits.shape[-2:] == size:
+    # In a graph for images of any size nothing is asked of it; between equal sizes it changes no number.
+    if not torch.compiler.is_exporting() and logits.shape[-2:] == size:
         return logits
     return F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
 
@@ -245,8 +246,8 @@ def _check_map(output: object, name: str) -> int:
             f"that are not there and there"
         )
     raise ConfigError(
-        f"{name} must return logits (batch, classes, height, width), alone, first in a tuple, or as out or "
-        f"logits of a dictionary, not {_described(output)} for one image"
+        f"{name} must return logits (batch, classes, height, width), alone, first in a tuple, or as out "
+        f"or logits of a dictionary, not {_described(output)} for one image"
     )
 
 

@@ -67,7 +67,9 @@ def loss_per_image(
     )
     known = labels != IGNORED
     counted = known.float() if weights is None else weights[labels.where(known, 0)] * known
-    return each.flatten(1).sum(dim=1) / counted.flatten(1).sum(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
+    return each.flatten(1).sum(dim=1) / counted.flatten(1).sum(dim=1).clamp_min(
+        torch.finfo(torch.float32).tiny
+    )
 
 
 @dataclass(frozen=True)
@@ -126,14 +128,12 @@ class Meter(measures.Meter):
         )
 
     def __add__(self, other: Meter) -> Meter:
-        assert self.confusion is not None and other.confusion is not None  # of answers that are still whole
-        assert self.gaps is not None and other.gaps is not None
         return Meter(
             self.counts + other.counts,
-            self.confusion + other.confusion,
+            _sum(self.confusion, other.confusion),
             self.num_images + other.num_images,
             self.sum_log_likelihood + other.sum_log_likelihood,
-            self.gaps + other.gaps,
+            _sum(self.gaps, other.gaps),
         )
 
     @property
@@ -219,6 +219,10 @@ def predict(forward: Forward, batches: EvalBatches, description: str = "predict"
     """The same, with what a later comparison needs."""
     meter = evaluate(forward, batches, description)
     return Answers(meter.counts, meter.counts[0, 2], meter)
+
+
+def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    return None if one is None or other is None else one + other
 
 
 @lru_cache(maxsize=4096)
