@@ -30,7 +30,8 @@ def start_for_masks(config: TrainConfig, data: Data) -> nn.Module:
         raise ConfigError(
             f"--model {config.model}: {data.source} has masks, which torchvision:NAME learns "
             f"({', '.join(segmenters.TORCHVISION[:3])}, ...) or smp:NAME "
-            f"({', '.join(segmenters.SMP[:3])}, ...); a model of your own is trained by you, and compressed as --teacher FILE.py:FACTORY"
+            f"({', '.join(segmenters.SMP[:3])}, ...); a model of your own is trained by you, and "
+            f"compressed as --teacher FILE.py:FACTORY"
         )
     if config.probe or config.layer_decay != 1:
         flag = "--probe" if config.probe else "--layer-decay"
@@ -46,9 +47,7 @@ def start_for_masks(config: TrainConfig, data: Data) -> nn.Module:
         own = {**args, "num_classes": len(data.classes)}
         model = segmenters.build(config.model, own, auxiliary=config.auxiliary_weight > 0)
     if config.weights is None and config.encoder_weights is None:
-        say(
-            f"{config.model} starts from random weights; --encoder-weights FILE starts its encoder from others"
-        )
+        say(f"{config.model} starts from random weights; --encoder-weights FILE is for its encoder")
     if config.weights is not None:
         load_start(model, config.weights, config.weights_key)
     if config.encoder_weights is not None:

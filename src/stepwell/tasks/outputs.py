@@ -221,8 +221,8 @@ def meaning_of(
 
 
 def check_output(output: object, name: str, dense: bool = False) -> int:
-    """Check that a model returned logits for one image; returns how many numbers it returned, for the image or
-    for each pixel of it.
+    """Check that a model returned logits for one image; returns how many numbers it returned, for the image
+    or for each pixel of it.
 
     A binary classifier may return one number, also without a dimension of its own: see outputs.py.
 
