@@ -58,7 +58,7 @@ from stepwell.setting.agreed_task import task_asked
 from stepwell.setting.channels import check_uniform, with_channels
 from stepwell.setting.classes import settle
 from stepwell.setting.other_models import baseline_network, other_student, size_line
-from stepwell.setting.prepare import groups_of, proof_images
+from stepwell.setting.prepare import groups_of, proof_images, with_parts
 from stepwell.stages.grid import make_grid, size_indices
 from stepwell.tasks.outputs import is_dense
 from stepwell.tasks.task import task_of
@@ -88,6 +88,8 @@ def run(config: CompressConfig) -> str:
     beside = [] if baseline is None else [baseline.model]
     if not path.cuts:
         return "\n".join([*_uncut(config, data, teacher, student, beside), *others[1:], *class_lines])
+    if is_dense(model):
+        teacher = with_parts(teacher)
     groups = groups_of(model, spec, teacher.is_own_module or is_dense(model), data, config)
     if config.cuts_channels:
         groups = with_channels(model, groups, proof_images(data, spec, config))

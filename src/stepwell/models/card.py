@@ -31,6 +31,7 @@ from stepwell.models.input import check_runs
 from stepwell.pruning import generic
 from stepwell.pruning.channels import channel_groups, is_stream
 from stepwell.pruning.families import find_groups
+from stepwell.pruning.parts import take_apart
 from stepwell.pruning.skeleton import build_skeleton, fill
 from stepwell.pruning.units import Group
 from stepwell.run.run_dir import plain_tensors, write_atomically
@@ -59,6 +60,9 @@ class Architecture(BaseModel):
     args: dict[str, Any] = {}
     outputs: Outputs = "logits"
     """What it returns; the model of the card returns logits, see tasks/outputs.py."""
+    parts: dict[str, list[int]] = {}
+    """Convolutions that read a concatenation and were taken apart, with the channels of each part; see
+    pruning/parts.py."""
 
 
 class Card(BaseModel):
@@ -153,7 +157,15 @@ def check_answers(model: nn.Module, card: Card, folder: Path) -> None:
 
 def build(architecture: Architecture, factory: Factory | str | None, where: Path) -> nn.Module:
     """The full-width module with whatever weights its constructor gives it; returns logits."""
-    return as_logits(_build(architecture, factory, where), architecture.outputs)
+    model = as_logits(_build(architecture, factory, where), architecture.outputs)
+    try:
+        take_apart(model, architecture.parts)
+    except KeyError as error:
+        raise ModelError(
+            f"{where} does not fit the {type(model).__name__} that was built for it: {error.args[0]} is no "
+            f"convolution of {sum(architecture.parts[error.args[0]])} channels there"
+        ) from None
+    return model
 
 
 def _build(architecture: Architecture, factory: Factory | str | None, where: Path) -> nn.Module:

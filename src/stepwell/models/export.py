@@ -26,6 +26,7 @@ from stepwell.data.spec import InputSpec
 from stepwell.errors import ExportError, ExportMismatchError, RunDirError
 from stepwell.models.card import example_images
 from stepwell.models.onnx_graph import OPSET, captured, quiet, reason_of, write_onnx
+from stepwell.pruning.parts import put_together
 from stepwell.run.run_dir import writing
 from stepwell.tasks.outputs import is_dense
 
@@ -177,7 +178,7 @@ def _for_runtime(file: Path) -> Path | bytes:
 
 
 def _plain_copy(model: nn.Module) -> nn.Module:
-    return copy.deepcopy(model).cpu().float().eval()
+    return put_together(copy.deepcopy(model)).cpu().float().eval()
 
 
 def _difference(exported: Tensor, eager: Tensor) -> float:

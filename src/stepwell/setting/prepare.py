@@ -25,8 +25,11 @@ from stepwell.models.card import example_images
 from stepwell.models.input import check_runs, check_trains, too_few
 from stepwell.models.student import OtherStudent, build_student
 from stepwell.models.teacher import Teacher, placeholders
+from stepwell.pruning import generic
+from stepwell.pruning.coupled import concatenations
 from stepwell.pruning.families import find_groups
 from stepwell.pruning.generic import propose
+from stepwell.pruning.parts import take_apart
 from stepwell.pruning.prove import proven
 from stepwell.pruning.skeleton import build_skeleton
 from stepwell.pruning.units import Group
@@ -83,6 +86,8 @@ def prepare(
     if other_student is not None:
         check_trains(other_student.model, teacher.spec, f"--student {other_student.name}", batch_size)
     # Last of the checks, since cuts are tried.
+    if cuts and dense:
+        teacher = with_parts(teacher)
     if cuts:
         groups = groups_of(teacher.model, teacher.spec, teacher.is_own_module or dense, data, config)
     else:
@@ -186,6 +191,22 @@ def try_losses(s: Setting, *, is_other: bool) -> dict[Phase, float]:
             f"--batch-size 1: --feature-loss {s.config.feature_loss} has a BatchNorm that sees maps of 1 x 1 "
             f"of one image, which have no variance; give --batch-size 2 or more"
         ) from None
+
+
+def with_parts(teacher: Teacher) -> Teacher:
+    """A teacher whose convolutions of concatenations are taken apart, where a part could be cut; it computes
+    the same."""
+    if not generic.installed() or not teacher.digest:
+        return teacher
+    model, images = teacher.model, example_images(teacher.spec)
+    blocks = {group.block for group in known_groups(model)}
+    try:
+        found = concatenations(model, images, sorted(blocks))
+    except Exception:  # whatever the tracer stumbles over; where groups are looked for, that is said
+        return teacher
+    take_apart(model, found)
+    parts = {**teacher.architecture.parts, **found}
+    return replace(teacher, architecture=teacher.architecture.model_copy(update={"parts": parts}))
 
 
 def known_groups(model: nn.Module) -> list[Group]:
