@@ -114,6 +114,7 @@ LOGIT_LOSSES: Mapping[str, LossFacts] = {
     # The labels are in it.
     "pld": LossFacts(reads=("logits",), given=("labels",), implied={"task_weight": 0.0}, exclusive=True),
     "taid": LossFacts(reads=("logits",), given=("progress",), exclusive=True),
+    "cwd-logits": LossFacts(reads=("logits",), implied={"logit_weight": 3.0}, masks="only"),
 }
 
 FEATURE_LOSSES: Mapping[str, LossFacts] = {
@@ -143,6 +144,12 @@ FEATURE_LOSSES: Mapping[str, LossFacts] = {
         exclusive=True,
     ),
     "ofa": LossFacts(reads=("student_states", "logits"), given=("labels",), exclusive=True),
+    # Of masks: on the maps that the classifiers read.
+    "cwd": LossFacts(reads=("features",), implied={"feature_weight": 50.0}, masks="only"),
+    # Its weights are within it.
+    "skd": LossFacts(reads=("features", "logits"), masks="only"),
+    "ifvd": LossFacts(reads=("features",), given=("labels",), implied={"feature_weight": 20.0}, masks="only"),
+    "cirkd": LossFacts(reads=("features",), given=("labels",), masks="only"),
     # Slices have AMD's loss: half of it, as the other two terms are halved.
     "scalekd": LossFacts(
         reads=("states",),

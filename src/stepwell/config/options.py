@@ -140,12 +140,13 @@ class LossOptions(Options):
     """loss = task_weight * CE + logit_weight * LOGIT + feature_weight * FEATURE."""
 
     logit_loss: str = "kd"
-    """On the logits: kd (T^2 KL, AMD's), dkd, dist, pld or taid; or FILE.py:FUNCTION. Choosing one also sets
-    the weights and the temperature that its authors use, where none are given."""
+    """On the logits: kd (T^2 KL, AMD's), dkd, dist, pld or taid; of masks kd, dist or cwd-logits; or
+    FILE.py:FUNCTION. Choosing one also sets the weights and the temperature that its authors use, where none
+    are given."""
     feature_loss: str = "states"
     """On hidden states: states (squared distance, AMD's), fitnet, at, fsp, nst, ab, ft, vid, review, sp, ofa
-    or scalekd (for --student alone); on the features before the classifier: cc, rkd, pkt, crd or sskd; or
-    FILE.py:FUNCTION."""
+    or scalekd (for --student alone); on the features before the classifier: cc, rkd, pkt, crd or sskd, and
+    of masks cwd, skd, ifvd or cirkd; or FILE.py:FUNCTION."""
     logit_args: dict[str, float] = {}
     """Arguments of the logit loss as name=value, such as beta=6 for dkd."""
     feature_args: dict[str, float] = {}

@@ -82,7 +82,9 @@ def _check_several_classes(config: CompressConfig) -> None:
     )
     for option, weight, name, known in given:
         if weight and name in known and known[name].exclusive:
-            others = ", ".join(each for each, facts in known.items() if not facts.exclusive)
+            others = ", ".join(
+                each for each, facts in known.items() if not facts.exclusive and facts.masks != "only"
+            )
             raise ConfigError(
                 f"{option} {name} is for one class an image, and here an image may have several: take "
                 f"{others}"
@@ -135,4 +137,4 @@ def _check_embedding(config: CompressConfig) -> None:
 
 
 def _reads_classifier(facts: LossFacts) -> bool:
-    return facts.exclusive or not {"features", "logits"}.isdisjoint(facts.reads)
+    return facts.exclusive or facts.masks == "only" or not {"features", "logits"}.isdisjoint(facts.reads)
