@@ -29,6 +29,12 @@ BACKBONES: dict[str, tuple[str, ...]] = {
 }
 """By `model_type` the classes without a head, as transformers exports them."""
 
+SEGMENTERS = {
+    "segformer": "SegformerForSemanticSegmentation",
+    "upernet": "UperNetForSemanticSegmentation",
+}
+"""By `model_type` the classes that tell each pixel."""
+
 NO_POOLER = {"add_pooling_layer": False}
 """Of a model whose folder has no weights of a pooler: for its constructor, and in a card."""
 
@@ -69,6 +75,19 @@ class Classifier(Wrapped):
         return self.model(images, return_dict=True).logits
 
 
+class Segmenter(Wrapped):
+    """A model that tells each pixel, without its auxiliary head."""
+
+    @property
+    def num_classes(self) -> int:
+        """As timm calls it."""
+        return self.config.num_labels
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (batch, channels, height, width) to logits (batch, classes, h, w), smaller in part."""
+        return self.model(images, return_dict=True).logits
+
+
 class Backbone(Wrapped):
     """A model without a head."""
 
@@ -89,9 +108,10 @@ class Backbone(Wrapped):
 
 
 def backbone_named(config: Mapping[str, Any]) -> str | None:
-    """The class without a head that a configuration was saved from; None if it was another one."""
-    names = config.get("architectures")
-    known = BACKBONES.get(str(config.get("model_type")), ())
+    """The class without a head, or of a model for masks, that a configuration was saved from; None if it was
+    another one."""
+    names, kind = config.get("architectures"), str(config.get("model_type"))
+    known = (*BACKBONES.get(kind, ()), *([SEGMENTERS[kind]] if kind in SEGMENTERS else []))
     return names[0] if isinstance(names, list) and names and names[0] in known else None
 
 
