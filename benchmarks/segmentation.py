@@ -3,8 +3,8 @@
     python benchmarks/segmentation.py --files FOLDER --seeds 0 1 2
 
 FOLDER holds camvid.tar (images/ and masks/ of train, val and test; 11 classes, 11 is void) and
-tf_efficientnet_lite0-imagenet.safetensors, the encoder of a U-Net of segmentation-models-pytorch, which has to
-be installed. Every arm costs as much as a single step of `--budget-epochs`. Cells are kept in
+tf_efficientnet_lite0-imagenet.safetensors, the encoder of a U-Net of segmentation-models-pytorch, which has
+to be installed. Every arm costs as much as a single step of `--budget-epochs`. Cells are kept in
 benchmarks/results/segmentation/ and not run again; they say of the teacher what they say of the student.
 """
 

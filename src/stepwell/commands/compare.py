@@ -41,8 +41,8 @@ def run(config: CompareConfig) -> str:
     task = next((t for t in (data.task, teacher_task(teacher, config)) if t != "classification" and t), None)
     if task not in (None, "segmentation"):
         raise ConfigError(
-            f"compare tables are of top1 or mIoU, and this would be the task {task}: run stepwell compress for "
-            f"each way instead"
+            f"compare tables are of top1 or mIoU, and this would be the task {task}: run stepwell compress "
+            f"for each way instead"
         )
     with writing(out):
         (out / "stages").mkdir(parents=True, exist_ok=True)

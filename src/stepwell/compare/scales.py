@@ -17,7 +17,7 @@ from torch import nn
 
 from stepwell.compare.architectures import loss_passes, published_pairs
 from stepwell.compare.arms import Arm, given, given_to_runs
-from stepwell.compare.suites import ARMS, OTHER_ARCHITECTURE, PAIRS
+from stepwell.compare.suites import ARMS, OF_MASKS, OTHER_ARCHITECTURE, PAIRS
 from stepwell.config.base import flag_of
 from stepwell.config.commands import CompareConfig, CompressConfig, TrainConfig
 from stepwell.config.files import make_config, over
@@ -27,6 +27,7 @@ from stepwell.data.spec import InputSpec
 from stepwell.errors import ConfigError
 from stepwell.measure.cost import Costs
 from stepwell.measure.size import count_macs
+from stepwell.models import segmenters
 from stepwell.models.input import input_spec
 from stepwell.models.timm_models import create_without_memory, parse_model_args
 from stepwell.paths import path_of
@@ -38,6 +39,7 @@ from stepwell.pruning.skeleton import build_skeleton
 from stepwell.pruning.units import Group
 from stepwell.run.progress import say
 from stepwell.stages.grid import make_grid
+from stepwell.tasks.outputs import as_logits
 
 
 @dataclass(frozen=True)
@@ -148,14 +150,52 @@ _OTHER_ARCHITECTURE = {
         macs_per_second=1e14,
     ),
 }
+_MASKS = {"batch_size": 8, "lr": 1e-3}
+_OF_MASKS = {
+    "cpu": Size(
+        "torchvision:deeplabv3_mobilenet_v3_large",
+        {},
+        "",
+        {},
+        {**_MASKS, "epochs": 60, "image_size": "192x256"},
+        {**_MASKS, "keep_ratio": 0.15, "budget_epochs": 30, "image_size": "192x256"},
+    ),
+    "gpu": Size(
+        "torchvision:deeplabv3_resnet50",
+        {},
+        "",
+        {},
+        {**_MASKS, "epochs": 100, "precision": "bf16"},
+        {**_MASKS, "keep_ratio": 0.15, "budget_epochs": 100, "precision": "bf16"},
+    ),
+    # 40,000 steps of 16 images; their rate falls by a power of 0.9, which is nearly a line.
+    "paper": Size(
+        "torchvision:deeplabv3_resnet101",
+        {},
+        "",
+        {},
+        {},
+        {
+            "keep_ratio": 0.15,
+            "epochs": 215,
+            "batch_size": 16,
+            "optimizer": "sgd",
+            "lr": 0.02,
+            "schedule": "linear",
+            "image_size": "512x1024",
+            "precision": "bf16",
+        },
+        teacher_top1=78.07,
+    ),
+}
 OF_THE_TEACHER = (
-    "data", "data_root", "selection_data", "skip_bad_images", "image_size",
+    "data", "data_root", "selection_data", "skip_bad_images", "image_size", "class_list", "ignore_index",
     "precision", "device", "threads", "workers",
 )  # fmt: skip
 """Options of the comparison that the training of its teacher takes over: which images, and on what."""
 CONTROLLED: frozenset[Suite] = frozenset({"steps", "depth", *PAIRS})
 """Suites with single steps beside paths that cost more."""
-NUM_TRAIN = {"CIFAR-100": 50_000, "ImageNet": 1_281_167}
+NUM_TRAIN = {"CIFAR-100": 50_000, "ImageNet": 1_281_167, "Cityscapes": 2_975}
 
 
 def size_of(suite: Suite, scale: str) -> Size:
@@ -167,6 +207,8 @@ def size_of(suite: Suite, scale: str) -> Size:
     if suite == OTHER_ARCHITECTURE:  # nothing is cut
         size = _OTHER_ARCHITECTURE[scale]
         return replace(size, compress={k: v for k, v in size.compress.items() if k != "keep_ratio"})
+    if suite == OF_MASKS:
+        return _OF_MASKS[scale]
     if suite not in PAIRS:
         size = VIT[scale]
         keep_ratio = size.depth_keep if suite == "depth" else size.compress["keep_ratio"]
@@ -200,6 +242,8 @@ def prepared(suite: Suite, config: CompareConfig, out: Path) -> tuple[list[Arm],
     """
     size = size_of(suite, config.scale)
     asked = given(config)
+    if suite == OF_MASKS and not config.data:
+        raise ConfigError(f"--suite {suite} needs --data, a folder with images/ and masks/, such as CamVid's")
     if config.scale == "cpu" and not config.data:
         write_digits(out / "digits")
         asked["data"] = str(out / "digits")
@@ -252,11 +296,11 @@ def paper(suite: Suite, config: CompareConfig) -> str:
     """
     size = size_of(suite, "paper")
     values = over(size.compress, given_to_runs(config))
-    sets = list(NUM_TRAIN)
+    sets = ["Cityscapes"] if suite == OF_MASKS else ["CIFAR-100", "ImageNet"]
     if suite in PAIRS or suite == OTHER_ARCHITECTURE:
         sets = ["ImageNet"] if suite in ("imagenet-pair", OTHER_ARCHITECTURE) else ["CIFAR-100"]
     macs = count_macs(*_model(size.model, size.model_args))
-    other_student = count_macs(*_model(size.student, size.student_args)) / macs
+    other_student = count_macs(*_model(size.student, size.student_args)) / macs if size.student else 1.0
     arms = filled(suite, size)
     hours = {
         arm.name: [
@@ -317,7 +361,11 @@ def _teacher(suite: Suite) -> tuple[nn.Module, InputSpec, list[Group], int]:
 
 
 def _model(name: str, args: dict[str, str]) -> tuple[nn.Module, InputSpec]:
-    """A model with 100 classes, without memory for its weights, and its input."""
+    """A model with 100 classes, without memory for its weights, and its input; of masks, Cityscapes'."""
+    if segmenters.is_named(name):
+        model = segmenters.build(name, {"num_classes": 19, **parse_model_args(args)})
+        spec = replace(segmenters.input_spec(model), size=(512, 1024))
+        return as_logits(model, "maps"), spec
     model = create_without_memory(name, {**parse_model_args(args), "num_classes": 100})
     return model, input_spec(model)
 

@@ -139,6 +139,8 @@ _TABLE_3 = {
 """With a cosine; SGD fails at every rate, AdamW at 0.3."""
 
 OTHER_ARCHITECTURE: Suite = "scalekd"
+OF_MASKS: Suite = "segmentation"
+_ALONE = {"path": "single-step", "feature_weight": 0.0}
 """A transformer teaches a CNN."""
 _WHOLE = {"path": "scalekd"}
 _WITH_LOGITS = {**_WHOLE, "task_weight": 0.5, "logit_weight": 0.5}
@@ -211,6 +213,18 @@ ARMS: dict[Suite, tuple[Arm, ...]] = {
         Arm("CAP, DFM", {**_WITH_LOGITS, "feature_args": {"tpp": 0.0}}),
         Arm("CAP, TPP", {**_WITH_LOGITS, "feature_args": {"alternative": 0.0}}),
         Arm("CAP, DFM, TPP", _WITH_LOGITS),
+    ),
+    # Table 8; the published students of all rows but the last are a DeepLabV3 on a ResNet-18.
+    OF_MASKS: (
+        Arm("labels alone", {**_ALONE, "logit_weight": 0.0}, 74.21),
+        Arm("KD of each pixel", _ALONE),
+        Arm("SKD", {"path": "single-step", "feature_loss": "skd"}, 75.42),
+        Arm("IFVD", {"path": "single-step", "feature_loss": "ifvd"}, 75.59),
+        Arm("CWD", {"path": "single-step", "feature_loss": "cwd"}, 75.55),
+        Arm("CIRKD", {"path": "single-step", "feature_loss": "cirkd"}, 76.38),
+        Arm("DIST", {**_ALONE, "logit_loss": "dist"}, 77.10),
+        Arm("single-step", {"path": "single-step"}),
+        Arm("amd", {"path": "amd"}, 77.23),
     ),
     **{suite: _arms_of_pair(suite, pair) for suite, pair in PAIRS.items()},
 }

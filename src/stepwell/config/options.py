@@ -36,6 +36,7 @@ embedding."""
 Suite = Literal[
     "losses", "candidates", "optimizer", "weights", "depth", "steps",
     "resnet-pair", "wrn-pair", "vgg-pair", "imagenet-pair", "scalekd",
+    "segmentation",
 ]  # fmt: skip
 
 

@@ -196,7 +196,7 @@ def try_losses(s: Setting, *, is_other: bool) -> dict[Phase, float]:
 def with_parts(teacher: Teacher) -> Teacher:
     """A teacher whose convolutions of concatenations are taken apart, where a part could be cut; it computes
     the same."""
-    if not generic.installed() or not teacher.digest:
+    if not generic.installed() or next(teacher.model.parameters()).is_meta:
         return teacher
     model, images = teacher.model, example_images(teacher.spec)
     blocks = {group.block for group in known_groups(model)}
