@@ -110,11 +110,12 @@ def test_from_a_teacher_to_masks(folder, weights, tmp_path, capsys):
     stepwell("predict", run, *images, "--teacher", FACTORY, "--out", tmp_path / "masks")
     out = capsys.readouterr().out
     assert re.search(r"000\.png  ground \d+\.\d %", out)
-    mask = Image.open(tmp_path / "masks/000.png")
-    assert (mask.mode, mask.size) == ("P", (48, 32))
-    said, true = np.array(mask), np.array(Image.open(folder / "masks/test/000.png"))
+    with Image.open(tmp_path / "masks/000.png") as mask:
+        assert (mask.mode, mask.size) == ("P", (48, 32))
+        said, true = np.array(mask), np.array(Image.open(folder / "masks/test/000.png"))
     assert (said == true)[true != VOID].mean() > 0.7
-    assert Image.open(tmp_path / "masks/001-overlay.png").size == (48, 32)
+    with Image.open(tmp_path / "masks/001-overlay.png") as overlay:
+        assert overlay.size == (48, 32)
 
     stepwell("inspect", run)
     assert "mIoU" in capsys.readouterr().out

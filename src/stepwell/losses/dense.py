@@ -20,9 +20,9 @@ def matched(
     teacher: Float[Tensor, "batch dim_t height_t width_t"],
 ) -> tuple[Float[Tensor, "batch dim_s height width"], Float[Tensor, "batch dim_t height width"]]:
     """Both maps in fp32, at the size of the smaller; only models of two architectures differ in it."""
-    size = min(student.shape[2:], teacher.shape[2:], key=math.prod)
+    height, width = min(student.shape[2:], teacher.shape[2:], key=math.prod)
     ours, theirs = (
-        m.float() if m.shape[2:] == size else F.adaptive_avg_pool2d(m.float(), size)
+        m.float() if m.shape[2:] == (height, width) else F.adaptive_avg_pool2d(m.float(), (height, width))
         for m in (student, teacher.detach())
     )
     return ours, theirs

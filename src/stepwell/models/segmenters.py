@@ -10,6 +10,7 @@ size by `AsLogits` (tasks/outputs.py).
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -103,13 +104,12 @@ def _smp_args(args: Mapping[str, Any]) -> dict[str, Any]:
 
 def _smp() -> Any:  # noqa: ANN401  (a module that may be missing)
     try:
-        import segmentation_models_pytorch
+        return import_module("segmentation_models_pytorch")
     except ImportError as error:
         raise ModelError(
             f"models called smp:... are those of segmentation-models-pytorch, which cannot be imported "
             f"({one_line(error)[:80]}): pip install 'stepwell[segmentation]'"
         ) from None
-    return segmentation_models_pytorch
 
 
 def without_auxiliary(model: nn.Module) -> bool:

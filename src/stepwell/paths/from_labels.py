@@ -54,7 +54,7 @@ class LabelStep:
         said: list[Tensor] = []
         with self.autocast, ExitStack() as stack:
             if self.auxiliary is not None:
-                handle = self.auxiliary.register_forward_hook(lambda _m, _i, output: said.append(output))
+                handle = self.auxiliary.register_forward_hook(lambda *call: said.append(call[-1]))
                 stack.callback(handle.remove)
             logits = self.model(batch.images)
         loss = self._loss(logits, batch)

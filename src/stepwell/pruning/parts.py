@@ -46,10 +46,11 @@ class ConvOfParts(nn.Module):
         self, x: Float[Tensor, "batch channels height width"]
     ) -> Float[Tensor, "batch filters height_out width_out"]:
         """The whole convolution."""
-        first, *others = (
-            part(piece) for part, piece in zip(self.parts, x.split(self.sizes, dim=1), strict=True)
-        )
-        return sum(others, start=first)
+        pieces = x.split(self.sizes, dim=1)
+        total = self.parts[0](pieces[0])
+        for part, piece in zip(self.parts[1:], pieces[1:], strict=True):
+            total = total + part(piece)
+        return total
 
     def whole(self) -> nn.Conv2d:
         """The convolution of the concatenation."""

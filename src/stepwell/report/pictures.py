@@ -91,14 +91,9 @@ def pictures_of(
             image = _shown(few.images[row], images.spec)
             truth = few.labels[row].to(torch.uint8).cpu().numpy()
             one, other = said[0][row], said[1][row]
-            found.append(
-                Picture(
-                    keys[index],
-                    _data_uri(image),
-                    *(_data_uri(over(image, classes, colours, 0.7)) for classes in (truth, one, other)),
-                    _data_uri(marked(image, one != other)),
-                )
-            )
+            masks = [_data_uri(over(image, classes, colours, 0.7)) for classes in (truth, one, other)]
+            differ = _data_uri(marked(image, one != other))
+            found.append(Picture(keys[index], _data_uri(image), masks[0], masks[1], masks[2], differ))
     return found
 
 
