@@ -6,7 +6,6 @@ the candidates assume that all layers matter alike, which scoring will correct.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,10 +14,10 @@ import torch
 from rich.table import Table
 from torch import nn
 
+from stepwell.commands.images_in_words import images_in_words
 from stepwell.config.commands import CompressConfig
 from stepwell.config.own_code import is_own_code
 from stepwell.data.folders import join
-from stepwell.data.labels import classes_of
 from stepwell.data.spec import InputSpec
 from stepwell.data.splits import Data, resolve_data
 from stepwell.errors import DataError
@@ -113,7 +112,7 @@ def run(config: CompressConfig) -> str:
         f"  can be cut: {_cut(groups)}",
         f"  stays whole: {_whole(model, groups)}",
         *_normed(groups),
-        *_images(data),
+        *images_in_words(data),
         "",
         _table(groups, candidates, skeletons, model, spec),
         *narrower(model, spec, groups, met.keep_ratio, config),
@@ -141,7 +140,7 @@ def _uncut(
         *_sizes(model, spec),
         *size_line("student", student, model, spec),
         *stage_lines(config, model, student, spec),
-        *_images(data),
+        *images_in_words(data),
         "",
         *_estimate(config, data, model, [student.model], student, spec, beside),
     ]
@@ -192,33 +191,6 @@ def _sizes(model: nn.Module, spec: InputSpec) -> list[str]:
         f"{short_number(num_params(model))} parameters, "
         f"{short_number(count_macs(model, spec))} MACs per image",
     ]
-
-
-def _images(data: Data | None) -> list[str]:
-    """How many images each split has and where it comes from, and how large the classes are."""
-    if data is None:
-        return []
-    lines = [
-        f"images: {data.source}",
-        f"  {len(data.train):,} to train on",
-        f"  {len(data.selection):,} to choose the assistant on ({data.selection_from})",
-        f"  {len(data.test):,} to test on ({data.test_from})",
-    ]
-    if data.train.masks is not None:
-        lines.append(f"  {len(data.classes):,} classes of pixels ({data.train.masks.classes.in_words()})")
-    elif data.labelled:
-        counts = Counter(each for label in data.train.labels for each in classes_of(label))
-        fewest, most = min(counts.values()), max(counts.values())
-        each = f"{most:,}" if fewest == most else f"{fewest:,} to {most:,}"
-        lines.append(f"  {len(data.classes):,} classes with {each} training images each")
-        if data.task == "multi-label":
-            none = sum(not classes_of(label) for label in data.train.labels)
-            lines.append(f"  an image may have several classes; {none:,} training images have none")
-    else:
-        lines.append("  without labels")
-    if data.white_level is not None:
-        lines.append(f"  white is {data.white_level:g}")
-    return lines
 
 
 def _model(config: CompressConfig, data: Data | None) -> Teacher:

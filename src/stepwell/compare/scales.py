@@ -8,7 +8,7 @@ paper   the published recipe: what it takes and what was published; runs with --
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from torch import nn
 
 from stepwell.compare.architectures import loss_passes, published_pairs
 from stepwell.compare.arms import Arm, given, given_to_runs
+from stepwell.compare.sizes import SIZES_OF_MASKS, Size
 from stepwell.compare.suites import ARMS, OF_MASKS, OTHER_ARCHITECTURE, PAIRS
 from stepwell.config.base import flag_of
 from stepwell.config.commands import CompareConfig, CompressConfig, TrainConfig
@@ -40,34 +41,6 @@ from stepwell.pruning.units import Group
 from stepwell.run.progress import say
 from stepwell.stages.grid import make_grid
 from stepwell.tasks.outputs import as_logits
-
-
-@dataclass(frozen=True)
-class Size:
-    """What a suite runs at one scale.
-
-    Attributes:
-        model: The teacher, a model of timm.
-        model_args: Its arguments.
-        student: What stands for a student of another shape: the ViT of fewer layers, the smaller CNN.
-        student_args: Its arguments.
-        train: How the teacher is trained.
-        compress: What all arms share.
-        depth_keep: Share of the units with the operations of the ViT of fewer layers.
-        teacher_top1: What the teacher's published figure is.
-        macs_per_second: Roughly what one H100 reaches.
-    """
-
-    model: str
-    model_args: dict[str, str]
-    student: str
-    student_args: dict[str, str]
-    train: dict[str, Any]
-    compress: dict[str, Any]
-    depth_keep: float = 0.0
-    teacher_top1: float | None = None
-    macs_per_second: float = 1e14  # a quarter of its peak in bf16
-
 
 _VIT_GPU = {"img_size": "32", "patch_size": "4", "embed_dim": "384", "depth": "12", "num_heads": "6"}
 _GPU = {"epochs": 40, "batch_size": 256, "lr": 1e-3, "augment": "crop", "precision": "bf16"}
@@ -150,44 +123,6 @@ _OTHER_ARCHITECTURE = {
         macs_per_second=1e14,
     ),
 }
-_MASKS = {"batch_size": 8, "lr": 1e-3}
-_OF_MASKS = {
-    "cpu": Size(
-        "torchvision:deeplabv3_mobilenet_v3_large",
-        {},
-        "",
-        {},
-        {**_MASKS, "epochs": 60, "image_size": "192x256"},
-        {**_MASKS, "keep_ratio": 0.15, "budget_epochs": 30, "image_size": "192x256"},
-    ),
-    "gpu": Size(
-        "torchvision:deeplabv3_resnet50",
-        {},
-        "",
-        {},
-        {**_MASKS, "epochs": 100, "precision": "bf16"},
-        {**_MASKS, "keep_ratio": 0.15, "budget_epochs": 100, "precision": "bf16"},
-    ),
-    # 40,000 steps of 16 images; their rate falls by a power of 0.9, which is nearly a line.
-    "paper": Size(
-        "torchvision:deeplabv3_resnet101",
-        {},
-        "",
-        {},
-        {},
-        {
-            "keep_ratio": 0.15,
-            "epochs": 215,
-            "batch_size": 16,
-            "optimizer": "sgd",
-            "lr": 0.02,
-            "schedule": "linear",
-            "image_size": "512x1024",
-            "precision": "bf16",
-        },
-        teacher_top1=78.07,
-    ),
-}
 OF_THE_TEACHER = (
     "data", "data_root", "selection_data", "skip_bad_images", "image_size", "class_list", "ignore_index",
     "precision", "device", "threads", "workers",
@@ -208,7 +143,7 @@ def size_of(suite: Suite, scale: str) -> Size:
         size = _OTHER_ARCHITECTURE[scale]
         return replace(size, compress={k: v for k, v in size.compress.items() if k != "keep_ratio"})
     if suite == OF_MASKS:
-        return _OF_MASKS[scale]
+        return SIZES_OF_MASKS[scale]
     if suite not in PAIRS:
         size = VIT[scale]
         keep_ratio = size.depth_keep if suite == "depth" else size.compress["keep_ratio"]

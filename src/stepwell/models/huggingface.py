@@ -32,6 +32,8 @@ from stepwell.models.huggingface_calls import (
     Segmenter,
     Wrapped,
     backbone_named,
+    channels_of,
+    check_segmenter,
     image_tower,
 )
 from stepwell.models.image_processor import PROCESSOR, read_json, read_spec
@@ -64,7 +66,7 @@ def wrapped(module: nn.Module) -> nn.Module:
         raise ModelError(f"a {name} reads texts too: pass its image tower, which `.vision_model` is")
     _check_type(model_type, f"a {name}")
     if model_type in SEGMENTERS:
-        _check_segmenter(model_type, name, f"a {name}")
+        check_segmenter(model_type, name, f"a {name}")
         segmenters.without_auxiliary(model)
         return Segmenter(model.float())
     if not classifies and name not in BACKBONES[model_type]:
@@ -103,7 +105,7 @@ def load_folder(folder: Path) -> Wrapped:
     _check_type(config.get("model_type"), str(folder))
     if config["model_type"] in SEGMENTERS:
         named = config.get("architectures") or [""]
-        _check_segmenter(config["model_type"], str(named[0]), str(folder))
+        check_segmenter(config["model_type"], str(named[0]), str(folder))
     if (reason := refused_configuration(config)) is not None:
         raise ModelError(f"{folder / CONFIG}: {reason}")
     tensors = _tensors(folder)
@@ -201,7 +203,7 @@ def recipe(model: nn.Module) -> tuple[str, dict[str, Any]] | None:
     except (ModelError, RuntimeError):
         return None
     images = torch.randn(
-        2, _channels(model.config), *_size(model), generator=torch.Generator().manual_seed(0)
+        2, channels_of(model.config), *_size(model), generator=torch.Generator().manual_seed(0)
     )
     try:
         with torch.no_grad():
@@ -277,7 +279,7 @@ def input_spec(model: Wrapped, folder: Path | None = None) -> InputSpec:
     Raises:
         ModelError: The two disagree, or are damaged.
     """
-    size, channels = _size(model), _channels(model.config)
+    size, channels = _size(model), channels_of(model.config)
     file = None if folder is None else folder / PROCESSOR
     if file is None or not file.is_file():
         where = f"{folder} has no {PROCESSOR}" if folder else "a module of transformers does not carry one"
@@ -286,23 +288,10 @@ def input_spec(model: Wrapped, folder: Path | None = None) -> InputSpec:
     return read_spec(file, size, channels, any_size=model.config.model_type in _ANY_SIZE)
 
 
-def _channels(config: Any) -> int:  # noqa: ANN401  (a class of transformers)
-    inner = getattr(config, "backbone_config", None)  # of UperNet, which says it there alone
-    return getattr(config, "num_channels", None) or getattr(inner, "num_channels", 3)
-
-
 def _size(model: Wrapped) -> tuple[int, int]:
     usual = 512 if isinstance(model, Segmenter) else 224  # a ResNet takes any, and is trained at this
     size = getattr(model.config, "image_size", usual)
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
-
-
-def _check_segmenter(model_type: str, name: str, where: str) -> None:
-    if name != SEGMENTERS[model_type]:
-        raise UnsupportedModelError(
-            f"{where} is a {name or 'model without a named class'}, and of this type "
-            f"{SEGMENTERS[model_type]} is supported"
-        )
 
 
 def _check_type(model_type: object, where: str) -> None:

@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from stepwell.errors import UnsupportedModelError
+
 BACKBONES: dict[str, tuple[str, ...]] = {
     "beit": ("BeitModel",),
     "clip_vision_model": ("CLIPVisionModel", "CLIPVisionModelWithProjection"),
@@ -129,3 +131,22 @@ def image_tower(config: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]
     kind, name, prefixes = _TWO_TOWERS[config["model_type"]]
     projected = {"projection_dim": config["projection_dim"]} if "projection_dim" in config else {}
     return {**vision, **projected, "model_type": kind, "architectures": [name]}, prefixes
+
+
+def check_segmenter(model_type: str, name: str, where: str) -> None:
+    """Check that a model of a type that tells pixels is of the class that does.
+
+    Raises:
+        UnsupportedModelError: It is another.
+    """
+    if name != SEGMENTERS[model_type]:
+        raise UnsupportedModelError(
+            f"{where} is a {name or 'model without a named class'}, and of this type "
+            f"{SEGMENTERS[model_type]} is supported"
+        )
+
+
+def channels_of(config: Any) -> int:  # noqa: ANN401  (a class of transformers)
+    """Of the images that a model takes."""
+    inner = getattr(config, "backbone_config", None)  # of UperNet, which says it there alone
+    return getattr(config, "num_channels", None) or getattr(inner, "num_channels", 3)
