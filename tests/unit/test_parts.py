@@ -9,7 +9,9 @@ from torchvision.models.segmentation.deeplabv3 import DeepLabHead
 
 from stepwell.data.spec import InputSpec
 from stepwell.errors import ModelError
+from stepwell.models import segmenters
 from stepwell.models.card import Architecture, Card, build, narrow_and_load, save_model
+from stepwell.models.teacher import load_teacher
 from stepwell.pruning.coupled import concatenations
 from stepwell.pruning.generic import propose
 from stepwell.pruning.parts import ConvOfParts, parts_in, put_together, ranges_to_sizes, take_apart
@@ -134,3 +136,18 @@ def test_what_is_put_together_with_the_images_stays_whole():
     take_apart(model, concatenations(model, IMAGES))
     assert torch.allclose(model(IMAGES), before, atol=1e-6)
     assert proven(model, propose(model, IMAGES).groups, IMAGES) == []
+
+
+def test_a_trained_model_for_masks_is_a_teacher_again(tmp_path):
+    """Its folder says all of it: nothing is asked of the library that built it."""
+    args = {"num_classes": 3}
+    model = as_logits(segmenters.build("torchvision:lraspp_mobilenet_v3_large", args), "maps").eval()
+    architecture = Architecture(
+        source="torchvision", name="lraspp_mobilenet_v3_large", args=args, outputs="maps"
+    )
+    spec = InputSpec((32, 64), 3, (0.5,) * 3, (0.5,) * 3, "bilinear", 1.0, "squash")
+    card = Card(architecture=architecture, classes=["a", "b", "c"], input=spec, task="segmentation")
+    save_model(tmp_path, model, card)
+    teacher = load_teacher(str(tmp_path), None, {}, 3)
+    assert (teacher.task, teacher.spec, teacher.classes) == ("segmentation", spec, ("a", "b", "c"))
+    assert torch.equal(teacher.model(IMAGES), model(IMAGES))

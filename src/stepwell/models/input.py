@@ -18,8 +18,8 @@ from stepwell.config.own_code import line_of
 from stepwell.data.images import ImageSet, one_line
 from stepwell.data.spec import InputSpec
 from stepwell.errors import ConfigError, ModelError
-from stepwell.models import huggingface
-from stepwell.tasks.outputs import check_output
+from stepwell.models import huggingface, segmenters
+from stepwell.tasks.outputs import check_output, is_dense
 
 _USUAL, _STEP, _LOOKED_AT = 512, 32, 64
 """Pixels along the longer edge, the steps of either, and the masks whose size is asked."""
@@ -37,6 +37,8 @@ def input_spec(model: nn.Module, args: Mapping[str, Any] | None = None) -> Input
     """
     if isinstance(model, huggingface.Wrapped):
         return huggingface.input_spec(model)
+    if is_dense(model) and getattr(model, "pretrained_cfg", None) is None:
+        return segmenters.input_spec(model)
     config = resolve_data_config(model=model, verbose=False)
     recorded, *size = config["input_size"]
     size = _of_patches(model) or _pair((args or {}).get("img_size")) or _own(model) or tuple(size)
