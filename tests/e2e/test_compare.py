@@ -580,6 +580,11 @@ def test_the_published_recipe_is_only_printed(suite, tmp_path, monkeypatch, caps
     assert not list(tmp_path.iterdir())
 
 
+def test_the_suite_of_masks_wants_masks(tmp_path, capsys):
+    words = ["compare", "--suite", "segmentation", "--out", str(tmp_path / "out")]
+    assert "needs --data, a folder with images/ and masks/" in refusal(words, capsys)
+
+
 @pytest.mark.slow
 def test_the_pairs_of_cnns_run_on_digits(tmp_path, here, monkeypatch, capsys):
     size = scales.size_of("resnet-pair", "cpu")

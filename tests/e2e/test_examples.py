@@ -108,7 +108,7 @@ def test_the_guide_shows_the_lines_of_the_example():
 
 def test_the_guide_lists_every_loss_with_its_weight():
     guide = (ROOT / "docs" / "guide" / "compare.md").read_text()
-    rows = re.findall(r"^\| `(\w+)`.* \| ([\d.]+) \| (.*)\|$", guide, flags=re.MULTILINE)
+    rows = re.findall(r"^\| `([\w-]+)`.* \| ([\d.]+) \| (.*)\|$", guide, flags=re.MULTILINE)
     listed = {
         name: (float(weight), needs.startswith("labels"), "a pretraining" in needs)
         for name, weight, needs in rows

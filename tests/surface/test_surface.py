@@ -40,6 +40,7 @@ TRAINING = {
     "--class-order", "--selection-data",
     "--accumulate", "--cutmix", "--ema", "--keep-best", "--label-smoothing", "--mix-prob", "--mixup",
     "--rand-augment", "--random-erasing",
+    "--class-list", "--ignore-index", "--class-weights",
     "--skip-bad-images", "--threads", "--warmup", "--weight-decay", "--workers", "--config",
 }  # fmt: skip
 COMPRESS = TRAINING | {
@@ -60,7 +61,8 @@ COMPRESS = TRAINING | {
     "--tune", "--tune-lrs",
 }  # fmt: skip
 FLAGS = {
-    "train": TRAINING | {"--layer-decay", "--model", "--pretrained", "--probe", "--weights", "--weights-key"},
+    "train": TRAINING | {"--layer-decay", "--model", "--pretrained", "--probe", "--weights", "--weights-key",
+              "--auxiliary-weight", "--encoder-weights"},
     "compress": COMPRESS,
     "compare": COMPRESS | {
         "--paths", "--logit-losses", "--feature-losses", "--seeds", "--lrs", "--controls", "--jobs",
@@ -69,7 +71,7 @@ FLAGS = {
     "doctor": COMPRESS,
     "inspect": {"--all", "--beside", "--features", "--json", "--latency-ms", "--teacher"},
     "export": {"--all", "--format", "--keep", "--opset", "--out", "--teacher"},
-    "predict": {"--teacher", "--top", "--white-level"},
+    "predict": {"--out", "--teacher", "--top", "--white-level"},
     "demo": {"--device", "--effort", "--out", "--seed"},
 }  # fmt: skip
 

@@ -9,6 +9,7 @@ from PIL import Image
 from torch import nn
 
 from stepwell.commands import doctor
+from stepwell.commands.images_in_words import images_in_words
 from stepwell.config.commands import CompressConfig
 from stepwell.data.spec import InputSpec
 from stepwell.data.splits import resolve_data
@@ -148,7 +149,7 @@ def test_doctor_says_where_images_come_from(tmp_path):
                 file = tmp_path / split / name / f"{i}.png"
                 file.parent.mkdir(parents=True, exist_ok=True)
                 Image.new("L", (8, 8), 200).save(file)
-    assert doctor._images(resolve_data(CompressConfig(data=str(tmp_path)))) == [
+    assert images_in_words(resolve_data(CompressConfig(data=str(tmp_path)))) == [
         f"images: {tmp_path}",
         "  11 to train on",
         "  5 to choose the assistant on (val/)",

@@ -158,7 +158,7 @@ def test_classes_may_be_called_mask(tmp_path):
 def test_images_beside_masks_are_no_two_classes(tmp_path):
     write_classes(tmp_path / "images", "x")
     write_classes(tmp_path / "masks", "x")
-    assert error_of(tmp_path) == (
+    assert error_of(tmp_path, task="classification") == (
         f"{tmp_path} holds images/ beside masks/: masks are no class; sort the images into a folder for each "
         f"class, or pass {tmp_path / 'images'} alone"
     )

@@ -39,8 +39,9 @@ LABELS = torch.arange(IMAGES) % CLASSES
 TARGET = Target(LABELS, torch.arange(IMAGES), 0.5)
 KNOWN = TrainingImages(torch.arange(MEMORY) % CLASSES, MEMORY)
 ALL = {**LOGIT_LOSSES, **FEATURE_LOSSES}
-# What reads the stages of two architectures is made of models, not of shapes: test_loss_scalekd.py.
-EVERY = {name: facts for name, facts in ALL.items() if not facts.reads_stages}
+# What reads the stages of two architectures is made of models, not of shapes: test_loss_scalekd.py. What is
+# for masks alone: test_losses_on_masks.py.
+EVERY = {name: facts for name, facts in ALL.items() if not facts.reads_stages and facts.masks != "only"}
 PRETRAINED = [name for name, facts in EVERY.items() if facts.pretraining]
 
 # Shapes of the states, from shallow to deep, and the width of the features.

@@ -20,9 +20,15 @@ LABELS = torch.arange(NUM_CLASSES)
 
 # For students of another architecture alone: test_loss_scalekd.py.
 BETWEEN_SLICES = [name for name, facts in FEATURE_LOSSES.items() if not facts.reads_stages]
+# Of masks: test_losses_on_masks.py.
+ALONE = [
+    name
+    for name in (*LOGIT_LOSSES, *BETWEEN_SLICES)
+    if {**LOGIT_LOSSES, **FEATURE_LOSSES}[name].masks != "only"
+]
 
 
-@pytest.mark.parametrize("name", [*LOGIT_LOSSES, *BETWEEN_SLICES])
+@pytest.mark.parametrize("name", ALONE)
 def test_a_loss_alone_pulls_at_the_student(name):
     """With its weight, and down to the first layer."""
     kind = "logit" if name in LOGIT_LOSSES else "feature"

@@ -72,7 +72,7 @@ def test_train_refuses_likewise():
     [*(("logit_loss", name) for name in LOGIT_LOSSES), *(("feature_loss", name) for name in FEATURE_LOSSES)],
 )
 def test_a_loss_goes_with_mixing_unless_it_wants_to_know_the_image(option, name):
-    refused = name in {"dkd", "pld", "crd", "sskd", "ofa"}
+    refused = name in {"dkd", "pld", "crd", "sskd", "ofa", "ifvd", "cirkd"}
     with pytest.raises(ConfigError, match=MIXED) if refused else nullcontext():
         make_config(CompressConfig, {"mixup": 0.2, option: name})
 

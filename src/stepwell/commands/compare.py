@@ -40,10 +40,10 @@ def run(config: CompareConfig) -> str:
         config.teacher, config.teacher_weights, config.model_args, len(data.classes), config.weights_key
     )
     task = next((t for t in (data.task, teacher_task(teacher, config)) if t != "classification" and t), None)
-    if task is not None:
+    if task not in (None, "segmentation"):
         raise ConfigError(
-            f"compare tables are of top1, and this would be the task {task}: run stepwell compress for each "
-            f"way instead"
+            f"compare tables are of top1 or mIoU, and this would be the task {task}: run stepwell compress "
+            f"for each way instead"
         )
     with writing(out):
         (out / "stages").mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,6 @@ the candidates assume that all layers matter alike, which scoring will correct.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,10 +14,10 @@ import torch
 from rich.table import Table
 from torch import nn
 
+from stepwell.commands.images_in_words import images_in_words
 from stepwell.config.commands import CompressConfig
 from stepwell.config.own_code import is_own_code
 from stepwell.data.folders import join
-from stepwell.data.labels import classes_of
 from stepwell.data.spec import InputSpec
 from stepwell.data.splits import Data, resolve_data
 from stepwell.errors import DataError
@@ -27,10 +26,18 @@ from stepwell.measure.cost import Costs, OtherTeacher
 from stepwell.measure.estimate import memory_and_disk, seconds_of
 from stepwell.measure.size import count_macs, num_params, short_number
 from stepwell.measure.whole import little_saved, narrower
+from stepwell.models import segmenters
 from stepwell.models.card import Architecture
-from stepwell.models.input import as_asked, check_runs, check_trains, input_spec
+from stepwell.models.input import (
+    as_asked,
+    check_runs,
+    check_trains,
+    for_masks,
+    has_one_size,
+    input_spec,
+)
 from stepwell.models.student import OtherStudent
-from stepwell.models.teacher import Teacher, load_teacher
+from stepwell.models.teacher import Teacher, load_teacher, named_segmenter
 from stepwell.models.timm_folder import LOCAL
 from stepwell.models.timm_models import create_timm, create_without_memory, parse_model_args
 from stepwell.paths import checked_path, path_of
@@ -47,11 +54,13 @@ from stepwell.report.stages import stage_lines
 from stepwell.report.table import render
 from stepwell.run.device import find_device
 from stepwell.run.progress import progress
+from stepwell.setting.agreed_task import task_asked
 from stepwell.setting.channels import check_uniform, with_channels
 from stepwell.setting.classes import settle
 from stepwell.setting.other_models import baseline_network, embeds, other_student, other_teachers, size_line
-from stepwell.setting.prepare import groups_of, proof_images
+from stepwell.setting.prepare import groups_of, proof_images, with_parts
 from stepwell.stages.grid import make_grid, size_indices
+from stepwell.tasks.outputs import is_dense
 from stepwell.tasks.task import task_of
 
 
@@ -63,13 +72,18 @@ def run(config: CompressConfig) -> str:
     data = resolve_data(config) if config.data else None
     teacher = with_head(_model(config, data), data, config)
     spec = as_asked(teacher.spec, teacher.model, config, data.white_level if data else None)
+    task = task_asked(teacher, data, config)
+    if data is not None and task == "segmentation":
+        has_size = teacher.task == "segmentation" or has_one_size(teacher.model)
+        spec = for_masks(spec, data.train, config, has_size=has_size)
     teacher, class_lines = _classes(replace(teacher, spec=spec), data, config)
     model = teacher.model
     if teacher.is_own_module:
-        check_runs(model, spec, config.teacher, "--image-size")
+        check_runs(model, spec, config.teacher, "--image-size", dense=task == "segmentation")
         check_trains(model, spec, config.teacher, config.batch_size)
-    student = other_student(config, model, spec, embeds=embeds(teacher, config))
-    baseline = baseline_network(config, model, spec)
+    asked = "features" if embeds(teacher, config) else task
+    student = other_student(config, model, spec, asked)
+    baseline = baseline_network(config, model, spec, asked)
     others = [*size_line("student", student, model, spec), *size_line("baseline", baseline, model, spec)]
     before = other_teachers(config, model, spec)
     others = [*others, *(size_line("other teacher", t, model, t.spec)[0] for t in before)]
@@ -77,7 +91,9 @@ def run(config: CompressConfig) -> str:
     if not path.cuts(config):
         lines = _uncut(config, data, teacher, student, beside, before)
         return "\n".join([*lines, *others[1:], *class_lines])
-    groups = groups_of(model, spec, teacher.is_own_module, data, config)
+    if is_dense(model):
+        teacher = with_parts(teacher)
+    groups = groups_of(model, spec, teacher.is_own_module or is_dense(model), data, config)
     if config.cuts_channels:
         groups = with_channels(model, groups, proof_images(data, spec, config))
     if config.uniform:
@@ -100,7 +116,7 @@ def run(config: CompressConfig) -> str:
         f"  can be cut: {_cut(groups)}",
         f"  stays whole: {_whole(model, groups)}",
         *_normed(groups),
-        *_images(data),
+        *images_in_words(data),
         "",
         _table(groups, candidates, skeletons, model, spec),
         *narrower(model, spec, groups, met.keep_ratio, config),
@@ -129,7 +145,7 @@ def _uncut(
         *_sizes(model, spec),
         *size_line("student", student, model, spec),
         *stage_lines(config, model, student, spec),
-        *_images(data),
+        *images_in_words(data),
         "",
         *_estimate(config, data, model, [student.model], student, spec, beside, before),
     ]
@@ -161,7 +177,9 @@ def _classes(teacher: Teacher, data: Data | None, config: CompressConfig) -> tup
         return teacher, []
     try:
         if not teacher.digest:  # no weights, so it can be asked for nothing but their number
-            classes = getattr(teacher.model, "num_classes", None) or len(data.classes)
+            classes = getattr(teacher.model, "num_classes", None) or len(
+                data.classes
+            )  # smp and torchvision: as built
             task_of(data.task).check_classes(classes, "the model", data)
             return teacher, []
         teacher, data = settle(teacher, data, config, torch.device("cpu"))
@@ -180,31 +198,6 @@ def _sizes(model: nn.Module, spec: InputSpec) -> list[str]:
     ]
 
 
-def _images(data: Data | None) -> list[str]:
-    """How many images each split has and where it comes from, and how large the classes are."""
-    if data is None:
-        return []
-    lines = [
-        f"images: {data.source}",
-        f"  {len(data.train):,} to train on",
-        f"  {len(data.selection):,} to choose the assistant on ({data.selection_from})",
-        f"  {len(data.test):,} to test on ({data.test_from})",
-    ]
-    if data.labelled:
-        counts = Counter(each for label in data.train.labels for each in classes_of(label))
-        fewest, most = min(counts.values()), max(counts.values())
-        each = f"{most:,}" if fewest == most else f"{fewest:,} to {most:,}"
-        lines.append(f"  {len(data.classes):,} classes with {each} training images each")
-        if data.task == "multi-label":
-            none = sum(not classes_of(label) for label in data.train.labels)
-            lines.append(f"  an image may have several classes; {none:,} training images have none")
-    else:
-        lines.append("  without labels")
-    if data.white_level is not None:
-        lines.append(f"  white is {data.white_level:g}")
-    return lines
-
-
 def _model(config: CompressConfig, data: Data | None) -> Teacher:
     """What is looked at; a model of timm by name is built without its weights, and has no digest."""
     num_classes = len(data.classes) if data and not config.probe else 0
@@ -215,6 +208,8 @@ def _model(config: CompressConfig, data: Data | None) -> Teacher:
             source, config.teacher_weights, config.model_args, num_classes, config.weights_key
         )
     args = parse_model_args(config.model_args)
+    if segmenters.is_named(source):
+        return named_segmenter(source, {"num_classes": num_classes or 2, **args})
     model = create_without_memory(config.teacher, args)
     # Shapes are enough to count, but not to time, nor to try cuts.
     if config.latency_ms is not None or not names_by_family(model):

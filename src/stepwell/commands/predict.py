@@ -1,9 +1,10 @@
-"""`stepwell predict`: class names and probabilities for image files."""
+"""`stepwell predict`: class names and probabilities for image files; or masks."""
 
 from __future__ import annotations
 
 import torch
 
+from stepwell.commands.predict_masks import predict_masks
 from stepwell.config.commands import PredictConfig
 from stepwell.data.images import one_line, readable
 from stepwell.data.look import open_alone
@@ -28,6 +29,12 @@ def run(config: PredictConfig) -> str:
     card = read_card(folder)
     if card.task == "features":
         raise ModelError(f"{folder} holds a model of embeddings, which names no classes: use stepwell.load")
+    if card.task == "segmentation":
+        return predict_masks(
+            config, load(folder, load_factory(config.teacher) if config.teacher else None), card
+        )
+    if config.out_dir is not None:
+        raise ConfigError(f"--out is for masks, and {folder} holds a model that names classes: leave it out")
     transform = eval_transform(card.input)
     pixels = []
     for file in config.images:

@@ -34,7 +34,7 @@ from stepwell.run.run_dir import write_atomically
 from stepwell.setting.rungs import student_below, teacher_of
 from stepwell.setting.setting import Setting
 from stepwell.stages.deliver import Finished, bill_of, trainings_of, tried_result
-from stepwell.tasks.classification import evaluate
+from stepwell.tasks.measures import Measure
 from stepwell.version import __version__
 
 
@@ -53,8 +53,10 @@ class CellResult(BaseModel):
     """All options of the run."""
     diverged: str = ""
     """What became infinite, and where; empty for a run that came to its end."""
+    measure: Measure = "top1"
+    """What every figure called top1 here is."""
     top1: float
-    """The student, percent of the test images."""
+    """The student on the test images, in percent."""
     top1_interval: tuple[float, float]
     selection_top1: float
     selection_performance: float
@@ -196,22 +198,23 @@ def _begin(cell: Cell) -> Setting:
 
 def _look(cell: Cell, s: Setting, finished: Finished) -> CellResult:
     student, choice, bill = finished.student.model, finished.choice, bill_of(s.run)
-    selection, test = evaluate(student, s.selection, "selection images"), evaluate(student, s.test, "test")
+    selection = s.task.evaluate(student, s.selection, "selection images")
+    test = s.task.evaluate(student, s.test, "test")
     return _result(
         cell,
         s,
         student,
         {
-            "top1": test.top1,
-            "top1_interval": test.top1_interval,
-            "selection_top1": selection.top1,
+            "top1": test.quality,
+            "top1_interval": test.quality_interval,
+            "selection_top1": selection.quality,
             "selection_performance": selection.performance(s.metric),
             "assistants": [assistant.keep_ratio for assistant in finished.assistants],
             "candidates": choice.candidates if choice else [],
             "selection": choice.selection if choice else None,
             "tried": [tried_result(s, *pair) for pair in finished.tried],
             "sizes": {
-                size.rung.keep_ratio: evaluate(size.rung.model, s.test, "test").top1
+                size.rung.keep_ratio: s.task.evaluate(size.rung.model, s.test, "test").quality
                 for size in finished.sizes
             },
             "teacher_passes": bill,
@@ -255,7 +258,8 @@ def _result(cell: Cell, s: Setting, student: nn.Module, figures: Mapping[str, An
         arm=cell.arm,
         seed=cell.config.seed,
         options=options_of(cell.config),
-        teacher_top1=evaluate(s.model, s.test, "teacher").top1,
+        measure=s.task.MEASURE,
+        teacher_top1=s.task.evaluate(s.model, s.test, "teacher").quality,
         num_params=num_params(student),
         macs=count_macs(student, s.spec),
         teacher_macs=s.teacher_macs,

@@ -6,6 +6,7 @@ Operations are counted on models without memory for weights, so nothing is downl
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import nn
 from stepwell.compare.architectures import loss_passes, published_pairs
 from stepwell.compare.arms import Arm, given_to_runs
 from stepwell.compare.scales import CONTROLLED, Size, filled, size_of
-from stepwell.compare.suites import OTHER_ARCHITECTURE, PAIRS, TEACHER_SIZE
+from stepwell.compare.suites import OF_MASKS, OTHER_ARCHITECTURE, PAIRS, TEACHER_SIZE
 from stepwell.compare.teacher_sizes import paper_of_sizes
 from stepwell.config.base import flag_of
 from stepwell.config.commands import CompareConfig, CompressConfig
@@ -23,6 +24,7 @@ from stepwell.config.options import Suite
 from stepwell.data.spec import InputSpec
 from stepwell.measure.cost import Costs, OtherTeacher
 from stepwell.measure.size import count_macs
+from stepwell.models import segmenters
 from stepwell.models.input import input_spec
 from stepwell.models.timm_models import create_without_memory, parse_model_args
 from stepwell.paths import path_of
@@ -32,8 +34,9 @@ from stepwell.pruning.ranking import uniform_scores
 from stepwell.pruning.skeleton import build_skeleton
 from stepwell.pruning.units import Group
 from stepwell.stages.grid import make_grid
+from stepwell.tasks.outputs import as_logits
 
-NUM_TRAIN = {"CIFAR-100": 50_000, "ImageNet": 1_281_167}
+NUM_TRAIN = {"CIFAR-100": 50_000, "ImageNet": 1_281_167, "Cityscapes": 2_975}
 
 
 def paper(suite: Suite, config: CompareConfig) -> str:
@@ -47,11 +50,11 @@ def paper(suite: Suite, config: CompareConfig) -> str:
     values = over(size.compress, given_to_runs(config))
     if suite == TEACHER_SIZE:
         return paper_of_sizes(filled(suite, size), values, size.macs_per_second)
-    sets = list(NUM_TRAIN)
+    sets = ["Cityscapes"] if suite == OF_MASKS else ["CIFAR-100", "ImageNet"]
     if suite in PAIRS or suite == OTHER_ARCHITECTURE:
         sets = ["ImageNet"] if suite in ("imagenet-pair", OTHER_ARCHITECTURE) else ["CIFAR-100"]
     macs = count_macs(*_model(size.model, size.model_args))
-    other_student = count_macs(*_model(size.student, size.student_args)) / macs
+    other_student = count_macs(*_model(size.student, size.student_args)) / macs if size.student else 1.0
     arms = filled(suite, size)
     hours = {
         arm.name: [
@@ -128,7 +131,11 @@ def _teacher(suite: Suite) -> tuple[nn.Module, InputSpec, list[Group], int]:
 
 
 def _model(name: str, args: dict[str, str]) -> tuple[nn.Module, InputSpec]:
-    """A model with 100 classes, without memory for its weights, and its input."""
+    """A model with 100 classes, without memory for its weights, and its input; of masks, Cityscapes'."""
+    if segmenters.is_named(name):
+        model = segmenters.build(name, {"num_classes": 19, **parse_model_args(args)})
+        spec = replace(segmenters.input_spec(model), size=(512, 1024))
+        return as_logits(model, "maps"), spec
     model = create_without_memory(name, {**parse_model_args(args), "num_classes": 100})
     return model, input_spec(model)
 

@@ -8,12 +8,13 @@ paper   the published recipe, which paper.py prints; runs with --teacher and --d
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from stepwell.compare.arms import Arm, given
-from stepwell.compare.suites import ARMS, PAIRS, SEVERAL_TEACHERS, TEACHER_SIZE, TO_OTHERS
+from stepwell.compare.sizes import SIZES_OF_MASKS, Size
+from stepwell.compare.suites import ARMS, OF_MASKS, PAIRS, SEVERAL_TEACHERS, TEACHER_SIZE, TO_OTHERS
 from stepwell.compare.teacher_sizes import MODELS
 from stepwell.config.commands import CompareConfig, TrainConfig
 from stepwell.config.files import make_config, over
@@ -22,36 +23,6 @@ from stepwell.data.digits import MODEL, MODEL_ARGS, write_digits
 from stepwell.errors import ConfigError
 from stepwell.paths.from_labels import train
 from stepwell.run.progress import say
-
-
-@dataclass(frozen=True)
-class Size:
-    """What a suite runs at one scale.
-
-    Attributes:
-        model: The teacher, a model of timm.
-        model_args: Its arguments.
-        student: What stands for a student of another shape: the ViT of fewer layers, the smaller CNN.
-        student_args: Its arguments.
-        train: How the teacher is trained.
-        compress: What all arms share.
-        depth_keep: Share of the units with the operations of the ViT of fewer layers.
-        teacher_top1: What the teacher's published figure is.
-        macs_per_second: Roughly what one H100 reaches.
-        other_teachers: Models of timm with their arguments, where the student has several teachers.
-    """
-
-    model: str
-    model_args: dict[str, str]
-    student: str
-    student_args: dict[str, str]
-    train: dict[str, Any]
-    compress: dict[str, Any]
-    depth_keep: float = 0.0
-    teacher_top1: float | None = None
-    macs_per_second: float = 1e14  # a quarter of its peak in bf16
-    other_teachers: tuple[tuple[str, dict[str, str]], ...] = ()
-
 
 _VIT_GPU = {"img_size": "32", "patch_size": "4", "embed_dim": "384", "depth": "12", "num_heads": "6"}
 _GPU = {"epochs": 40, "batch_size": 256, "lr": 1e-3, "augment": "crop", "precision": "bf16"}
@@ -152,7 +123,7 @@ _SEVERAL_TEACHERS = {
     ),
 }
 OF_THE_TEACHER = (
-    "data", "data_root", "selection_data", "skip_bad_images", "image_size",
+    "data", "data_root", "selection_data", "skip_bad_images", "image_size", "class_list", "ignore_index",
     "precision", "device", "threads", "workers",
 )  # fmt: skip
 """Options of the comparison that the training of its teacher takes over: which images, and on what."""
@@ -169,6 +140,8 @@ def size_of(suite: Suite, scale: str) -> Size:
     if suite in TO_OTHERS:  # nothing is cut
         size = _OTHER_ARCHITECTURE[scale]
         return replace(size, compress={k: v for k, v in size.compress.items() if k != "keep_ratio"})
+    if suite == OF_MASKS:
+        return SIZES_OF_MASKS[scale]
     if suite not in PAIRS:
         size = _SEVERAL_TEACHERS[scale] if suite == SEVERAL_TEACHERS else VIT[scale]
         keep_ratio = size.depth_keep if suite == "depth" else size.compress["keep_ratio"]
@@ -209,6 +182,8 @@ def prepared(suite: Suite, config: CompareConfig, out: Path) -> tuple[list[Arm],
         )
     if suite == TEACHER_SIZE and config.teacher:
         raise ConfigError("--suite teacher-size trains its teachers of three sizes: leave out --teacher")
+    if suite == OF_MASKS and not config.data:
+        raise ConfigError(f"--suite {suite} needs --data, a folder with images/ and masks/, such as CamVid's")
     if config.scale == "cpu" and not config.data:
         write_digits(out / "digits")
         asked["data"] = str(out / "digits")

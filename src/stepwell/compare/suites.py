@@ -144,6 +144,8 @@ SEVERAL_TEACHERS: Suite = "several-teachers"
 TEACHER_SIZE: Suite = "teacher-size"
 TO_OTHERS: frozenset[Suite] = frozenset({OTHER_ARCHITECTURE, TEACHER_SIZE})
 """A transformer teaches a CNN, and nothing is cut."""
+OF_MASKS: Suite = "segmentation"
+_ALONE = {"path": "single-step", "feature_weight": 0.0}
 _WHOLE = {"path": "scalekd"}
 _WITH_LOGITS = {**_WHOLE, "task_weight": 0.5, "logit_weight": 0.5}
 _LABELS_ALONE = {**_WHOLE, "feature_loss": "states", "logit_weight": 0.0, "feature_weight": 0.0}
@@ -233,6 +235,18 @@ ARMS: dict[Suite, tuple[Arm, ...]] = {
             for size in TEACHER_SIZES
             for name, options in (("KD", _KD), ("ScaleKD", _WITH_LOGITS))
         ),
+    ),
+    # Table 8; the published students of all rows but the last are a DeepLabV3 on a ResNet-18.
+    OF_MASKS: (
+        Arm("labels alone", {**_ALONE, "logit_weight": 0.0}, 74.21),
+        Arm("KD of each pixel", _ALONE),
+        Arm("SKD", {"path": "single-step", "feature_loss": "skd"}, 75.42),
+        Arm("IFVD", {"path": "single-step", "feature_loss": "ifvd"}, 75.59),
+        Arm("CWD", {"path": "single-step", "feature_loss": "cwd"}, 75.55),
+        Arm("CIRKD", {"path": "single-step", "feature_loss": "cirkd"}, 76.38),
+        Arm("DIST", {**_ALONE, "logit_loss": "dist"}, 77.10),
+        Arm("single-step", {"path": "single-step"}),
+        Arm("amd", {"path": "amd"}, 77.23),
     ),
     **{suite: _arms_of_pair(suite, pair) for suite, pair in PAIRS.items()},
 }

@@ -19,9 +19,11 @@ from rich.table import Table
 from stepwell.compare.arms import Row, costs
 from stepwell.measure.size import short_number
 from stepwell.report.table import render
+from stepwell.report.wording import MEASURES
 
 CONTROL = "single step, same compute"
-COLUMNS = ("top1 %", "seeds", "params", "MACs", "assistants", "cost", "seconds", "lr")
+COLUMNS = ("seeds", "params", "MACs", "assistants", "cost", "seconds", "lr")
+"""After the measure."""
 
 
 def as_table(rows: Sequence[Row], width: int = 118) -> str:
@@ -29,7 +31,7 @@ def as_table(rows: Sequence[Row], width: int = 118) -> str:
     more = _more_columns(rows)
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     table.add_column("", overflow="fold")  # the only one that may take a second line
-    for column in (*COLUMNS, *more):
+    for column in (*_columns(rows), *more):
         table.add_column(column, justify="right", no_wrap=True)
     for row, cost in zip(rows, costs(rows), strict=True):
         name = f"  {CONTROL}" if row.control_of else row.arm.name
@@ -40,8 +42,8 @@ def as_table(rows: Sequence[Row], width: int = 118) -> str:
         macs = [cell.teacher_macs for row in rows for cell in row.cells]
         teacher = f"teachers of {short_number(min(macs))} to {short_number(max(macs))} MACs"
     below = (
-        f"{teacher}. top1 on "
-        f"{first.num_test} test images, mean ± standard deviation over the seeds. cost: all "
+        f"{teacher}. {first.measure} "
+        f"on {first.num_test} test images, mean ± standard deviation over the seeds. cost: all "
         f"operations, scoring the units among them, in trainings of a single step."
     )
     return f"{render(table, width)}\n\n{fill(below, width)}"
@@ -50,7 +52,7 @@ def as_table(rows: Sequence[Row], width: int = 118) -> str:
 def as_markdown(rows: Sequence[Row]) -> str:
     """The same table for a page."""
     more = _more_columns(rows)
-    columns = ["", *COLUMNS, *more]
+    columns = ["", *_columns(rows), *more]
     lines = ["| " + " | ".join(columns) + " |", "|---|" + "---:|" * (len(columns) - 1)]
     for row, cost in zip(rows, costs(rows), strict=True):
         lines.append("| " + " | ".join([row.arm.name, *_cells(row, cost, more)]) + " |")
@@ -68,7 +70,7 @@ def as_json(rows: Sequence[Row], about: dict[str, Any]) -> str:
                 "published": row.arm.published,
                 "control_of": row.control_of,
                 "lr": row.lr,
-                "top1": {
+                rows[0].cells[0].measure: {
                     "mean": mean(_top1(row)) if row.finished else None,
                     "stdev": stdev(_top1(row)) if len(row.finished) > 1 else None,
                     "seeds": [None if cell.diverged else cell.top1 for cell in row.cells],
@@ -123,7 +125,7 @@ def as_plot(rows: Sequence[Row]) -> str:
         room = max(max(places) - middle, 0.06 * middle) * 1.15
         axes.set_xlim(middle - room, middle + room)
     axes.set_xlabel("cost, in single steps (operations); equal ones side by side")
-    axes.set_ylabel("top-1 accuracy of the student, %")
+    axes.set_ylabel(f"{MEASURES[rows[0].cells[0].measure].long} of the student, %")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside right upper", fontsize=8, frameon=False)
@@ -165,6 +167,10 @@ def _more_columns(rows: Sequence[Row]) -> list[str]:
 def _without_places(options: Mapping[str, Any]) -> dict[str, Any]:
     """Names, not places: the file is for others too."""
     return {name: Path(value).name if name == "teacher" else value for name, value in options.items()}
+
+
+def _columns(rows: Sequence[Row]) -> list[str]:
+    return [f"{rows[0].cells[0].measure} %", *COLUMNS]
 
 
 def _cells(row: Row, cost: float, more: Sequence[str]) -> list[str]:

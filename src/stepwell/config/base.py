@@ -23,5 +23,15 @@ NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]  # what torch takes
+ImageSize = Count | Annotated[str, Field(pattern=r"^[1-9][0-9]*x[1-9][0-9]*$")]
+"""One number for both, or heightxwidth."""
 Amount = Annotated[str, Field(pattern=r"^ *[0-9]+(\.[0-9]+)? *[%kKMGT]? *$")]
 """A count such as 1.8G or 900k, or a share of the teacher's such as 10%."""
+
+
+def height_and_width(size: int | str) -> tuple[int, int]:
+    """An `ImageSize` as two numbers."""
+    if isinstance(size, int):
+        return size, size
+    height, _, width = size.partition("x")
+    return int(height), int(width)

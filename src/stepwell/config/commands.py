@@ -311,6 +311,8 @@ class PredictConfig(Options):
     """Image files."""
     top: Count = 3
     """How many classes to name per image."""
+    out_dir: Path | None = None
+    """Of a model for masks: folder for the masks in colours and the overlays; `predictions` if not given."""
     white_level: Positive | None = None
     """Value of white in images of more than 8 bits or of floats; that of the training images if not given."""
     teacher: str = ""

@@ -40,6 +40,8 @@ class LossFacts:
         pretraining_share: Epochs of that training as a share of those of the student's.
         rotations: Whether it makes four images of each, by turns of 90 degrees, which both models see.
         implied: Options that its authors use, where the user gives none.
+        masks: Whether it is for one class an image alone (`never`), for one class a pixel as well (`too`), or
+            for that alone (`only`).
         exclusive: Whether it is defined only where each image has one class: it has a softmax, or asks which.
         between_slices: Where it is for students of another architecture alone: the options of the steps
             between slices of one model, which such a run has besides. Its states are then those behind the
@@ -53,6 +55,7 @@ class LossFacts:
     rotations: bool = False
     implied: Mapping[str, Any] = field(default_factory=dict)
     exclusive: bool = False
+    masks: Literal["never", "too", "only"] = "never"
     between_slices: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -96,33 +99,34 @@ class LossFacts:
         return self.pretraining == "student"
 
 
-OWN_CODE = LossFacts(reads=("outputs",), given=("target",))
+OWN_CODE = LossFacts(reads=("outputs",), given=("target",), masks="too")
 """A loss of the user's own, FILE.py:FUNCTION."""
 
 LOGIT_LOSSES: Mapping[str, LossFacts] = {
-    "kd": LossFacts(reads=("logits",)),
+    "kd": LossFacts(reads=("logits",), masks="too"),
     "dkd": LossFacts(
         reads=("logits",),
         given=("labels",),
         implied={"temperature": 4.0, "loss_warmup": 1 / 12},
         exclusive=True,
     ),
-    "dist": LossFacts(reads=("logits",), implied={"logit_weight": 2.0}, exclusive=True),
+    "dist": LossFacts(reads=("logits",), implied={"logit_weight": 2.0}, exclusive=True, masks="too"),
     # The labels are in it.
     "pld": LossFacts(reads=("logits",), given=("labels",), implied={"task_weight": 0.0}, exclusive=True),
     "taid": LossFacts(reads=("logits",), given=("progress",), exclusive=True),
+    "cwd-logits": LossFacts(reads=("logits",), implied={"logit_weight": 3.0}, masks="only"),
 }
 
 FEATURE_LOSSES: Mapping[str, LossFacts] = {
-    "states": LossFacts(reads=("states",)),
-    "fitnet": LossFacts(reads=("middle_map",), implied={"feature_weight": 100.0}),
-    "at": LossFacts(reads=("maps",), implied={"feature_weight": 1000.0}),
+    "states": LossFacts(reads=("states",), masks="too"),
+    "fitnet": LossFacts(reads=("middle_map",), implied={"feature_weight": 100.0}, masks="too"),
+    "at": LossFacts(reads=("maps",), implied={"feature_weight": 1000.0}, masks="too"),
     "fsp": LossFacts(reads=("maps",), pretraining="student", implied={"feature_weight": 50.0}),
     "nst": LossFacts(reads=("maps",), implied={"feature_weight": 50.0}),
     "ab": LossFacts(reads=("maps",), pretraining="student"),
     "ft": LossFacts(reads=("last_map",), pretraining="loss", implied={"feature_weight": 200.0}),
-    "vid": LossFacts(reads=("maps",)),
-    "review": LossFacts(reads=("maps",), implied={"loss_warmup": 1 / 12}),
+    "vid": LossFacts(reads=("maps",), masks="too"),
+    "review": LossFacts(reads=("maps",), implied={"loss_warmup": 1 / 12}, masks="too"),
     "sp": LossFacts(reads=("last_map",), implied={"feature_weight": 3000.0}),
     "cc": LossFacts(reads=("features",), implied={"feature_weight": 0.02}),
     "rkd": LossFacts(reads=("features",)),
@@ -140,6 +144,12 @@ FEATURE_LOSSES: Mapping[str, LossFacts] = {
         exclusive=True,
     ),
     "ofa": LossFacts(reads=("student_states", "logits"), given=("labels",), exclusive=True),
+    # Of masks: on the maps that the classifiers read.
+    "cwd": LossFacts(reads=("features",), implied={"feature_weight": 50.0}, masks="only"),
+    # Its weights are within it.
+    "skd": LossFacts(reads=("features", "logits"), masks="only"),
+    "ifvd": LossFacts(reads=("features",), given=("labels",), implied={"feature_weight": 20.0}, masks="only"),
+    "cirkd": LossFacts(reads=("features",), given=("labels",), masks="only"),
     # Slices have AMD's loss: half of it, as the other two terms are halved.
     "scalekd": LossFacts(
         reads=("states",),

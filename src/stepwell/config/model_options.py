@@ -7,6 +7,7 @@ from typing import Literal, Self
 
 from pydantic import model_validator
 
+from stepwell.config.base import NotNegative, Positive
 from stepwell.config.options import Options
 from stepwell.config.own_code import is_own_code
 
@@ -52,9 +53,11 @@ class StartOptions(Options):
     """Which model is trained, from which weights, and where it goes."""
 
     model: str = ""
-    """A timm model name, such as vit_tiny_patch16_224."""
+    """A timm model name, such as vit_tiny_patch16_224. For masks: torchvision:deeplabv3_resnet50 and its
+    others, or smp:Unet and others of segmentation-models-pytorch."""
     model_args: dict[str, str] = {}  # noqa: RUF012  (pydantic copies it)
-    """Arguments of timm's create_model as key=value, such as img_size=32 patch_size=4."""
+    """Arguments of timm's create_model as key=value, such as img_size=32 patch_size=4; of smp, such as
+    encoder_name=resnet18."""
     out_dir: Path | None = None
     """Where the teacher goes; the same command on an unfinished one resumes where it stopped."""
     pretrained: bool = True
@@ -65,6 +68,15 @@ class StartOptions(Options):
     weights_key: str | None = None
     """Which of the weights in that file, if it holds several, such as state_dict or teacher; by default the
     averaged ones, as timm takes them."""
+
+    encoder_weights: Path | None = None
+    """For masks: start the encoder from this file of a classifier's weights; with --no-pretrained or without
+    it, the rest starts from random ones."""
+    auxiliary_weight: NotNegative = 0.4
+    """For masks: weight of the loss of a second head, where the model has one (torchvision's DeepLabV3 and
+    FCN); it learns from the labels, and is left out of what is saved."""
+    class_weights: tuple[Positive, ...] = ()
+    """For masks: what a pixel of each class counts in the cross-entropy, in the order of the classes."""
 
     @model_validator(mode="after")
     def _key_of_weights(self) -> Self:

@@ -16,6 +16,7 @@ from stepwell.config.base import (
     Amount,
     Count,
     Fraction,
+    ImageSize,
     NotNegative,
     Positive,
     Seed,
@@ -27,13 +28,15 @@ from stepwell.errors import did_you_mean
 
 Augment = Literal["auto", "none", "affine", "crop", "resized-crop"]
 Schedule = Literal["cosine", "linear", "cosine-restarts"]
-MetricOption = Literal["auto", "top1", "mAP", "cosine", "likelihood"]
-TaskName = Literal["classification", "multi-label", "features"]
-"""What a model is for: one class for each image, or as many as there are in it, or an embedding."""
+MetricOption = Literal["auto", "top1", "mAP", "mIoU", "cosine", "likelihood"]
+TaskName = Literal["classification", "multi-label", "segmentation", "features"]
+"""What a model is for: one class for each image, or as many as there are in it, or one for each pixel, or an
+embedding."""
 
 Suite = Literal[
     "losses", "candidates", "optimizer", "weights", "depth", "steps",
     "resnet-pair", "wrn-pair", "vgg-pair", "imagenet-pair", "scalekd", "teacher-size", "several-teachers",
+    "segmentation",
 ]  # fmt: skip
 
 PROBE_EPOCHS = 10.0
@@ -53,8 +56,8 @@ class DataOptions(Options):
     images with metadata.csv or without labels), or a data set of timm such as torch/cifar10 or hfds/NAME."""
     task: Literal["auto", TaskName] = "auto"
     """`classification`: one class for each image. `multi-label`: as many as it has, or none; read from lists
-    or columns of 0 and 1 in a table. `features`: an embedding, with or without labels. `auto` takes what data
-    and teacher say."""
+    or columns of 0 and 1 in a table. `segmentation`: one class for each pixel; images/ and masks/ beside each
+    other. `features`: an embedding, with or without labels. `auto` takes what data and teacher say."""
     data_root: Path | None = None
     """Where a data set of timm lies on disk (torch/cifar10 and the like)."""
     selection_data: Path | None = None
@@ -63,6 +66,11 @@ class DataOptions(Options):
     class_order: Path | None = None
     """A file with the names of the classes in the teacher's order, one a line, where that is not found out
     by names or by trying the usual orders; `train` numbers the classes in this order."""
+    class_list: Path | None = None
+    """Of masks: a file with their classes, with columns name and, where wanted, index, colour (or r,g,b) and
+    ignore; classes.csv beside images/ and masks/ if not given, else the numbers in the masks."""
+    ignore_index: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    """Numbers in masks whose pixels count nowhere, neither in training nor in figures; 255 always does."""
     image_column: str | None = None
     """Column of the images in hfds/NAME; found by its type if not given."""
     label_column: str | None = None
@@ -77,11 +85,13 @@ class DataOptions(Options):
     augment: Augment = "auto"
     """Training augmentation: `affine` (small rotations, shifts and scales; no flip), `crop` (shift by up to
     an eighth, flip), `resized-crop` (timm's ImageNet recipe), `none`; `auto` is `crop` up to 64 pixels and
-    `resized-crop` above."""
+    `resized-crop` above. Of masks `resized-crop`: scaled by half to double, cropped, mirrored, colours
+    jittered."""
     batch_size: Count = 64
     """Images per step."""
-    image_size: Count | None = None
-    """Height and width that images are scaled to, for a model that takes any (a CNN); by default its own."""
+    image_size: ImageSize | None = None
+    """Height and width that images are scaled to, for a model that takes any (a CNN), as 224 or 192x256; by
+    default its own, and with masks the images' size up to 512 pixels."""
     mean: tuple[float, ...] = ()
     """Mean that images are normalised by, of pixels in 0..1: one number, or one for each channel; by default
     what the model says, or ImageNet's."""
@@ -133,12 +143,13 @@ class LossOptions(Options):
     """loss = task_weight * CE + logit_weight * LOGIT + feature_weight * FEATURE."""
 
     logit_loss: str = "kd"
-    """On the logits: kd (T^2 KL, AMD's), dkd, dist, pld or taid; or FILE.py:FUNCTION. Choosing one also sets
-    the weights and the temperature that its authors use, where none are given."""
+    """On the logits: kd (T^2 KL, AMD's), dkd, dist, pld or taid; of masks kd, dist or cwd-logits; or
+    FILE.py:FUNCTION. Choosing one also sets the weights and the temperature that its authors use, where none
+    are given."""
     feature_loss: str = "states"
     """On hidden states: states (squared distance, AMD's), fitnet, at, fsp, nst, ab, ft, vid, review, sp, ofa
-    or scalekd (for --student alone); on the features before the classifier: cc, rkd, pkt, crd or sskd; or
-    FILE.py:FUNCTION."""
+    or scalekd (for --student alone); on the features before the classifier: cc, rkd, pkt, crd or sskd, and
+    of masks cwd, skd, ifvd or cirkd; or FILE.py:FUNCTION."""
     logit_args: dict[str, float] = {}
     """Arguments of the logit loss as name=value, such as beta=6 for dkd."""
     feature_args: dict[str, float] = {}
@@ -148,6 +159,8 @@ class LossOptions(Options):
     """Weight of the cross-entropy with the labels; 0 needs no labels."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the labels' target that is spread over all classes, in that cross-entropy."""
+    class_weights: tuple[Positive, ...] = ()
+    """For masks: what a pixel of each class counts in the cross-entropy, in the order of the classes."""
     logit_weight: NotNegative = 1.0
     """Weight of the loss on the logits; the paper's alpha."""
     feature_weight: NotNegative = 1.0

@@ -27,6 +27,7 @@ from stepwell.config.recipe_options import PLAIN, RecipeOptions
 from stepwell.data.feed import Feed
 from stepwell.data.images import ImageSet
 from stepwell.data.labels import Label, as_tensor
+from stepwell.data.mask_transforms import MaskTrainTransform, check_mask_recipe
 from stepwell.data.mixing import erase, mix
 from stepwell.data.randomness import generator
 from stepwell.data.spec import InputSpec
@@ -41,7 +42,8 @@ class Batch(NamedTuple):
     """Images ready for the model, on its device; `indices` point into the `ImageSet`.
 
     `labels` are a class for each image, (batch,); or floats (batch, classes): of mixed images a probability
-    for each class, or 0 and 1 where an image has several.
+    for each class, or 0 and 1 where an image has several; or a class for each pixel, (batch, height, width),
+    with `mask_classes.IGNORED` where none is known.
     """
 
     images: Float32[Tensor, "batch channels height width"]
@@ -79,16 +81,23 @@ class TrainBatches:
     ) -> None:
         self.spec, self.seed, self.device, self._on_batch = spec, seed, device, on_batch
         self.recipe, self.num_classes = recipe, num_classes
-        self.augment: Augment = resolve_augment(options.augment, spec)
+        self.augment: Augment = resolve_augment(options.augment, spec, images.masks is not None)
         self.batch_size = min(options.batch_size, len(images))
         self.steps_per_epoch = len(images) // self.batch_size
         self.labels = as_tensor(images.labels)
+        self.has_masks = images.masks is not None
+        if self.has_masks:
+            check_mask_recipe(self.augment, recipe)
         if recipe.rand_augment and self.augment != "resized-crop":
             raise ConfigError(
                 f"--rand-augment works on images as they are decoded, and --augment {self.augment} decodes "
                 f"them once: give --augment resized-crop, too"
             )
-        transform = TrainTransform(spec, recipe.rand_augment) if self.augment == "resized-crop" else None
+        transform = None
+        if self.augment == "resized-crop":
+            transform = (
+                MaskTrainTransform(spec) if self.has_masks else TrainTransform(spec, recipe.rand_augment)
+            )
         self._feed = Feed(images, spec, options, device, transform)
 
     def blank(self, like: torch.nn.Module) -> Tensor:
@@ -114,7 +123,7 @@ class TrainBatches:
             if self._on_batch is not None:
                 self._on_batch(indices)
             augmented = augment_batch(pixels, table[indices].to(self.device), self.augment)
-            batch = _batch(augmented, self.labels, indices, self.spec)
+            batch = _batch(augmented, self.labels, indices, self.spec, self.has_masks)
             if self.recipe.random_erasing:
                 erase(batch.images, indices, self.recipe.random_erasing, seed, epoch)
             if self.recipe.mixes:
@@ -149,6 +158,7 @@ class EvalBatches:
         labels = images.labels if labels is None else labels
         assert len(labels) == len(images)
         self.labels = labels if isinstance(labels, Tensor) else as_tensor(labels)
+        self._has_masks = images.masks is not None and labels is images.labels
         self._feed = Feed(images, spec, options, device, None)
 
     def __len__(self) -> int:
@@ -159,11 +169,12 @@ class EvalBatches:
         for pixels, indices in self._feed.batches(chunks, seed="", epoch=0):
             if self._on_batch is not None:
                 self._on_batch(indices)
-            yield _batch(pixels, self.labels, indices, self.spec)
+            yield _batch(pixels, self.labels, indices, self.spec, self._has_masks)
 
 
-def _batch(pixels: Tensor, labels: Tensor, indices: Tensor, spec: InputSpec) -> Batch:
+def _batch(pixels: Tensor, labels: Tensor, indices: Tensor, spec: InputSpec, has_masks: bool) -> Batch:
     device = pixels.device
     # Convolutions keep this layout, and are faster in it (benchmarks/layout.py).
-    images = normalise(pixels, spec).contiguous(memory_format=torch.channels_last)
-    return Batch(images, labels[indices].to(device), indices.to(device))
+    images = normalise(pixels[:, : spec.channels], spec).contiguous(memory_format=torch.channels_last)
+    known = pixels[:, spec.channels].long() if has_masks else labels[indices].to(device)
+    return Batch(images, known, indices.to(device))

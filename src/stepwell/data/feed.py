@@ -1,4 +1,7 @@
-"""uint8 batches on the device: out of memory where the set fits, else decoded by DataLoader workers."""
+"""uint8 batches on the device: out of memory where the set fits, else decoded by DataLoader workers.
+
+The mask of an image travels as one more channel.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from stepwell.config.options import DataOptions
 from stepwell.data.images import ImageSet, in_threads, num_cpus, one_line
+from stepwell.data.mask_transforms import eval_mask_transform
 from stepwell.data.randomness import seeded
 from stepwell.data.spec import InputSpec
 from stepwell.data.transforms import Transform, eval_transform
@@ -40,7 +44,7 @@ class Feed:
         self._pixels = decoded(images, spec, options) if transform is None else None
         # A copy without decoded pixels: it is sent to the workers.
         self._images = replace(images, cache={})
-        self._transform = transform or eval_transform(spec)
+        self._transform = transform or _plain(images, spec)
 
     def batches(self, chunks: Sequence[Tensor], seed: str, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Pixels on the device, and indices on the CPU, of each chunk of indices."""
@@ -95,11 +99,11 @@ class _Items(Dataset[Tensor | str]):
 
     def __getitem__(self, index: int) -> Tensor | str:
         try:
-            image = self.images.open(index)
+            opened = self.images.opened(index)
         except DataError as error:  # torch would wrap an exception in the worker's traceback
             return str(error)
         with seeded("image", self.seed, self.epoch, index):
-            return self.transform(image)
+            return self.transform(*opened)
 
 
 @dataclass(frozen=True)
@@ -135,6 +139,11 @@ def _stack(items: list[Tensor | str]) -> _Sent:
     return _Sent(None, next(item for item in items if isinstance(item, str)))
 
 
+def _plain(images: ImageSet, spec: InputSpec) -> Transform:
+    """What happens to an image that is not augmented; its mask goes with it."""
+    return eval_transform(spec) if images.masks is None else eval_mask_transform(spec)
+
+
 def num_workers(options: DataOptions) -> int:
     """Processes or threads that decode; torch warns where there are more than processors."""
     return min(options.workers, num_cpus())
@@ -148,15 +157,16 @@ def decoded(images: ImageSet, spec: InputSpec, options: DataOptions) -> Tensor |
     Raises:
         DataError: An image cannot be decoded.
     """
-    if len(images) * spec.channels * spec.size[0] * spec.size[1] > MEMORY_LIMIT:
+    channels = spec.channels + (images.masks is not None)
+    if len(images) * channels * spec.size[0] * spec.size[1] > MEMORY_LIMIT:
         return None
     key = (spec.size, spec.channels, spec.interpolation, spec.crop_pct, spec.crop_mode)
     if key not in images.cache:
-        transform = eval_transform(spec)
-        pixels = torch.empty((len(images), spec.channels, *spec.size), dtype=torch.uint8)
+        transform = _plain(images, spec)
+        pixels = torch.empty((len(images), channels, *spec.size), dtype=torch.uint8)
 
         def read(index: int) -> None:
-            pixels[index] = transform(images.open(index))
+            pixels[index] = transform(*images.opened(index))
 
         for _ in in_threads(read, len(images), "reading images", num_workers(options)):
             pass

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 from PIL import Image
 
@@ -16,6 +16,9 @@ from stepwell.data.depth import is_deep, to_8_bits
 from stepwell.data.labels import Label, are_several
 from stepwell.errors import DataError
 from stepwell.run.progress import progress
+
+if TYPE_CHECKING:
+    from stepwell.data.masks import Masks
 
 T = TypeVar("T")
 
@@ -103,6 +106,7 @@ class ImageSet:
         reader: Opens an image by its key.
         white_level: The value that is white in images of more than 8 bits or of floats; see depth.py.
         cache: Decoded images, by input size; filled by batches.py so that a run decodes them once.
+        masks: The class of each pixel, where that is what models tell; then no image has a label.
     """
 
     keys: tuple[str, ...]
@@ -110,6 +114,7 @@ class ImageSet:
     reader: Reader = field(repr=False)
     white_level: float | None = None
     cache: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+    masks: Masks | None = None
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -133,11 +138,21 @@ class ImageSet:
                 "replace it, or pass --skip-bad-images to leave such images out"
             ) from None
 
+    def opened(self, index: int) -> tuple[Image.Image, ...]:
+        """One image, and its mask where there is one: what a transform is called with.
+
+        Raises:
+            DataError: One cannot be decoded; the message names the file.
+        """
+        if self.masks is None:
+            return (self.open(index),)
+        return self.open(index), self.masks.open(self.keys[index])
+
     def subset(self, indices: Iterable[int]) -> ImageSet:
         """The images at `indices`, in that order."""
         indices = tuple(int(index) for index in indices)
         keys, labels = tuple(self.keys[i] for i in indices), tuple(self.labels[i] for i in indices)
-        return ImageSet(keys, labels, self.reader, self.white_level)
+        return ImageSet(keys, labels, self.reader, self.white_level, masks=self.masks)
 
 
 def num_cpus() -> int:

@@ -3,6 +3,7 @@
     DIR/train + DIR/test or DIR/val                 train and test as given
     DIR/train + DIR/val + DIR/test                  and the images that the assistant is chosen on
     DIR/train  or  DIR                              train only; splits.py carves the test split
+    DIR/images + DIR/masks                          the class of each pixel (mask_folders.py)
                                                     or the splits that a table's column names
     torch/NAME, hfds/NAME                           timm's data sets (timm_sets.py)
 
@@ -26,6 +27,7 @@ from stepwell.data.folders import (
 )
 from stepwell.data.found import Found
 from stepwell.data.listing import subfolders
+from stepwell.data.mask_folders import IMAGES, MASKS, find_masks, has_masks
 from stepwell.data.table_files import labels_are
 from stepwell.data.tables import say_unread
 from stepwell.errors import DataError
@@ -45,6 +47,14 @@ def find(options: DataOptions) -> Found:
         raise DataError("no images were given: pass an image folder as --data DIR")
     folder = existing_folder(Path(options.data), "--data")
     skip = options.skip_names
+    if options.task in ("auto", "segmentation") and has_masks(folder):
+        splits = _split_folders(folder / IMAGES, skip) if (folder / IMAGES / "train").is_dir() else {}
+        return find_masks(folder, options, splits)
+    if options.task == "segmentation":
+        raise DataError(
+            f"--task segmentation learns the class of each pixel, and {folder} does not hold {IMAGES}/ and "
+            f"{MASKS}/, with a mask NAME.png for each image NAME.jpg"
+        )
     if (folder / "train").is_dir():
         return _found(folder, _read_splits(folder, options))
     _check_not_splits(folder, skip)

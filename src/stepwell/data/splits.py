@@ -20,6 +20,8 @@ from stepwell.data.found import Found
 from stepwell.data.images import ImageSet, in_threads, num_cpus, readable
 from stepwell.data.labels import classes_of, reordered
 from stepwell.data.look import warn_if_dark, white_level_of
+from stepwell.data.mask_classes import Colour
+from stepwell.data.mask_folders import masks_like
 from stepwell.data.sources import find
 from stepwell.data.table_files import labels_are
 from stepwell.errors import DataError
@@ -49,7 +51,7 @@ class Data:
         fingerprint: Hash over all keys, labels and splits: equal means the same files, by name, with the same
             labels in the same splits.
         white_level: The value of white in images of more than 8 bits; None where they have 8, or say it.
-        task: Whether each image has one class, or may have several.
+        task: Whether each image has one class, or may have several, or each pixel has one.
     """
 
     classes: tuple[str, ...]
@@ -68,6 +70,11 @@ class Data:
     def labelled(self) -> bool:
         """Whether the images have classes."""
         return bool(self.classes)
+
+    @property
+    def colours(self) -> list[Colour]:
+        """What the classes of masks are drawn in; nothing where there are none."""
+        return [] if self.train.masks is None else list(self.train.masks.classes.colours)
 
 
 def resolve_data(options: DataOptions) -> Data:
@@ -121,6 +128,8 @@ def resolve_data(options: DataOptions) -> Data:
 def _task(train: ImageSet, options: DataOptions) -> TaskName:
     if options.task != "auto":
         return options.task
+    if train.masks is not None:
+        return "segmentation"
     return "multi-label" if train.is_multi_label else "classification"
 
 
@@ -159,6 +168,9 @@ def _with_selection_data(found: Found, options: DataOptions) -> Found:
     if found.selection is not None:
         say(f"not read: {found.selection_from} of {readable(options.data)}, since --selection-data was given")
     folder = existing_folder(options.selection_data, "--selection-data")
+    if found.train.masks is not None:
+        selection = masks_like(folder, found.train, options.skip_names)
+        return replace(found, selection=selection, selection_from=readable(str(options.selection_data)))
     images = read_one_split(folder, options.skip_names, "--selection-data", labels_are(options))
     selection = images_like(images, found.classes, found.train.is_multi_label)
     return replace(found, selection=selection, selection_from=readable(str(options.selection_data)))
@@ -219,6 +231,8 @@ def _fingerprint(classes: Sequence[str], splits: Mapping[str, ImageSet]) -> str:
     digest = blake2b(repr(tuple(classes)).encode(), digest_size=16)
     for name, images in splits.items():
         digest.update(f"\n{name} {len(images)}\n".encode())
+        if images.masks is not None:
+            digest.update(f"{sorted(images.masks.classes.numbers.items())}\n".encode())
         for key, label in zip(images.keys, images.labels, strict=True):
             digest.update(f"{key}\0{label}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()

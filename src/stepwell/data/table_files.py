@@ -29,7 +29,7 @@ Task = Literal["auto", "classification", "multi-label"]
 
 def labels_are(options: DataOptions) -> Task:
     """How labels are read: where none are learnt, as they look."""
-    return "auto" if options.task == "features" else options.task
+    return "auto" if options.task in ("features", "segmentation") else options.task
 
 
 _FILE = (

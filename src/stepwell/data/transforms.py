@@ -29,7 +29,8 @@ NUM_RANDOM = 4
 AFFINE_DEGREES, AFFINE_SCALE, AFFINE_SHIFT = 10.0, 0.1, 0.1
 CROP_SHIFT = 1 / 8
 
-Transform = Callable[[Image.Image], UInt8[Tensor, "channels height width"]]
+Transform = Callable[..., UInt8[Tensor, "channels height width"]]
+"""Called with an image; or with an image and its mask, which becomes the last channel."""
 
 
 def normalise(
@@ -102,10 +103,12 @@ def _shift_and_flip(pixels: Tensor, uniform: Tensor) -> Tensor:
     return torch.where((uniform[:, 2] < 0.5)[:, None, None, None], shifted.flip(-1), shifted)
 
 
-def resolve_augment(augment: Augment, spec: InputSpec) -> Augment:
-    """What `auto` stands for at the size of `spec`."""
+def resolve_augment(augment: Augment, spec: InputSpec, has_masks: bool = False) -> Augment:
+    """What `auto` stands for at the size of `spec`; images with masks are decoded anew at any size."""
     if augment != "auto":
         return augment
+    if has_masks:
+        return "resized-crop"
     return "crop" if max(spec.size) <= SMALL else "resized-crop"
 
 
@@ -169,6 +172,11 @@ def _with_channels(image: Image.Image, channels: int) -> Image.Image:
         image = image.convert("RGBA")  # straight to RGB, Pillow warns
     mode = "L" if channels == 1 else "RGB"
     return image if image.mode == mode else image.convert(mode)
+
+
+def to_pixels(image: Image.Image, channels: int) -> UInt8[Tensor, "channels height width"]:
+    """An image as it is."""
+    return _to_tensor(_with_channels(image, channels))
 
 
 def _to_tensor(image: Image.Image) -> Tensor:

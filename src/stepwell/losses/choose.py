@@ -22,9 +22,12 @@ from stepwell.config.options import LossOptions, TaskName
 from stepwell.config.own_code import load_function
 from stepwell.errors import ConfigError
 from stepwell.losses.ab import AB
+from stepwell.losses.adversarial import SKD
 from stepwell.losses.at import at_loss
 from stepwell.losses.cc import CC
+from stepwell.losses.cirkd import CIRKD
 from stepwell.losses.crd import CRD, bank_bytes
+from stepwell.losses.cwd import CWD, cwd_loss
 from stepwell.losses.dist import dist_loss
 from stepwell.losses.dkd import dkd_loss
 from stepwell.losses.embedding import embedding_loss
@@ -32,12 +35,14 @@ from stepwell.losses.feature import state_loss
 from stepwell.losses.fitnet import FitNet
 from stepwell.losses.fsp import fsp_loss
 from stepwell.losses.ft import FT
+from stepwell.losses.ifvd import ifvd_loss
 from stepwell.losses.kept import Kept
 from stepwell.losses.logit import binary_kd_loss, kd_loss
 from stepwell.losses.nst import nst_loss
 from stepwell.losses.observe import Observed
 from stepwell.losses.ofa import OFA
 from stepwell.losses.output import Output, TrainingImages, maps
+from stepwell.losses.pixels import over_pixels
 from stepwell.losses.pkt import pkt_loss
 from stepwell.losses.pld import pld_loss
 from stepwell.losses.projection import ProjectedStates
@@ -96,6 +101,10 @@ def logit_loss(options: LossOptions, pair: Pair) -> Call | None:
         return None
     name, temperature = options.logit_loss, options.temperature
     made = partial(_made, name, "--logit-args", options.logit_args)
+    if pair.task == "segmentation" and name in LOGIT_LOSSES and options.logit_facts.masks == "too":
+        of_rows = logit_loss(options, replace(pair, task="classification"))
+        assert of_rows is not None
+        return over_pixels(of_rows)
     match name:
         case "kd" if pair.task == "features":
             return made(embedding_loss)
@@ -110,6 +119,8 @@ def logit_loss(options: LossOptions, pair: Pair) -> Call | None:
             return made(pld_loss, temperature=temperature)
         case "taid":
             return made(TAID)()
+        case "cwd-logits":
+            return made(cwd_loss)
         case _:
             assert name not in LOGIT_LOSSES, f"{name} has a record, but no case here"
             return made(load_function(name, "--logit-loss"))(pair.student, pair.teacher)
@@ -173,6 +184,14 @@ def feature_loss(options: LossOptions, pair: Pair) -> Call | None:
             return made(SSKD)(s_dim, t_dim)
         case "ofa":
             return made(OFA)([state.shape[1:] for state in student.states], teacher.logits.shape[1])
+        case "cwd":
+            return made(CWD)(s_dim, t_dim)
+        case "skd":
+            return made(SKD)(teacher.logits.shape[1])
+        case "ifvd":
+            return made(ifvd_loss)
+        case "cirkd":
+            return made(CIRKD)(s_dim, t_dim, teacher.logits.shape[1])
         case "scalekd":
             return _scalekd(made(Parts)(), pair)
         case _:

@@ -22,7 +22,7 @@ from stepwell.losses.choose import Call, Pair, feature_loss, logit_loss
 from stepwell.losses.kept import Kept, on_kept
 from stepwell.losses.output import Output, Target, arguments
 from stepwell.losses.sskd import rotations
-from stepwell.tasks.task import task_of
+from stepwell.tasks.task import loss_of, task_of
 
 Phase = Literal["pretraining", "main"]
 """Some losses have a pretraining; see `LossFacts.pretraining`."""
@@ -54,7 +54,7 @@ class Distillation(nn.Module):
         kept: Sequence[Kept | None] = (),
     ) -> None:
         super().__init__()
-        self._loss_per_image = task_of(task).loss_per_image
+        self._loss_per_image = loss_of(task_of(task), options.class_weights)
         self._has_labels = task != "features"
         self.kept = tuple(kept)
         self.options, self.logit, self.feature = options, logit, feature
@@ -197,6 +197,8 @@ def loss_macs(loss: Distillation, pair: Pair, batch_size: int) -> dict[Phase, fl
     indices = torch.zeros(batch_size, dtype=torch.int64, device=device)
     like = pair.training_images.labels
     labels = indices if like is None else like.new_zeros((batch_size, *like.shape[1:]), device=device)
+    if pair.task == "segmentation":
+        labels = indices.new_zeros((batch_size, *pair.student.logits.shape[2:]))
     for phase in loss.phases:
         loss.begin(phase)
         # The fused attention kernels are not all known to the counter; the plain one is two matrix products.

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from stepwell.losses.output import Output
+from stepwell.tasks.outputs import is_dense
 
 
 class Observed(nn.Module):
@@ -24,7 +25,8 @@ class Observed(nn.Module):
 
     A state has whatever shape its block returns, tokens (B, N, C) or a map (B, C, H, W); it is the same for
     every candidate, since only what lies inside of blocks is cut. The features are what its last linear layer
-    reads; of a model without one, the mean of its last state.
+    reads; of a model without one, the mean of its last state. Of a model that tells each pixel they are the
+    map that its last convolution reads.
 
     Args:
         model: Kept as attribute `model`, so its parameters are named `model.NAME` here.
@@ -35,7 +37,8 @@ class Observed(nn.Module):
         super().__init__()
         self.model = model
         self.blocks = tuple(blocks)
-        self.classifier = last_linear(model)
+        self.is_dense = is_dense(model)
+        self.classifier = None if self.is_dense else last_linear(model)
 
     def forward(self, images: Float[Tensor, "batch channels height width"]) -> Output:
         """Run the model; the hooks live for this call only."""
@@ -48,6 +51,9 @@ class Observed(nn.Module):
         def read_by_classifier(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             read.append(inputs[0])
 
+        def read_by_last(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            read[:] = inputs[:1]  # the last to run is the classifier
+
         with ExitStack() as stack:
             for name in self.blocks:
                 handle = self.model.get_submodule(name).register_forward_hook(keep)
@@ -55,7 +61,13 @@ class Observed(nn.Module):
             if self.classifier is not None:
                 classifier = self.model.get_submodule(self.classifier)
                 stack.callback(classifier.register_forward_pre_hook(read_by_classifier).remove)
+            if self.is_dense:
+                for layer in self.model.modules():
+                    if isinstance(layer, nn.Conv2d):
+                        stack.callback(layer.register_forward_pre_hook(read_by_last).remove)
             logits = self.model(images)
+        if self.is_dense:
+            return Output(logits, states, read[-1])
         return Output(logits, states, pooled(read[-1] if read else states[-1] if states else logits))
 
     def with_weights(

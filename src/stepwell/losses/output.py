@@ -16,11 +16,12 @@ from stepwell.config.loss_facts import Given, LossFacts, Reads
 class Output(NamedTuple):
     """What a model computed."""
 
-    logits: Float[Tensor, "batch classes"]
+    logits: Float[Tensor, "batch classes ..."]
+    """Of images; or of each pixel, (B, classes, H, W)."""
     states: Sequence[Tensor]
     """Hidden states from shallow to deep, tokens (B, N, C) or maps (B, C, H, W)."""
-    features: Float[Tensor, "batch dim"]
-    """What its classifier reads."""
+    features: Float[Tensor, "batch dim ..."]
+    """What its classifier reads; where each pixel is told, a map (B, dim, h, w)."""
 
     def in_full_precision(self) -> Output:
         """The same in fp32 where it is bf16 or fp16: losses are small differences of large numbers."""

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import nn
 
 from stepwell.data.spec import InputSpec
+from stepwell.pruning.parts import put_together
 
 
 class Latency(BaseModel):
@@ -64,7 +65,7 @@ def _session(onnx_file: Path, threads: int) -> onnxruntime.InferenceSession:
 def measure_latency(model: nn.Module, onnx_file: Path | None, spec: InputSpec, threads: int) -> Latency:
     """Median milliseconds per batch of 1 and of 32 on the CPU: eager torch, and onnxruntime given a file."""
     session = _session(onnx_file, threads) if onnx_file is not None else None
-    model = copy.deepcopy(model).cpu().eval()
+    model = put_together(copy.deepcopy(model)).cpu().eval()
     milliseconds = {}
     threads_before = torch.get_num_threads()
     torch.set_num_threads(threads)

@@ -62,6 +62,10 @@ _NAMES_OF_CLASSES = ("id2label", "label2id")
 def refused_configuration(args: Mapping[str, Any]) -> str | None:
     """The same of a configuration of transformers, as `to_json_string` writes it."""
     for name, value in args.items():
+        if name == "backbone_config" and isinstance(value, Mapping):  # UperNet's, of transformers' own types
+            if (reason := refused_configuration(value)) is not None:
+                return reason
+            continue
         if (
             value in (None, False, "")
             or name in _NAMES_OF_CLASSES
@@ -77,7 +81,9 @@ def refused_configuration(args: Mapping[str, Any]) -> str | None:
 
 def architecture_only(config: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration without what is not the architecture's, of the user's own folder: there it is usual."""
-    return {name: value for name, value in config.items() if not _NO_CONFIGURATION.search(name)}
+    inner = config.get("backbone_config")
+    nested = {"backbone_config": architecture_only(inner)} if isinstance(inner, Mapping) else {}
+    return {name: value for name, value in config.items() if not _NO_CONFIGURATION.search(name)} | nested
 
 
 def _is_address(value: str) -> bool:

@@ -24,13 +24,14 @@ import stepwell.zoo  # noqa: F401  (their names become names of timm)
 from stepwell.config.options import TaskName
 from stepwell.data.spec import InputSpec
 from stepwell.errors import ConfigError, DataError, ModelError, UnsupportedModelError
-from stepwell.models import huggingface, own_module
+from stepwell.models import huggingface, own_module, segmenters
 from stepwell.models.arguments import refused
 from stepwell.models.factory import Factory, build_with
 from stepwell.models.input import check_runs
 from stepwell.pruning import generic
 from stepwell.pruning.channels import channel_groups, is_stream
 from stepwell.pruning.families import find_groups
+from stepwell.pruning.parts import take_apart
 from stepwell.pruning.skeleton import build_skeleton, fill
 from stepwell.pruning.units import Group
 from stepwell.run.run_dir import plain_tensors, write_atomically
@@ -52,13 +53,16 @@ class Architecture(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    source: Literal["timm", "transformers", "factory"]
+    source: Literal["timm", "transformers", "torchvision", "smp", "factory"]
     name: str
-    """timm's model name, transformers' class, or the factory's; a factory's code is never stored and never
-    found by its name."""
+    """timm's model name, transformers' class, torchvision's or segmentation-models-pytorch's function for
+    segmentation, or the factory's; a factory's code is never stored and never found by its name."""
     args: dict[str, Any] = {}
     outputs: Outputs = "logits"
     """What it returns; the model of the card returns logits, see tasks/outputs.py."""
+    parts: dict[str, list[int]] = {}
+    """Convolutions that read a concatenation and were taken apart, with the channels of each part; see
+    pruning/parts.py."""
 
 
 class Card(BaseModel):
@@ -73,7 +77,9 @@ class Card(BaseModel):
     classes: list[str]
     input: InputSpec
     task: TaskName = "classification"
-    """What its answers are: one class, or a yes or no for each."""
+    """What its answers are: one class, or a yes or no for each, or one class for each pixel."""
+    colours: list[tuple[int, int, int]] = []
+    """What the classes of masks are drawn in; nothing for other tasks."""
     provenance: dict[str, Any] = {}
     """Versions, teacher, data and figures: for people; nothing is computed from it."""
 
@@ -138,7 +144,8 @@ def check_answers(model: nn.Module, card: Card, folder: Path) -> None:
         ModelError: It does not: the card is damaged, or another model was built.
     """
     try:
-        num_outputs = check_runs(model, card.input, f"its {type(model).__name__}", "size")
+        name = f"its {type(model).__name__}"
+        num_outputs = check_runs(model, card.input, name, "size", dense=card.task == "segmentation")
     except ConfigError as error:
         raise ModelError(f"{folder / CARD} is damaged, or for another model: {error}") from None
     if num_outputs != len(card.classes) and card.task != "features":
@@ -150,7 +157,15 @@ def check_answers(model: nn.Module, card: Card, folder: Path) -> None:
 
 def build(architecture: Architecture, factory: Factory | str | None, where: Path) -> nn.Module:
     """The full-width module with whatever weights its constructor gives it; returns logits."""
-    return as_logits(_build(architecture, factory, where), architecture.outputs)
+    model = as_logits(_build(architecture, factory, where), architecture.outputs)
+    try:
+        take_apart(model, architecture.parts)
+    except KeyError as error:
+        raise ModelError(
+            f"{where} does not fit the {type(model).__name__} that was built for it: {error.args[0]} is no "
+            f"convolution of {sum(architecture.parts[error.args[0]])} channels there"
+        ) from None
+    return model
 
 
 def _build(architecture: Architecture, factory: Factory | str | None, where: Path) -> nn.Module:
@@ -164,6 +179,8 @@ def _build(architecture: Architecture, factory: Factory | str | None, where: Pat
         )
     if architecture.source == "transformers":
         return huggingface.build(architecture.args)
+    if architecture.source in segmenters.SOURCES:
+        return segmenters.build(f"{architecture.source}:{architecture.name}", architecture.args)
     if (reason := refused(architecture.args)) is not None:
         raise ModelError(f"{where / CARD}: {reason}")
     if not timm.is_model(architecture.name):  # a name such as hf-hub:... would go to the network

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import math
 import os
 import shutil
 import tempfile
@@ -15,16 +16,21 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stepwell.data.spec import InputSpec
 from stepwell.errors import ExportError, ExportMismatchError, RunDirError
 from stepwell.models.card import example_images
 from stepwell.models.onnx_graph import OPSET, captured, quiet, reason_of, write_onnx
+from stepwell.pruning.parts import put_together
 from stepwell.run.run_dir import writing
+from stepwell.tasks.outputs import is_dense
 
+_STEP = 32  # pixels; nets that halve their maps five times take multiples of it
 TOLERANCE = 1e-4  # largest difference of logits, relative to the largest logit
 
 
@@ -38,7 +44,9 @@ def export_onnx(
 ) -> float:
     """Write `file` and prove with onnxruntime that it computes what `model` does.
 
-    Weights above `onnx_graph.EXTERNAL_FROM` bytes lie in a second file, `FILE.data`.
+    Weights above `onnx_graph.EXTERNAL_FROM` bytes lie in a second file, `FILE.data`. A model that tells each
+    pixel is exported for images of any height and width, and run on those of two sizes; where it cannot
+    be, for those of its own size.
 
     Args:
         model: What to export; a copy is exported from the CPU in fp32 and eval mode.
@@ -59,10 +67,30 @@ def export_onnx(
     """
     model = _plain_copy(model)
     with _unfinished(file) as unfinished:
+        if is_dense(model) and (found := _for_any_size(model, spec, unfinished, images, opset)) <= tolerance:
+            return found
         write_onnx(model, spec, unfinished, opset)
         difference = onnx_difference(model, unfinished, images)
         _check(file, difference, tolerance)
     return difference
+
+
+def _for_any_size(model: nn.Module, spec: InputSpec, file: Path, images: Tensor, opset: int) -> float:
+    """Write an ONNX file for images of any height and width; returns the largest difference on images of two
+    sizes, infinite where that cannot be."""
+    height, width = ((side // _STEP + more) * _STEP for side, more in zip(spec.size, (1, 2), strict=True))
+    others = F.interpolate(images.cpu().float(), (height, width), mode="bilinear", align_corners=False)
+    try:
+        write_onnx(model, spec, file, opset, any_size=True)
+        return float(np.max([onnx_difference(model, file, some) for some in (images, others[:2])]))
+    except Exception:  # the exporter's, or the model's own where it takes one size alone
+        return math.inf
+
+
+def takes_any_size(file: Path) -> bool:
+    """Whether the images that an ONNX file takes may have any height and width."""
+    graph = onnx.load(file, load_external_data=False).graph
+    return all(dim.HasField("dim_param") for dim in graph.input[0].type.tensor_type.shape.dim[2:])
 
 
 def why_not_onnx(model: nn.Module, spec: InputSpec) -> str:
@@ -150,7 +178,7 @@ def _for_runtime(file: Path) -> Path | bytes:
 
 
 def _plain_copy(model: nn.Module) -> nn.Module:
-    return copy.deepcopy(model).cpu().float().eval()
+    return put_together(copy.deepcopy(model)).cpu().float().eval()
 
 
 def _difference(exported: Tensor, eager: Tensor) -> float:

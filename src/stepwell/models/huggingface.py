@@ -21,26 +21,31 @@ from stepwell.config.options import TaskName
 from stepwell.data.images import one_line
 from stepwell.data.spec import InputSpec
 from stepwell.errors import ModelError, UnsupportedModelError
+from stepwell.models import segmenters
 from stepwell.models.arguments import architecture_only, refused_configuration
 from stepwell.models.huggingface_calls import (
     BACKBONES,
     NO_POOLER,
+    SEGMENTERS,
     Backbone,
     Classifier,
+    Segmenter,
     Wrapped,
     backbone_named,
+    channels_of,
+    check_segmenter,
     image_tower,
 )
 from stepwell.models.image_processor import PROCESSOR, read_json, read_spec
 from stepwell.models.weights import FILES, read_weights, weights_in
 from stepwell.run.progress import console, say
 
-SUPPORTED = tuple(BACKBONES)
+SUPPORTED = (*BACKBONES, *SEGMENTERS)
 """As `model_type` in a config. Others are not even built: some of transformers' types fetch from the hub."""
 
 CONFIG = "config.json"
 # Their configuration says what they were trained at first; DINOv2's 518 goes with a processor for 224.
-_ANY_SIZE = ("dinov2", "dinov2_with_registers", "dinov3_vit", "resnet")
+_ANY_SIZE = ("dinov2", "dinov2_with_registers", "dinov3_vit", "resnet", *SEGMENTERS)
 _OLDEST = (5, 10)  # the first that names layers as pruning/families/huggingface.py does
 
 
@@ -60,6 +65,10 @@ def wrapped(module: nn.Module) -> nn.Module:
     if not classifies and hasattr(model.config, "vision_config"):
         raise ModelError(f"a {name} reads texts too: pass its image tower, which `.vision_model` is")
     _check_type(model_type, f"a {name}")
+    if model_type in SEGMENTERS:
+        check_segmenter(model_type, name, f"a {name}")
+        segmenters.without_auxiliary(model)
+        return Segmenter(model.float())
     if not classifies and name not in BACKBONES[model_type]:
         raise ModelError(
             f"a {name} returns neither logits nor an embedding: use the ...ForImageClassification or the "
@@ -94,6 +103,9 @@ def load_folder(folder: Path) -> Wrapped:
     config, prefixes = image_tower(architecture_only(read_json(folder / CONFIG)))
     config = architecture_only(config)
     _check_type(config.get("model_type"), str(folder))
+    if config["model_type"] in SEGMENTERS:
+        named = config.get("architectures") or [""]
+        check_segmenter(config["model_type"], str(named[0]), str(folder))
     if (reason := refused_configuration(config)) is not None:
         raise ModelError(f"{folder / CONFIG}: {reason}")
     tensors = _tensors(folder)
@@ -191,7 +203,7 @@ def recipe(model: nn.Module) -> tuple[str, dict[str, Any]] | None:
     except (ModelError, RuntimeError):
         return None
     images = torch.randn(
-        2, model.config.num_channels, *_size(model), generator=torch.Generator().manual_seed(0)
+        2, channels_of(model.config), *_size(model), generator=torch.Generator().manual_seed(0)
     )
     try:
         with torch.no_grad():
@@ -230,7 +242,7 @@ def class_names(model: nn.Module) -> tuple[str, ...] | None:
     None if they are transformers' placeholders; or not all different, such as ImageNet's two cranes, since
     no folders can be named like that.
     """
-    if not isinstance(model, Classifier):
+    if not isinstance(model, Classifier | Segmenter):
         return None
     names = tuple(str(model.config.id2label[i]) for i in range(model.num_classes))
     default = all(name == f"LABEL_{i}" for i, name in enumerate(names))
@@ -243,6 +255,8 @@ def task_of(model: nn.Module, name: str) -> TaskName | None:
     Raises:
         UnsupportedModelError: For a number.
     """
+    if isinstance(model, Segmenter):
+        return "segmentation"
     if not isinstance(model, Classifier):
         return None
     kind = getattr(model.config, "problem_type", None)
@@ -265,7 +279,7 @@ def input_spec(model: Wrapped, folder: Path | None = None) -> InputSpec:
     Raises:
         ModelError: The two disagree, or are damaged.
     """
-    size, channels = _size(model), model.config.num_channels
+    size, channels = _size(model), channels_of(model.config)
     file = None if folder is None else folder / PROCESSOR
     if file is None or not file.is_file():
         where = f"{folder} has no {PROCESSOR}" if folder else "a module of transformers does not carry one"
@@ -275,7 +289,8 @@ def input_spec(model: Wrapped, folder: Path | None = None) -> InputSpec:
 
 
 def _size(model: Wrapped) -> tuple[int, int]:
-    size = getattr(model.config, "image_size", 224)  # a ResNet takes any, and is trained at this
+    usual = 512 if isinstance(model, Segmenter) else 224  # a ResNet takes any, and is trained at this
+    size = getattr(model.config, "image_size", usual)
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
@@ -289,7 +304,8 @@ def _check_type(model_type: object, where: str) -> None:
 
 def _attention(model_type: str) -> str | None:
     """Which of transformers' implementations; None for models that have no choice."""
-    return None if model_type in ("convnext", "convnextv2", "resnet", "swinv2") else "sdpa"
+    without = ("convnext", "convnextv2", "resnet", "swinv2", *SEGMENTERS)
+    return None if model_type in without else "sdpa"
 
 
 def _transformers() -> Any:  # noqa: ANN401  (a module that may be missing)

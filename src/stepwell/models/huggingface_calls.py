@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from stepwell.errors import UnsupportedModelError
+
 BACKBONES: dict[str, tuple[str, ...]] = {
     "beit": ("BeitModel",),
     "clip_vision_model": ("CLIPVisionModel", "CLIPVisionModelWithProjection"),
@@ -28,6 +30,12 @@ BACKBONES: dict[str, tuple[str, ...]] = {
     "vit": ("ViTModel",),
 }
 """By `model_type` the classes without a head, as transformers exports them."""
+
+SEGMENTERS = {
+    "segformer": "SegformerForSemanticSegmentation",
+    "upernet": "UperNetForSemanticSegmentation",
+}
+"""By `model_type` the classes that tell each pixel."""
 
 NO_POOLER = {"add_pooling_layer": False}
 """Of a model whose folder has no weights of a pooler: for its constructor, and in a card."""
@@ -69,6 +77,19 @@ class Classifier(Wrapped):
         return self.model(images, return_dict=True).logits
 
 
+class Segmenter(Wrapped):
+    """A model that tells each pixel, without its auxiliary head."""
+
+    @property
+    def num_classes(self) -> int:
+        """As timm calls it."""
+        return self.config.num_labels
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (batch, channels, height, width) to logits (batch, classes, h, w), smaller in part."""
+        return self.model(images, return_dict=True).logits
+
+
 class Backbone(Wrapped):
     """A model without a head."""
 
@@ -89,9 +110,10 @@ class Backbone(Wrapped):
 
 
 def backbone_named(config: Mapping[str, Any]) -> str | None:
-    """The class without a head that a configuration was saved from; None if it was another one."""
-    names = config.get("architectures")
-    known = BACKBONES.get(str(config.get("model_type")), ())
+    """The class without a head, or of a model for masks, that a configuration was saved from; None if it was
+    another one."""
+    names, kind = config.get("architectures"), str(config.get("model_type"))
+    known = (*BACKBONES.get(kind, ()), *([SEGMENTERS[kind]] if kind in SEGMENTERS else []))
     return names[0] if isinstance(names, list) and names and names[0] in known else None
 
 
@@ -109,3 +131,22 @@ def image_tower(config: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]
     kind, name, prefixes = _TWO_TOWERS[config["model_type"]]
     projected = {"projection_dim": config["projection_dim"]} if "projection_dim" in config else {}
     return {**vision, **projected, "model_type": kind, "architectures": [name]}, prefixes
+
+
+def check_segmenter(model_type: str, name: str, where: str) -> None:
+    """Check that a model of a type that tells pixels is of the class that does.
+
+    Raises:
+        UnsupportedModelError: It is another.
+    """
+    if name != SEGMENTERS[model_type]:
+        raise UnsupportedModelError(
+            f"{where} is a {name or 'model without a named class'}, and of this type "
+            f"{SEGMENTERS[model_type]} is supported"
+        )
+
+
+def channels_of(config: Any) -> int:  # noqa: ANN401  (a class of transformers)
+    """Of the images that a model takes."""
+    inner = getattr(config, "backbone_config", None)  # of UperNet, which says it there alone
+    return getattr(config, "num_channels", None) or getattr(inner, "num_channels", 3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,13 +12,17 @@ import torch
 from timm.data.config import resolve_data_config
 from torch import Tensor, nn
 
+from stepwell.config.base import height_and_width
 from stepwell.config.options import DataOptions
 from stepwell.config.own_code import line_of
-from stepwell.data.images import one_line
+from stepwell.data.images import ImageSet, one_line
 from stepwell.data.spec import InputSpec
 from stepwell.errors import ConfigError, ModelError
-from stepwell.models import huggingface
-from stepwell.tasks.outputs import check_output
+from stepwell.models import huggingface, segmenters
+from stepwell.tasks.outputs import check_output, is_dense
+
+_USUAL, _STEP, _LOOKED_AT = 512, 32, 64
+"""Pixels along the longer edge, the steps of either, and the masks whose size is asked."""
 
 
 def input_spec(model: nn.Module, args: Mapping[str, Any] | None = None) -> InputSpec:
@@ -32,6 +37,8 @@ def input_spec(model: nn.Module, args: Mapping[str, Any] | None = None) -> Input
     """
     if isinstance(model, huggingface.Wrapped):
         return huggingface.input_spec(model)
+    if is_dense(model) and getattr(model, "pretrained_cfg", None) is None:
+        return segmenters.input_spec(model)
     config = resolve_data_config(model=model, verbose=False)
     recorded, *size = config["input_size"]
     size = _of_patches(model) or _pair((args or {}).get("img_size")) or _own(model) or tuple(size)
@@ -69,6 +76,27 @@ def as_asked(spec: InputSpec, model: nn.Module, options: DataOptions, white_leve
     return replace(sized, mean=mean, std=std).for_images(white_level)
 
 
+def for_masks(spec: InputSpec, images: ImageSet, options: DataOptions, has_size: bool) -> InputSpec:
+    """`spec` for images whose every pixel is to be told: nothing is cropped away.
+
+    Args:
+        spec: What the model says, and the user asked for.
+        images: The training images, which have masks.
+        options: `image_size`.
+        has_size: Whether the model was trained at a size of its own; else it is that of the images, in
+            steps of 32 pixels, up to 512.
+    """
+    whole = replace(spec, crop_pct=1.0, crop_mode="squash")
+    if has_size or options.image_size is not None:
+        return whole
+    assert images.masks is not None
+    sizes = Counter(images.masks.size(key) for key in images.keys[:_LOOKED_AT])
+    height, width = sizes.most_common(1)[0][0]
+    shrink = min(1.0, _USUAL / max(height, width))
+    size = [max(_STEP, round(side * shrink / _STEP) * _STEP) for side in (height, width)]
+    return replace(whole, size=(size[0], size[1]))
+
+
 def _of_channels(given: Sequence[float], own: tuple[float, ...], flag: str) -> tuple[float, ...]:
     """One number for each channel."""
     if not given:
@@ -81,15 +109,15 @@ def _of_channels(given: Sequence[float], own: tuple[float, ...], flag: str) -> t
     return tuple(given) if len(given) == len(own) else tuple(given) * len(own)
 
 
-def with_image_size(spec: InputSpec, model: nn.Module, image_size: int | None) -> InputSpec:
+def with_image_size(spec: InputSpec, model: nn.Module, image_size: int | str | None) -> InputSpec:
     """`spec` for images of another size, for a model that takes any.
 
     Raises:
         ConfigError: The model was built for one size.
     """
-    if image_size is None or (image_size, image_size) == spec.size:
+    if image_size is None or height_and_width(image_size) == spec.size:
         return spec
-    wanted = replace(spec, size=(image_size, image_size))
+    wanted = replace(spec, size=height_and_width(image_size))
     if has_one_size(model) and not runs(model, wanted):
         raise ConfigError(
             f"--image-size {image_size}: this {type(model).__name__} was built for {spec.size[0]} x "
@@ -183,11 +211,18 @@ def runs(model: nn.Module, spec: InputSpec) -> bool:
     return True
 
 
-def check_runs(model: nn.Module, spec: InputSpec, name: str, flag: str) -> int:
+def check_runs(model: nn.Module, spec: InputSpec, name: str, flag: str, *, dense: bool = False) -> int:
     """Run a model once on an empty image, in eval mode; returns the number of its classes.
 
+    Args:
+        model: What is run.
+        spec: Its input.
+        name: For errors.
+        flag: The option that sets its size.
+        dense: Whether each pixel should have logits.
+
     Raises:
-        ConfigError: It cannot run on images of this size, or does not return logits (batch, classes).
+        ConfigError: It cannot run on images of this size, or does not return logits as it should.
     """
     size = f"{spec.size[0]} x {spec.size[1]} x {spec.channels}"
     try:
@@ -197,7 +232,7 @@ def check_runs(model: nn.Module, spec: InputSpec, name: str, flag: str) -> int:
             f"{name} cannot run on images of {size} ({one_line(error)[:160]}{line_of(error)}); "
             f"if its size is the reason, give another {flag}"
         ) from None
-    return check_output(output, name)
+    return check_output(output, name, dense)
 
 
 def check_trains(model: nn.Module, spec: InputSpec, name: str, batch_size: int) -> None:

@@ -13,6 +13,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import onnx
 import torch
@@ -30,7 +31,9 @@ EXTERNAL_FROM = 1_800_000_000
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
-def write_onnx(model: nn.Module, spec: InputSpec, file: Path, opset: int = OPSET) -> None:
+def write_onnx(
+    model: nn.Module, spec: InputSpec, file: Path, opset: int = OPSET, *, any_size: bool = False
+) -> None:
     """Export a model on the CPU, in fp32 and eval mode, with a dynamic batch; nothing is checked.
 
     Args:
@@ -39,6 +42,7 @@ def write_onnx(model: nn.Module, spec: InputSpec, file: Path, opset: int = OPSET
         spec: Its input.
         file: Where to; large weights go to `FILE.data`.
         opset: Version of ONNX's operators.
+        any_size: Whether height and width are dynamic too.
 
     Raises:
         ExportError: The exporter cannot take the model, or does not write this opset.
@@ -47,7 +51,7 @@ def write_onnx(model: nn.Module, spec: InputSpec, file: Path, opset: int = OPSET
     model = model.eval().requires_grad_(False)
     size = sum(tensor.nbytes for tensor in model.state_dict().values())
     with quiet():
-        program = _converted(model, spec, opset)
+        program = _converted(model, spec, opset, _dynamic(any_size))
         program.save(str(file), external_data=size > EXTERNAL_FROM)
     del program
     graph = onnx.load(file, load_external_data=False)
@@ -63,13 +67,23 @@ def write_onnx(model: nn.Module, spec: InputSpec, file: Path, opset: int = OPSET
     onnx.save(graph, file)
 
 
-def captured(model: nn.Module, spec: InputSpec) -> ExportedProgram:
-    """The graph of a model by torch.export, with a dynamic batch; whatever torch raises is let through."""
+Dynamic = dict[int, Any]
+"""The dimensions of the images that are free."""
+
+
+def _dynamic(any_size: bool = False) -> Dynamic:
+    return dict.fromkeys((0, 2, 3) if any_size else (0,), Dim.DYNAMIC)
+
+
+def captured(model: nn.Module, spec: InputSpec, dynamic: Dynamic | None = None) -> ExportedProgram:
+    """The graph of a model by torch.export, with a dynamic batch or more; whatever torch raises is let
+    through."""
+    dynamic = _dynamic() if dynamic is None else dynamic
     with contextlib.suppress(Exception):
-        return _traced(model, spec)
+        return _traced(model, spec, dynamic)
     with contextlib.suppress(Exception):
-        return _traced(model, spec, strict=True)  # Python itself is traced: `len(images)` stays free
-    return _traced(_OneInput(model), spec)
+        return _traced(model, spec, dynamic, strict=True)  # Python itself is traced: `len(images)` stays free
+    return _traced(_OneInput(model), spec, dynamic)
 
 
 def reason_of(error: BaseException) -> str:
@@ -115,23 +129,25 @@ class _OneInput(nn.Module):
         return self.model(images)
 
 
-def _converted(model: nn.Module, spec: InputSpec, opset: int) -> torch.onnx.ONNXProgram:
+def _converted(model: nn.Module, spec: InputSpec, opset: int, dynamic: Dynamic) -> torch.onnx.ONNXProgram:
     with contextlib.suppress(Exception):  # of torch's many kinds; the second way may do
-        return _in_onnx(model, spec, opset)
+        return _in_onnx(model, spec, opset, dynamic)
     try:
-        return _in_onnx(_with_plain_attention(captured(model, spec)), spec, opset)
+        return _in_onnx(_with_plain_attention(captured(model, spec, dynamic)), spec, opset, dynamic)
     except Exception as error:
         raise ExportError(
             f"torch's exporter to ONNX cannot take this {type(model).__name__} ({reason_of(error)})"
         ) from None
 
 
-def _in_onnx(model: nn.Module | ExportedProgram, spec: InputSpec, opset: int) -> torch.onnx.ONNXProgram:
+def _in_onnx(
+    model: nn.Module | ExportedProgram, spec: InputSpec, opset: int, dynamic: Dynamic
+) -> torch.onnx.ONNXProgram:
     program = torch.onnx.export(
         model,
         (_example(spec),),
         dynamo=True,
-        dynamic_shapes=None if isinstance(model, ExportedProgram) else ({0: Dim.DYNAMIC},),
+        dynamic_shapes=None if isinstance(model, ExportedProgram) else (dynamic,),
         input_names=["images"],
         output_names=["logits"],
         opset_version=opset,
@@ -141,8 +157,8 @@ def _in_onnx(model: nn.Module | ExportedProgram, spec: InputSpec, opset: int) ->
     return program
 
 
-def _traced(model: nn.Module, spec: InputSpec, strict: bool = False) -> ExportedProgram:
-    return torch.export.export(model, (_example(spec),), dynamic_shapes=({0: Dim.DYNAMIC},), strict=strict)
+def _traced(model: nn.Module, spec: InputSpec, dynamic: Dynamic, strict: bool = False) -> ExportedProgram:
+    return torch.export.export(model, (_example(spec),), dynamic_shapes=(dynamic,), strict=strict)
 
 
 def _with_plain_attention(program: ExportedProgram) -> ExportedProgram:

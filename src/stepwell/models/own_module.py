@@ -24,12 +24,14 @@ from torch.optim.swa_utils import AveragedModel
 
 from stepwell.data.images import one_line
 from stepwell.errors import ModelError
-from stepwell.models import huggingface
+from stepwell.models import huggingface, segmenters
 from stepwell.models.own_module_hooks import add_hooks, tensors_in
 from stepwell.run.progress import say
 
 _AROUND = (nn.DataParallel, DistributedDataParallel, AveragedModel, ModelEmaV2, ModelEmaV3)
 """Hold the model as `module`."""
+_LIBRARIES = ("torchvision.", "transformers.")
+"""Their models do without an auxiliary head that is None."""
 _QUANTISED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.nn.quantized")
 
 
@@ -76,6 +78,8 @@ def plain(module: nn.Module, name: str, *, quiet: bool = False) -> nn.Module:
 def _plain(inner: nn.Module, name: str, notes: list[str], *, quiet: bool) -> nn.Module:
     _unwrap_inside(inner)
     _check_kind(inner, name)
+    if type(inner).__module__.startswith(_LIBRARIES) and segmenters.without_auxiliary(inner):
+        notes.append("its auxiliary head is left out")
     if folded := _fold(inner):
         notes.append(f"folded into the weights: {', '.join(folded)}")
     if dtypes := {str(p.dtype).removeprefix("torch.") for p in inner.parameters()} - {"float32"}:

@@ -7,11 +7,13 @@ torch.export take them along.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any, cast
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from stepwell.tasks.outputs import picked
 
 _LIBRARIES = ("timm.", "torchvision.")
 """Their models take images in any layout, and leave them as they are."""
@@ -40,28 +42,17 @@ def _with_channels_first(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[A
 def _only_logits(_module: nn.Module, _images: object, output: object) -> Tensor | None:
     """A hook: what is returned instead of `output`; None leaves it as it is.
 
-    `{"logits": ...}`, an object with `.logits`, a tuple with logits first; (batch, classes, 1, 1) of a
-    convolution that classifies; half precision of an autocast inside.
+    `{"logits": ...}` or `{"out": ...}`, an object with `.logits`, a tuple with logits first;
+    (batch, classes, 1, 1) of a convolution that classifies; half precision of an autocast inside.
     """
-    logits = next(_candidates(output), None)
-    if not isinstance(logits, Tensor):
+    logits = picked(output)
+    if logits is None:
         return None
     if logits.ndim == 4 and logits.shape[2:] == (1, 1):
         logits = logits.flatten(1)
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()
     return None if logits is output else logits
-
-
-def _candidates(output: object) -> Iterator[object]:
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, Mapping):
-        yield from [output["logits"]] if "logits" in output else output.values() if len(output) == 1 else ()
-    elif hasattr(output, "logits"):
-        yield cast(Any, output).logits
-    elif isinstance(output, (tuple, list)):
-        yield from output[:1]
 
 
 def _without_graph(model: nn.Module, _images: object, output: object) -> None:

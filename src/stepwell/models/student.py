@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from stepwell.config.model_options import StudentOptions
+from stepwell.config.options import TaskName
 from stepwell.config.own_code import is_own_code
 from stepwell.data.spec import InputSpec
 from stepwell.errors import ConfigError, UnsupportedModelError
-from stepwell.models import own_module
+from stepwell.models import own_module, segmenters
 from stepwell.models.card import Architecture
 from stepwell.models.factory import load_factory
 from stepwell.models.fitting import load_start
@@ -21,6 +22,7 @@ from stepwell.models.timm_models import create_timm, parse_model_args, timm_arch
 from stepwell.pruning.blocks import compared_blocks
 from stepwell.pruning.families import find_groups
 from stepwell.run.progress import say
+from stepwell.tasks.outputs import as_logits
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ def build_student(
     like: nn.Module | None = None,
     flag: str = "--student",
     *,
-    embeds: bool = False,
+    task: TaskName = "classification",
 ) -> OtherStudent:
     """Build the student that `--student` names.
 
@@ -62,7 +64,7 @@ def build_student(
         module: The module that `--student` stands for, where the caller built it; a copy is taken.
         like: Where to copy weights from, by name and shape, with `--student-init teacher`.
         flag: The option that names it, for errors.
-        embeds: Whether the teacher has no classes.
+        task: What both are for.
 
     Raises:
         ModelError: There is no such model, or the weights do not fit it.
@@ -79,6 +81,11 @@ def build_student(
             architecture = Architecture(source="factory", name=name)
         elif is_own_code(name):
             model, architecture = load_factory(name)(), Architecture(source="factory", name=name)
+        elif segmenters.is_named(name):
+            given = {**parse_model_args(options.student_args), "num_classes": num_classes}
+            source, _, kind = name.partition(":")
+            model = segmenters.build(name, given)
+            architecture = Architecture.model_validate({"source": source, "name": kind, "args": given})
         else:
             model, architecture = _from_timm(options, num_classes or 0, spec, flag)
     if options.student_weights is not None:  # first: they are the file's own, before anything is folded
@@ -88,9 +95,13 @@ def build_student(
         model = own_module.plain(model, f"{flag} {name}")
     # A slice of the teacher is trained as a whole, and so is this.
     model = model.eval().requires_grad_(True)
-    classes = check_runs(model, spec, f"{flag} {name}", f"{flag}-args or another model")
+    dense = task == "segmentation"
+    classes = check_runs(model, spec, f"{flag} {name}", f"{flag}-args or another model", dense=dense)
+    if dense:
+        model = as_logits(model, "maps")
+        architecture = architecture.model_copy(update={"outputs": "maps"})
     if num_classes is not None and classes != num_classes:
-        if embeds:
+        if task == "features":
             raise ConfigError(
                 f"{flag} {name} returns {classes} numbers, and the teacher an embedding of {num_classes}: "
                 f"let the student's last layer return as many"

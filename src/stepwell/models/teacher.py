@@ -13,7 +13,7 @@ from stepwell.config.options import TaskName
 from stepwell.config.own_code import is_own_code
 from stepwell.data.spec import InputSpec
 from stepwell.errors import ConfigError, ModelError
-from stepwell.models import huggingface, own_module
+from stepwell.models import huggingface, own_module, segmenters
 from stepwell.models.card import (
     WEIGHTS,
     Architecture,
@@ -32,8 +32,9 @@ from stepwell.models.recognise import recognise
 from stepwell.models.timm_folder import LOCAL, create_from_folder, is_timm_folder, read_config
 from stepwell.models.timm_folder import class_names as timm_class_names
 from stepwell.models.timm_models import create_timm, create_with_weights, parse_model_args, timm_architecture
-from stepwell.models.weights import weights_in
+from stepwell.models.weights import read_weights, weights_in
 from stepwell.run.progress import say
+from stepwell.tasks.outputs import as_logits
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,8 @@ def load_teacher(
         raise ConfigError(
             "--weights-key says which weights of a file to take: name it with --teacher-weights"
         )
+    if segmenters.is_named(source):
+        return _from_segmenter(source, weights, weights_key, {"num_classes": num_classes, **args})
     if is_own_code(source):
         return _from_file(source, weights, weights_key)
     if source.startswith(LOCAL):
@@ -209,6 +212,36 @@ def _from_transformers(folder: Path, weights: Path | None) -> Teacher:
     architecture = recognise(model, spec) or Architecture(source="factory", name=str(folder))
     task = huggingface.task_of(model, str(folder))
     return Teacher(model, architecture, spec, classes, {}, str(folder), digest(model), task=task)
+
+
+def _from_segmenter(source: str, weights: Path | None, key: str | None, args: Mapping[str, Any]) -> Teacher:
+    """A model for masks by name, with the user's own weights."""
+    if weights is None:
+        raise ModelError(
+            f"{source} is built without weights: pass --teacher-weights FILE, or train it first (stepwell "
+            f"train --model {source} ...)"
+        )
+    names = (name for found in read_weights(weights).state_dicts for name in found.tensors)
+    model = segmenters.build(source, args, auxiliary=any("aux_classifier." in name for name in names))
+    load_whole(model, weights, key)
+    segmenters.without_auxiliary(model)
+    _check_numbers(model, source)
+    return _segmenter(source, args, model, has_weights=True)
+
+
+def named_segmenter(source: str, args: Mapping[str, Any]) -> Teacher:
+    """A model for masks with random weights, to be looked at; it has no digest."""
+    return _segmenter(source, args, segmenters.build(source, args), has_weights=False)
+
+
+def _segmenter(source: str, args: Mapping[str, Any], model: nn.Module, *, has_weights: bool) -> Teacher:
+    spec = segmenters.input_spec(model)
+    library, _, kind = source.partition(":")
+    architecture = Architecture.model_validate(
+        {"source": library, "name": kind, "args": dict(args), "outputs": "maps"}
+    )
+    model = as_logits(model, "maps").eval()
+    return Teacher(model, architecture, spec, None, {}, source, digest(model) if has_weights else "")
 
 
 def placeholders(num_classes: int) -> list[str]:

@@ -13,15 +13,18 @@ from stepwell.data.splits import resolve_data
 from stepwell.errors import ConfigError
 from stepwell.measure.cost import Seconds, epochs_in
 from stepwell.measure.size import num_params
+from stepwell.models import segmenters
 from stepwell.models.card import Card, find_model_dir, save_model
 from stepwell.models.fitting import load_start
-from stepwell.models.input import as_asked, check_runs, check_trains, input_spec
+from stepwell.models.input import as_asked, check_runs, check_trains, for_masks, input_spec
 from stepwell.models.timm_models import create_timm, parse_model_args, timm_architecture
 from stepwell.paths.begin import require
+from stepwell.paths.masks_from_labels import architecture_for_masks, start_for_masks
 from stepwell.run.device import autocast_of, set_up_torch
 from stepwell.run.progress import say
 from stepwell.run.run_dir import RunDir, Stage, writing
 from stepwell.setting.classes import in_order_of_model
+from stepwell.setting.suits_task import check_class_weights
 from stepwell.tasks.task import task_of
 from stepwell.training.from_labels import LabelStep, freeze_but_classifier
 from stepwell.training.handed_on import performance_of
@@ -44,14 +47,22 @@ def train(config: TrainConfig) -> str:
         raise ConfigError(
             f"{config.data} has no class folders: sort the images into train/CLASS/ to train on them"
         )
+    check_class_weights(config.class_weights, data)
     device = set_up_torch(config)
-    model, keeps_head, fresh = _start(config, len(data.classes))
+    dense = data.task == "segmentation"
+    if dense:
+        model, keeps_head, fresh = start_for_masks(config, data), False, ()
+    else:
+        model, keeps_head, fresh = _start(config, len(data.classes))
     model = model.to(device)
     trained_names = _trained_names(config, model, fresh)  # refused now, if there are none
     layer_scales(model, config.layer_decay)  # refused now, if it cannot be
     args = {"num_classes": len(data.classes), **parse_model_args(config.model_args)}
-    spec = as_asked(input_spec(model, args), model, config, data.white_level)
-    check_runs(model, spec, config.model, "--image-size, or --model-args img_size=")
+    own = segmenters.input_spec(model) if dense else input_spec(model, args)
+    spec = as_asked(own, model, config, data.white_level)
+    if dense:
+        spec = for_masks(spec, data.train, config, has_size=False)
+    check_runs(model, spec, config.model, "--image-size, or --model-args img_size=", dense=dense)
     check_trains(model, spec, config.model, min(config.batch_size, len(data.train)))
     task = task_of(data.task)
     if keeps_head and config.class_order is None and data.task == "classification":
@@ -67,19 +78,31 @@ def train(config: TrainConfig) -> str:
     run.check_identity({"data": data.fingerprint})
     with run.stage("train", Trained) as stage:
         if stage.is_new:
-            step = LabelStep(task, model, config.label_smoothing, autocast_of(config, device))
+            step = LabelStep(
+                task,
+                model,
+                config.label_smoothing,
+                autocast_of(config, device),
+                config.class_weights,
+                segmenters.auxiliary_head(model),
+                config.auxiliary_weight,
+            )
             trained = _fit(config, step, trained_names, batches, selection, stage)
             # All of it: a model with BatchNorm is not whole without its statistics.
             stage.result = trained.model_copy(update={"tensors": model.state_dict()})
     model.load_state_dict(stage.result.tensors)
+    segmenters.without_auxiliary(model)
     model.eval()
 
     meter = task.evaluate(model, test, "test images")
     card = Card(
-        architecture=timm_architecture(config.model, model, args),
+        architecture=architecture_for_masks(config, args)
+        if dense
+        else timm_architecture(config.model, model, args),
         classes=list(data.classes),
         input=spec,
         task=data.task,
+        colours=data.colours,
         provenance={
             "data": data.source,
             "data_fingerprint": data.fingerprint,

@@ -76,7 +76,7 @@ def probe(s: Setting) -> Setting:
                 judge=partial(performance_of, s.model, s.selection, s.metric, s.task),
                 checkpoint=stage.checkpoints / "main.safetensors",
             )
-            step = LabelStep(s.task, s.model, s.config.label_smoothing, s.autocast)
+            step = LabelStep(s.task, s.model, s.config.label_smoothing, s.autocast, s.config.class_weights)
             trained = fit(course, step, s.train, s.config, s.config)
             meter = s.task.evaluate(s.model, s.selection, "probe: selection images")
             stage.result = Probed(

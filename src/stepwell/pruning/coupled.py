@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from stepwell.pruning.parts import Parts, can_be_taken_apart, parts_in, put_together, ranges_to_sizes
 from stepwell.pruning.skeleton import stop_checkpointing
 
 End = tuple[str, bool]
@@ -42,7 +43,8 @@ class Coupled:
 
 def coupled_sets(model: nn.Module, images: Float[Tensor, "batch channels height width"]) -> list[Coupled]:
     """All sets of coupled channels in `model`; a copy of it runs on `images`, under autograd."""
-    twin = _twin(model).requires_grad_(True)
+    # The graph is that of whole convolutions; where some were taken apart, their parts are told afterwards.
+    twin = put_together(_twin(model)).requires_grad_(True)
     with warnings.catch_warnings(), torch.enable_grad():
         warnings.simplefilter("ignore")
         from torch_pruning import DependencyGraph, ops  # only here: an extra, and slow to import
@@ -52,7 +54,61 @@ def coupled_sets(model: nn.Module, images: Float[Tensor, "batch channels height 
         # With `forward_fn`: torch-pruning alone would first try one argument per image, and hide the error.
         graph.build_dependency(twin, images, forward_fn=lambda module, x: module(x), verbose=False)
         names = {id(module): name for name, module in twin.named_modules()}
-        return [_coupled(group, graph, names, ops.OPTYPE.OUTPUT) for group in _groups(graph)]
+        sets = [_coupled(group, graph, names, ops.OPTYPE.OUTPUT) for group in _groups(graph)]
+    sizes = {name: module.sizes for name, module in parts_in(model).items()}
+    for coupled in sets:
+        coupled.ends = _of_parts(coupled.ends, sizes)
+    return sets
+
+
+def _of_parts(
+    ends: Mapping[End, list[tuple[int, float]]], sizes: Parts
+) -> dict[End, list[tuple[int, float]]]:
+    """The same ends where some convolutions are taken apart: outputs are those of every part, and an input is
+    that of the part in whose range it lies."""
+    found: dict[End, list[tuple[int, float]]] = {}
+    for (name, outputs), pairs in ends.items():
+        if name not in sizes:
+            found[name, outputs] = pairs
+            continue
+        start = 0
+        for i, size in enumerate(sizes[name]):
+            inside = [(p - start, part) for p, part in pairs if start <= p < start + size]
+            if outputs or inside:
+                found[f"{name}.parts.{i}", outputs] = pairs if outputs else inside
+            start += size
+    return found
+
+
+def concatenations(
+    model: nn.Module, images: Float[Tensor, "batch channels height width"], blocks: Sequence[str] = ()
+) -> dict[str, list[int]]:
+    """Convolutions that read a concatenation of which a part could be cut, and the channels of its parts.
+
+    Args:
+        model: In eval mode.
+        images: A few images, to follow channels through the forward pass.
+        blocks: What families know is left to them.
+    """
+    modules, runs = dict(model.named_modules()), runs_of(model, images)
+    inside = tuple(f"{block}." for block in blocks if block)
+    ranges: dict[str, list[tuple[int, int]]] = {}
+    useful: set[str] = set()
+    for coupled in coupled_sets(model, images):
+        for (name, outputs), pairs in coupled.ends.items():
+            if outputs or not can_be_taken_apart(modules[name]) or f"{name}.".startswith(inside):
+                continue
+            places = sorted({position for position, _ in pairs})
+            first, end = places[0], places[-1] + 1
+            if len(places) == end - first and len(runs[name]) == 1:
+                ranges.setdefault(name, []).append((first, end))
+                useful |= {name} if not coupled.obstacle else set()
+    found = {
+        name: ranges_to_sizes(those, cast(nn.Conv2d, modules[name]).in_channels)
+        for name, those in ranges.items()
+        if name in useful
+    }
+    return {name: sizes for name, sizes in found.items() if sizes}
 
 
 def _groups(graph: Any) -> Iterator[Any]:  # noqa: ANN401  (of torch-pruning)

@@ -49,22 +49,25 @@ def _scorable(model: nn.Module, groups: Sequence[Group], images: Tensor) -> list
 
 
 def _agree(model: nn.Module, groups: Sequence[Group], images: Tensor) -> bool:
-    """Whether cutting equals masking in two trials: with groups 0, 2, 4, ... emptied, then with the others.
+    """Whether cutting equals masking in three trials: with groups 0, 2, 4, ... emptied, then with the others,
+    then with an uneven number of units in all.
 
-    The groups that are not emptied lose half of their units.
+    In the first two the groups that are not emptied lose half of their units.
     """
 
     def width(group: Group, empty: bool) -> int:
         # Where nothing leads past a group, it is never emptied.
         return 0 if empty and group.block and not group.is_bridge else max(1, group.num_units // 2)
 
+    def uneven(group: Group) -> int:
+        # Half of the channels of an attention may be half of its heads, by luck; one less is not.
+        return max(1, group.num_units // 2 - 1)
+
     # A halved group shows whether its units are where the slices say, an emptied one whether the constant
     # that replaces it is right. In two trials every group is once the one and once the other.
-    return all(
-        difference(model, groups, {g.name: width(g, i % 2 == odd) for i, g in enumerate(groups)}, images)
-        <= TOLERANCE
-        for odd in (0, 1)
-    )
+    trials = [{g.name: width(g, i % 2 == odd) for i, g in enumerate(groups)} for odd in (0, 1)]
+    trials.append({group.name: uneven(group) for group in groups})
+    return all(difference(model, groups, widths, images) <= TOLERANCE for widths in trials)
 
 
 def difference(

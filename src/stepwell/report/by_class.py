@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from stepwell.tasks.multilabel import f1_at_half
+from stepwell.tasks.segmentation import Meter
 
 
 @dataclass(frozen=True)
@@ -22,11 +23,12 @@ class TestPredictions:
     __test__: ClassVar[bool] = False  # the name begins with Test, and pytest would collect it
 
     labels: np.ndarray
-    """True class of each image, (N,); or 0 and 1 for each class, (N, classes)."""
+    """True class of each image, (N,); or 0 and 1 for each class, (N, classes); or, of masks, how many pixels
+    each class has, (classes,)."""
     teacher: np.ndarray
-    """Probabilities, (N, classes)."""
+    """Probabilities, (N, classes); of masks the counts of `segmentation.Meter`."""
     student: np.ndarray
-    """Probabilities, (N, classes)."""
+    """Likewise."""
     keys: list[str]
     """File name of each image."""
 
@@ -34,6 +36,11 @@ class TestPredictions:
     def is_multi_label(self) -> bool:
         """Whether an image may have several classes."""
         return self.labels.ndim == 2
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether each pixel has a class."""
+        return self.teacher.ndim == 3
 
     @property
     def right(self) -> tuple[np.ndarray, np.ndarray]:
@@ -47,7 +54,9 @@ class TestPredictions:
 
     @property
     def num_of_class(self) -> np.ndarray:
-        """How many test images have each class."""
+        """How many test images have each class; of masks, how many pixels."""
+        if self.is_dense:
+            return self.labels
         if self.is_multi_label:
             return (self.labels > 0.5).sum(axis=0)
         return np.bincount(self.labels, minlength=self.teacher.shape[1])
@@ -55,12 +64,13 @@ class TestPredictions:
 
 @dataclass(frozen=True)
 class ClassChange:
-    """What becomes of one class: accuracy, or F1 where an image may have several, in percent."""
+    """What becomes of one class: accuracy, or F1 where an image may have several, or IoU, in percent."""
 
     name: str
     teacher: float
     student: float
     num_images: int
+    """That have it; of masks, pixels."""
 
     @property
     def change(self) -> float:
@@ -80,7 +90,12 @@ def untested(predictions: TestPredictions, names: Sequence[str]) -> list[str]:
 def class_changes(predictions: TestPredictions, names: Sequence[str]) -> list[ClassChange]:
     """Each class, the largest loss first; those without a test image are left out."""
     number = predictions.num_of_class
-    teacher, student = _f1(predictions) if predictions.is_multi_label else _accuracies(predictions)
+    if predictions.is_dense:
+        teacher, student = (
+            Meter(torch.from_numpy(p)).iou.numpy() for p in (predictions.teacher, predictions.student)
+        )
+    else:
+        teacher, student = _f1(predictions) if predictions.is_multi_label else _accuracies(predictions)
     changes = [
         ClassChange(names[i], float(teacher[i]), float(student[i]), int(n)) for i, n in enumerate(number) if n
     ]

@@ -33,6 +33,7 @@ from stepwell.report.by_class import (
     truth_of,
     untested,
 )
+from stepwell.report.pictures import Picture
 from stepwell.report.result import Result
 from stepwell.report.time_plot import quality_over_time
 
@@ -74,7 +75,11 @@ class _HeatMap:
 
 
 def write_report(
-    result: Result, predictions: TestPredictions, thumbnails: Callable[[int], Image.Image], path: Path
+    result: Result,
+    predictions: TestPredictions,
+    thumbnails: Callable[[int], Image.Image],
+    path: Path,
+    pictures: Sequence[Picture] = (),
 ) -> None:
     """Write the report; `path` is either replaced as a whole or left as it was.
 
@@ -83,11 +88,12 @@ def write_report(
         predictions: Teacher and handed-out student on the test images.
         thumbnails: Returns test image i in any size; called for the few images that are shown.
         path: The HTML file.
+        pictures: Of masks: some test images as both models see them.
 
     Raises:
         RunDirError: The file cannot be written.
     """
-    page = _render(result, predictions, thumbnails)
+    page = _render(result, predictions, thumbnails, pictures)
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         try:
@@ -99,21 +105,27 @@ def write_report(
         raise RunDirError(f"cannot write the report {path}: {error.strerror}; check the folder") from None
 
 
-def _render(result: Result, predictions: TestPredictions, thumbnails: Callable[[int], Image.Image]) -> str:
+def _render(
+    result: Result,
+    predictions: TestPredictions,
+    thumbnails: Callable[[int], Image.Image],
+    pictures: Sequence[Picture],
+) -> str:
     percent = wording.percent_format(result.data.num_test)
     has_classes = result.measure != "cosine"
+    by_image = has_classes and not predictions.is_dense
     changes = class_changes(predictions, result.data.classes) if has_classes else []
     shown = (
         changes if len(changes) <= 2 * SHOWN_CLASSES else changes[:SHOWN_CLASSES] + changes[-SHOWN_CLASSES:]
     )
-    lost, won = disagreements(predictions) if has_classes else ([], [])
+    lost, won = disagreements(predictions) if by_image else ([], [])
     num_lost = min(len(lost), max(MAX_THUMBNAILS // 2, MAX_THUMBNAILS - len(won)))
     num_won = min(len(won), MAX_THUMBNAILS - num_lost)
 
     shown_models = {"teacher": predictions.teacher, result.handed_out: predictions.student}
     reliability = {
         role: plots.Reliability.of(predictions.labels, probabilities)
-        for role, probabilities in (shown_models if has_classes else {}).items()
+        for role, probabilities in (shown_models if by_image else {}).items()
     }
 
     def show(images: list[int]) -> list[_Disagreement]:
@@ -141,6 +153,9 @@ def _render(result: Result, predictions: TestPredictions, thumbnails: Callable[[
         num_changes=len(changes),
         untested=join(untested(predictions, result.data.classes) if has_classes else [], SHOWN_CLASSES),
         has_classes=has_classes,
+        by_image=by_image,
+        pictures=pictures,
+        of_class="test pixel" if predictions.is_dense else "test image",
         shown_classes=SHOWN_CLASSES,
         num_lost=len(lost),
         num_won=len(won),

@@ -43,6 +43,9 @@ MEASURES: Mapping[Measure, MeasureWords] = {
         "F1, more than 50\u202f% counting as yes,",
         "classes of more than 50\u202f%",
     ),
+    "mIoU": MeasureWords(
+        "mIoU", "mean intersection over union (mIoU)", "mIoU", "mIoU by the teacher's answers", "IoU", "class"
+    ),
     "cosine": MeasureWords("cosine", _COSINE, "Cosine", _COSINE, "", ""),
 }
 

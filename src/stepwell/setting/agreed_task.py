@@ -11,7 +11,7 @@ from stepwell.data.splits import Data
 from stepwell.errors import ConfigError, ModelError
 from stepwell.models.card import example_images
 from stepwell.models.teacher import Teacher
-from stepwell.tasks.outputs import Outputs, have_length_1
+from stepwell.tasks.outputs import Outputs, have_length_1, is_dense
 
 _EXCLUSIVE: frozenset[Outputs] = frozenset({"probabilities", "one logit", "one probability"})
 
@@ -41,6 +41,11 @@ def agreed(data: Data, options: DataOptions, teacher: Teacher, outputs: Outputs 
             f"{teacher.name} {why}, and a run for the task {options.task} is measured by classes: pass "
             f"--task features to distil its embedding, or fine-tune it first (stepwell train --model ...)"
         )
+    if said == "segmentation":
+        raise ConfigError(
+            f"{teacher.name} {why}, the class of each pixel, and {data.source} does not hold images/ and "
+            f"masks/: pass the images with their masks"
+        )
     if said == "multi-label":
         raise ConfigError(
             f"{teacher.name} {why}, as where one image has several classes, and each image of {data.source} "
@@ -51,6 +56,14 @@ def agreed(data: Data, options: DataOptions, teacher: Teacher, outputs: Outputs 
         f"{teacher.name} {why}, so its classes exclude each other, and images of {data.source} have several, "
         f"or none: fine-tune it first (stepwell train --model ... --data {data.source})"
     )
+
+
+def task_asked(teacher: Teacher, data: Data | None, options: DataOptions) -> TaskName:
+    """What is to be done with a teacher, with images or without; one class an image, if nothing says it."""
+    if data is not None:
+        return data.task
+    dense = is_dense(teacher.model) or options.task == "segmentation"
+    return "segmentation" if dense else "classification"
 
 
 def teacher_task(teacher: Teacher, options: DataOptions) -> TaskName | None:

@@ -8,6 +8,7 @@ import torch
 
 from stepwell.config.commands import CompressConfig
 from stepwell.config.model_options import StudentOptions
+from stepwell.config.options import TaskName
 from stepwell.data.spec import InputSpec
 from stepwell.models.input import check_trains
 from stepwell.models.student import OtherStudent, build_student
@@ -16,7 +17,9 @@ from stepwell.setting.setting import Setting
 from stepwell.setting.training_mode import check_training_mode
 
 
-def build_baseline(config: CompressConfig, name: str, num_classes: int, spec: InputSpec) -> OtherStudent:
+def build_baseline(
+    config: CompressConfig, name: str, num_classes: int, spec: InputSpec, task: TaskName = "classification"
+) -> OtherStudent:
     """The network that `--baseline` names, as a student of another architecture.
 
     Raises:
@@ -30,7 +33,7 @@ def build_baseline(config: CompressConfig, name: str, num_classes: int, spec: In
         student_weights=config.baseline_weights,
         student_weights_key=config.baseline_weights_key,
     )
-    return build_student(named, num_classes, spec, config.seed, flag="--baseline")
+    return build_student(named, num_classes, spec, config.seed, flag="--baseline", task=task)
 
 
 def with_baseline(s: Setting) -> Setting:
@@ -42,8 +45,8 @@ def with_baseline(s: Setting) -> Setting:
     if s.config.baseline is None:
         return s
     with torch.no_grad():
-        num_classes = s.model(torch.zeros(2, s.spec.channels, *s.spec.size, device=s.device)).shape[-1]
-    network = build_baseline(s.config, s.config.baseline, num_classes, s.spec)
+        num_classes = s.model(torch.zeros(2, s.spec.channels, *s.spec.size, device=s.device)).shape[1]
+    network = build_baseline(s.config, s.config.baseline, num_classes, s.spec, s.data.task)
     name = f"--baseline {network.name}"
     check_trains(network.model, s.spec, name, min(s.config.batch_size, len(s.data.train)))
     taught = replace(s, other_student=network, slice_loss_macs=None)

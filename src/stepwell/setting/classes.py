@@ -30,6 +30,7 @@ from stepwell.models.teacher import Teacher
 from stepwell.run.progress import say
 from stepwell.setting import several
 from stepwell.setting.agreed_task import agreed
+from stepwell.setting.masks import settle_masks
 from stepwell.tasks.order import MANY, Fit, best_fit, disputed, fits_of, majority_order
 from stepwell.tasks.outputs import IN_WORDS, as_logits, last_operation, logits_of, meaning_of, sound_rows
 from stepwell.tasks.task import task_of
@@ -76,6 +77,8 @@ def settle(teacher: Teacher, data: Data, options: DataOptions, device: torch.dev
         ConfigError: The outputs are not those of classes, or of another task than the images.
         ModelError: The outputs are NaN, or the same for all images.
     """
+    if data.task == "segmentation":
+        return settle_masks(teacher, data, options, device)
     data = agreed(data, options, teacher)
     num_outputs = check_runs(teacher.model, teacher.spec, teacher.name, "--image-size")
     task_of(data.task).check_classes(num_outputs, teacher.name, data)

@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import nn
 
 from stepwell.config.commands import CompressConfig
+from stepwell.config.options import TaskName
 from stepwell.config.own_code import is_own_code
 from stepwell.data.spec import InputSpec
 from stepwell.errors import DataError
@@ -29,7 +30,7 @@ def embeds(teacher: Teacher, config: CompressConfig) -> bool:
 
 
 def other_student(
-    config: CompressConfig, teacher: nn.Module, spec: InputSpec, *, embeds: bool
+    config: CompressConfig, teacher: nn.Module, spec: InputSpec, task: TaskName = "classification"
 ) -> OtherStudent | None:
     """The student of another architecture, if one is asked for.
 
@@ -37,28 +38,30 @@ def other_student(
         config: All options.
         teacher: It may have no weights.
         spec: The images that it takes.
-        embeds: Whether it has no classes.
+        task: What both are for.
     """
     if config.student is None:
         return None
     options = config.model_copy(update={"student_pretrained": False})  # nothing is downloaded
-    has_own_width = embeds and not config.logit_weight
-    wanted = None if has_own_width else _num_classes(config, teacher, spec)
-    return build_student(options, wanted, spec, config.seed, embeds=embeds)
+    has_own_width = task == "features" and not config.logit_weight
+    wanted = None if has_own_width else _num_classes(config, teacher, spec, task)
+    return build_student(options, wanted, spec, config.seed, task=task)
 
 
-def baseline_network(config: CompressConfig, teacher: nn.Module, spec: InputSpec) -> OtherStudent | None:
+def baseline_network(
+    config: CompressConfig, teacher: nn.Module, spec: InputSpec, task: TaskName = "classification"
+) -> OtherStudent | None:
     """The stock network, likewise."""
     if config.baseline is None:
         return None
     options = config.model_copy(update={"baseline_pretrained": False})
-    return build_baseline(options, config.baseline, _num_classes(config, teacher, spec), spec)
+    return build_baseline(options, config.baseline, _num_classes(config, teacher, spec, task), spec, task)
 
 
-def _num_classes(config: CompressConfig, teacher: nn.Module, spec: InputSpec) -> int:
+def _num_classes(config: CompressConfig, teacher: nn.Module, spec: InputSpec, task: TaskName) -> int:
     # A model of timm by name has no weights here; it says how many classes it has, or that it has none.
     classes = getattr(teacher, "num_classes", None)
-    return classes or check_runs(teacher, spec, config.teacher, "--image-size")
+    return classes or check_runs(teacher, spec, config.teacher, "--image-size", dense=task == "segmentation")
 
 
 def other_teachers(config: CompressConfig, teacher: nn.Module, spec: InputSpec) -> list[Teacher]:
@@ -69,7 +72,7 @@ def other_teachers(config: CompressConfig, teacher: nn.Module, spec: InputSpec) 
     """
     if not config.teachers:
         return []
-    num_classes, found = _num_classes(config, teacher, spec), []
+    num_classes, found = _num_classes(config, teacher, spec, "classification"), []
     for name in config.teachers:
         if is_own_code(name) or name.startswith(LOCAL) or Path(name).exists():
             other = load_teacher(name, None, {}, num_classes)

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from stepwell.config.commands import CompressConfig
-from stepwell.config.options import DataOptions
+from stepwell.config.options import DataOptions, TaskName
 from stepwell.data.batches import EvalBatches
 from stepwell.data.feed import decoded
 from stepwell.data.spec import InputSpec
@@ -25,8 +25,11 @@ from stepwell.models.card import example_images
 from stepwell.models.input import check_runs, check_trains, too_few
 from stepwell.models.student import OtherStudent, build_student
 from stepwell.models.teacher import Teacher, placeholders
+from stepwell.pruning import generic
+from stepwell.pruning.coupled import concatenations
 from stepwell.pruning.families import find_groups
 from stepwell.pruning.generic import propose
+from stepwell.pruning.parts import take_apart
 from stepwell.pruning.prove import proven
 from stepwell.pruning.skeleton import build_skeleton
 from stepwell.pruning.units import Group
@@ -76,16 +79,19 @@ def prepare(
     teacher, data = settle(teacher, data, options, find_device(config.device))
     check_suits_task(config, data)
     teacher.model.cpu()
-    num_classes = check_runs(teacher.model, teacher.spec, teacher.name, "--image-size")
-    other_student = _other_student(config, teacher, num_classes, student, data.task == "features")
+    dense = data.task == "segmentation"
+    num_classes = check_runs(teacher.model, teacher.spec, teacher.name, "--image-size", dense=dense)
+    other_student = _other_student(config, teacher, num_classes, student, data.task)
     batch_size = min(config.batch_size, len(data.train))
     if cuts:
         check_trains(teacher.model, teacher.spec, teacher.name, batch_size)  # its slices will be trained
     if other_student is not None:
         check_trains(other_student.model, teacher.spec, f"--student {other_student.name}", batch_size)
     # Last of the checks, since cuts are tried.
+    if cuts and dense:
+        teacher = with_parts(teacher)
     if cuts:
-        groups = groups_of(teacher.model, teacher.spec, teacher.is_own_module, data, config)
+        groups = groups_of(teacher.model, teacher.spec, teacher.is_own_module or dense, data, config)
     else:
         groups = known_groups(teacher.model)
     if cuts and config.cuts_channels:
@@ -135,18 +141,18 @@ def read_images(s: Setting) -> None:
 
 
 def _other_student(
-    config: CompressConfig, teacher: Teacher, num_classes: int, student: nn.Module | None, embeds: bool
+    config: CompressConfig, teacher: Teacher, num_classes: int, student: nn.Module | None, task: TaskName
 ) -> OtherStudent | None:
     if config.student is None:
         return None
     spec, model = teacher.spec, teacher.model
-    wanted = None if embeds and not config.logit_weight else num_classes
+    wanted = None if task == "features" and not config.logit_weight else num_classes
     if wanted is None and "num_classes" in config.student_args:
         raise ConfigError(
             "--logit-weight 0 makes the student a backbone, whose last layer nothing would train: leave out "
             "--student-args num_classes"
         )
-    return build_student(config, wanted, spec, config.seed, student, model, embeds=embeds)
+    return build_student(config, wanted, spec, config.seed, student, model, task=task)
 
 
 def _check_something_to_learn(s: Setting) -> None:
@@ -203,6 +209,22 @@ def try_losses(s: Setting, *, is_other: bool) -> dict[Phase, float]:
         ) from None
 
 
+def with_parts(teacher: Teacher) -> Teacher:
+    """A teacher whose convolutions of concatenations are taken apart, where a part could be cut; it computes
+    the same."""
+    if not generic.installed() or next(teacher.model.parameters()).is_meta:
+        return teacher
+    model, images = teacher.model, example_images(teacher.spec)
+    blocks = {group.block for group in known_groups(model)}
+    try:
+        found = concatenations(model, images, sorted(blocks))
+    except Exception:  # whatever the tracer stumbles over; where groups are looked for, that is said
+        return teacher
+    take_apart(model, found)
+    parts = {**teacher.architecture.parts, **found}
+    return replace(teacher, architecture=teacher.architecture.model_copy(update={"parts": parts}))
+
+
 def known_groups(model: nn.Module) -> list[Group]:
     """What the families know in a model that is not cut: its blocks are told by it."""
     with suppress(UnsupportedModelError):
@@ -218,7 +240,7 @@ def groups_of(
     Args:
         model: The teacher, in eval mode.
         spec: The images that it takes.
-        is_own_module: Whether it is a module of the user's own.
+        is_own_module: Whether it is a module of the user's own, or one that families know in part.
         data: Where the images come from that a cut is proved on.
         options: How they are read.
 

@@ -330,5 +330,6 @@ class Setting:
             classes=list(self.classes),
             input=self.spec,
             task=self.data.task,
+            colours=self.data.colours,
             provenance={"teacher": self.teacher.name, "data": self.data.source, **provenance},
         )

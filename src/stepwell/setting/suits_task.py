@@ -31,6 +31,25 @@ def check_no_labels_needed(options: LossOptions, source: str) -> None:
             raise ConfigError(f"{option} {name} needs labels, and {source} has no class folders")
 
 
+def check_class_weights(weights: tuple[float, ...], data: Data) -> None:
+    """Check that there is one for each class of masks.
+
+    Raises:
+        ConfigError: There is not.
+    """
+    if not weights:
+        return
+    if data.task != "segmentation":
+        raise ConfigError(
+            "--class-weights are for masks, where classes have few pixels or many: leave them out"
+        )
+    if len(weights) != len(data.classes):
+        raise ConfigError(
+            f"--class-weights has {len(weights)} numbers, and the masks have {len(data.classes)} classes "
+            f"({', '.join(data.classes[:4])}, ...): give one for each"
+        )
+
+
 def check_suits_task(config: CompressConfig, data: Data) -> None:
     """Check that metric and losses are for the task of the images.
 
@@ -38,11 +57,20 @@ def check_suits_task(config: CompressConfig, data: Data) -> None:
         ConfigError: One is not.
     """
     task_of(data.task).resolve_metric(config.metric, len(data.selection))
+    check_class_weights(config.class_weights, data)
+    for option, weight, facts, name in (
+        ("--logit-loss", config.logit_weight, config.logit_facts, config.logit_loss),
+        ("--feature-loss", config.feature_weight, config.feature_facts, config.feature_loss),
+    ):
+        if weight and facts.masks == "only" and data.task != "segmentation":
+            raise ConfigError(f"{option} {name} is for masks, and {data.source} has none: take another")
     match data.task:
         case "multi-label":
             _check_several_classes(config)
         case "features":
             _check_embedding(config)
+        case "segmentation":
+            _check_masks(config)
         case "classification":
             pass
 
@@ -54,10 +82,26 @@ def _check_several_classes(config: CompressConfig) -> None:
     )
     for option, weight, name, known in given:
         if weight and name in known and known[name].exclusive:
-            others = ", ".join(each for each, facts in known.items() if not facts.exclusive)
+            others = ", ".join(
+                each for each, facts in known.items() if not facts.exclusive and facts.masks != "only"
+            )
             raise ConfigError(
                 f"{option} {name} is for one class an image, and here an image may have several: take "
                 f"{others}"
+            )
+
+
+def _check_masks(config: CompressConfig) -> None:
+    """Of losses that are for one class an image, some are defined for pixels alike."""
+    given: tuple[tuple[str, float, str, Mapping[str, LossFacts]], ...] = (
+        ("--logit-loss", config.logit_weight, config.logit_loss, LOGIT_LOSSES),
+        ("--feature-loss", config.feature_weight, config.feature_loss, FEATURE_LOSSES),
+    )
+    for option, weight, name, known in given:
+        if weight and name in known and known[name].masks == "never":
+            others = ", ".join(each for each, facts in known.items() if facts.masks != "never")
+            raise ConfigError(
+                f"{option} {name} is for one class an image, and here each pixel has one: take {others}"
             )
 
 
@@ -93,4 +137,4 @@ def _check_embedding(config: CompressConfig) -> None:
 
 
 def _reads_classifier(facts: LossFacts) -> bool:
-    return facts.exclusive or not {"features", "logits"}.isdisjoint(facts.reads)
+    return facts.exclusive or facts.masks == "only" or not {"features", "logits"}.isdisjoint(facts.reads)

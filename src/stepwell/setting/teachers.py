@@ -38,6 +38,10 @@ def with_other_teachers(s: Setting) -> Setting:
             f"--path {s.config.path}: {s.teacher.name} returns an embedding, and those of several teachers "
             f"have nothing in common: give the teachers classes first (stepwell train --probe), or take one"
         )
+    if s.data.task == "segmentation":
+        raise ConfigError(
+            f"--path {s.config.path} is for classes of images, and not yet for masks: take one teacher"
+        )
     others = [_understood(s, name) for name in s.config.teachers]
     known: dict[str, str] = {s.teacher.digest: f"--teacher {s.teacher.name}"}
     for teacher in others:

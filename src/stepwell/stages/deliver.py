@@ -16,12 +16,13 @@ from stepwell.data.labels import as_tensor
 from stepwell.errors import ExportError
 from stepwell.measure.hardware import hardware
 from stepwell.models.card import BASELINE, CARD, ONNX, Card, save_model, size_folder
-from stepwell.models.export import export_onnx
+from stepwell.models.export import export_onnx, takes_any_size
 from stepwell.models.ladder import SAME, Ladder
 from stepwell.models.plain import plain_recipe
 from stepwell.pruning.skeleton import build_skeleton, fill
 from stepwell.report.figures import figures_of, neighbours_top1
 from stepwell.report.notes import notes
+from stepwell.report.pictures import pictures_of
 from stepwell.report.report import TestPredictions, write_report
 from stepwell.report.result import (
     Choice,
@@ -127,7 +128,10 @@ def deliver(s: Setting, finished: Finished) -> Result:
         student=delivered.tensors[handed_out].numpy(),
         keys=list(s.data.test.keys),
     )
-    write_report(result, predictions, s.data.test.open, s.run.path / "report.html")
+    pictures = []
+    if s.data.task == "segmentation":
+        pictures = pictures_of(s.model, model, s.test, s.data.test.keys, s.data.colours)
+    write_report(result, predictions, s.data.test.open, s.run.path / "report.html", pictures)
     # Last: a run is finished when it has its result.
     write_atomically(s.run.path / "result.json", result.to_json())
     return result
@@ -161,7 +165,15 @@ def _write_model(s: Setting, role: str, model: nn.Module, card: Card, folder: Pa
     except ExportError as error:  # the work is done, and the weights are what it was done for
         say(f"{role}: {folder}; weights only, no ONNX file: {error}")
         return str(error)
-    say(f"{role}: {folder}; its ONNX file agrees with it to {difference:.0e} of the largest logit")
+    size = ""
+    if card.task == "segmentation":
+        height, width = card.input.size
+        size = (
+            ", on two sizes: it takes any"
+            if takes_any_size(folder / ONNX)
+            else f", for {height} x {width} alone"
+        )
+    say(f"{role}: {folder}; its ONNX file agrees with it to {difference:.0e} of the largest logit{size}")
     return ""
 
 

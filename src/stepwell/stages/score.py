@@ -32,7 +32,7 @@ from stepwell.pruning.units import Group, cuts_by_tensor, tensors_of
 from stepwell.run.progress import progress
 from stepwell.setting.setting import Setting
 from stepwell.tasks.classification import loss_per_image
-from stepwell.tasks.task import LossPerImage
+from stepwell.tasks.task import LossPerImage, loss_of
 
 
 def score(s: Setting) -> Importance:
@@ -58,7 +58,7 @@ def _scores(s: Setting) -> Importance:
         s.scored,
         reduction=s.config.score_reduction,
         autocast=s.autocast,
-        loss_per_image=s.task.loss_per_image,
+        loss_per_image=loss_of(s.task, s.config.class_weights),
     )
     raw = {**found.raw, **norms}
     return Importance(raw=raw, normalised=l2_normalised(raw), num_images=found.num_images)

@@ -1,6 +1,6 @@
 """What all tasks measure alike: one number that decides, and the words for it.
 
-quality        the task's own measure, in percent: top1, or mAP
+quality        the task's own measure, in percent: top1, mAP, or mIoU
 likelihood     the geometric mean of the probability that is given to the truth
 """
 
@@ -20,9 +20,9 @@ from stepwell.config.options import MetricOption
 from stepwell.data.labels import Label
 from stepwell.errors import ConfigError
 
-Measure = Literal["top1", "mAP", "cosine"]
+Measure = Literal["top1", "mAP", "mIoU", "cosine"]
 """What `quality` is in a task."""
-Metric = Literal["top1", "mAP", "cosine", "likelihood"]
+Metric = Literal["top1", "mAP", "mIoU", "cosine", "likelihood"]
 """What decides on the selection images."""
 Forward = Callable[[Tensor], Tensor]
 """Images to logits."""
@@ -133,6 +133,36 @@ class KeptAnswers(Answers, Meter):
     def num_images(self) -> int:
         """How many were looked at."""
         return len(self.probabilities)
+
+
+def interval_of(drawn: Tensor) -> tuple[float, float]:
+    """The middle 95 % of what draws gave, as far as they are defined; all there is where none are."""
+    drawn = drawn[drawn.isfinite()]
+    if not len(drawn):
+        return 0.0, 100.0
+    low, high = drawn.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return low, high
+
+
+def paired_bootstrap(teacher: Tensor, student: Tensor, difference: float) -> PairedBootstrap:
+    """Compare two models by the same draws of the images.
+
+    Args:
+        teacher: Its quality in each draw.
+        student: Likewise.
+        difference: Of the images as they are, student minus teacher.
+    """
+    differences = student - teacher
+    differences = differences[differences.isfinite()]
+    # The draw that is not made counts on both sides: no p-value is 0.
+    sides = (differences <= 0, differences >= 0)
+    below, above = ((side.sum().item() + 1) / (len(differences) + 1) for side in sides)
+    return PairedBootstrap(
+        num_draws=len(differences),
+        difference=difference,
+        difference_interval=interval_of(differences),
+        p_value=min(1.0, 2 * min(below, above)),
+    )
 
 
 def performance(quality: float, log_likelihood: float | None, metric: Metric) -> float:

@@ -76,7 +76,7 @@ class Answers(measures.KeptAnswers):
     @property
     def quality_interval(self) -> tuple[float, float]:
         """95 % interval of `quality`, by drawing the images anew."""
-        return _interval(self.drawn())
+        return measures.interval_of(self.drawn())
 
     def drawn(self) -> Float[Tensor, " draws"]:
         """mAP of each draw, in percent; the same draws for all models."""
@@ -131,17 +131,7 @@ def _answers(forward: Forward, batches: EvalBatches, description: str) -> Iterat
 
 def compare(teacher: Answers, student: Answers) -> PairedBootstrap:
     """The difference in mAP, over images that are drawn anew for both alike."""
-    difference = student.drawn() - teacher.drawn()
-    difference = difference[difference.isfinite()]
-    # The draw that is not made counts on both sides: no p-value is 0.
-    sides = (difference <= 0, difference >= 0)
-    below, above = ((side.sum().item() + 1) / (len(difference) + 1) for side in sides)
-    return PairedBootstrap(
-        num_draws=len(difference),
-        difference=student.quality - teacher.quality,
-        difference_interval=_interval(difference),
-        p_value=min(1.0, 2 * min(below, above)),
-    )
+    return measures.paired_bootstrap(teacher.drawn(), student.drawn(), student.quality - teacher.quality)
 
 
 def average_precisions(
@@ -187,11 +177,6 @@ def _draws(num_images: int, num_classes: int) -> Iterator[Float[Tensor, "some im
         counts = torch.zeros(num, num_images)  # whole numbers, and sums of them, are exact in fp32
         yield counts.scatter_add_(1, chosen, torch.ones_like(counts))
         left -= num
-
-
-def _interval(drawn: Float[Tensor, " draws"]) -> tuple[float, float]:
-    low, high = drawn[drawn.isfinite()].quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return low, high
 
 
 def f1_at_half(

@@ -8,20 +8,23 @@ returns logits, and so are its students; else there is one line that says what t
     one number, of a sigmoid  log(1 - p) and log p
     a sigmoid per class       log p - log(1 - p): classes that do not exclude each other, several in an image
     an embedding              no classes: another task
+    maps                      logits for each pixel, (batch, classes, height, width): alone, first in a tuple,
+                              or as `out` or `logits`; smaller than the images, they are scaled up
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, cast
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from stepwell.errors import ConfigError, ModelError
 
-Outputs = Literal["logits", "probabilities", "one logit", "one probability", "class probabilities"]
+Outputs = Literal["logits", "probabilities", "one logit", "one probability", "class probabilities", "maps"]
 
 IN_WORDS: Mapping[Outputs, str] = {
     "probabilities": "returns probabilities (a softmax at its end): their logarithms are taken for logits, "
@@ -65,8 +68,16 @@ class AsLogits(nn.Module):
         return getattr(self.model, "pretrained_cfg", None)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (batch, channels, height, width) to logits (batch, classes)."""
+        """Images (batch, channels, height, width) to logits (batch, classes); or, of maps, to logits of their
+        size."""
+        if self.outputs == "maps":
+            return _of_size(self.model(images), images)
         return logits_of(self.model(images), self.outputs)
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether each pixel has logits."""
+        return self.outputs == "maps"
 
 
 def as_logits(model: nn.Module, outputs: Outputs) -> nn.Module:
@@ -74,10 +85,44 @@ def as_logits(model: nn.Module, outputs: Outputs) -> nn.Module:
     return model if outputs == "logits" else AsLogits(model, outputs)
 
 
+def is_dense(model: nn.Module) -> bool:
+    """Whether a model returns logits for each pixel, as far as that has been found out."""
+    return isinstance(model, AsLogits) and model.is_dense
+
+
+def picked(output: object) -> Tensor | None:
+    """The logits among what a model returned: alone, in a tuple the first, in a dictionary or an object those
+    that are called `logits` or `out`; None where it is none of these."""
+    found = next(_candidates(output), None)
+    return found if isinstance(found, Tensor) else None
+
+
+def _candidates(output: object) -> Iterator[object]:
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        yield from [output[key] for key in ("logits", "out") if key in output]
+        yield from output.values() if len(output) == 1 else ()
+    elif hasattr(output, "logits"):
+        yield cast(Any, output).logits
+    elif isinstance(output, (tuple, list)):
+        yield from output[:1]
+
+
+def _of_size(output: object, images: Tensor) -> Tensor:
+    logits = picked(output)
+    assert logits is not None, "tried when the model was taken"
+    size = images.shape[-2:]
+    # In a graph for images of any size nothing is asked of it; between equal sizes it changes no number.
+    if not torch.compiler.is_exporting() and logits.shape[-2:] == size:
+        return logits
+    return F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
+
+
 def logits_of(numbers: Float[Tensor, "batch ..."], outputs: Outputs) -> Float[Tensor, "batch classes"]:
     """What a model returned, as logits."""
     match outputs:
-        case "logits":
+        case "logits" | "maps":
             return numbers
         case "probabilities":
             return _log(numbers)
@@ -175,19 +220,41 @@ def meaning_of(
     return "logits"
 
 
-def check_output(output: object, name: str) -> int:
-    """Check that a model returned logits for one image; returns how many numbers it returned.
+def check_output(output: object, name: str, dense: bool = False) -> int:
+    """Check that a model returned logits for one image; returns how many numbers it returned, for the image
+    or for each pixel of it.
 
     A binary classifier may return one number, also without a dimension of its own: see outputs.py.
 
     Raises:
         ConfigError: It returned something else.
     """
+    if dense:
+        return _check_map(output, name)
     if isinstance(output, Tensor) and (output.ndim == 2 or output.shape == (1,)):
         return output.shape[-1]
+    raise ConfigError(f"{name} must return logits (batch, classes), not {_described(output)} for one image")
+
+
+def _check_map(output: object, name: str) -> int:
+    logits = picked(output)
+    if logits is not None and logits.ndim == 4 and logits.shape[1] > 1:
+        return logits.shape[1]
+    if logits is not None and logits.ndim == 4:
+        raise ConfigError(
+            f"{name} returns one number for each pixel: let it return two, 0 and that number, of the classes "
+            f"that are not there and there"
+        )
+    raise ConfigError(
+        f"{name} must return logits (batch, classes, height, width), alone, first in a tuple, or as out "
+        f"or logits of a dictionary, not {_described(output)} for one image"
+    )
+
+
+def _described(output: object) -> str:
     found = f"a tensor {tuple(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
     if isinstance(output, Mapping):
         keys = [str(key) for key in output]
         more = ", ..." if len(keys) > 5 else ""
         found += f" with the keys {', '.join(keys[:5]) or '(none)'}{more}"
-    raise ConfigError(f"{name} must return logits (batch, classes), not {found} for one image")
+    return found

@@ -6,6 +6,7 @@ task_of("multi-label").evaluate(model, batches).quality
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
@@ -13,11 +14,11 @@ from torch import Tensor
 from stepwell.config.options import MetricOption, TaskName
 from stepwell.data.batches import EvalBatches
 from stepwell.data.splits import Data
-from stepwell.tasks import classification, embedding, multilabel
+from stepwell.tasks import classification, embedding, multilabel, segmentation
 from stepwell.tasks.measures import Answers, Comparison, Forward, Measure, Meter, Metric
 
-LossPerImage = Callable[[Tensor, Tensor], Tensor]
-"""Logits and labels to a loss for each image."""
+LossPerImage = Callable[..., Tensor]
+"""Logits and labels, and what they are softened by, to a loss for each image."""
 
 
 @runtime_checkable
@@ -67,6 +68,14 @@ class Task(Protocol):
         ...
 
 
+def loss_of(task: Task, class_weights: tuple[float, ...] = ()) -> LossPerImage:
+    """What a model is trained with, where pixels of some classes count more than others."""
+    if not class_weights:
+        return task.loss_per_image
+    assert task is segmentation, "others have no such weights"
+    return partial(segmentation.loss_per_image, class_weights=class_weights)
+
+
 def task_of(name: TaskName) -> Task:
     """The task of that name."""
     match name:
@@ -74,5 +83,7 @@ def task_of(name: TaskName) -> Task:
             return classification
         case "multi-label":
             return multilabel
+        case "segmentation":
+            return segmentation
         case "features":
             return embedding

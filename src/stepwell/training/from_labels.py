@@ -3,33 +3,51 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stepwell.data.batches import Batch
 from stepwell.errors import ConfigError
-from stepwell.tasks.task import Task
+from stepwell.tasks.task import Task, loss_of
 
 
 @dataclass(frozen=True)
 class LabelStep:
-    """The task's loss with the labels, softened."""
+    """The task's loss with the labels, softened; and that of a second head, where a model has one."""
 
     task: Task
     model: nn.Module
     label_smoothing: float
     autocast: torch.autocast
+    class_weights: tuple[float, ...] = ()
+    auxiliary: nn.Module | None = None
+    auxiliary_weight: float = 0.0
 
     def __call__(self, batch: Batch, step: int, progress: float = 0.0) -> Mapping[str, Tensor]:
         """Forward and backward; returns the loss, detached."""
-        with self.autocast:
+        said: list[Tensor] = []
+        with self.autocast, ExitStack() as stack:
+            if self.auxiliary is not None:
+                handle = self.auxiliary.register_forward_hook(lambda *call: said.append(call[-1]))
+                stack.callback(handle.remove)
             logits = self.model(batch.images)
-        loss = self.task.loss_per_image(logits, batch.labels, self.label_smoothing).mean()
+        loss = self._loss(logits, batch)
+        for other in said:
+            scaled = F.interpolate(
+                other.float(), batch.labels.shape[1:], mode="bilinear", align_corners=False
+            )
+            loss = loss + self.auxiliary_weight * self._loss(scaled, batch)
         loss.backward()
         return {"loss": loss.detach()}
+
+    def _loss(self, logits: Tensor, batch: Batch) -> Tensor:
+        loss = loss_of(self.task, self.class_weights)
+        return loss(logits, batch.labels, self.label_smoothing).mean()
 
 
 def freeze_but_classifier(model: nn.Module, fresh: Collection[str] = ()) -> list[str]:
