@@ -30,6 +30,7 @@ from stepwell.pruning.families import find_groups
 from stepwell.pruning.ranking import uniform_scores
 from stepwell.pruning.skeleton import build_skeleton
 from stepwell.stages.grid import make_grid
+from stepwell.tasks import classification
 
 PATHS = ("--paths", "single-step", "amd", "--feature-losses", "states", "sp", "--seeds", "0", "1")
 ROWS = [
@@ -196,7 +197,7 @@ def test_finished_cells_stay_untouched_when_something_is_added(compared, teacher
 
 def test_an_interrupted_comparison_resumes(compared, teacher, data, tmp_path, here, monkeypatch):
     out, words = tmp_path / "out", ["--feature-losses", "states", "--seeds", "0", "--no-controls"]
-    evaluate = cells.evaluate
+    evaluate = classification.evaluate
 
     def interrupt(model, batches, what):
         if len(list((out / "cells").glob("*.json"))) == 1:
@@ -204,7 +205,7 @@ def test_an_interrupted_comparison_resumes(compared, teacher, data, tmp_path, he
         return evaluate(model, batches, what)
 
     with monkeypatch.context() as patch:
-        patch.setattr(cells, "evaluate", interrupt)
+        patch.setattr(classification, "evaluate", interrupt)
         assert main([*command(teacher, data, out), *words]) == 130
     (left,) = (out / "unfinished").iterdir()
     assert (left / "stages" / "distill" / "result.json").exists()
@@ -431,6 +432,10 @@ def test_every_arm_of_a_suite_can_be_built(suite, scale, tmp_path):
         with pytest.raises(ConfigError, match="needs --teachers beside --teacher, such as "):
             scales.prepared(suite, make_config(CompareConfig, options), tmp_path)
         options["teachers"] = ("second", "third")
+    if suite == suites.TEACHER_SIZE:  # it trains its own
+        with pytest.raises(ConfigError, match="leave out --"):
+            scales.prepared(suite, make_config(CompareConfig, options), tmp_path)
+        return
     if suite == "imagenet-pair" and scale != "paper":
         with pytest.raises(ConfigError, match="needs --scale paper"):
             scales.prepared(suite, make_config(CompareConfig, options), tmp_path)

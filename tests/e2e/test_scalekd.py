@@ -195,7 +195,7 @@ def test_features_of_runs_with_and_without_the_second_view_side_by_side(
     assert main(["inspect", str(with_dfm), "--features", "--beside", str(without)]) == 0
     said = capsys.readouterr().out
     rows = {line.split()[0]: line.split()[1:] for line in said.splitlines() if line.strip()}
-    assert [len(rows[name]) for name in ("with", "without", "before training")] == [4, 4, 4]
+    assert [len(rows[name]) for name in ("with", "without", "before")] == [4, 4, 5]
     assert "<text" in (with_dfm / "features.svg").read_text()
     assert str(with_dfm / "features.svg") in said
 

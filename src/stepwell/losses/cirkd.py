@@ -94,10 +94,6 @@ class CIRKD(nn.Module):
         region_weight: Of the third.
         tau: Divides cosines before the softmax.
         num_pixels: Rows in a queue of pixels; the authors' 20,000 take 20 MB a class at 256 channels.
-        num_regions: Rows in a queue of regions.
-        contrast_pixels: Rows that pixels are compared with in a step, of all queues together.
-        contrast_regions: Likewise.
-        num_positions: Of a map; larger ones are averaged down to it.
     """
 
     def __init__(
@@ -110,15 +106,10 @@ class CIRKD(nn.Module):
         region_weight: float = 0.1,
         tau: float = 0.1,
         num_pixels: int = 20000,
-        num_regions: int = 2000,
-        contrast_pixels: int = 4096,
-        contrast_regions: int = 1024,
-        num_positions: int = 512,
     ) -> None:
         super().__init__()
         self.weights = (pixel_weight, memory_weight, region_weight)
-        self.tau, self.num_positions = tau, num_positions
-        self.contrast = (contrast_pixels, contrast_regions)
+        self.tau = tau
         self.head = nn.Sequential(
             nn.Conv2d(student_dim, teacher_dim, 1, bias=False),
             nn.BatchNorm2d(teacher_dim),
@@ -126,7 +117,7 @@ class CIRKD(nn.Module):
             nn.Conv2d(teacher_dim, teacher_dim, 1),
         )
         self.pixels = Queues(num_classes, num_pixels, teacher_dim)
-        self.regions = Queues(num_classes, num_regions, teacher_dim)
+        self.regions = Queues(num_classes, NUM_REGIONS, teacher_dim)
 
     def forward(
         self,
@@ -135,11 +126,11 @@ class CIRKD(nn.Module):
         labels: Int[Tensor, "batch height width"],
     ) -> Float[Tensor, ""]:
         """The weighted sum; afterwards the teacher's rows of this batch are in the queues."""
-        ours, theirs = (at_most(m, self.num_positions) for m in matched(student, teacher))
+        ours, theirs = (at_most(m, NUM_POSITIONS) for m in matched(student, teacher))
         their_rows = rows_of(theirs)
         terms = [pixel_relations(rows_of(ours), their_rows, self.tau)]
         our_rows = rows_of(self.head(ours)).flatten(0, 1)
-        for queues, number in zip((self.pixels, self.regions), self.contrast, strict=True):
+        for queues, number in zip((self.pixels, self.regions), CONTRAST, strict=True):
             known = queues.drawn(number)
             if not len(known):  # the first batch of all
                 terms.append(our_rows.sum() * 0)
@@ -157,7 +148,13 @@ class CIRKD(nn.Module):
                 own = image[classes == cls]
                 if not len(own):
                     continue
-                few = own[torch.randperm(len(own), device=own.device)[:_OF_EACH]]
+                few = own[torch.randperm(len(own), device=own.device)[:NUM_REGIONS = 2000
+"""Rows in a queue of regions."""
+CONTRAST = (4096, 1024)
+"""Rows that pixels are compared with in a step, of all queues of pixels together, and of regions."""
+NUM_POSITIONS = 512
+"""Of a map; larger ones are averaged down to it."""
+_OF_EACH]]
                 self.pixels.push(cls, F.normalize(few, dim=1))
                 self.regions.push(cls, F.normalize(own.mean(dim=0, keepdim=True), dim=1))
 
