@@ -160,7 +160,6 @@ def test_only_the_first_says_anything(launched: Launched):
 
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
-ACCELERATE = (sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes")
 
 
 def launch(*words: object) -> subprocess.CompletedProcess[str]:
@@ -199,10 +198,9 @@ def test_four_processes_compare_as_one_does(teacher: Path, data: Path, tmp_path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
-def test_an_error_of_all_is_said_once(teacher: Path, data: Path, tmp_path: Path, launcher: tuple[str, ...]):
+def test_an_error_of_all_is_said_once(teacher: Path, data: Path, tmp_path: Path):
     words = ("compress", "--teacher", teacher, "--data", data, *QUICK, "--out", tmp_path / "out")
-    done = launch(*launcher, 2, "-m", "stepwell", *words, "--batch-size", 15)
+    done = launch(*TORCHRUN, 2, "-m", "stepwell", *words, "--batch-size", 15)
     assert done.returncode != 0
     lines = [line for line in done.stderr.splitlines() if line.startswith("stepwell: ")]
     assert lines == [
