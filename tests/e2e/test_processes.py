@@ -156,7 +156,8 @@ def test_one_that_fails_stops_the_other(launched: Launched):
 def test_only_the_first_says_anything(launched: Launched):
     before = [said.partition("--- one fails\n")[0] for said in launched.said]
     assert "distill: " in before[0]
-    assert before[1] == ""
+    # What libraries log is turned off in __main__, which several_processes.py does not pass.
+    assert [line for line in before[1].splitlines() if not line.startswith("Cosine annealing")] == []
 
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
