@@ -43,7 +43,7 @@ from stepwell.losses.scalekd.stages import Stages, find_stages
 from stepwell.measure.size import count_macs
 from stepwell.models.card import WEIGHTS, Architecture, Card, save_model
 from stepwell.models.input import input_spec
-from stepwell.run.run_dir import write_atomically
+from stepwell.run.atomic import write_atomically
 
 PAGE = Path(__file__).parent.parent / "docs" / "pairs.md"
 FILE = RESULTS / "pairs.json"

@@ -9,7 +9,7 @@ from typing import Any
 
 from stepwell.report.result import Result
 from stepwell.report.table import result_table
-from stepwell.run.run_dir import write_atomically
+from stepwell.run.atomic import write_atomically
 
 RESULTS = Path(__file__).parent / "results"
 

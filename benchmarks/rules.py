@@ -25,7 +25,7 @@ from record import RESULTS, commit
 from stepwell.compare.cells import CellResult
 from stepwell.compare.table import as_svg
 from stepwell.config.path_options import Rule
-from stepwell.run.run_dir import write_atomically
+from stepwell.run.atomic import write_atomically
 from stepwell.stages.select import Point, pick, rule_values
 from stepwell.tasks.measures import performance
 

@@ -20,7 +20,7 @@ from stepwell.commands import compare
 from stepwell.config.commands import CompareConfig
 from stepwell.config.files import make_config
 from stepwell.config.options import Suite
-from stepwell.run.run_dir import write_atomically
+from stepwell.run.atomic import write_atomically
 
 DOCS = Path(__file__).parent.parent / "docs"
 SUITES = [name for name in get_args(Suite) if name != "imagenet-pair"]  # which has no small size

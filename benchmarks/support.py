@@ -46,7 +46,7 @@ from stepwell.pruning.prove import difference
 from stepwell.pruning.ranking import uniform_scores
 from stepwell.pruning.skeleton import build_skeleton, fill, leading_units, sort_units
 from stepwell.pruning.units import tensors_of
-from stepwell.run.run_dir import write_atomically
+from stepwell.run.atomic import write_atomically
 from stepwell.setting.channels import with_channels
 from stepwell.setting.prepare import groups_of
 from stepwell.stages.grid import make_grid

@@ -133,12 +133,10 @@ class FixedEval(EvalBatches):
 
     def __init__(self, batches: Sequence[Batch]) -> None:
         self._fixed = list(batches)
-
-    def __len__(self) -> int:
-        return len(self._fixed)
+        self._steps = range(len(self._fixed))
 
     def __iter__(self) -> Iterator[Batch]:
-        return iter(self._fixed)
+        return (self._fixed[step] for step in self._steps)
 
 
 class FixedTrain(TrainBatches):

@@ -35,6 +35,7 @@ from stepwell.config.help import MAIN_OPTIONS, first_screen
 from stepwell.config.options import Options
 from stepwell.config.own_code import is_own_code
 from stepwell.errors import ConfigError, StepwellError, did_you_mean, printable
+from stepwell.run.processes import alone, is_main, wait_for_the_end, world
 from stepwell.version import __version__
 
 POSITIONAL = frozenset({"run", "images"})
@@ -42,6 +43,9 @@ POSITIONAL = frozenset({"run", "images"})
 
 PAIRS = ("--model-args", "--student-args", "--baseline-args", "--logit-args", "--feature-args")
 """Options that take name=value pairs."""
+
+TOGETHER = frozenset({"train", "compress", "compare", "demo"})
+"""What several processes (`torchrun`, `accelerate launch`) do together."""
 
 COMMANDS: dict[str, tuple[type[Options], str]] = {
     "train": (TrainConfig, "get a teacher: fine-tune a timm model on a folder of images"),
@@ -63,6 +67,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         return _run(argv)
     except StepwellError as error:
+        wait_for_the_end(error)
         print(f"stepwell: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         return 2
     # torch's OutOfMemoryError is a RuntimeError; torch is not imported here.
@@ -75,11 +80,14 @@ def main(argv: Sequence[str]) -> int:
         print(f"stepwell: out of memory ({line}): a smaller --batch-size in another --out", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stepwell: interrupted; the same command resumes from the last checkpoint", file=sys.stderr)
+        if is_main():
+            print("stepwell: interrupted; the same command resumes from the last checkpoint", file=sys.stderr)
         return 130
 
 
 def _run(argv: Sequence[str]) -> int:
+    if not is_main() and TOGETHER.isdisjoint(argv[:1]):  # what the first process does alone
+        return 0
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(_overview())
         return 0
@@ -95,7 +103,14 @@ def _run(argv: Sequence[str]) -> int:
         return 0
     config = parse(command, kind, rest, summary)
     if config is not None:
-        output = import_module(f"stepwell.commands.{command}").run(config)
+        run = import_module(f"stepwell.commands.{command}").run
+        if world() > 1 and command not in TOGETHER:
+            with alone():
+                output = run(config)
+        else:
+            output = run(config)
+        if not is_main():
+            return 0
         print("\n".join(map(printable, str(output).split("\n"))))
     return 0
 

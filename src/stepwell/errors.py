@@ -7,6 +7,7 @@
     │   └── UnsupportedModelError    an architecture that no family covers
     ├── RunDirError                  an output folder that belongs to another run, is full or read-only
     ├── DivergedError                a loss that became NaN or infinite
+    ├── LostProcessError             of several processes another one has ended
     └── ExportError                  a model that cannot be exported
         └── ExportMismatchError      an exported file that does not compute what the model computes
 
@@ -46,6 +47,10 @@ class RunDirError(StepwellError):
 
 class DivergedError(StepwellError):
     """A loss that became NaN or infinite; names the stage and the step."""
+
+
+class LostProcessError(StepwellError):
+    """Of several processes that make one run, another one has ended; the reason is that one's."""
 
 
 class ExportError(StepwellError):

@@ -22,7 +22,7 @@ from small_world import (
 )
 
 import stepwell as package
-from stepwell.run import run_dir
+from stepwell.run import atomic, run_dir
 
 
 def test_output_below_a_file(fails, teacher, data, tmp_path):
@@ -84,7 +84,7 @@ def test_no_space_left(fails, data, teacher, tmp_path, monkeypatch, call):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     place, _, name = call.rpartition(".")
-    owner = {"os": run_dir.os, "tempfile": run_dir.tempfile, "Path": run_dir.Path, "": run_dir}[place]
+    owner = {"os": atomic.os, "tempfile": run_dir.tempfile, "Path": run_dir.Path, "": run_dir}[place]
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, refuse)
         line = fails("compress", "--teacher", teacher, "--data", data, "--out", out, *QUICK, after_work=True)

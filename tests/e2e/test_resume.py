@@ -32,7 +32,7 @@ from small_world import (
 from stepwell.cli import main
 from stepwell.commands import compress
 from stepwell.report import figures as report_figures
-from stepwell.run import checkpoint, run_dir
+from stepwell.run import atomic, checkpoint, run_dir
 from stepwell.stages import deliver
 from stepwell.training import loop
 
@@ -101,8 +101,8 @@ def test_stopped_within_a_stage(words, reference, tmp_path, quick, stage, batch)
         (loop.nn.utils, "clip_grad_norm_", 2),  # within a step of joint training
         (run_dir, "save_file", 1),  # before the jointly trained weights are written
         (run_dir.Path, "rename", 1),  # the first stage is written, but not in its place
-        (run_dir.os, "replace", 1),  # config.yaml is written, but not in its place
-        (run_dir.os, "replace", 2),
+        (atomic.os, "replace", 1),  # config.yaml is written, but not in its place
+        (atomic.os, "replace", 2),
     ],
 )
 def test_stopped_early(words, reference, tmp_path, quick, monkeypatch, owner, name, call):
@@ -162,18 +162,18 @@ def test_killed_before_it_had_begun(words, tmp_path, left):
 KILLED = """
 import os, signal, sys
 import small_world
-from stepwell.run import run_dir
+from stepwell.run import atomic, run_dir
 
 moment = sys.argv[1]
 def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 
-rename, replace, save_file = run_dir.Path.rename, run_dir.os.replace, run_dir.save_file
+rename, replace, save_file = run_dir.Path.rename, atomic.os.replace, run_dir.save_file
 def rename_or_die(path, target):
     return die() if moment == f"rename {target.name}" else rename(path, target)
 def replace_or_die(path, target):
     return die() if moment == f"replace {target.name}" else replace(path, target)
-run_dir.Path.rename, run_dir.os.replace = rename_or_die, replace_or_die
+run_dir.Path.rename, atomic.os.replace = rename_or_die, replace_or_die
 sys.exit(small_world.main(sys.argv[2:]))
 """
 

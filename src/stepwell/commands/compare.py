@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from stepwell.compare import scales
-from stepwell.compare.arms import arms_of, given, run_arms
+from stepwell.compare.arms import Row, arms_of, given, run_arms
 from stepwell.compare.paper import paper
 from stepwell.compare.table import as_json, as_markdown, as_plot, as_table
 from stepwell.config.base import flag_of
@@ -16,7 +16,10 @@ from stepwell.data.splits import resolve_data
 from stepwell.errors import ConfigError, RunDirError
 from stepwell.models.teacher import load_teacher
 from stepwell.paths.begin import require
-from stepwell.run.run_dir import RunDir, write_atomically, writing
+from stepwell.run.atomic import write_atomically, writing
+from stepwell.run.distributed import from_main
+from stepwell.run.processes import world
+from stepwell.run.run_dir import RunDir
 from stepwell.setting.agreed_task import teacher_task
 from stepwell.version import __version__
 
@@ -45,18 +48,26 @@ def run(config: CompareConfig) -> str:
             f"compare tables are of top1 or mIoU, and this would be the task {task}: run stepwell compress "
             f"for each way instead"
         )
-    with writing(out):
-        (out / "stages").mkdir(parents=True, exist_ok=True)
+    from_main(lambda: _make(out / "stages"))
     RunDir(out).check_identity({"teacher": teacher.digest, "data": data.fingerprint})
     rows = run_arms(arms, config, out)
+    return from_main(lambda: _write(config, out, rows, Path(teacher.name).name, Path(data.source).name))
+
+
+def _make(folder: Path) -> None:
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
+def _write(config: CompareConfig, out: Path, rows: list[Row], teacher: str, data: str) -> str:
     shutil.rmtree(out / "unfinished", ignore_errors=True)
     about = {
         "stepwell_version": __version__,
         "suite": config.suite,
         "scale": config.scale,
         # Names, not places: the file is for others too.
-        "teacher": Path(teacher.name).name,
-        "data": Path(data.source).name,
+        "teacher": teacher,
+        "data": data,
         "hardware": rows[0].cells[0].hardware,
     }
     write_atomically(out / "compare.json", as_json(rows, about))
@@ -106,7 +117,11 @@ def check(config: CompareConfig) -> None:
         values = getattr(config, name)
         if twice := [value for value in values if values.count(value) > 1]:
             raise ConfigError(f"{flag_of(name)} has {twice[0]} twice")
-    if config.out_dir is not None and (config.out_dir / "config.yaml").exists():
+    if config.jobs > 1 and world() > 1:
+        raise ConfigError(
+            f"--jobs {config.jobs}: {world()} processes make every run together, so runs come one by one"
+        )
+    if (out := config.out_dir) is not None and from_main((out / "config.yaml").exists):
         raise RunDirError(f"{config.out_dir} is a run of another command; choose another --out")
 
 

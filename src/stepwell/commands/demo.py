@@ -11,13 +11,14 @@ from stepwell.commands.compress import Compressed
 from stepwell.config.commands import CompressConfig, DemoConfig, TrainConfig
 from stepwell.config.files import make_config
 from stepwell.data.digits import MODEL, MODEL_ARGS, write_digits
+from stepwell.run.distributed import from_main
 from stepwell.run.progress import say
 
 
 def run(config: DemoConfig) -> Compressed:
     """Train a teacher on the digits and compress it to a tenth, with the equal-compute control."""
     data = config.out_dir / "digits"
-    write_digits(data)
+    from_main(lambda: write_digits(data))
     shared = {
         "data": str(data),
         "seed": config.seed,

@@ -12,8 +12,8 @@ from stepwell.models.export import export_onnx, export_program
 from stepwell.models.factory import Factory, load_factory
 from stepwell.models.ladder import load_rung, rungs, why_no_ladder
 from stepwell.models.onnx_graph import OPSET
+from stepwell.run.atomic import writing
 from stepwell.run.progress import progress
-from stepwell.run.run_dir import writing
 
 
 def run(config: ExportConfig) -> str:

@@ -21,8 +21,8 @@ from stepwell.models.ladder import load_rung
 from stepwell.report.beside import which_for
 from stepwell.report.result import Result, SelectionResult
 from stepwell.report.table import render, result_table
+from stepwell.run.come_back import check_version
 from stepwell.run.progress import progress, say
-from stepwell.run.run_dir import check_version
 
 
 def run(config: InspectConfig) -> str:

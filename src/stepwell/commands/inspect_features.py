@@ -24,7 +24,7 @@ from stepwell.paths.begin import begin
 from stepwell.pruning.blocks import compared_blocks
 from stepwell.report.feature_plots import features_figure
 from stepwell.report.table import render
-from stepwell.run.run_dir import write_atomically
+from stepwell.run.atomic import write_atomically
 from stepwell.setting.setting import Setting
 
 MOST_IMAGES = 512

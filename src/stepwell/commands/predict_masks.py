@@ -18,7 +18,7 @@ from stepwell.data.transforms import eval_transform, normalise
 from stepwell.errors import ConfigError, DataError, ModelError, printable
 from stepwell.models.card import Card
 from stepwell.report.pictures import in_colours, over
-from stepwell.run.run_dir import writing
+from stepwell.run.atomic import writing
 
 
 def predict_masks(config: PredictConfig, model: nn.Module, card: Card) -> str:

@@ -30,7 +30,9 @@ from stepwell.paths.path import ladder_of
 from stepwell.paths.plan import expected_epochs
 from stepwell.report.result import CandidateResult, SelectionResult, TriedResult
 from stepwell.run import progress
-from stepwell.run.run_dir import write_atomically
+from stepwell.run.atomic import write_atomically
+from stepwell.run.distributed import from_main
+from stepwell.run.processes import world
 from stepwell.setting.rungs import student_below, teacher_of
 from stepwell.setting.setting import Setting
 from stepwell.stages.deliver import Finished, bill_of, trainings_of, tried_result
@@ -179,9 +181,14 @@ def run_cell(cell: Cell) -> CellResult:
         result = path_of(cell.config.path).descend(s, lambda s, finished: _look(cell, s, finished))
     except DivergedError as error:
         result = _look_at_wreck(cell, s, error)
+    return from_main(lambda: _keep(cell, result))
+
+
+def _keep(cell: Cell, result: CellResult) -> CellResult:
     cell.file.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(cell.file, json.dumps(result.model_dump(mode="json"), indent=1) + "\n")
-    shutil.rmtree(s.run.path)
+    assert cell.config.out_dir is not None
+    shutil.rmtree(cell.config.out_dir)
     return result
 
 
@@ -191,8 +198,9 @@ def _begin(cell: Cell) -> Setting:
         return begin(cell.config, exports=False)
     except RunDirError as error:  # left with other options, such as the threads of another --jobs
         progress.say(f"{cell.arm}, seed {cell.config.seed}: starts over ({error})")
-        assert cell.config.out_dir is not None
-        shutil.rmtree(cell.config.out_dir, ignore_errors=True)
+        folder = cell.config.out_dir
+        assert folder is not None
+        from_main(lambda: shutil.rmtree(folder, ignore_errors=True))
         return begin(cell.config, exports=False)
 
 
@@ -276,16 +284,19 @@ def run_all(cells: Sequence[Cell], jobs: int, what: str) -> list[CellResult]:
 
     Args:
         cells: Each is a run of its own.
-        jobs: Processes that run side by side; the work of each is written to a log beside its result.
+        jobs: Processes that run side by side; the work of each is written to a log beside its result. Where
+            several processes make every run together, the cells come one after another.
         what: For progress.
 
     Raises:
         StepwellError: Of the first cell that fails; those that are finished stay.
     """
-    results = [cell.finished() for cell in cells]
+    results = from_main(lambda: [cell.finished() for cell in cells])
     todo = [i for i, result in enumerate(results) if result is None]
     if not todo:
         return [result for result in results if result is not None]
+    if world() > 1:
+        return [result or run_cell(cell) for cell, result in zip(cells, results, strict=True)]
     with (
         progress.progress(what, len(cells)) as advance,
         ProcessPoolExecutor(min(jobs, len(todo)), mp_context=get_context("spawn")) as pool,

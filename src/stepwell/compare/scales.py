@@ -22,6 +22,7 @@ from stepwell.config.options import Suite
 from stepwell.data.digits import MODEL, MODEL_ARGS, write_digits
 from stepwell.errors import ConfigError
 from stepwell.paths.from_labels import train
+from stepwell.run.distributed import from_main
 from stepwell.run.progress import say
 
 _VIT_GPU = {"img_size": "32", "patch_size": "4", "embed_dim": "384", "depth": "12", "num_heads": "6"}
@@ -185,7 +186,7 @@ def prepared(suite: Suite, config: CompareConfig, out: Path) -> tuple[list[Arm],
     if suite == OF_MASKS and not config.data:
         raise ConfigError(f"--suite {suite} needs --data, a folder with images/ and masks/, such as CamVid's")
     if config.scale == "cpu" and not config.data:
-        write_digits(out / "digits")
+        from_main(lambda: write_digits(out / "digits"))
         asked["data"] = str(out / "digits")
     if not asked.get("data"):
         images = "the images" if config.scale == "paper" else "a folder of CIFAR-10's images"

@@ -46,6 +46,8 @@ class LossFacts:
         between_slices: Where it is for students of another architecture alone: the options of the steps
             between slices of one model, which such a run has besides. Its states are then those behind the
             last two stages of either model.
+        relates_images: Whether the images of a batch do not stand for themselves: it compares them with each
+            other, or remembers what it has seen. Several processes then compute it of the whole batch.
     """
 
     reads: tuple[Reads, ...]
@@ -57,6 +59,7 @@ class LossFacts:
     exclusive: bool = False
     masks: Literal["never", "too", "only"] = "never"
     between_slices: Mapping[str, Any] = field(default_factory=dict)
+    relates_images: bool = False
 
     @property
     def views(self) -> int:
@@ -99,8 +102,8 @@ class LossFacts:
         return self.pretraining == "student"
 
 
-OWN_CODE = LossFacts(reads=("outputs",), given=("target",), masks="too")
-"""A loss of the user's own, FILE.py:FUNCTION."""
+OWN_CODE = LossFacts(reads=("outputs",), given=("target",), masks="too", relates_images=True)
+"""A loss of the user's own, FILE.py:FUNCTION, which may relate images."""
 
 LOGIT_LOSSES: Mapping[str, LossFacts] = {
     "kd": LossFacts(reads=("logits",), masks="too"),
@@ -110,10 +113,13 @@ LOGIT_LOSSES: Mapping[str, LossFacts] = {
         implied={"temperature": 4.0, "loss_warmup": 1 / 12},
         exclusive=True,
     ),
-    "dist": LossFacts(reads=("logits",), implied={"logit_weight": 2.0}, exclusive=True, masks="too"),
+    "dist": LossFacts(
+        reads=("logits",), implied={"logit_weight": 2.0}, exclusive=True, masks="too", relates_images=True
+    ),
     # The labels are in it.
     "pld": LossFacts(reads=("logits",), given=("labels",), implied={"task_weight": 0.0}, exclusive=True),
-    "taid": LossFacts(reads=("logits",), given=("progress",), exclusive=True),
+    # Its share of the teacher follows the loss of whole batches.
+    "taid": LossFacts(reads=("logits",), given=("progress",), exclusive=True, relates_images=True),
     "cwd-logits": LossFacts(reads=("logits",), implied={"logit_weight": 3.0}, masks="only"),
 }
 
@@ -127,13 +133,17 @@ FEATURE_LOSSES: Mapping[str, LossFacts] = {
     "ft": LossFacts(reads=("last_map",), pretraining="loss", implied={"feature_weight": 200.0}),
     "vid": LossFacts(reads=("maps",), masks="too"),
     "review": LossFacts(reads=("maps",), implied={"loss_warmup": 1 / 12}, masks="too"),
-    "sp": LossFacts(reads=("last_map",), implied={"feature_weight": 3000.0}),
-    "cc": LossFacts(reads=("features",), implied={"feature_weight": 0.02}),
-    "rkd": LossFacts(reads=("features",)),
-    "pkt": LossFacts(reads=("features",), implied={"feature_weight": 30000.0}),
+    "sp": LossFacts(reads=("last_map",), implied={"feature_weight": 3000.0}, relates_images=True),
+    "cc": LossFacts(reads=("features",), implied={"feature_weight": 0.02}, relates_images=True),
+    "rkd": LossFacts(reads=("features",), relates_images=True),
+    "pkt": LossFacts(reads=("features",), implied={"feature_weight": 30000.0}, relates_images=True),
     # Its negatives are images of other classes.
     "crd": LossFacts(
-        reads=("features",), given=("indices",), implied={"feature_weight": 0.8}, exclusive=True
+        reads=("features",),
+        given=("indices",),
+        implied={"feature_weight": 0.8},
+        exclusive=True,
+        relates_images=True,
     ),
     "sskd": LossFacts(
         reads=("features", "logits"),
@@ -142,14 +152,21 @@ FEATURE_LOSSES: Mapping[str, LossFacts] = {
         pretraining_share=1 / 4,
         rotations=True,
         exclusive=True,
+        relates_images=True,
     ),
     "ofa": LossFacts(reads=("student_states", "logits"), given=("labels",), exclusive=True),
     # Of masks: on the maps that the classifiers read.
     "cwd": LossFacts(reads=("features",), implied={"feature_weight": 50.0}, masks="only"),
     # Its weights are within it.
-    "skd": LossFacts(reads=("features", "logits"), masks="only"),
-    "ifvd": LossFacts(reads=("features",), given=("labels",), implied={"feature_weight": 20.0}, masks="only"),
-    "cirkd": LossFacts(reads=("features",), given=("labels",), masks="only"),
+    "skd": LossFacts(reads=("features", "logits"), masks="only", relates_images=True),
+    "ifvd": LossFacts(
+        reads=("features",),
+        given=("labels",),
+        implied={"feature_weight": 20.0},
+        masks="only",
+        relates_images=True,
+    ),
+    "cirkd": LossFacts(reads=("features",), given=("labels",), masks="only", relates_images=True),
     # Slices have AMD's loss: half of it, as the other two terms are halved.
     "scalekd": LossFacts(
         reads=("states",),

@@ -88,7 +88,7 @@ class DataOptions(Options):
     `resized-crop` above. Of masks `resized-crop`: scaled by half to double, cropped, mirrored, colours
     jittered."""
     batch_size: Count = 64
-    """Images per step."""
+    """Images per step, of all processes together."""
     image_size: ImageSize | None = None
     """Height and width that images are scaled to, for a model that takes any (a CNN), as 224 or 192x256; by
     default its own, and with masks the images' size up to 512 pixels."""

@@ -10,10 +10,14 @@ resumed sees what the unbroken run would have seen, and no training of a run see
 With `--mixup` or `--cutmix` it is then mixed with another image of its batch, which depends on (seed,
 training, epoch, step) and on the batch: not the same with another batch size, but the same again in a run
 that is resumed.
+
+Of several processes each gets a part of every training batch, all of one size; and what is done once, for a
+sum over images, a stretch of the other batches (`EvalBatches.share`).
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -33,6 +37,7 @@ from stepwell.data.randomness import generator
 from stepwell.data.spec import InputSpec
 from stepwell.data.transforms import NUM_RANDOM, TrainTransform, augment_batch, normalise, resolve_augment
 from stepwell.errors import ConfigError
+from stepwell.run.processes import rank, world
 
 OnBatch = Callable[[Tensor], None]
 """Is told the indices of the images of every batch before it is used."""
@@ -84,6 +89,8 @@ class TrainBatches:
         self.augment: Augment = resolve_augment(options.augment, spec, images.masks is not None)
         self.batch_size = min(options.batch_size, len(images))
         self.steps_per_epoch = len(images) // self.batch_size
+        images_per_process(options, len(images), recipe.mixes)  # refuses what cannot be shared
+        self._mine = part_of_batch(self.batch_size, recipe.mixes)
         self.labels = as_tensor(images.labels)
         self.has_masks = images.masks is not None
         if self.has_masks:
@@ -118,7 +125,8 @@ class TrainBatches:
         # Row i belongs to image i, so no batch, order or machine changes what happens to an image.
         table = torch.rand(num_images, NUM_RANDOM, generator=generator("augment", seed, epoch))
         order = torch.randperm(num_images, generator=generator("shuffle", seed, epoch))
-        chunks = order.split(self.batch_size)[first_step : self.steps_per_epoch]
+        steps = order.split(self.batch_size)[first_step : self.steps_per_epoch]
+        chunks = [chunk[self._mine] for chunk in steps]
         for step, (pixels, indices) in enumerate(self._feed.batches(chunks, seed, epoch), start=first_step):
             if self._on_batch is not None:
                 self._on_batch(indices)
@@ -131,6 +139,39 @@ class TrainBatches:
                 soft = mix(batch.images, batch.labels, self.recipe, self.num_classes, moment)
                 batch = batch._replace(labels=soft)
             yield batch
+
+
+def images_per_process(options: DataOptions, num_images: int, mixes: bool = False) -> int:
+    """How many images of a step each process computes; `--batch-size` is that of all together.
+
+    Args:
+        options: The batch size.
+        num_images: Training images, of which a batch has no more.
+        mixes: Whether the images of a batch are mixed with each other, in pairs.
+
+    Raises:
+        ConfigError: It is not the same number for all, or a pair would lie in two processes.
+    """
+    batch_size = min(options.batch_size, num_images)
+    divisor = world() * (2 if mixes and world() > 1 else 1)
+    if batch_size % divisor:
+        parts = "equal parts of pairs of images, which are mixed" if mixes else "equal parts"
+        only = f" (a batch has at most the {num_images} training images)" if batch_size == num_images else ""
+        raise ConfigError(
+            f"--batch-size {options.batch_size} is that of all {world()} processes together, which get "
+            f"{parts}: give a multiple of {divisor}{only}"
+        )
+    return batch_size // world()
+
+
+def part_of_batch(batch_size: int, mixes: bool = False) -> Int64[Tensor, " part"]:
+    """Which places of a batch are this process's: a stretch of them; or, where images are mixed, each with
+    its partner, the first with the last and so on, so that the part is mixed as the whole would be."""
+    places = torch.arange(batch_size)
+    if not mixes or world() == 1:
+        return places.chunk(world())[rank()]
+    first = places[: batch_size // 2].chunk(world())[rank()]
+    return torch.cat([first, batch_size - 1 - first.flip(0)])
 
 
 class EvalBatches:
@@ -160,12 +201,20 @@ class EvalBatches:
         self.labels = labels if isinstance(labels, Tensor) else as_tensor(labels)
         self._has_masks = images.masks is not None and labels is images.labels
         self._feed = Feed(images, spec, options, device, None)
+        self._steps = range(math.ceil(len(self.labels) / self.batch_size))
+
+    def share(self) -> EvalBatches:
+        """This process's stretch of the batches, which are what they were: all together have all, in the
+        order of the ranks. Where there are few, it may be empty."""
+        part, number = copy.copy(self), len(self._steps)
+        part._steps = self._steps[number * rank() // world() : number * (rank() + 1) // world()]
+        return part
 
     def __len__(self) -> int:
-        return math.ceil(len(self.labels) / self.batch_size)
+        return len(self._steps)
 
     def __iter__(self) -> Iterator[Batch]:
-        chunks = torch.arange(len(self.labels)).split(self.batch_size)
+        chunks = torch.arange(len(self.labels)).split(self.batch_size)[self._steps.start : self._steps.stop]
         for pixels, indices in self._feed.batches(chunks, seed="", epoch=0):
             if self._on_batch is not None:
                 self._on_batch(indices)

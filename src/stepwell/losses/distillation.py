@@ -22,6 +22,7 @@ from stepwell.losses.choose import Call, Pair, feature_loss, logit_loss
 from stepwell.losses.kept import Kept, on_kept
 from stepwell.losses.output import Output, Target, arguments
 from stepwell.losses.sskd import rotations
+from stepwell.run.processes import alone
 from stepwell.tasks.task import loss_of, task_of
 
 Phase = Literal["pretraining", "main"]
@@ -202,7 +203,8 @@ def loss_macs(loss: Distillation, pair: Pair, batch_size: int) -> dict[Phase, fl
     for phase in loss.phases:
         loss.begin(phase)
         # The fused attention kernels are not all known to the counter; the plain one is two matrix products.
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        counting = FlopCounterMode(display=False)
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), alone(), counting as counter:
             loss(student, teacher, Target(labels, indices, progress=0.5))["loss"].backward()
         phases[phase] = counter.get_total_flops() / 2 / batch_size
     return phases

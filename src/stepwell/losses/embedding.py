@@ -5,6 +5,8 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor
 
+from stepwell.run.distributed import mean_
+
 
 def embedding_loss(
     student: Float[Tensor, "batch dim"], teacher: Float[Tensor, "batch dim"]
@@ -16,4 +18,6 @@ def embedding_loss(
         teacher: Those that it learns; no gradient flows there unless they carry one.
     """
     student, teacher = student.float(), teacher.float()
-    return (student - teacher).square().mean() / teacher.square().mean()
+    power = teacher.square().mean()
+    mean_([power])  # of the whole batch, of which several processes have parts
+    return (student - teacher).square().mean() / power

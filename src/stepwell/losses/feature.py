@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from stepwell.run.distributed import mean_
+
 
 def state_loss(
     student_states: Sequence[Float[Tensor, "batch ..."]],
@@ -28,12 +30,14 @@ def state_loss(
         teacher_states: The same layers of the teacher, in the same order.
         scale: `teacher-power` divides by the mean square of the teacher's state, `raw` does not.
     """
-    distances = []
+    distances, powers = [], []
     for student, teacher in zip(student_states, teacher_states, strict=True):
         assert student.shape == teacher.shape, f"{tuple(student.shape)} against {tuple(teacher.shape)}"
-        distance = F.mse_loss(student.float(), teacher.float())
-        if scale == "teacher-power":
-            # The floor only matters for a state that is 0 everywhere, which nothing can be measured against.
-            distance = distance / teacher.float().square().mean().clamp_min(torch.finfo(torch.float32).tiny)
-        distances.append(distance)
-    return torch.stack(distances).mean()
+        distances.append(F.mse_loss(student.float(), teacher.float()))
+        powers.append(teacher.float().square().mean())
+    if scale == "raw":
+        return torch.stack(distances).mean()
+    power = torch.stack(powers)
+    mean_([power])  # of the whole batch, of which several processes have parts
+    # The floor only matters for a state that is 0 everywhere, which nothing can be measured against.
+    return (torch.stack(distances) / power.clamp_min(torch.finfo(torch.float32).tiny)).mean()

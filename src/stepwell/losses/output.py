@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from stepwell.config.loss_facts import Given, LossFacts, Reads
+from stepwell.run.distributed import whole
+from stepwell.run.processes import world
 
 
 class Output(NamedTuple):
@@ -59,9 +61,28 @@ class TrainingImages(NamedTuple):
 
 
 def arguments(facts: LossFacts, student: Output, teacher: Output, target: Target) -> list[object]:
-    """What a loss with these facts is called with, in its order."""
+    """What a loss with these facts is called with, in its order.
+
+    Of several processes each has a part of the batch; a loss that relates images is called with all of it.
+    """
     pieces = [piece for what in facts.reads for piece in _read(what, student, teacher)]
-    return [*pieces, *(_given(what, target) for what in facts.given)]
+    given = [_given(what, target) for what in facts.given]
+    if facts.relates_images and world() > 1:
+        pieces, given = [_whole(piece, facts.views) for piece in pieces], [_whole(piece) for piece in given]
+    return [*pieces, *given]
+
+
+def _whole(piece: Any, views: int = 1) -> Any:  # noqa: ANN401  (whatever a loss is called with)
+    """Every tensor in it with the rows of all processes."""
+    match piece:
+        case Tensor():
+            return whole(piece, views)
+        case Output() | Target():
+            return type(piece)(*(_whole(field, views) for field in piece))
+        case list() | tuple():
+            return [_whole(item, views) for item in piece]
+        case _:
+            return piece
 
 
 def _read(what: Reads, student: Output, teacher: Output) -> tuple[object, ...]:

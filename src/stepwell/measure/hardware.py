@@ -7,12 +7,16 @@ import platform
 import onnxruntime
 import torch
 
+from stepwell.run.processes import num_launched
+
 
 def hardware(device: torch.device) -> dict[str, str]:
     """What the figures were measured on."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    several = {"processes": str(num_launched())} if num_launched() > 1 else {}
     return {
         "training device": name,
+        **several,
         "processor": processor(),
         "threads": str(torch.get_num_threads()),
         "python": platform.python_version(),

@@ -34,7 +34,7 @@ from stepwell.pruning.families import find_groups
 from stepwell.pruning.parts import take_apart
 from stepwell.pruning.skeleton import build_skeleton, fill
 from stepwell.pruning.units import Group
-from stepwell.run.run_dir import plain_tensors, write_atomically
+from stepwell.run.atomic import plain_tensors, write_atomically
 from stepwell.tasks.outputs import Outputs, as_logits
 
 WEIGHTS, CARD, ONNX = "model.safetensors", "stepwell.json", "model.onnx"

@@ -27,7 +27,7 @@ from stepwell.errors import ExportError, ExportMismatchError, RunDirError
 from stepwell.models.card import example_images
 from stepwell.models.onnx_graph import OPSET, captured, quiet, reason_of, write_onnx
 from stepwell.pruning.parts import put_together
-from stepwell.run.run_dir import writing
+from stepwell.run.atomic import writing
 from stepwell.tasks.outputs import is_dense
 
 _STEP = 32  # pixels; nets that halve their maps five times take multiples of it

@@ -68,7 +68,7 @@ def snapshots_of(s: Setting, ladder: Ladder, index: int) -> list[Rung]:
         store = store_of(s, ladder)
         store.load(state)
         rung = slice_of_store(store, ladder, index)
-        recalibrate(rung.model.eval(), rung.model, s.of_statistics)
+        recalibrate(rung.model.eval(), rung.model, s.of_statistics.share())
         rungs.append(replace(rung, passes=s.costs(ladder.scales).recalibrating(rung.scale)))
     return rungs
 

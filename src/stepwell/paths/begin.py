@@ -18,6 +18,7 @@ from stepwell.models.teacher import load_teacher, teacher_from_module
 from stepwell.paths import checked_path
 from stepwell.paths.path import say_what_is_not_read
 from stepwell.paths.probe import probe, with_head
+from stepwell.run.distributed import from_main
 from stepwell.run.observer import Observer
 from stepwell.run.progress import say
 from stepwell.run.run_dir import RunDir
@@ -71,11 +72,11 @@ def begin(
     s = with_baseline(prepare(config, RunDir(config.out_dir, observer), teacher, data, student, cuts))
     s = with_other_teachers(s)
     check_all_is_trained(s)
-    if not (config.out_dir / "result.json").exists():
+    if not from_main((config.out_dir / "result.json").exists):
         read_images(s)
-    begun = any(config.out_dir.glob("stages/[!.]*/result.json"))
+    begun = from_main(lambda: any(s.run.path.glob("stages/[!.]*/result.json")))
     if exports and not begun:
-        try_export(s)
+        from_main(lambda: try_export(s))
     RunDir.open(config.out_dir, config)
     s.run.check_identity(_identity(s))
     for note in (note for each in (s, *s.other_teachers) for note in each.teacher.notes):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from stepwell.config.commands import DEFAULT_EPOCHS, TrainConfig
-from stepwell.data.batches import EvalBatches, TrainBatches
+from stepwell.data.batches import EvalBatches, TrainBatches, images_per_process
 from stepwell.data.splits import resolve_data
 from stepwell.errors import ConfigError
 from stepwell.measure.cost import Seconds, epochs_in
@@ -20,9 +21,11 @@ from stepwell.models.input import as_asked, check_runs, check_trains, for_masks,
 from stepwell.models.timm_models import create_timm, parse_model_args, timm_architecture
 from stepwell.paths.begin import require
 from stepwell.paths.masks_from_labels import architecture_for_masks, start_for_masks
+from stepwell.run.atomic import writing
 from stepwell.run.device import autocast_of, set_up_torch
+from stepwell.run.distributed import from_main
 from stepwell.run.progress import say
-from stepwell.run.run_dir import RunDir, Stage, writing
+from stepwell.run.run_dir import RunDir, Stage
 from stepwell.setting.classes import in_order_of_model
 from stepwell.setting.suits_task import check_class_weights
 from stepwell.tasks.task import task_of
@@ -63,7 +66,7 @@ def train(config: TrainConfig) -> str:
     if dense:
         spec = for_masks(spec, data.train, config, has_size=False)
     check_runs(model, spec, config.model, "--image-size, or --model-args img_size=", dense=dense)
-    check_trains(model, spec, config.model, min(config.batch_size, len(data.train)))
+    check_trains(model, spec, config.model, images_per_process(config, len(data.train), config.mixes))
     task = task_of(data.task)
     if keeps_head and config.class_order is None and data.task == "classification":
         data = in_order_of_model(model.eval(), spec, data, config, device)
@@ -112,12 +115,16 @@ def train(config: TrainConfig) -> str:
         },
     )
     folder = config.out_dir / "teacher"
+    from_main(lambda: _save_once(folder, model, card))
+    probed = " (a linear probe: its classifier alone was trained)" if config.probe else ""
+    return f"{folder}: {task.in_words(meter, data.test_from)}, {num_params(model):,} parameters{probed}"
+
+
+def _save_once(folder: Path, model: nn.Module, card: Card) -> None:
     if find_model_dir(folder) is None:
         with writing(folder):
             folder.mkdir(exist_ok=True)
         save_model(folder, model, card)
-    probed = " (a linear probe: its classifier alone was trained)" if config.probe else ""
-    return f"{folder}: {task.in_words(meter, data.test_from)}, {num_params(model):,} parameters{probed}"
 
 
 def _start(config: TrainConfig, num_classes: int) -> tuple[nn.Module, bool, tuple[str, ...]]:
@@ -158,13 +165,15 @@ def _fit(
     model = step.model
     epochs = config.epochs or DEFAULT_EPOCHS
     checkpoint = stage.checkpoints / "main.safetensors"
-    if config.minutes is not None and not checkpoint.exists():  # which knows for how long it was begun
-        seconds = seconds_per_step(step, batches) * batches.steps_per_epoch
+    is_begun = from_main(checkpoint.exists)  # it knows for how long
+    if config.minutes is not None and not is_begun:
+        trained = [model.get_parameter(name) for name in trained_names]
+        seconds = seconds_per_step(step, batches, trained) * batches.steps_per_epoch
         if selection is not None and config.keep_best:
             # Forward alone, which is a third of a step, and nearly all of a probe's.
             passes = 1 if config.probe else 3
             seconds *= 1 + len(selection.labels) / (passes * len(batches.labels) * config.keep_best)
-        epochs = epochs_in(config.minutes, Seconds(seconds))
+        epochs = from_main(partial(epochs_in, config.minutes, Seconds(seconds)))  # by one clock
         say(f"train: {epochs:.1f} epochs fit into {config.minutes:g} minutes")
     judge = None
     if selection is not None:

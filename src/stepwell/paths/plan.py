@@ -102,7 +102,8 @@ def _with_joint(s: Setting, ladder: Ladder, bill: Bill, num_steps: int) -> Epoch
         return epochs_of(costs, bill, config)
     # A store and losses of their own: those with a memory must not remember that they were timed.
     shared = store_of(s, ladder)
-    epoch = seconds_per_step(joint_step(s, shared, ladder.order), s.train) * s.train.steps_per_epoch
+    step = joint_step(s, shared, ladder.order)
+    epoch = seconds_per_step(step, s.train, shared.parameters.values()) * s.train.steps_per_epoch
     seconds = with_pretraining(s, epoch * _usual_step(s, ladder))
     joint = config.joint_epochs or epochs_in(config.joint_share * minutes, seconds)
     # The middle candidate stands for the assistant, which is not chosen yet.
@@ -197,7 +198,8 @@ def seconds_of_step(s: Setting, upper: Rung, lower: Rung) -> Seconds:
         upper = replace(upper, model=copy.deepcopy(upper.model))
     costs = s.costs([lower.scale])
     evaluated = costs.keeping_best(1, lower.scale) / costs.step_down(1, lower.scale, [upper.scale])
-    seconds = seconds_per_step(distill_step(s, [upper], lower), s.train) / (1 - evaluated)
+    step = distill_step(s, [upper], lower)
+    seconds = seconds_per_step(step, s.train, lower.model.parameters()) / (1 - evaluated)
     return with_pretraining(s, seconds * s.train.steps_per_epoch)
 
 

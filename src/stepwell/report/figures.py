@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from stepwell.data.batches import EvalBatches
 from stepwell.errors import ExportError, RunDirError
-from stepwell.measure.clock import measure_latency
+from stepwell.measure.clock import Latency, measure_latency
 from stepwell.measure.size import count_macs, num_params
 from stepwell.models.card import ONNX, WEIGHTS, Card, save_model
 from stepwell.models.export import export_onnx, temporary_folder
 from stepwell.report.result import ModelResult
+from stepwell.run.distributed import from_main
 from stepwell.run.progress import say
 from stepwell.tasks import embedding
 from stepwell.tasks.measures import Forward
@@ -60,17 +62,11 @@ def figures_of(
     (selection, test), task = images, task_of(card.task)
     on_selection = task.evaluate(measured or model, selection, f"{name}: selection images")
     answers = task.predict(measured or model, test, f"{name}: test images")
-    with temporary_folder() as folder:
-        say(f"  {name}: exporting and timing")
-        onnx_file, not_exported = folder / ONNX, ""
-        try:
-            # To be timed, not handed out: of the teacher's file no more is asked than that it runs.
-            export_onnx(model, card.input, onnx_file, next(iter(test)).images[:8], tolerance=math.inf)
-        except (ExportError, RunDirError) as error:  # no room for a file is no reason to stop either
-            not_exported = str(error)
-        save_model(folder, model, card)
-        latency = measure_latency(model, None if not_exported else onnx_file, card.input, threads)
-        file_bytes = (folder / WEIGHTS).stat().st_size
+    say(f"  {name}: exporting and timing")
+    # One process times, and the others wait, so as not to be in its way.
+    latency, not_exported, file_bytes = from_main(
+        lambda: _timed(model, card, next(iter(test)).images, threads)
+    )
     macs, on_test = count_macs(model, card.input), answers.meter
     result = ModelResult(
         quality=on_test.quality,
@@ -89,3 +85,19 @@ def figures_of(
         scale=macs / teacher_macs,
     )
     return result, answers
+
+
+def _timed(
+    model: nn.Module, card: Card, images: Float[Tensor, "batch channels height width"], threads: int
+) -> tuple[Latency, str, int]:
+    """How fast a model is, why it has no ONNX file (empty where it has one), and the bytes of its weights."""
+    with temporary_folder() as folder:
+        onnx_file, not_exported = folder / ONNX, ""
+        try:
+            # To be timed, not handed out: of the teacher's file no more is asked than that it runs.
+            export_onnx(model, card.input, onnx_file, images[:8], tolerance=math.inf)
+        except (ExportError, RunDirError) as error:  # no room for a file is no reason to stop either
+            not_exported = str(error)
+        save_model(folder, model, card)
+        latency = measure_latency(model, None if not_exported else onnx_file, card.input, threads)
+        return latency, not_exported, (folder / WEIGHTS).stat().st_size

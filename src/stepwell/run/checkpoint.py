@@ -3,7 +3,8 @@
 One safetensors file, replaced whole: everything that the training changes (weights, statistics, memories of
 losses), the optimizer's state, the sums of the log, torch's random state. What an image looks like depends on
 (seed, training, epoch, image), what a step does on (seed, step): the number of the step is all that is
-missing, and a training that was resumed ends with the very weights of one that was not.
+missing, and a training that was resumed ends with the very weights of one that was not. The state is the same
+in all processes, however many there are: the first one writes and reads it, and any number resumes.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from stepwell.errors import RunDirError
-from stepwell.run.run_dir import plain_tensors, writing
+from stepwell.run.atomic import plain_tensors, writing
+from stepwell.run.distributed import from_main_with_tensors
+from stepwell.run.processes import is_main, world
 
 SECONDS_BETWEEN = 60.0
 TIMES_AS_LONG = 20
@@ -58,9 +61,23 @@ class Checkpoint:
         Raises:
             RunDirError: The file is damaged, or of another version.
         """
-        if not self.file.exists():
-            return None
         changing = changed_by_training(self.parameters, self.modules)
+        record, tensors = from_main_with_tensors(lambda: self._read(changing))
+        if record is None:
+            return None
+        self._before = record["seconds"]
+        with torch.no_grad():
+            for name, tensor in changing.items():
+                tensor.copy_(tensors[f"state/{name}"])
+        _restore_optimizer(optimizer, _under("optimizer/", tensors))
+        if world() == 1:  # several draw by the number of the step
+            _restore_random(_under("random/", tensors))
+        return record, _under("more/", tensors)
+
+    def _read(self, changing: Mapping[str, Tensor]) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
+        """The file's record and tensors; None where there is no file."""
+        if not self.file.exists():
+            return None, {}
         try:
             with safe_open(self.file, "pt") as saved:
                 record = json.loads(saved.metadata()["record"])
@@ -68,18 +85,13 @@ class Checkpoint:
             for name, tensor in changing.items():
                 if tensors[f"state/{name}"].shape != tensor.shape:
                     raise ValueError(name)
-            self._before = record["seconds"]
+            float(record["seconds"])
         except (OSError, ValueError, KeyError, TypeError, SafetensorError):
             raise RunDirError(
                 f"{self.file} is damaged, or of another version of stepwell; remove it, and the same command "
                 f"begins this training again"
             ) from None
-        with torch.no_grad():
-            for name, tensor in changing.items():
-                tensor.copy_(tensors[f"state/{name}"])
-        _restore_optimizer(optimizer, _under("optimizer/", tensors))
-        _restore_random(_under("random/", tensors))
-        return record, _under("more/", tensors)
+        return record, tensors
 
     def save_if_due(
         self, optimizer: torch.optim.Optimizer, record: Mapping[str, Any], more: Mapping[str, Tensor]
@@ -95,7 +107,7 @@ class Checkpoint:
             RunDirError: It cannot be written (no permission, no space).
         """
         start = time.monotonic()
-        if start < self._next:
+        if start < self._next or not is_main():
             return
         changing = changed_by_training(self.parameters, self.modules)
         tensors = {

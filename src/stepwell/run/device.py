@@ -6,6 +6,7 @@ import torch
 
 from stepwell.config.options import TrainingOptions
 from stepwell.errors import ConfigError
+from stepwell.run.processes import local_rank, world
 
 
 def set_up_torch(options: TrainingOptions) -> torch.device:
@@ -19,11 +20,15 @@ def set_up_torch(options: TrainingOptions) -> torch.device:
 def find_device(name: str) -> torch.device:
     """`auto` is the CUDA GPU if there is one; mps has no double precision, and is taken only by name.
 
+    Of several processes on a machine each has a GPU of its own.
+
     Raises:
-        ConfigError: torch cannot use the device.
+        ConfigError: torch cannot use the device, or several processes would share it.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if world() > 1 and name != "cpu":
+        name = _one_of_several(name)
     try:
         probe = torch.zeros(1, device=name)
         probe.item()  # `meta` can be named, but not computed on
@@ -31,6 +36,21 @@ def find_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"device {name!r} cannot be used here: {reason}; try --device cpu") from None
+
+
+def _one_of_several(name: str) -> str:
+    num_gpus = torch.cuda.device_count()
+    if name != "cuda":
+        raise ConfigError(
+            f"--device {name} is a single one, and there are {world()} processes: cuda gives each its own"
+        )
+    if local_rank() >= num_gpus:
+        raise ConfigError(
+            f"there are more processes than GPUs here, of which there are {num_gpus}: start as many "
+            f"processes, or pass --device cpu"
+        )
+    torch.cuda.set_device(local_rank())
+    return f"cuda:{local_rank()}"
 
 
 def autocast_of(options: TrainingOptions, device: torch.device) -> torch.autocast:

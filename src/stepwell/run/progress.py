@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from stepwell.errors import printable
+from stepwell.run.processes import is_main
 
 console = Console(stderr=True, highlight=False)
 """Everything that is not a command's result goes to stderr, so that results can be piped."""
@@ -27,10 +28,10 @@ def progress(description: str, total: int) -> Iterator[Advance]:
     """Show how far a loop of `total` items is: a bar on a terminal, now and then a line in a log.
 
     A terminal shows nothing for the first half second, a log nothing for the first seconds: what is quick
-    stays quiet, and so is a loop within another.
+    stays quiet, and so is a loop within another; of several processes the first one shows it.
     """
     global _is_shown
-    if _is_shown:
+    if _is_shown or not is_main():
         yield lambda _note="": None
         return
     _is_shown = True
@@ -77,8 +78,9 @@ def _lines(description: str, total: int) -> Iterator[Advance]:
 
 
 def say(line: str) -> None:
-    """Print one line of what is happening; names in it may be anybody's."""
-    console.print(printable(line), soft_wrap=True, markup=False)
+    """Print one line of what is happening, once for all processes; names in it may be anybody's."""
+    if is_main():
+        console.print(printable(line), soft_wrap=True, markup=False)
 
 
 def _duration(seconds: float) -> str:

@@ -9,6 +9,7 @@ import torch
 from stepwell.config.commands import CompressConfig
 from stepwell.config.model_options import StudentOptions
 from stepwell.config.options import TaskName
+from stepwell.data.batches import images_per_process
 from stepwell.data.spec import InputSpec
 from stepwell.models.input import check_trains
 from stepwell.models.student import OtherStudent, build_student
@@ -48,7 +49,7 @@ def with_baseline(s: Setting) -> Setting:
         num_classes = s.model(torch.zeros(2, s.spec.channels, *s.spec.size, device=s.device)).shape[1]
     network = build_baseline(s.config, s.config.baseline, num_classes, s.spec, s.data.task)
     name = f"--baseline {network.name}"
-    check_trains(network.model, s.spec, name, min(s.config.batch_size, len(s.data.train)))
+    check_trains(network.model, s.spec, name, images_per_process(s.config, len(s.data.train)))
     taught = replace(s, other_student=network, slice_loss_macs=None)
     facts = s.config.feature_facts if s.config.feature_weight else None
     check_training_mode(network.model, taught.compared(True)[0], s.spec, name, facts, cut=False)

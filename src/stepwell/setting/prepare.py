@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from stepwell.config.commands import CompressConfig
 from stepwell.config.options import DataOptions, TaskName
-from stepwell.data.batches import EvalBatches
+from stepwell.data.batches import EvalBatches, images_per_process
 from stepwell.data.feed import decoded
 from stepwell.data.spec import InputSpec
 from stepwell.data.splits import Data
@@ -82,7 +82,7 @@ def prepare(
     dense = data.task == "segmentation"
     num_classes = check_runs(teacher.model, teacher.spec, teacher.name, "--image-size", dense=dense)
     other_student = _other_student(config, teacher, num_classes, student, data.task)
-    batch_size = min(config.batch_size, len(data.train))
+    batch_size = images_per_process(config, len(data.train), config.mixes)
     if cuts:
         check_trains(teacher.model, teacher.spec, teacher.name, batch_size)  # its slices will be trained
     if other_student is not None:

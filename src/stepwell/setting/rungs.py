@@ -78,7 +78,7 @@ def rung_below(s: Setting, ladder: Ladder, index: int, above: Rung) -> Rung:
     store.put(ladder.candidates.index(above.candidate), above.model)
     rung = replace(slice_of_store(store, ladder, index), cut_from=above)
     # Weights come from the model above; statistics of batches must be those of these weights.
-    recalibrate(rung.model.eval(), rung.model, s.of_statistics)
+    recalibrate(rung.model.eval(), rung.model, s.of_statistics.share())
     return replace(rung, passes=s.costs(ladder.scales).recalibrating(rung.scale))
 
 

@@ -32,8 +32,10 @@ from stepwell.report.result import (
     SizeResult,
     TriedResult,
 )
+from stepwell.run.atomic import write_atomically, writing
+from stepwell.run.distributed import from_main
 from stepwell.run.progress import say
-from stepwell.run.run_dir import StageResult, write_atomically, writing
+from stepwell.run.run_dir import StageResult
 from stepwell.setting.bill import bill_of, cost_of, size_stage, trainings_of
 from stepwell.setting.images_used import images_used
 from stepwell.setting.own_width import measured
@@ -99,8 +101,8 @@ def finished_before(s: Setting) -> Result | None:
 
     Asked before anything is computed: the stages of a run of an older version may have other names.
     """
-    file = s.run.path / "result.json"
-    return Result.load(file) if file.exists() and (s.run.path / "student" / CARD).exists() else None
+    file, card = s.run.path / "result.json", s.run.path / "student" / CARD
+    return from_main(lambda: Result.load(file) if file.exists() and card.exists() else None)
 
 
 def deliver(s: Setting, finished: Finished) -> Result:
@@ -108,7 +110,11 @@ def deliver(s: Setting, finished: Finished) -> Result:
     with s.run.stage("deliver", Delivered) as stage:
         if stage.is_new:
             stage.result = _measure_all(s, finished)
-    delivered = stage.result
+    _ = s.test  # all processes ask the teacher for its answers, where there are no labels
+    return from_main(lambda: _hand_out(s, finished, stage.result))
+
+
+def _hand_out(s: Setting, finished: Finished, delivered: Delivered) -> Result:
     handed_out = better_on_selection(delivered, s.metric)
     folder = s.run.path / "student"
     model = finished.control if handed_out == "control" else finished.student.model

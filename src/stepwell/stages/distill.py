@@ -21,6 +21,7 @@ from stepwell.losses.kept import Kept
 from stepwell.losses.observe import Observed
 from stepwell.models.ladder import Ladder
 from stepwell.report.wording import plural
+from stepwell.run.distributed import joined
 from stepwell.run.progress import say
 from stepwell.run.run_dir import Stage
 from stepwell.setting.own_width import measured
@@ -125,7 +126,7 @@ def _performance(s: Setting, model: Forward, name: str) -> float | None:
         return torch.nan_to_num(outputs)
 
     meter = s.task.evaluate(answers, s.selection, f"{name}: selection images")
-    return meter.performance(s.metric) if all(is_finite) else None
+    return meter.performance(s.metric) if all(joined(is_finite)) else None
 
 
 def _courses(s: Setting, stage: Stage, step: DistillStep, student: Rung, epochs: float) -> Iterator[Course]:

@@ -20,6 +20,7 @@ from stepwell.models.ladder import Ladder
 from stepwell.pruning.ranking import EQUAL, Balance, Importance, Scores, widths_at
 from stepwell.pruning.skeleton import build_skeleton
 from stepwell.pruning.units import Candidate, Group
+from stepwell.run.distributed import from_main
 from stepwell.run.progress import say
 from stepwell.setting.setting import Setting
 
@@ -35,7 +36,8 @@ def grid(s: Setting, scores: Importance, rungs: Rungs) -> Ladder:
     """
     with s.run.stage("grid", Ladder) as stage:
         if stage.is_new:
-            met = student_widths(s.config, s.model, s.spec, s.groups, scores.normalised)
+            # A budget in milliseconds is measured, which the other processes must not disturb.
+            met = from_main(lambda: student_widths(s.config, s.model, s.spec, s.groups, scores.normalised))
             ratios = rungs(met.keep_ratio, s.config)
             candidates = make_grid(s.groups, scores.normalised, ratios, s.config, met.widths, met.balance)
             skeletons = [build_skeleton(s.model, s.groups, c.widths) for c in candidates]

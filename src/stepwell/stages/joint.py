@@ -50,7 +50,7 @@ def joint(s: Setting, ladder: Ladder, epochs: float) -> SharedWeights:
             for course in courses:
                 kept = files if course.name == stage.name else []  # not of a pretraining
                 stage.result = fit(course, with_snapshots(step, shared, kept), s.train, s.config, s.config)
-            recalibrate_all(shared, s.of_statistics)
+            recalibrate_all(shared, s.of_statistics.share())
             passes = s.costs(ladder.scales).joint(epochs)
             tensors = {**shared.state(), **fingerprints(shared, s.spec), **read_snapshots(files)}
             stage.result = stage.result.model_copy(update={"tensors": tensors, "passes": passes})

@@ -29,6 +29,8 @@ from stepwell.pruning.layout import Layout, gate_inputs, layouts_or_refuse
 from stepwell.pruning.ranking import Importance, l2_normalised, uniform_scores
 from stepwell.pruning.skeleton import build_skeleton
 from stepwell.pruning.units import Group, cuts_by_tensor, tensors_of
+from stepwell.run.distributed import from_main, sum_
+from stepwell.run.processes import rank
 from stepwell.run.progress import progress
 from stepwell.setting.setting import Setting
 from stepwell.tasks.classification import loss_per_image
@@ -47,7 +49,7 @@ def score(s: Setting) -> Importance:
 def _scores(s: Setting) -> Importance:
     norms: dict[str, list[float]] = {}
     if s.config.importance == "l1":
-        met = student_widths(s.config, s.model, s.spec, s.groups, uniform_scores(s.groups))
+        met = from_main(lambda: student_widths(s.config, s.model, s.spec, s.groups, uniform_scores(s.groups)))
         norms = filter_norms(tensors_of(s.model), s.groups, met.keep_ratio)
     others = [group for group in s.groups if group.name not in norms]
     if not others:
@@ -91,10 +93,12 @@ def importance_by_gradient(
     sums = {group.name: torch.zeros(group.num_units, dtype=torch.float64) for group in groups}
     num_images = 0
     layouts: dict[str, Layout] = {}
-    with progress("score", len(batches)) as advance, gate_inputs(skeleton, groups, _leaf) as outputs:
-        for batch in batches:
-            # The first batch is the largest.
-            layouts = layouts or layouts_or_refuse(skeleton, parameters, groups, batch.images)
+    share = batches.share()
+    with progress("score", len(share)) as advance, gate_inputs(skeleton, groups, _leaf) as outputs:
+        for batch in share:
+            if not layouts:  # of the first batch of all, which is the largest
+                first = batch if rank() == 0 else next(iter(batches))
+                layouts = layouts_or_refuse(skeleton, parameters, groups, first.images)
             outputs.clear()
             with autocast or torch.autocast(batch.images.device.type, enabled=False):
                 logits = functional_call(skeleton, parameters, (batch.images,))  # (B, classes)
@@ -114,6 +118,9 @@ def importance_by_gradient(
                 sums[group.name] += _reduced(sum(by_run[1:], by_run[0]), reduction).cpu().double()
             num_images += len(batch.labels)
             advance("")
+    count = torch.tensor(num_images)
+    sum_([*sums.values(), count])
+    num_images = int(count)
     divisor = num_images if reduction == "sample" else 1
     raw = {name: (total / divisor).tolist() for name, total in sums.items()}
     return Importance(raw=raw, normalised=l2_normalised(raw), num_images=num_images)

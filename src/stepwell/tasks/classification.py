@@ -22,6 +22,7 @@ from stepwell.data.batches import EvalBatches
 from stepwell.data.labels import Label
 from stepwell.data.splits import Data
 from stepwell.errors import DataError
+from stepwell.run.distributed import joined
 from stepwell.run.progress import progress
 from stepwell.tasks import measures
 from stepwell.tasks.measures import NUM_BINS, Forward, Metric, PairedTest
@@ -145,18 +146,20 @@ class Answers(measures.Answers):
 
 def evaluate(forward: Forward, batches: EvalBatches, description: str = "evaluate") -> Meter:
     """Run `forward` over all batches, in fp32, and sum up how good it is."""
-    return sum((Meter.of(*answers) for answers in _answers(forward, batches, description)), start=Meter())
+    meters = [Meter.of(*answers) for answers in _answers(forward, batches, description)]
+    return sum(joined(meters), start=Meter())
 
 
 def predict(forward: Forward, batches: EvalBatches, description: str = "predict") -> Answers:
     """Run `forward` over all batches, in fp32, and keep every answer, on the CPU."""
-    probabilities, labels = zip(*_answers(forward, batches, description), strict=True)
+    probabilities, labels = zip(*joined(list(_answers(forward, batches, description))), strict=True)
     return Answers(torch.cat(probabilities), torch.cat(labels))
 
 
 def _answers(forward: Forward, batches: EvalBatches, description: str) -> Iterator[tuple[Tensor, Tensor]]:
-    with progress(description, len(batches)) as advance:
-        for batch in batches:
+    share = batches.share()
+    with progress(description, len(share)) as advance:
+        for batch in share:
             with torch.no_grad():
                 probabilities = forward(batch.images).float().softmax(dim=1).cpu()
             yield probabilities, batch.labels.cpu()

@@ -19,6 +19,7 @@ from torch import Tensor
 from stepwell.config.options import MetricOption
 from stepwell.data.batches import EvalBatches
 from stepwell.data.splits import Data
+from stepwell.run.distributed import joined
 from stepwell.run.progress import progress
 from stepwell.tasks import measures
 from stepwell.tasks.measures import Forward, Metric
@@ -99,13 +100,13 @@ Meter = Answers
 
 def evaluate(forward: Forward, batches: EvalBatches, description: str = "evaluate") -> Meter:
     """Run `forward` over all batches, in fp32, and keep every embedding, on the CPU."""
-    found = []
-    with progress(description, len(batches)) as advance:
-        for batch in batches:
+    found, share = [], batches.share()
+    with progress(description, len(share)) as advance:
+        for batch in share:
             with torch.no_grad():
                 found.append(forward(batch.images).float().cpu())
             advance("")
-    return Answers(torch.cat(found), batches.labels)
+    return Answers(torch.cat(joined(found)), batches.labels)
 
 
 predict = evaluate

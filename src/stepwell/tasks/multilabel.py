@@ -24,6 +24,7 @@ from stepwell.data.batches import EvalBatches
 from stepwell.data.labels import Label
 from stepwell.data.splits import Data
 from stepwell.errors import DataError
+from stepwell.run.distributed import joined
 from stepwell.run.progress import progress
 from stepwell.tasks import measures
 from stepwell.tasks.measures import NUM_BINS, Forward, Metric, PairedBootstrap
@@ -113,7 +114,7 @@ Meter = Answers
 
 def evaluate(forward: Forward, batches: EvalBatches, description: str = "evaluate") -> Meter:
     """Run `forward` over all batches, in fp32, and keep every answer, on the CPU."""
-    probabilities, labels = zip(*_answers(forward, batches, description), strict=True)
+    probabilities, labels = zip(*joined(list(_answers(forward, batches, description))), strict=True)
     return Answers(torch.cat(probabilities), torch.cat(labels))
 
 
@@ -121,8 +122,9 @@ predict = evaluate
 
 
 def _answers(forward: Forward, batches: EvalBatches, description: str) -> Iterator[tuple[Tensor, Tensor]]:
-    with progress(description, len(batches)) as advance:
-        for batch in batches:
+    share = batches.share()
+    with progress(description, len(share)) as advance:
+        for batch in share:
             with torch.no_grad():
                 probabilities = forward(batch.images).cpu().double().sigmoid()
             yield probabilities, batch.labels.cpu()

@@ -20,6 +20,7 @@ from stepwell.data.batches import Batch
 from stepwell.losses.distillation import Distillation, loss_parameters
 from stepwell.losses.observe import Observed
 from stepwell.losses.output import Output, Target
+from stepwell.run.distributed import from_main
 from stepwell.run.run_dir import Stage
 from stepwell.training.handed_on import Judge
 from stepwell.training.loop import Course
@@ -94,7 +95,7 @@ class Lesson:
         for phase in self.losses[0].phases:
             for loss in self.losses:
                 loss.begin(phase)
-            if phase == "pretraining" and main.exists():
+            if phase == "pretraining" and from_main(main.exists):
                 continue  # what it had done is in the main training's checkpoint
             is_main = phase == "main"
             trained = student if self.losses[0].runs_student else {}

@@ -2,6 +2,9 @@
 
 for each batch:   losses = step(batch)      # forward and backward; gradients are left in the parameters
                   clip, optimizer.step(), next learning rate: after every batch, or every N of them
+
+Of several processes each has a part of every batch. They exchange once for every move: gradients, the running
+statistics of BatchNorms, and losses become means over all, so their states stay the same, to the bit.
 """
 
 from __future__ import annotations
@@ -22,11 +25,14 @@ from stepwell.config.options import TrainingOptions
 from stepwell.config.recipe_options import PLAIN, RecipeOptions
 from stepwell.data.batches import Batch, TrainBatches
 from stepwell.errors import DivergedError
-from stepwell.run.checkpoint import Checkpoint
+from stepwell.run.checkpoint import Checkpoint, changed_by_training
+from stepwell.run.distributed import copy_from_main, mean_, mean_gradients
+from stepwell.run.processes import rank, world
 from stepwell.run.progress import progress, say
 from stepwell.run.run_dir import StageResult
 from stepwell.training.handed_on import HandedOn, Judge
 from stepwell.training.optimizer import make_optimizer, make_scheduler
+from stepwell.training.statistics import statistics_of
 
 Step = Callable[[Batch, int, float], Mapping[str, Tensor]]
 """Given a batch, the number of the step and the share of the training behind it: adds gradients to those in
@@ -123,6 +129,8 @@ def fit(
     log = _Log(course.name, num_steps, course.lr)
     handed_on = HandedOn(course.handed_on, course.modules, recipe, batches.steps_per_epoch, course.judge)
     changing = [*course.modules, *course.aids, *handed_on.modules]
+    copy_from_main(changed_by_training(parameters, changing).values())
+    statistics = statistics_of([*course.modules, *course.aids])
     keep = Checkpoint(course.checkpoint, parameters, changing) if course.checkpoint else None
     done = 0
     if keep and (saved := keep.restore(optimizer)):
@@ -141,9 +149,12 @@ def fit(
             if place == 0:
                 scheduler.step_update(move)
                 optimizer.zero_grad(set_to_none=True)
+            if world() > 1:  # dropout differs between parts, and is the same in a training that resumes
+                torch.manual_seed(crc32(f"{batches.seed}:{course.name}:{number}:{rank()}".encode()))
             log.add(step(batch, number, number / num_steps))
             moves = place + 1 == recipe.accumulate or is_last
             if moves:
+                mean_gradients(parameters.values(), [*statistics(), *log.sums])
                 _divide_gradients(parameters.values(), place + 1)
                 if options.clip_norm:
                     nn.utils.clip_grad_norm_(parameters.values(), options.clip_norm)
@@ -189,12 +200,15 @@ def _endless(batches: TrainBatches, done: int = 0, training: str = "") -> Iterat
         yield from batches.epoch(later, training=training)
 
 
-def seconds_per_step(step: Step, batches: TrainBatches) -> float:
-    """Time `TIMED_STEPS` without an update; gradients are left behind."""
+def seconds_per_step(step: Step, batches: TrainBatches, parameters: Iterable[nn.Parameter]) -> float:
+    """Time `TIMED_STEPS` without an update; gradients are left behind in the parameters."""
+    parameters = list(parameters)
     seconds = []
     for number, batch in enumerate(itertools.islice(_endless(batches), TIMED_STEPS.stop)):
         start = time.monotonic()
-        float(step(batch, number, 0.0)["loss"])  # waits for the device
+        loss = step(batch, number, 0.0)["loss"]
+        mean_gradients(parameters)
+        float(loss)  # waits for the device
         seconds.append(time.monotonic() - start)
     return sum(seconds[TIMED_STEPS.start :]) / len(TIMED_STEPS)
 
@@ -215,6 +229,11 @@ class _Log:
         for name, value in losses.items():
             self._sums[name] = self._sums[name] + value if name in self._sums else value
         self._count += 1
+
+    @property
+    def sums(self) -> list[Tensor]:
+        """Of the stretch that is open."""
+        return list(self._sums.values())
 
     def state(self, step: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """What a training that resumes after `step` has to know of the one before."""
@@ -239,6 +258,7 @@ class _Log:
 
     def close_stretch(self, step: int, lr: float) -> None:
         """Take the means, and stop a run that has diverged before its weights are updated once more."""
+        mean_(self.sums)  # so that all processes stop, or none
         for name, total in self._sums.items():
             mean = float(total) / self._count
             if not math.isfinite(mean):

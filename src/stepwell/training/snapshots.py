@@ -11,6 +11,7 @@ from torch import Tensor
 from stepwell.data.batches import Batch
 from stepwell.pruning.shared import SharedWeights
 from stepwell.run.checkpoint import save_tensors
+from stepwell.run.processes import is_main
 from stepwell.training.loop import Step
 
 
@@ -27,7 +28,7 @@ def with_snapshots(step: Step, shared: SharedWeights, files: Sequence[Path]) -> 
 
     def keeping(batch: Batch, number: int, progress: float) -> Mapping[str, Tensor]:
         for index, file in enumerate(files, start=1):
-            if progress >= index / (len(files) + 1) and not file.exists():
+            if progress >= index / (len(files) + 1) and is_main() and not file.exists():
                 save_tensors(shared.state(), file)
         return step(batch, number, progress)
 
@@ -35,7 +36,10 @@ def with_snapshots(step: Step, shared: SharedWeights, files: Sequence[Path]) -> 
 
 
 def read_snapshots(files: Sequence[Path]) -> dict[str, Tensor]:
-    """All states, as the joint stage saves them; a training of very few steps may have passed over some."""
+    """All states, as the joint stage saves them; a training of very few steps may have passed over some.
+
+    Of several processes only the first one has them, and its result is the stage's.
+    """
     return {
         f"snapshot {number}/{key}": tensor
         for number, file in enumerate(files)

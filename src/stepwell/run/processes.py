@@ -1,0 +1,69 @@
+"""Which of several processes this one is, as a launcher says; a plain run is a world of one.
+
+torchrun --nproc-per-node 4 -m stepwell compress ...      or     accelerate launch -m stepwell compress ...
+
+All processes of a run compute; the first one decides, writes and prints. What they tell each other is in
+`distributed.py`; nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from stepwell.errors import LostProcessError, StepwellError
+
+PATIENCE = 30.0
+"""Seconds in which a launcher ends all processes after the first of them has failed."""
+
+_is_alone = False
+
+
+def _launched(name: str, default: int) -> int:
+    """What a launcher says; all of them set LOCAL_RANK, which nothing else does."""
+    return int(os.environ.get(name, default)) if "LOCAL_RANK" in os.environ else default
+
+
+def num_launched() -> int:
+    """Number of processes that make this run."""
+    return _launched("WORLD_SIZE", 1)
+
+
+def world() -> int:
+    """Number of processes that compute together now: all that make this run, or this one alone."""
+    return 1 if _is_alone else num_launched()
+
+
+def rank() -> int:
+    """Number of this process, from 0."""
+    return 0 if _is_alone else _launched("RANK", 0)
+
+
+def local_rank() -> int:
+    """Its number on its machine."""
+    return _launched("LOCAL_RANK", 0)
+
+
+def is_main() -> bool:
+    """Whether this process is the one that writes and prints."""
+    return _launched("RANK", 0) == 0
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """What is computed inside is this process's own: it sees all images, and asks nobody."""
+    global _is_alone
+    before, _is_alone = _is_alone, True
+    try:
+        yield
+    finally:
+        _is_alone = before
+
+
+def wait_for_the_end(error: StepwellError) -> None:
+    """Before a process says why it stops: an error of all is for the first to say, and one that follows from
+    another process's is for nobody. A launcher has ended this process before it is its turn."""
+    if world() > 1 and (not is_main() or isinstance(error, LostProcessError)):
+        time.sleep(PATIENCE)
