@@ -43,6 +43,14 @@ def _divergence(student: Float[Tensor, "*rows others"], teacher: Float[Tensor, "
     return each.mean()
 
 
+NUM_REGIONS = 2000
+"""Rows in a queue of regions."""
+CONTRAST = (4096, 1024)
+"""Rows that pixels are compared with in a step, of all queues of pixels together, and of regions."""
+NUM_POSITIONS = 512
+"""Of a map; larger ones are averaged down to it."""
+
+
 class Queues(nn.Module):
     """The teacher's rows of images before, by class; the oldest give way.
 
@@ -148,13 +156,7 @@ class CIRKD(nn.Module):
                 own = image[classes == cls]
                 if not len(own):
                     continue
-                few = own[torch.randperm(len(own), device=own.device)[:NUM_REGIONS = 2000
-"""Rows in a queue of regions."""
-CONTRAST = (4096, 1024)
-"""Rows that pixels are compared with in a step, of all queues of pixels together, and of regions."""
-NUM_POSITIONS = 512
-"""Of a map; larger ones are averaged down to it."""
-_OF_EACH]]
+                few = own[torch.randperm(len(own), device=own.device)[:_OF_EACH]]
                 self.pixels.push(cls, F.normalize(few, dim=1))
                 self.regions.push(cls, F.normalize(own.mean(dim=0, keepdim=True), dim=1))
 
