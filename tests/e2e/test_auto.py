@@ -28,8 +28,8 @@ from stepwell.errors import ConfigError, DivergedError
 from stepwell.measure.cost import Epochs
 from stepwell.paths import auto, path_of, plan
 from stepwell.paths.begin import begin
+from stepwell.setting.bill import bill_of
 from stepwell.stages import distill
-from stepwell.stages.deliver import bill_of
 
 BUDGET = 6
 STAGES = (

@@ -33,8 +33,8 @@ from stepwell.measure.cost import Epochs
 from stepwell.models.card import load
 from stepwell.paths import path_of
 from stepwell.paths.begin import begin
+from stepwell.setting.bill import bill_of
 from stepwell.stages.arrange import Arrangement
-from stepwell.stages.deliver import bill_of
 
 MADE: dict[str, Any] = {"layers": (1, 1, 1, 1), "channels": (8, 8, 8, 16), "output_stride": 8}
 ARGS = tuple(f"{name}={value}".replace(" ", "") for name, value in MADE.items())

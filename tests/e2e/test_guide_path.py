@@ -13,7 +13,7 @@ from stepwell import cli
 from stepwell.config.commands import CompressConfig
 from stepwell.measure.cost import Epochs
 from stepwell.paths.begin import begin
-from stepwell.stages.deliver import bill_of
+from stepwell.setting.bill import bill_of
 
 GUIDE = Path(__file__).parent.parent.parent / "docs" / "guide" / "new-path.md"
 

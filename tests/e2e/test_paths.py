@@ -28,7 +28,7 @@ from stepwell.measure.cost import Costs, Epochs
 from stepwell.paths import path_of
 from stepwell.paths.begin import begin
 from stepwell.report.result import Result
-from stepwell.stages.deliver import bill_of
+from stepwell.setting.bill import bill_of
 
 # With 3 candidates, keep 0.1, 0.4 and 0.7: the last two can be assistants.
 PATHS = {

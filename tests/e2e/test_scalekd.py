@@ -28,7 +28,7 @@ from stepwell.measure.cost import Epochs
 from stepwell.models.card import load
 from stepwell.paths import path_of
 from stepwell.paths.begin import begin
-from stepwell.stages.deliver import bill_of
+from stepwell.setting.bill import bill_of
 
 STUDENT = "resnet18"
 ARGS = {"layers": (1, 1, 1, 1), "channels": (8, 8, 8, 16), "output_stride": 8}

@@ -23,8 +23,9 @@ from stepwell.paths.begin import begin
 from stepwell.report.result import Result
 from stepwell.report.table import result_table
 from stepwell.run.observer import Observer
+from stepwell.setting.finished import Finished
 from stepwell.setting.setting import Setting
-from stepwell.stages.deliver import Finished, deliver, finished_before
+from stepwell.stages.deliver import deliver, finished_before
 
 
 @dataclass(frozen=True)

@@ -33,9 +33,11 @@ from stepwell.run import progress
 from stepwell.run.atomic import write_atomically
 from stepwell.run.distributed import from_main
 from stepwell.run.processes import world
+from stepwell.setting.bill import bill_of, trainings_of
+from stepwell.setting.finished import Finished
 from stepwell.setting.rungs import student_below, teacher_of
 from stepwell.setting.setting import Setting
-from stepwell.stages.deliver import Finished, bill_of, trainings_of, tried_result
+from stepwell.stages.deliver import tried_result
 from stepwell.tasks.measures import Measure
 from stepwell.version import __version__
 

@@ -33,9 +33,9 @@ from stepwell.paths.tune import tune
 from stepwell.report.wording import plural
 from stepwell.run.progress import say
 from stepwell.run.run_dir import StageResult
+from stepwell.setting.finished import Finished
 from stepwell.setting.rungs import Rung, slice_of_store, student_below, teacher_of
 from stepwell.setting.setting import Setting
-from stepwell.stages.deliver import Finished
 from stepwell.stages.distill import Trial, distill, try_out
 from stepwell.stages.grid import grid, keep_ratios
 from stepwell.stages.joint import joint

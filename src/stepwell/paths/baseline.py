@@ -13,9 +13,9 @@ from stepwell.measure.cost import epochs_in
 from stepwell.paths.plan import seconds_of_step
 from stepwell.run.run_dir import StageResult
 from stepwell.setting.bill import BASELINE_STAGE, student_bill_of
+from stepwell.setting.finished import Finished
 from stepwell.setting.rungs import Rung, student_below, teacher_of
 from stepwell.setting.setting import Setting
-from stepwell.stages.deliver import Finished
 from stepwell.stages.distill import distill
 
 

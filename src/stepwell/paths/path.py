@@ -17,9 +17,9 @@ from stepwell.pruning.units import Candidate
 from stepwell.report.result import Choice
 from stepwell.run.progress import say
 from stepwell.setting.bill import CONTROL_STAGE, PROBE_STAGE, bill_of, trainings_of
+from stepwell.setting.finished import Finished
 from stepwell.setting.rungs import Rung, student_below, teacher_of
 from stepwell.setting.setting import Setting
-from stepwell.stages.deliver import Finished
 from stepwell.stages.distill import distill
 from stepwell.stages.grid import Rungs, grid
 from stepwell.stages.score import score

@@ -18,9 +18,9 @@ from stepwell.pruning.shared import SharedWeights
 from stepwell.report.result import Choice
 from stepwell.run.run_dir import StageResult
 from stepwell.setting.bill import size_stage
+from stepwell.setting.finished import Size
 from stepwell.setting.rungs import Rung, slice_of_store, teacher_of
 from stepwell.setting.setting import Setting
-from stepwell.stages.deliver import Size
 from stepwell.stages.distill import distill
 from stepwell.stages.grid import size_indices
 from stepwell.stages.select import teacher_among

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
@@ -17,7 +16,7 @@ from stepwell.errors import ExportError
 from stepwell.measure.hardware import hardware
 from stepwell.models.card import BASELINE, CARD, ONNX, Card, save_model, size_folder
 from stepwell.models.export import export_onnx, takes_any_size
-from stepwell.models.ladder import SAME, Ladder
+from stepwell.models.ladder import SAME
 from stepwell.models.plain import plain_recipe
 from stepwell.pruning.skeleton import build_skeleton, fill
 from stepwell.report.figures import figures_of, neighbours_top1
@@ -25,7 +24,6 @@ from stepwell.report.notes import notes
 from stepwell.report.pictures import pictures_of
 from stepwell.report.report import TestPredictions, write_report
 from stepwell.report.result import (
-    Choice,
     History,
     ModelResult,
     Result,
@@ -37,6 +35,7 @@ from stepwell.run.distributed import from_main
 from stepwell.run.progress import say
 from stepwell.run.run_dir import StageResult
 from stepwell.setting.bill import bill_of, cost_of, size_stage, trainings_of
+from stepwell.setting.finished import Finished, Size
 from stepwell.setting.images_used import images_used
 from stepwell.setting.own_width import measured
 from stepwell.setting.rungs import Rung
@@ -44,43 +43,6 @@ from stepwell.setting.setting import Setting
 from stepwell.tasks.measures import Metric, performance
 from stepwell.tasks.task import Answers
 from stepwell.version import __version__
-
-
-@dataclass(frozen=True)
-class Size:
-    """A further size that is handed out, and the keep ratio of what taught it; 1 is the teacher."""
-
-    rung: Rung
-    taught_by: float
-
-
-@dataclass(frozen=True)
-class Finished:
-    """The models that a path ends with, and how it came to them.
-
-    Attributes:
-        ladder: The candidates that it stood on.
-        student: The last rung.
-        assistants: Those that taught on the way, from the largest down; none in a single step.
-        control: The same student straight from the teacher; None if not asked for.
-        choice: Which candidate was chosen; None where nothing was.
-        tried: Where a student was trained for each assistant: all of these pairs.
-        single_step: Cost of a single step with as many epochs as the last one, in passes of the teacher.
-        way: How the path went, in a sentence.
-        sizes: The other sizes of `--ladder`, from the largest down.
-        baseline: A stock network that the teacher taught for comparison.
-    """
-
-    ladder: Ladder
-    student: Rung
-    assistants: Sequence[Rung]
-    control: nn.Module | None
-    choice: Choice | None
-    tried: Sequence[tuple[Rung, Rung]]
-    single_step: float
-    way: str
-    sizes: Sequence[Size] = ()
-    baseline: Rung | None = None
 
 
 class Delivered(StageResult):
