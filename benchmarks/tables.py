@@ -191,10 +191,17 @@ def methods_table(folders: Path) -> str:
         values = []
         for arm in columns:
             cells = arms.get(arm, [])
-            text = spread([cell["top1"] for cell in cells], 1) if cells else ""
-            values.append(f"{text} (1 seed)" if len(cells) == 1 else text)
+            values.append(of_seeds([cell["top1"] for cell in cells]))
         rows.append(f"| {words} | {teacher:.1f} | {' | '.join(values)} |")
     return "\n".join(rows)
+
+
+def of_seeds(tops: list[float]) -> str:
+    """Mean and spread; how many seeds, where they are not the usual three."""
+    if not tops:
+        return ""
+    seeds = "" if len(tops) == 3 else f" ({len(tops)} seed{'s' * (len(tops) > 1)})"
+    return f"{spread(tops, 1)}{seeds}"
 
 
 RECIPES = {"": "bare", "-mix": "MixUp, CutMix", "-ema": "average", "-smooth": "smoothed labels"}
@@ -229,7 +236,7 @@ def ladder_table(folders: Path) -> str:
                 full = "single-step" if keep == min(tops) else f"single-step-{keep:g}"
                 others = (arms.get(arm, []) for arm in (f"third-{keep:g}", full))
                 values = [tops[keep], *([c["top1"] for c in cells] for cells in others)]
-                texts = [spread(tops_of, 1) if tops_of else "" for tops_of in values]
+                texts = [of_seeds(tops_of) for tops_of in values]
                 rows.append(f"| `{setting}` | {keep:g} | {' | '.join(texts)} |")
     return "\n".join(rows)
 
