@@ -21,6 +21,7 @@ from torch import nn
 from stepwell.config.commands import CompressConfig
 from stepwell.config.own_code import file_digest, is_own_code
 from stepwell.errors import DivergedError, RunDirError, StepwellError
+from stepwell.measure.cost import charged
 from stepwell.measure.hardware import hardware
 from stepwell.measure.size import count_macs, num_params
 from stepwell.models.card import WEIGHTS, find_model_dir
@@ -99,8 +100,7 @@ class CellResult(BaseModel):
         """Epochs of a single step that cost as much as this run."""
         if self.equal_compute_epochs is not None:
             return self.equal_compute_epochs
-        share = (self.passes - self.teacher_passes["score"]) / self.single_step_passes
-        return share * self.options["epochs"]
+        return charged(self.teacher_passes) / self.single_step_passes * self.options["epochs"]
 
     @property
     def path_seconds(self) -> float:

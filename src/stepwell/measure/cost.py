@@ -180,7 +180,7 @@ class Costs:
 
     def equal_compute_epochs(self, bill: Mapping[str, float]) -> float:
         """Epochs of a single step that cost as much as all of `bill` but what it needs, too."""
-        passes = sum(cost for stage, cost in bill.items() if stage not in NEEDED_BY_ALL)
+        passes = charged(bill)
         before = self._pretraining(1, 1.0, self.student, 1.0)
         main = self.single_step(1) - before
         if self.options.first_epochs is None:
@@ -220,6 +220,11 @@ def candidates_per_step(scales: Sequence[float], options: JointOptions) -> tuple
     others = scales[1:]
     drawn = len(others) if options.sampling == "all" else min(options.num_random, len(others))
     return scales[0] + drawn * sum(others) / max(1, len(others)), 1 + drawn
+
+
+def charged(bill: Mapping[str, float]) -> float:
+    """What a budget pays for, and a control may spend: all of a bill but what every way down needs."""
+    return sum(passes for stage, passes in bill.items() if stage not in NEEDED_BY_ALL)
 
 
 def epochs_for(budget: float, cost: Callable[[float], float]) -> float:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from stepwell.losses.observe import Observed
 from stepwell.losses.scalekd.stages import Layout, Stages
+from stepwell.training.linear_map import solved
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Of the linear map, in mean squares of the student's features; the best on a fourth of the images."""
@@ -91,9 +92,7 @@ class Moments:
 
     def solved(self, ridge: float) -> Float[Tensor, "ours_and_1 theirs"]:
         """The weights of least error, with a penalty on all but the constant's."""
-        penalty = ridge * self.xx.diagonal()[:-1].mean().clamp_min(1e-12)
-        diagonal = torch.cat([penalty.expand(len(self.xx) - 1), penalty.new_zeros(1)])
-        return torch.linalg.solve(self.xx + diagonal.diag(), self.xy)
+        return solved(self.xx, self.xy, ridge, num_free=1)
 
 
 @dataclass

@@ -53,6 +53,12 @@ def passes_of_assistant(costs: Costs, scale: float, distill: float, options: Com
     return costs.step_down(share * distill, scale, [1.0])
 
 
+def bill_of_assistant(costs: Costs, distill: float, options: CompressConfig) -> dict[str, float]:
+    """The stage's line, where there is one, before an assistant is chosen."""
+    passes = passes_of_assistant(costs, middle(costs), distill, options)
+    return {"assistant 1": passes} if passes else {}
+
+
 def snapshots_of(s: Setting, ladder: Ladder, index: int) -> list[Rung]:
     """Candidate `index` in its earlier states, from the earliest; none without `--snapshots`."""
     if s.config.stretches == 1:
@@ -71,9 +77,3 @@ def snapshots_of(s: Setting, ladder: Ladder, index: int) -> list[Rung]:
         recalibrate(rung.model.eval(), rung.model, s.of_statistics.share())
         rungs.append(replace(rung, passes=s.costs(ladder.scales).recalibrating(rung.scale)))
     return rungs
-
-
-def bill_of_assistant(costs: Costs, distill: float, options: CompressConfig) -> dict[str, float]:
-    """The stage's line, where there is one, before an assistant is chosen."""
-    passes = passes_of_assistant(costs, middle(costs), distill, options)
-    return {"assistant 1": passes} if passes else {}

@@ -10,13 +10,13 @@ from stepwell.config.base import flag_of
 from stepwell.config.commands import CompressConfig
 from stepwell.config.files import make_config
 from stepwell.errors import ConfigError
-from stepwell.measure.cost import Costs, Epochs
+from stepwell.measure.cost import NEEDED_BY_ALL, Costs, Epochs
 from stepwell.measure.estimate import Losses
 from stepwell.models.ladder import Ladder
 from stepwell.pruning.units import Candidate
 from stepwell.report.result import Choice
 from stepwell.run.progress import say
-from stepwell.setting.bill import CONTROL_STAGE, PROBE_STAGE, bill_of, trainings_of
+from stepwell.setting.bill import CONTROL_STAGE, bill_of, trainings_of
 from stepwell.setting.finished import Finished
 from stepwell.setting.rungs import Rung, student_below, teacher_of
 from stepwell.setting.setting import Setting
@@ -115,7 +115,7 @@ def finish(
     costs, control = s.costs(ladder.scales), None
     if s.config.control != "none":
         equal = costs.equal_compute_epochs(bill_of(s.run))
-        total = sum(t.epochs for name, t in trainings_of(s.run).items() if name != PROBE_STAGE)
+        total = sum(t.epochs for name, t in trainings_of(s.run).items() if name not in NEEDED_BY_ALL)
         length = equal if s.config.control == "equal_compute" else total
         teacher = teacher_of(s)
         control = distill(

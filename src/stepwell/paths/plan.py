@@ -23,6 +23,7 @@ from stepwell.measure.cost import (
     Epochs,
     Seconds,
     candidates_per_step,
+    charged,
     epochs_for,
     epochs_in,
 )
@@ -55,8 +56,7 @@ def expected_epochs(s: Setting, ladder: Ladder, bill: Bill) -> Epochs:
     seconds = seconds_of_step(s, teacher_of(s), student_below(s, ladder, teacher_of(s)))
     passes = bill(costs, Epochs(joint=1, distill=1), s.config)
     # What was done before the plan has been taken off the minutes.
-    before = passes["score"] + passes.get("arrange", 0.0)
-    share = (sum(passes.values()) - before) / costs.single_step(1)
+    share = (charged(passes) - passes.get("arrange", 0.0)) / costs.single_step(1)
     epochs = epochs_in(minutes, seconds * share)
     say(f"plan: {epochs:.1f} epochs of each training fit into {minutes:.3g} minutes")
     return Epochs(joint=epochs, distill=epochs)
@@ -69,9 +69,7 @@ def epochs_of(costs: Costs, bill: Bill, config: CompressConfig) -> Epochs:
     assert config.budget is not None, "minutes are planned with a clock"
 
     def cost(joint: float, distill: float) -> float:
-        """Of all but the scores, which a single step needs too."""
-        passes = bill(costs, Epochs(joint=joint, distill=distill), config)
-        return sum(passes.values()) - passes["score"]
+        return charged(bill(costs, Epochs(joint=joint, distill=distill), config))
 
     budget = costs.single_step(config.budget) - costs.tuning
     if cost(1, 1) == cost(2, 1):  # the path has no joint training
@@ -162,9 +160,9 @@ def minutes_left(s: Setting) -> float | None:
 
 def _for_the_rest(s: Setting, ladder: Ladder, chain: Sequence[Rung], num_more: int, reserved: float) -> float:
     assert s.config.budget is not None
-    costs, spent = s.costs(ladder.scales), bill_of(s.run)
+    costs = s.costs(ladder.scales)
     budget = costs.single_step(s.config.budget)
-    left = budget - reserved - sum(passes for stage, passes in spent.items() if stage not in NEEDED_BY_ALL)
+    left = budget - reserved - charged(bill_of(s.run))
 
     def cost(epochs: float) -> float:
         steps = itertools.pairwise(chain)

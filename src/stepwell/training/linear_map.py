@@ -21,9 +21,27 @@ def least_squares(
         x: What is mapped, in double precision; its mean is 0.
         y: What it is mapped to, likewise.
     """
-    gram = x.T @ x
-    ridge = RIDGE * gram.diagonal().mean().clamp_min(1e-12)  # of constants, any will do
-    return torch.linalg.solve(gram + ridge * torch.eye(len(gram), dtype=x.dtype), x.T @ y)
+    return solved(x.T @ x, x.T @ y, RIDGE)
+
+
+def solved(
+    xx: Float[Tensor, "source_dim source_dim"],
+    xy: Float[Tensor, "source_dim target_dim"],
+    ridge: float,
+    num_free: int = 0,
+) -> Float[Tensor, "source_dim target_dim"]:
+    """The same from sums of products.
+
+    Args:
+        xx: Of x with x, in double precision.
+        xy: Of x with y.
+        ridge: As `RIDGE`.
+        num_free: Of x, so many at the end bear no penalty: constants.
+    """
+    num_penalised = len(xx) - num_free
+    penalty = ridge * xx.diagonal()[:num_penalised].mean().clamp_min(1e-12)  # of constants, any will do
+    diagonal = torch.cat([penalty.expand(num_penalised), penalty.new_zeros(num_free)])
+    return torch.linalg.solve(xx + diagonal.diag(), xy)
 
 
 def fitted_map(
