@@ -84,6 +84,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "stock": {**narrower(RECIPES["vit"], embed_dim="32", num_heads="2"), "budget_epochs": 19},
         "images_per_class": 1000,
     },
+    # The same ViT, but its teacher has seen ten times the images that the student is given.
+    "vit-few": {
+        "one_teacher": True,
+        "teacher_saw_all": True,
+        "train": {**TEACHERS["cifar10-vit"]["train"], **CIFAR, "batch_size": 128},
+        "compress": {**CIFAR, "lr": 2e-3, "batch_size": 128, "keep_ratio": 0.1, "budget_epochs": 40},
+        "stock": {**narrower(RECIPES["vit"], embed_dim="32", num_heads="2"), "budget_epochs": 38},
+        "images_per_class": 500,
+    },
     "digits": {
         "train": {**TEACHERS["digits"]["train"], "augment": "affine", "threads": 1},
         "compress": {
@@ -188,9 +197,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark-experiments"))
     options = parser.parse_args()
     for name in options.only:
-        data = images(name, options.files, options.out)
-        one = SETTINGS[name].get("one_teacher", False)
-        teachers = {seed: teacher(name, data, 0 if one else seed, options) for seed in options.seeds}
+        setting = SETTINGS[name]
+        data = images(name, setting.get("images_per_class"), options.files, options.out)
+        one, saw_all = (setting.get(key, False) for key in ("one_teacher", "teacher_saw_all"))
+        seen = images(name, None, options.files, options.out) if saw_all else data
+        teachers = {seed: teacher(name, seen, 0 if one else seed, options) for seed in options.seeds}
         # Seed by seed: what is there when the time ends is whole.
         cells = [
             cell(name, arm, data, seed, teachers[seed], options)
@@ -202,7 +213,7 @@ def main() -> None:
             say(f"{name} {result.arm} {result.seed}: {result.top1:.2f}")
 
 
-def images(name: str, files: Path | None, out: Path) -> Path:
+def images(name: str, per_class: int | None, files: Path | None, out: Path) -> Path:
     """The digits; the photographs; or so many of the training images of each class of CIFAR-10, with all
     test images."""
     if name == "digits":
@@ -211,7 +222,6 @@ def images(name: str, files: Path | None, out: Path) -> Path:
     assert files is not None, "this setting needs --files"
     if name == "clothing":
         return unpack(files / FILES["clothing"], out / "clothing", "clothing160")
-    per_class = SETTINGS[name].get("images_per_class")
     if per_class is None:
         return unpack(files / FILES["cifar10"], out / "cifar10")
     return few_images(files / FILES["cifar10"], out, per_class)

@@ -173,6 +173,7 @@ STUDENTS = {
     "resnet44-few-keep-0.2": "ResNet-44 to 20 %, the same images",
     "clothing": "EfficientNet-Lite0 to 30 %, 3,068 photographs of clothing",
     "vit-cifar10": "ViT to 10 %, 1,000 images a class of CIFAR-10",
+    "vit-few": "ViT that saw all of CIFAR-10, to 10 %, 500 images a class",
     "digits": "ViT to 10 %, digits",
 }
 
