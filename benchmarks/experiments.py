@@ -18,7 +18,8 @@ from cifar10 import RECIPES, few_images, unpack
 from record import RESULTS
 from selection import SETTINGS as TEACHERS
 from stepwell.commands import demo, train
-from stepwell.compare.cells import Cell, run_all
+from stepwell.compare.cells import Cell
+from stepwell.compare.pool import run_all
 from stepwell.config.commands import CompressConfig, TrainConfig
 from stepwell.config.files import make_config
 from stepwell.run.progress import say

@@ -19,7 +19,8 @@ from typing import Any
 from cifar10 import few_images, unpack
 from record import RESULTS
 from stepwell.commands import train
-from stepwell.compare.cells import Cell, CellResult, run_all
+from stepwell.compare.cells import Cell, CellResult
+from stepwell.compare.pool import run_all
 from stepwell.compare.table import spread
 from stepwell.config.commands import CompressConfig, TrainConfig
 from stepwell.config.files import make_config

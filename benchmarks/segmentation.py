@@ -17,7 +17,8 @@ from typing import Any
 from cifar10 import unpack
 from record import RESULTS
 from stepwell.commands import train
-from stepwell.compare.cells import Cell, run_all
+from stepwell.compare.cells import Cell
+from stepwell.compare.pool import run_all
 from stepwell.config.commands import CompressConfig, TrainConfig
 from stepwell.config.files import make_config
 from stepwell.run.progress import say

@@ -15,7 +15,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from stepwell.compare.cells import Cell, CellResult, run_all
+from stepwell.compare.cells import Cell, CellResult
+from stepwell.compare.pool import run_all
 from stepwell.config.base import LENGTHS
 from stepwell.config.commands import CompareConfig, CompressConfig
 from stepwell.config.files import PATHS, implied, make_config

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
-import traceback
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +15,7 @@ from torch import nn
 
 from stepwell.config.commands import CompressConfig
 from stepwell.config.own_code import file_digest, is_own_code
-from stepwell.errors import DivergedError, RunDirError, StepwellError
+from stepwell.errors import DivergedError, RunDirError
 from stepwell.measure.cost import charged
 from stepwell.measure.hardware import hardware
 from stepwell.measure.size import count_macs, num_params
@@ -33,7 +28,6 @@ from stepwell.report.result import CandidateResult, SelectionResult, TriedResult
 from stepwell.run import progress
 from stepwell.run.atomic import write_atomically
 from stepwell.run.distributed import from_main
-from stepwell.run.processes import world
 from stepwell.setting.bill import bill_of, trainings_of
 from stepwell.setting.finished import Finished
 from stepwell.setting.rungs import student_below, teacher_of
@@ -279,62 +273,3 @@ def _result(cell: Cell, s: Setting, student: nn.Module, figures: Mapping[str, An
         stepwell_version=__version__,
         **figures,
     )
-
-
-def run_all(cells: Sequence[Cell], jobs: int, what: str) -> list[CellResult]:
-    """The results of all cells, in their order; what is finished is not run again.
-
-    Args:
-        cells: Each is a run of its own.
-        jobs: Processes that run side by side; the work of each is written to a log beside its result. Where
-            several processes make every run together, the cells come one after another.
-        what: For progress.
-
-    Raises:
-        StepwellError: Of the first cell that fails; those that are finished stay.
-    """
-    results = from_main(lambda: [cell.finished() for cell in cells])
-    todo = [i for i, result in enumerate(results) if result is None]
-    if not todo:
-        return [result for result in results if result is not None]
-    if world() > 1:
-        return [result or run_cell(cell) for cell, result in zip(cells, results, strict=True)]
-    with (
-        progress.progress(what, len(cells)) as advance,
-        ProcessPoolExecutor(min(jobs, len(todo)), mp_context=get_context("spawn")) as pool,
-    ):
-        for _ in range(len(cells) - len(todo)):
-            advance("")
-        waiting = {pool.submit(_in_silence, cells[i]): i for i in todo}
-        try:
-            for future in as_completed(waiting):
-                i = waiting[future]
-                results[i] = future.result()
-                advance(f"{cells[i].arm}, seed {cells[i].config.seed}")
-        except BrokenProcessPool:
-            raise StepwellError(
-                f"{what}: a process ended without a word, as it does when memory runs out: fewer --jobs; "
-                f"what it did last is in a log in {cells[0].file.parent}"
-            ) from None
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    return [result for result in results if result is not None]
-
-
-def _in_silence(cell: Cell) -> CellResult:
-    """Run a cell in a process of its own: what it says goes into a file, which stays if it fails."""
-    log = cell.file.with_suffix(".log")
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w", encoding="utf-8") as file, contextlib.redirect_stderr(file):
-        try:
-            result = run_cell(cell)
-        except Exception as error:
-            traceback.print_exc()
-            # An exception of another package may not survive the way back to the first process.
-            known = isinstance(error, StepwellError)
-            kind = type(error) if known else StepwellError
-            reason = str(error) if known else f"{type(error).__name__}: {error}"
-            raise kind(f"{cell.arm}, seed {cell.config.seed}: {reason} (log: {log})") from None
-    log.unlink()
-    return result
