@@ -93,6 +93,10 @@ class Costs:
         """Forward passes of models of `scales` on the selection images."""
         return self.num_selection * sum(scales)
 
+    def evaluating_student(self, times: int = 1) -> float:
+        """Forward passes of the student on the selection images, and on those that its map is fitted on."""
+        return times * self.student * (self.num_selection + self.is_mapped * self._num_scored)
+
     def joint(self, epochs: float) -> float:
         """Joint training."""
         if self.slice_loss is not None:
@@ -128,8 +132,9 @@ class Costs:
     def keeping_best(self, epochs: float, student: float) -> float:
         """Evaluations in the middle of a training of `epochs`, if the best weights are to be kept."""
         every = self.options.keep_best
-        mapped = self.is_mapped * self._num_scored * student
-        return epochs / every * (self.evaluating(student) + mapped) if every else 0.0
+        # A slice, such as the assistant of a student of another architecture, needs no map.
+        once = self.evaluating_student() if student == self.student else self.evaluating(student)
+        return epochs / every * once if every else 0.0
 
     def single_step(self, epochs: float) -> float:
         """Distilling the student straight from the teacher."""
@@ -168,7 +173,7 @@ class Costs:
             return TRIAL_SHARE * self.options.epochs
         assert self.options.budget is not None, "minutes are planned with a clock"
         budget = TRIAL_SHARE * self.single_step(self.options.budget)
-        return epochs_for(budget - self.evaluating(self.student), self.single_step)
+        return epochs_for(budget - self.evaluating_student(), self.single_step)
 
     @property
     def tuning(self) -> float:
@@ -176,7 +181,7 @@ class Costs:
         rates = self.options.rates_to_try
         if not rates or self.options.minutes is not None:
             return 0.0
-        return len(rates) * (self.single_step(self.trial_epochs) + self.evaluating(self.student))
+        return len(rates) * (self.single_step(self.trial_epochs) + self.evaluating_student())
 
     def equal_compute_epochs(self, bill: Mapping[str, float]) -> float:
         """Epochs of a single step that cost as much as all of `bill` but what it needs, too."""

@@ -137,13 +137,13 @@ def _plan_pilots(
             return epochs_in(PILOT_SHARE * minutes, seconds_of_step(s, teacher, student))
 
         def cost(length: float) -> float:
-            return costs.step_down(length, student.scale, [teacher.scale]) + costs.evaluating(student.scale)
+            return costs.step_down(length, student.scale, [teacher.scale]) + costs.evaluating_student()
 
         if s.config.budget is not None:
             return epochs_for(PILOT_SHARE * costs.single_step(s.config.budget), cost)
         # Of so many epochs a tenth, of the assistant's; the teacher's for the same cost.
         of_assistant, by_assistant = PILOT_SHARE * epochs.distill, teachers["assistant"].scale
-        each = costs.step_down(of_assistant, student.scale, [by_assistant]) + costs.evaluating(student.scale)
+        each = costs.step_down(of_assistant, student.scale, [by_assistant]) + costs.evaluating_student()
         return epochs_for(each, cost)
 
     with s.run.stage("plan pilots", PilotEpochs) as stage:
@@ -156,7 +156,7 @@ def _plan_rest(s: Setting, ladder: Ladder, epochs: Epochs, chain: list[Rung], pi
     """What is left of the budget after the pilots; of a number of epochs, what the pilot has not had."""
     if s.config.epochs is not None:
         return epochs.distill - pilot
-    evaluated = s.costs(ladder.scales).evaluating(chain[-1].scale)
+    evaluated = s.costs(ladder.scales).evaluating_student()
     return plan_steps(s, ladder, epochs, chain, evaluated).distill
 
 
@@ -180,7 +180,7 @@ def bill(costs: Costs, epochs: Epochs, options: CompressConfig) -> dict[str, flo
     """As AMD's, where the assistant goes on; the pilots come on top, and each student is evaluated."""
 
     def step(length: float) -> float:
-        return costs.step_down(length, costs.student, [middle(costs)]) + costs.evaluating(costs.student)
+        return costs.step_down(length, costs.student, [middle(costs)]) + costs.evaluating_student()
 
     if options.budget is not None:
         pilot, rest = PILOT_SHARE * costs.single_step(options.budget), epochs.distill

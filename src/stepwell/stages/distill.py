@@ -91,7 +91,7 @@ def try_out(s: Setting, ladder: Ladder, name: str, teacher: Rung, student: Rung,
         if stage.is_new:
             costs = s.costs(ladder.scales)
             passes = student.passes + costs.step_down(epochs, student.scale, [teacher.scale])
-            passes += costs.evaluating(student.scale)
+            passes += costs.evaluating_student()
             try:
                 step = distill_step(s, [teacher], student)
                 courses = _courses(s, stage, step, student, epochs)
