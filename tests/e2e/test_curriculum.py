@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from small_world import (
     MODEL,
     QUICK,
+    SMALL,
     TIMM,
     StopAt,
     Stopped,
@@ -31,7 +32,7 @@ from stepwell.compare.cells import CellResult, options_of
 from stepwell.config.commands import CompareConfig
 from stepwell.measure.cost import Epochs
 from stepwell.models.card import load
-from stepwell.paths import path_of
+from stepwell.paths import path_of, plan
 from stepwell.paths.begin import begin
 from stepwell.setting.bill import bill_of
 from stepwell.stages.arrange import Arrangement
@@ -218,3 +219,20 @@ def test_the_doctor_knows_all_teachers(capsys):
     wrong = ("--teachers", "test_resnet", "--model-args", "num_classes=7")
     assert main(["doctor", "--teacher", "test_vit", *PATH, *wrong]) == 2
     assert "--teachers: test_resnet has 1000 classes, and test_vit has 7" in capsys.readouterr().err
+
+
+def test_minutes_are_for_all_teachers(data, teacher, cnn, tmp_path, quick, monkeypatch):
+    """An epoch under the other teacher takes three seconds, under the best one a second."""
+    seen: list[Any] = []
+
+    def seconds(step, images, _) -> float:
+        seen.append(step)
+        return (1.0 if len(seen) == 1 else 3.0) / images.steps_per_epoch
+
+    monkeypatch.setattr(plan, "seconds_per_step", seconds)
+    out = tmp_path / "out"
+    stepwell("compress", *words(teacher, data, out, "--teachers", cnn, *SMALL, "--minutes", 0.2))
+    result = result_of(out)
+    assert len(seen) == 2
+    left = 12 - result.seconds["arrange"]
+    assert result.epochs["teacher 1"] == result.epochs["distill"] == pytest.approx(left / 4, abs=0.34)

@@ -17,7 +17,7 @@ from stepwell.models.ladder import Ladder
 from stepwell.paths.path import Deliver, Path, R, finish, ladder_of, say_what_does_nothing
 from stepwell.paths.plan import plan
 from stepwell.paths.tune import tune
-from stepwell.setting.rungs import Rung, student_below, teacher_of
+from stepwell.setting.rungs import Rung, student_below, teacher_of, under_other
 from stepwell.setting.setting import Setting
 from stepwell.stages.arrange import Arrangement, arrange
 from stepwell.stages.distill import distill
@@ -38,8 +38,8 @@ def descend(s: Setting, deliver: Deliver[R]) -> R:
 
 def _taught(s: Setting, ladder: Ladder, other: Setting, name: str, student: Rung, epochs: float) -> Rung:
     """The student after one of the other teachers, of whom it is no slice."""
-    taught, teacher = s.under(other), Rung(other.model, other.as_other_teacher.scale)
-    as_other = distill(taught, ladder, name, [teacher], replace(student, is_other=True), epochs)
+    taught, teacher, as_other = under_other(s, other, student)
+    as_other = distill(taught, ladder, name, [teacher], as_other, epochs)
     # It is on the bill of this training what making it has cost, and what it was cut from it is no longer.
     return replace(as_other, is_other=student.is_other, passes=0.0, cut_from=None)
 

@@ -31,7 +31,7 @@ from stepwell.models.ladder import Ladder
 from stepwell.paths.path import Bill
 from stepwell.run.progress import say
 from stepwell.setting.bill import bill_of
-from stepwell.setting.rungs import Rung, slice_of_store, store_of, student_below, teacher_of
+from stepwell.setting.rungs import Rung, slice_of_store, store_of, student_below, teacher_of, under_other
 from stepwell.setting.setting import Setting
 from stepwell.stages.distill import distill_step
 from stepwell.stages.grid import size_indices
@@ -40,7 +40,8 @@ from stepwell.training.loop import TIMED_STEPS, seconds_per_step
 
 
 def plan(s: Setting, ladder: Ladder, bill: Bill) -> Epochs:
-    """The epochs of every training, all alike; within minutes, by timing a few steps of the student."""
+    """The epochs of every training, all alike; within minutes, by timing a few steps of the student under
+    each teacher."""
     with s.run.stage("plan", Epochs) as stage:
         if stage.is_new:
             stage.result = expected_epochs(s, ladder, bill)
@@ -52,12 +53,15 @@ def expected_epochs(s: Setting, ladder: Ladder, bill: Bill) -> Epochs:
     costs = s.costs(ladder.scales)
     if (minutes := minutes_left(s)) is None:
         return epochs_of(costs, bill, s.config)
-    # The bill and a single step have their pretraining both, so that it is counted once.
-    seconds = seconds_of_step(s, teacher_of(s), student_below(s, ladder, teacher_of(s)))
-    passes = bill(costs, Epochs(joint=1, distill=1), s.config)
-    # What was done before the plan has been taken off the minutes.
-    share = (charged(passes) - passes.get("arrange", 0.0)) / costs.single_step(1)
-    epochs = epochs_in(minutes, seconds * share)
+    student = student_below(s, ladder, teacher_of(s))
+    seconds = seconds_of_step(s, teacher_of(s), student)
+    if s.other_teachers:
+        others = (seconds_of_step(*under_other(s, other, student)) for other in s.other_teachers)
+        seconds = sum(others, seconds)
+    else:
+        # The bill and a single step have their pretraining both, so that it is counted once.
+        seconds *= charged(bill(costs, Epochs(joint=1, distill=1), s.config)) / costs.single_step(1)
+    epochs = epochs_in(minutes, seconds)
     say(f"plan: {epochs:.1f} epochs of each training fit into {minutes:.3g} minutes")
     return Epochs(joint=epochs, distill=epochs)
 

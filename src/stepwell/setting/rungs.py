@@ -98,6 +98,13 @@ def student_below(s: Setting, ladder: Ladder, above: Rung | SharedWeights) -> Ru
     return rung_below(s, ladder, 0, above)
 
 
+def under_other(s: Setting, other: Setting, student: Rung) -> tuple[Setting, Rung, Rung]:
+    """What a step from one of `s.other_teachers` works with, that teacher, and the student, which is no slice
+    of it."""
+    teacher = Rung(other.model, other.as_other_teacher.scale)
+    return s.under(other), teacher, replace(student, is_other=True)
+
+
 def kept_channels(
     s: Setting, student: Candidate, order: Order, teacher: Candidate | None = None
 ) -> list[Kept | None]:
