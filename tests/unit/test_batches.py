@@ -1,8 +1,11 @@
 """What a batch holds: the right pixels, the right labels, and the same again for the same seed."""
 
 import math
+import multiprocessing
 import os
 import random
+import sys
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -366,6 +369,16 @@ def test_workers_need_no_shared_memory(tmp_path, monkeypatch):
     mean, std = (np.array(each)[:, None, None] for each in (COLOUR.mean, COLOUR.std))
     found = [int(np.rint((pixels.numpy() * std + mean) * 255).sum()) for b in batches for pixels in b.images]
     assert found == expected
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothing is forked")
+def test_a_process_that_was_started_afresh_forks_its_workers(tmp_path, monkeypatch):
+    """As the cells of a comparison are: a worker that imports all again takes seconds, in every pass."""
+    monkeypatch.setattr(feed, "MEMORY_LIMIT", 0)
+    monkeypatch.setattr(multiprocessing.context._default_context, "_actual_context", get_context("spawn"))
+    monkeypatch.setattr(FolderReader, "open", lambda *_: photo(32, 32))  # only a fork knows of it
+    batches = list(EvalBatches(image_set(tmp_path, 2), COLOUR, options(workers=1), CPU))
+    assert torch.equal(batches[0].images[0], batches[0].images[1])
 
 
 def test_a_worker_that_dies_is_one_line(tmp_path, monkeypatch):
