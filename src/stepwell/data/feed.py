@@ -58,7 +58,7 @@ class Feed:
             _Items(self._images, self._transform, seed, epoch),
             batch_sampler=[chunk.tolist() for chunk in chunks],
             num_workers=self._num_workers,
-            # A process that was itself spawned would spawn its workers, too, which takes seconds in every pass.
+            # A process that was itself spawned would spawn its workers, too: seconds for every pass.
             multiprocessing_context="fork" if sys.platform == "linux" and self._num_workers else None,
             collate_fn=_stack,
             pin_memory=self._device.type == "cuda",
