@@ -197,6 +197,25 @@ def methods_table(folders: Path) -> str:
     return "\n".join(rows)
 
 
+def seconds_table(folders: Path) -> str:
+    """The same rows and columns; seconds of the stages that are on the bill."""
+    by_setting = {setting: cells_by_arm(folders / setting) for setting in STUDENTS}
+    columns = [arm for arm in METHODS if any(arm in arms for arms in by_setting.values())]
+    rows = [f"| | {' | '.join(METHODS[arm] for arm in columns)} |", "|---|" + "---:|" * len(columns)]
+    for setting, arms in by_setting.items():
+        if arms:
+            rows.append(
+                f"| `{setting}` | {' | '.join(least_seconds(arms.get(arm, [])) for arm in columns)} |"
+            )
+    return "\n".join(rows)
+
+
+def least_seconds(cells: list[dict[str, Any]]) -> str:
+    """Of the seeds: the run that had the least beside it."""
+    took = [sum(cell["seconds"].get(stage, 0.0) for stage in cell["teacher_passes"]) for cell in cells]
+    return f"{min(took):.0f}" if took else ""
+
+
 def of_seeds(tops: list[float]) -> str:
     """Mean and spread; how many seeds, where they are not the usual three."""
     if not tops:
@@ -295,6 +314,7 @@ def main() -> None:
     for folder in (RESULTS / "experiments").iterdir():
         parts[f"experiment-{folder.name}"] = experiment_table(folder)
     parts["methods"] = methods_table(RESULTS / "experiments")
+    parts["methods-seconds"] = seconds_table(RESULTS / "experiments")
     parts["recipes"] = variants_table(RESULTS / "experiments", RECIPES)
     parts["of-assistant"] = variants_table(RESULTS / "experiments", OF_ASSISTANT)
     parts["ladder"] = ladder_table(RESULTS / "experiments")
