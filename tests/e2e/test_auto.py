@@ -25,8 +25,9 @@ from stepwell.compare.arms import arms_of
 from stepwell.config.commands import CompareConfig, CompressConfig
 from stepwell.config.files import make_config
 from stepwell.errors import ConfigError, DivergedError
+from stepwell.measure import cost
 from stepwell.measure.cost import Epochs
-from stepwell.paths import auto, path_of, plan
+from stepwell.paths import auto, path_of, plan, tune
 from stepwell.paths.begin import begin
 from stepwell.setting.bill import bill_of
 from stepwell.stages import distill
@@ -60,8 +61,10 @@ def run_words(teacher, data, tmp_path):
 
 @pytest.fixture(autouse=True)
 def few_steps_make_an_assistant(monkeypatch):
-    """In so small a world."""
+    """In so small a world; and a rate can be judged."""
     monkeypatch.setattr(auto, "FEW_JOINT_STEPS", 0)
+    for module in (tune, cost):
+        monkeypatch.setattr(module, "FEW_STEPS", 0)
 
 
 def look(s, finished):
@@ -175,6 +178,7 @@ def test_the_pilots_student_is_handed_out_where_the_rest_did_it_harm(run_words, 
     monkeypatch.setattr(distill, "fit", diverges_at("distill"))
     monkeypatch.setattr(auto, "judge", lambda _performances: "teacher")
     _, finished = descended(run_words(*AUTO))
+    assert finished.way.endswith("so the student of that trial is handed out.")
     saved = load_file(tmp_path / "run" / "stages" / "pilot teacher" / "tensors.safetensors")
     assert_same_weights(dict(finished.student.model.state_dict()), saved)
 
@@ -256,6 +260,16 @@ def test_time_comes_off_the_minutes(run_words, monkeypatch):
     seconds = 0.01 * s.train.steps_per_epoch
     assert s.run.stages["plan tune"].distill == pytest.approx(0.05 * 6 / seconds)
     assert epochs.distill == pytest.approx(max(6 - sum(tuned), 0.05 * 6) / seconds)
+
+
+def test_trials_that_would_say_little_are_not_made(run_words, monkeypatch, capsys):
+    for module in (tune, cost):
+        monkeypatch.setattr(module, "FEW_STEPS", 20)
+    s, finished = descended(run_words("--path", "single-step", "--tune", "--lr", 3e-3))
+    assert not [name for name in s.run.stages if name.startswith("tune")]
+    assert s.config.lr == 3e-3
+    assert "step for each rate would say little, so --lr 0.003 stays" in capsys.readouterr().err
+    assert spent_but_scores(s) == pytest.approx(s.costs(finished.ladder.scales).single_step(BUDGET))
 
 
 def test_every_rate_diverges(fails, run_words, tmp_path):

@@ -30,6 +30,7 @@ from conftest import made_once, without_files
 from stepwell.compare.cells import Cell, CellResult, run_cell
 from stepwell.models.card import read_card
 from stepwell.paths import plan
+from stepwell.paths import sizes as sizes_of_ladder
 from stepwell.report.beside import baseline_won
 from stepwell.report.table import result_table
 
@@ -77,9 +78,25 @@ def test_every_size_is_a_folder_like_the_students(sizes):
         assert card.provenance["top1"] == size.quality
         model = package.load(folder)
         assert sum(p.numel() for p in model.parameters()) == size.num_params
-        # What is handed out is what was trained last, not its start.
+        # What is handed out is what was trained last, not its start; unless that was better.
         trained = load_file(sizes / "stages" / f"size {size.keep_ratio:g}" / "tensors.safetensors")
-        assert all(torch.equal(model.state_dict()[name], trained[name]) for name in model.state_dict())
+        is_trained = all(torch.equal(model.state_dict()[name], trained[name]) for name in model.state_dict())
+        (before,) = [c.log_likelihood for c in result.candidates if c.keep_ratio == size.keep_ratio]
+        after = size.selection_log_likelihood
+        assert is_trained is not size.is_as_joint
+        assert after == pytest.approx(before) if size.is_as_joint else after >= before
+
+
+def test_a_size_that_its_last_step_did_harm_is_as_the_joint_training_left_it(
+    data, teacher, tmp_path, quick, monkeypatch
+):
+    """The candidate that it was is rated below, and then above, anything that a step can make of it."""
+    words = ("--teacher", teacher, "--data", data, *QUICK, "--ladder", "0.1", "0.4")
+    for better, left in ((0.0, False), (1.0, True)):
+        monkeypatch.setattr(sizes_of_ladder, "performance", lambda *_, value=better: value)
+        stepwell("compress", *words, "--out", tmp_path / str(left))
+        (size,) = result_of(tmp_path / str(left)).sizes
+        assert size.is_as_joint is left
 
 
 def test_a_cell_of_a_comparison_knows_the_sizes(sizes, teacher, data, tmp_path):

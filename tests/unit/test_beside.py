@@ -75,12 +75,15 @@ def test_a_baseline_is_compared_with_what_is_handed_out():
 
 
 def test_a_last_step_that_did_harm_is_told(result):
-    assert size_note(make_result(decided_by="top1")) == ""
-    before = {c.keep_ratio: c.quality for c in result.candidates}
-    harmed = {**SIZES[1], "selection_quality": before[0.5] - 0.1}
-    helped = {**SIZES[0], "selection_quality": before[0.2] + 0.1}
-    note = size_note(make_result(sizes=[helped, harmed], decided_by="top1"))
-    assert note.startswith("On the selection images keep 0.5 was better after joint training")
+    before = {c.keep_ratio: c.quality for c in result.candidates}[0.1]
+    helped = {**make_model(88.0, 0.1, 0.1), "selection_quality": before + 0.1}
+    assert size_note(make_result(student=helped, sizes=SIZES, decided_by="top1")) == ""
+    left = {**SIZES[1], "is_as_joint": True}
+    note = size_note(make_result(student=helped, sizes=[SIZES[0], left], decided_by="top1"))
+    assert note.startswith("Keep 0.5 is as the joint training left it")
+    harmed = {**helped, "selection_quality": before - 0.1}
+    note = size_note(make_result(student=harmed, decided_by="top1"))
+    assert note.startswith("On the selection images the student was better after joint training")
 
 
 def test_the_report_shows_every_size(result, tmp_path: Path):

@@ -78,8 +78,8 @@ def test_a_probe_is_on_the_bill_and_no_control_is_charged_with_it():
 def test_a_student_that_is_mapped_runs_on_the_scored_images_too_when_it_is_measured():
     plain = costs([0.1, 0.5], num_train=1000, num_selection=100, keep_best=2)
     mapped = replace(plain, is_mapped=True)
-    assert plain.evaluating_student(3) == pytest.approx(3 * 0.1 * 100)
-    assert mapped.evaluating_student(3) == pytest.approx(3 * 0.1 * 1100)
+    assert plain.measuring(0.1) == pytest.approx(0.1 * 100)
+    assert mapped.measuring(0.1) == pytest.approx(0.1 * 1100)
     assert mapped.keeping_best(4, 0.1) == pytest.approx(2 * 0.1 * 1100)
     assert mapped.keeping_best(4, 0.5) == pytest.approx(2 * 0.5 * 100)  # a slice, which is not mapped
 

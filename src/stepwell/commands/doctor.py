@@ -303,8 +303,10 @@ def _estimate(
         fitting = 60 * minutes / seconds_of(costs.single_step(1) * total, device)
         config = config.model_copy(update={"minutes": None, "budget_epochs": fitting})
     epochs = epochs_of(costs, path.bill, config)
-    passes = (sum(path.bill(costs, epochs, config).values()) + costs.tuning) * config.equal_trainings
-    passes += costs.probing
+    bill = path.bill(costs, epochs, config)
+    # Control and baseline cost what the student's way costs, without further sizes.
+    of_student = sum(bill.values()) - bill.get("more sizes", 0.0) + costs.tuning
+    passes = of_student * config.equal_trainings + bill.get("more sizes", 0.0) + costs.probing
     seconds = seconds_of(passes * total, device)
     losses = path.losses(len(scales), config)
     memory, disk = memory_and_disk(config, model, skeletons, spec, num_train, losses)

@@ -65,7 +65,7 @@ def _selection(result: Result, selection: SelectionResult, latencies: list[Laten
             else []
         ),
         "",
-        _why(selection),
+        _why(selection) + (" It was tried; the teacher did better." if result.assistant is None else ""),
         "",
         _rules_table(result, selection),
         "",
@@ -159,7 +159,8 @@ def _ladder_table(result: Result, selection: SelectionResult, latencies: list[La
         if latencies:
             row += [f"{milliseconds:.2f} ms" for milliseconds in _milliseconds(latencies)[i].values()]
         student = i == 0 and result.student_name is None
-        role = "assistant" if c.keep_ratio == selection.pick else "student" if student else ""
+        picked = "tried as assistant" if result.assistant is None else "assistant"
+        role = picked if c.keep_ratio == selection.pick else "student" if student else ""
         table.add_row(*row, role)
     return render(table)
 

@@ -199,8 +199,6 @@ class CompareConfig(CompressConfig):
         for flag, given in (("--ladder", self.ladder), ("--baseline", self.baseline)):
             if given:
                 raise ValueError(f"{flag} is for compress: a comparison trains students alone")
-        if self.lrs and self.rates_to_try:
-            raise ValueError("--lrs and --tune both search the learning rate: give one of them")
         return self
 
     @model_validator(mode="after")

@@ -20,6 +20,10 @@ NEEDED_BY_ALL = ("score", "probe")
 """Stages that every way down from the teacher needs: no budget and no control is charged with them."""
 TRIAL_SHARE = 0.05
 """Share of the budget that each learning rate of `--tune` is tried with."""
+FEW_JOINT_STEPS = 50
+"""Fewer of a joint training make no assistant."""
+FEW_STEPS = 20
+"""Fewer of a training say little about its student."""
 
 
 class Epochs(StageResult):
@@ -93,9 +97,11 @@ class Costs:
         """Forward passes of models of `scales` on the selection images."""
         return self.num_selection * sum(scales)
 
-    def evaluating_student(self, times: int = 1) -> float:
-        """Forward passes of the student on the selection images, and on those that its map is fitted on."""
-        return times * self.student * (self.num_selection + self.is_mapped * self._num_scored)
+    def measuring(self, scale: float) -> float:
+        """Forward passes of one trained model on the selection images; of a student that is measured through
+        a map, on those that this is fitted on, too."""
+        is_mapped = self.is_mapped and scale == self.student  # slices, such as its assistant, are not
+        return self.evaluating(scale) + is_mapped * self._num_scored * scale
 
     def joint(self, epochs: float) -> float:
         """Joint training."""
@@ -132,9 +138,7 @@ class Costs:
     def keeping_best(self, epochs: float, student: float) -> float:
         """Evaluations in the middle of a training of `epochs`, if the best weights are to be kept."""
         every = self.options.keep_best
-        # A slice, such as the assistant of a student of another architecture, needs no map.
-        once = self.evaluating_student() if student == self.student else self.evaluating(student)
-        return epochs / every * once if every else 0.0
+        return epochs / every * self.measuring(student) if every else 0.0
 
     def single_step(self, epochs: float) -> float:
         """Distilling the student straight from the teacher."""
@@ -173,15 +177,20 @@ class Costs:
             return TRIAL_SHARE * self.options.epochs
         assert self.options.budget is not None, "minutes are planned with a clock"
         budget = TRIAL_SHARE * self.single_step(self.options.budget)
-        return epochs_for(budget - self.evaluating_student(), self.single_step)
+        return epochs_for(budget - self.measuring(self.student), self.single_step)
 
     @property
     def tuning(self) -> float:
         """All learning rates that are tried: a short single step and an evaluation for each."""
         rates = self.options.rates_to_try
-        if not rates or self.options.minutes is not None:
+        if not rates or self.options.minutes is not None or self._trial_steps < FEW_STEPS:
             return 0.0
-        return len(rates) * (self.single_step(self.trial_epochs) + self.evaluating_student())
+        return len(rates) * (self.single_step(self.trial_epochs) + self.measuring(self.student))
+
+    @property
+    def _trial_steps(self) -> int:
+        batch_size = min(self.options.batch_size, self.num_train)
+        return round(self.trial_epochs * (self.num_train // batch_size))
 
     def equal_compute_epochs(self, bill: Mapping[str, float]) -> float:
         """Epochs of a single step that cost as much as all of `bill` but what it needs, too."""

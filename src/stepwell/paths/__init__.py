@@ -52,6 +52,11 @@ def checked_path(options: CompressConfig) -> Path:
     """
     path = path_of(options.path)
     path.check(options)
+    if path.is_one_step and options.control != "none":
+        raise ConfigError(
+            f"--path {options.path} is a single step from the teacher, so it is its own control: leave "
+            f"--control {options.control} out"
+        )
     if options.teachers and not takes_teachers(options.path):
         raise ConfigError(
             f"--teachers teach one after another with --path curriculum, and --path {options.path} has one: "

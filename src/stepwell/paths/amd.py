@@ -12,7 +12,7 @@ from dataclasses import replace
 from stepwell.config.commands import CompressConfig
 from stepwell.measure.cost import Costs, Epochs
 from stepwell.measure.estimate import Losses
-from stepwell.paths.assistant import bill_of_assistant, snapshots_of, trained_on
+from stepwell.paths.assistant import bill_of_assistant, taught_by_snapshots, trained_on
 from stepwell.paths.path import Deliver, Path, R, check_no_repair, finish, middle
 from stepwell.paths.plan import plan_steps, plan_with_joint
 from stepwell.paths.sizes import more_sizes
@@ -57,13 +57,8 @@ def descend(s: Setting, deliver: Deliver[R]) -> R:
 
     # 5. Distill: the assistant teaches the student, which starts as a slice of the same weights.
     student = student_below(s, ladder, shared if len(assistants) == 1 else assistants[-1])
-    earlier = snapshots_of(s, ladder, chosen[-1])  # none, unless --snapshots wants them
-    length = epochs.distill / (len(earlier) + 1)
-    for number, snapshot in enumerate(earlier, start=1):
-        student = replace(student, passes=student.passes + snapshot.passes)
-        student = distill(s, ladder, f"snapshot {number}", [snapshot], student, length)
-        student = replace(student, passes=0.0)  # they are on that stage's bill
-    student = distill(s, ladder, "distill", assistants[-1:], student, length)
+    student, rest = taught_by_snapshots(s, ladder, chosen[-1], student, epochs.distill)  # with --snapshots
+    student = distill(s, ladder, "distill", assistants[-1:], student, rest)
 
     # `finish` trains the control, if asked for: the same student straight from the teacher.
     way = words(len(ladder.candidates), len(assistants))

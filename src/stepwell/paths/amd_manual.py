@@ -47,7 +47,7 @@ def bill(costs: Costs, epochs: Epochs, _options: CompressConfig) -> dict[str, fl
         "joint": costs.joint(epochs.joint),
         "select": costs.evaluating(1.0, *costs.scales),
         "students": sum(costs.step_down(epochs.distill, costs.student, [scale]) for scale in above),
-        "choose": costs.evaluating_student(len(above)),
+        "choose": len(above) * costs.measuring(costs.student),
     }
 
 

@@ -17,6 +17,7 @@ from stepwell.measure.cost import Costs, Epochs, epochs_for, epochs_in
 from stepwell.models.ladder import Ladder
 from stepwell.paths.path import middle
 from stepwell.paths.plan import seconds_of_step
+from stepwell.run.progress import say
 from stepwell.setting.rungs import Rung, slice_of_store, store_of, teacher_of
 from stepwell.setting.setting import Setting
 from stepwell.stages.distill import distill
@@ -57,6 +58,22 @@ def bill_of_assistant(costs: Costs, distill: float, options: CompressConfig) -> 
     """The stage's line, where there is one, before an assistant is chosen."""
     passes = passes_of_assistant(costs, middle(costs), distill, options)
     return {"assistant 1": passes} if passes else {}
+
+
+def taught_by_snapshots(
+    s: Setting, ladder: Ladder, index: int, student: Rung, epochs: float
+) -> tuple[Rung, float]:
+    """The student after equal stretches under each earlier state of candidate `index`, and the epochs that
+    are left for its last one; as it is, and all of them, without `--snapshots`."""
+    earlier = snapshots_of(s, ladder, index)
+    if len(earlier) < s.config.stretches - 1:
+        say(f"--snapshots {s.config.snapshots}: so short a joint training left {len(earlier)}")
+    length = epochs / (len(earlier) + 1)
+    for number, snapshot in enumerate(earlier, start=1):
+        student = replace(student, passes=student.passes + snapshot.passes)
+        student = distill(s, ladder, f"snapshot {number}", [snapshot], student, length)
+        student = replace(student, passes=0.0)  # they are on that stage's bill
+    return student, length
 
 
 def snapshots_of(s: Setting, ladder: Ladder, index: int) -> list[Rung]:

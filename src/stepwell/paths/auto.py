@@ -18,12 +18,11 @@ the rest have done it harm.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Literal
 
 from stepwell.config.commands import CompressConfig
 from stepwell.errors import ConfigError, DivergedError
-from stepwell.measure.cost import Costs, Epochs, epochs_for, epochs_in
+from stepwell.measure.cost import FEW_JOINT_STEPS, Costs, Epochs, epochs_for, epochs_in
 from stepwell.models.ladder import Ladder
 from stepwell.paths import single_step
 from stepwell.paths.amd import losses
@@ -36,18 +35,16 @@ from stepwell.run.run_dir import StageResult
 from stepwell.setting.finished import Finished
 from stepwell.setting.rungs import Rung, slice_of_store, student_below, teacher_of
 from stepwell.setting.setting import Setting
-from stepwell.stages.distill import Trial, distill, try_out
+from stepwell.stages.distill import Trial, as_trained, distill, try_out
 from stepwell.stages.grid import grid, keep_ratios
 from stepwell.stages.joint import joint
 from stepwell.stages.score import score
 from stepwell.stages.select import select
 
-FEW_JOINT_STEPS = 50
-"""Fewer make no assistant."""
 PILOT_SHARE = 0.1
 """Share of the budget that each pilot costs."""
+OF_PILOT = "the rest did harm on the selection images, so the student of that trial is handed out"
 TaughtBy = Literal["assistant", "teacher"]
-
 
 BOTH: tuple[TaughtBy, TaughtBy] = ("assistant", "teacher")
 
@@ -79,7 +76,7 @@ def descend(s: Setting, deliver: Deliver[R]) -> R:
 
     # 3. The better one goes on with the rest of the budget, and with its teacher.
     better = judge({by: pilot.performance for by, pilot in pilots.items()})
-    student = _as_trained(student_below(s, ladder, shared), pilots[better])
+    student = as_trained(student_below(s, ladder, shared), pilots[better])
     rest = _plan_rest(s, ladder, epochs, [teachers[better], student], lengths[better])
     longer = try_out(s, ladder, "distill", teachers[better], student, rest)
 
@@ -87,10 +84,12 @@ def descend(s: Setting, deliver: Deliver[R]) -> R:
     best = longer
     if longer.performance is None or longer.performance < (pilots[better].performance or 0.0):
         best = pilots[better]
-        say("auto: the student of the pilot did better on the selection images than the one at the end")
-    student = _as_trained(student, best)
+    student = as_trained(student, best)
     assistants = [teachers["assistant"]] if better == "assistant" else []
     way = words(len(ladder.candidates), {by: pilot.performance for by, pilot in pilots.items()}, better)
+    if best is not longer:
+        say(f"auto: {OF_PILOT}")
+        way += f" {OF_PILOT.capitalize()}."
     return deliver(s, finish(s, ladder, rest, student, assistants, way, choice))
 
 
@@ -137,13 +136,13 @@ def _plan_pilots(
             return epochs_in(PILOT_SHARE * minutes, seconds_of_step(s, teacher, student))
 
         def cost(length: float) -> float:
-            return costs.step_down(length, student.scale, [teacher.scale]) + costs.evaluating_student()
+            return costs.step_down(length, student.scale, [teacher.scale]) + costs.measuring(student.scale)
 
         if s.config.budget is not None:
             return epochs_for(PILOT_SHARE * costs.single_step(s.config.budget), cost)
         # Of so many epochs a tenth, of the assistant's; the teacher's for the same cost.
         of_assistant, by_assistant = PILOT_SHARE * epochs.distill, teachers["assistant"].scale
-        each = costs.step_down(of_assistant, student.scale, [by_assistant]) + costs.evaluating_student()
+        each = costs.step_down(of_assistant, student.scale, [by_assistant]) + costs.measuring(student.scale)
         return epochs_for(each, cost)
 
     with s.run.stage("plan pilots", PilotEpochs) as stage:
@@ -156,14 +155,8 @@ def _plan_rest(s: Setting, ladder: Ladder, epochs: Epochs, chain: list[Rung], pi
     """What is left of the budget after the pilots; of a number of epochs, what the pilot has not had."""
     if s.config.epochs is not None:
         return epochs.distill - pilot
-    evaluated = s.costs(ladder.scales).evaluating_student()
+    evaluated = s.costs(ladder.scales).measuring(chain[-1].scale)
     return plan_steps(s, ladder, epochs, chain, evaluated).distill
-
-
-def _as_trained(student: Rung, trial: Trial) -> Rung:
-    student.model.load_state_dict(trial.tensors)
-    student.model.eval()
-    return replace(student, passes=0.0)
 
 
 def check(options: CompressConfig) -> None:
@@ -180,7 +173,7 @@ def bill(costs: Costs, epochs: Epochs, options: CompressConfig) -> dict[str, flo
     """As AMD's, where the assistant goes on; the pilots come on top, and each student is evaluated."""
 
     def step(length: float) -> float:
-        return costs.step_down(length, costs.student, [middle(costs)]) + costs.evaluating_student()
+        return costs.step_down(length, costs.student, [middle(costs)]) + costs.measuring(costs.student)
 
     if options.budget is not None:
         pilot, rest = PILOT_SHARE * costs.single_step(options.budget), epochs.distill

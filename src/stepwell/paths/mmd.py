@@ -49,7 +49,7 @@ def bill(costs: Costs, epochs: Epochs, _options: CompressConfig) -> dict[str, fl
         "assistants": sum(costs.step_down(epochs.distill, scale, [1.0]) for scale in above),
         "students": sum(costs.step_down(epochs.distill, costs.student, [scale]) for scale in above)
         + costs.recalibrating(*[costs.student] * len(above)),
-        "choose": costs.evaluating_student(len(above)),
+        "choose": len(above) * costs.measuring(costs.student),
     }
 
 

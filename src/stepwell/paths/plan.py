@@ -45,6 +45,7 @@ def plan(s: Setting, ladder: Ladder, bill: Bill) -> Epochs:
     with s.run.stage("plan", Epochs) as stage:
         if stage.is_new:
             stage.result = expected_epochs(s, ladder, bill)
+            _say_if_dearer(s, ladder, bill, stage.result)
     return stage.result
 
 
@@ -95,7 +96,21 @@ def plan_with_joint(s: Setting, ladder: Ladder, bill: Bill, num_steps: int = 1) 
     with s.run.stage("plan", Epochs) as stage:
         if stage.is_new:
             stage.result = _with_joint(s, ladder, bill, num_steps)
+            _say_if_dearer(s, ladder, bill, stage.result)
     return stage.result
+
+
+def _say_if_dearer(s: Setting, ladder: Ladder, bill: Bill, epochs: Epochs) -> None:
+    """Some stages have a price whatever the budget: of a tiny one they leave less than nothing."""
+    if s.config.budget is None:
+        return
+    costs = s.costs(ladder.scales)
+    times = (charged(bill(costs, epochs, s.config)) + costs.tuning) / costs.single_step(s.config.budget)
+    if times > 1.1:
+        say(
+            f"warning: --budget-epochs {s.config.budget:g} is too little for --path {s.config.path}: what it "
+            f"cannot do without makes it {times:.1f} times as dear"
+        )
 
 
 def _with_joint(s: Setting, ladder: Ladder, bill: Bill, num_steps: int) -> Epochs:

@@ -2,9 +2,10 @@
 
 Joint training is paid once for all of them. What it leaves of a budget is divided equally: every size costs
 as much as the student's last step, so that a larger one, which lost less and is dearer to train, gets a
-shorter polish. They come from the largest down, after the student, which is what it is without them: each
-is taught by the candidate above it that the assistant's rule picks among those, in its finished form where
-that is a size too, or by the teacher where the rule has nothing to pick from.
+shorter polish. They come from the largest down, after the student, which for a given number of epochs is what
+it is without them: each is taught by the candidate above it that the assistant's rule picks among those, in
+its finished form where that is a size too, or by the teacher where the rule has nothing to pick from. A size
+that its last step did harm, on the selection images, is handed out as the joint training left it.
 """
 
 from __future__ import annotations
@@ -16,14 +17,16 @@ from stepwell.models.ladder import Ladder
 from stepwell.paths.plan import seconds_of_step
 from stepwell.pruning.shared import SharedWeights
 from stepwell.report.result import Choice
+from stepwell.run.progress import say
 from stepwell.run.run_dir import StageResult
 from stepwell.setting.bill import size_stage
 from stepwell.setting.finished import Size
 from stepwell.setting.rungs import Rung, slice_of_store, teacher_of
 from stepwell.setting.setting import Setting
-from stepwell.stages.distill import distill
+from stepwell.stages.distill import as_trained, try_out
 from stepwell.stages.grid import size_indices
 from stepwell.stages.select import teacher_among
+from stepwell.tasks.measures import performance
 
 
 class SizePlan(StageResult):
@@ -55,9 +58,15 @@ def more_sizes(
     for index in indices:
         rung, above = slice_of_store(shared, ladder, index), teachers[index]
         teacher = finished.get(above, _rung(s, ladder, shared, above)) if above is not None else teacher_of(s)
-        length = plan.epochs[rung.keep_ratio]
-        finished[index] = distill(s, ladder, size_stage(rung.keep_ratio), [teacher], rung, length)
-        sizes.append(Size(finished[index], teacher.keep_ratio))
+        length, keep = plan.epochs[rung.keep_ratio], choice.candidates[index]
+        before = performance(keep.quality, keep.log_likelihood, s.metric)
+        trial = try_out(s, ladder, size_stage(rung.keep_ratio), teacher, rung, length)
+        if is_better := trial.performance is not None and trial.performance >= before:
+            finished[index] = as_trained(rung, trial)
+        else:
+            say(f"keep {rung.keep_ratio:g}: its last step did harm; it stays as the joint training left it")
+            finished[index] = slice_of_store(shared, ladder, index)
+        sizes.append(Size(finished[index], teacher.keep_ratio, is_as_joint=not is_better))
     return sizes
 
 
@@ -86,7 +95,7 @@ def _as_dear(s: Setting, ladder: Ladder, step: Sequence[Rung], like: Sequence[Ru
     if s.config.minutes is not None:
         return epochs * seconds_of_step(s, *like).epoch / seconds_of_step(s, *step).epoch
     costs = s.costs(ladder.scales)
-    budget = costs.step_down(epochs, like[1].scale, [like[0].scale])
+    budget = costs.step_down(epochs, like[1].scale, [like[0].scale]) - costs.measuring(step[1].scale)
     return epochs_for(budget, lambda n: costs.step_down(n, step[1].scale, [step[0].scale]))
 
 

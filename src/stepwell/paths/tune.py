@@ -4,14 +4,16 @@ Every rate trains the student, a slice of the teacher, straight from the teacher
 budget (or of `--epochs`, or of `--minutes`), warm-up and schedule pressed into that length. The one whose
 student does best on the selection images is the rate of every training of the path, and of the control. A
 short training likes a rate that is a little too high; what a long one cannot bear, it mostly cannot either.
+Of a budget so small that a trial has less than 20 steps, nothing is spent on trials, and `--lr` stays.
 """
 
 from __future__ import annotations
 
 from stepwell.errors import DivergedError
-from stepwell.measure.cost import TRIAL_SHARE, Epochs, epochs_in
+from stepwell.measure.cost import FEW_STEPS, TRIAL_SHARE, Epochs, epochs_in
 from stepwell.models.ladder import Ladder
 from stepwell.paths.plan import seconds_of_step
+from stepwell.report.wording import plural
 from stepwell.run.progress import say
 from stepwell.setting.rungs import Rung, student_below, teacher_of
 from stepwell.setting.setting import Setting
@@ -31,6 +33,9 @@ def tune(s: Setting, ladder: Ladder) -> Setting:
         return s
     teacher = teacher_of(s)
     epochs = _epochs_of_each(s, ladder, teacher)
+    if (steps := round(epochs * s.train.steps_per_epoch)) < FEW_STEPS:
+        say(f"tune: {plural(steps, 'step')} for each rate would say little, so --lr {s.config.lr:g} stays")
+        return s
     tried = {}
     for lr in rates:
         student = student_below(s, ladder, teacher)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from stepwell.report.result import ModelResult, Result, SizeResult
+from stepwell.report.result import ModelResult, Result
 from stepwell.tasks.measures import Metric, performance
 
 
@@ -29,10 +29,11 @@ def which_for(result: Result, milliseconds: float) -> str:
             f"({conditions})."
         )
     taken, folder, model = max(within, key=lambda found: (_value(found[2], _metric(result)), -found[0]))
+    (value,), what = _decided_by(result, model)
     return (
-        f"Within {milliseconds:g} ms: {_called(folder, model)}, {taken:.2f} ms ({conditions}); "
-        f"{result.measure} {model.selection_quality:.2f} % on the selection images, the best that fits, "
-        f"{model.quality:.2f} % on the test images."
+        f"Within {milliseconds:g} ms: {_called(folder, model)}, {taken:.2f} ms ({conditions}); its {what} on "
+        f"the selection images, {value}, is the best that fits; {result.measure} {model.quality:.2f} % on "
+        f"the test images."
     )
 
 
@@ -50,13 +51,7 @@ def baseline_words(result: Result) -> str:
         return ""
     factor = result.milliseconds(network) / result.milliseconds(result.given)
     speed = f"{factor:.1f} times the student's" if not 0.95 < factor < 1.05 else "the student's"
-    if _metric(result) == "likelihood":
-        what, of = (
-            "mean log-likelihood",
-            [f"{m.selection_log_likelihood:.3f}" for m in (network, result.given)],
-        )
-    else:
-        what, of = _metric(result), [f"{m.selection_quality:.1f} %" for m in (network, result.given)]
+    of, what = _decided_by(result, network, result.given)
     figures = (
         f"its {what} on the {result.data.num_selection} selection images is {of[0]}, the student's {of[1]}, "
         f"and its time is {speed}"
@@ -70,25 +65,35 @@ def baseline_words(result: Result) -> str:
 
 
 def size_note(result: Result) -> str:
-    """What a reader of the sizes should know; empty where the student is the only one."""
-    if not result.sizes:
-        return ""
-    worse = [size for size in result.sizes if _is_worse_than_before(size, result)]
-    if not worse:
-        return ""
-    kept = " and ".join(f"{size.keep_ratio:g}" for size in worse)
-    return (
-        f"On the selection images keep {kept} was better after joint training than after its own last step: "
-        f"try a larger budget, or a smaller --distill-lr."
-    )
+    """What a reader of student and sizes should know of their last steps; empty where they did no harm."""
+    way_out = "try a larger budget, or a smaller --distill-lr"
+    told = []
+    if kept := " and ".join(f"{size.keep_ratio:g}" for size in result.sizes if size.is_as_joint):
+        told.append(
+            f"Keep {kept} is as the joint training left it: on the selection images its last step did it "
+            f"harm; {way_out}."
+        )
+    if result.student_name is None and _is_worse_than_before(result.student, result):
+        told.append(
+            f"On the selection images the student was better after joint training than after its last step: "
+            f"{way_out}."
+        )
+    return " ".join(told)
 
 
-def _is_worse_than_before(size: SizeResult, result: Result) -> bool:
+def _is_worse_than_before(student: ModelResult, result: Result) -> bool:
     metric = _metric(result)
-    before = next((c for c in result.candidates if c.keep_ratio == size.keep_ratio), None)
+    before = next((c for c in result.candidates if c.keep_ratio == student.keep_ratio), None)
     if before is None:
         return False
-    return _value(size, metric) < performance(before.quality, before.log_likelihood, metric)
+    return _value(student, metric) < performance(before.quality, before.log_likelihood, metric)
+
+
+def _decided_by(result: Result, *models: ModelResult) -> tuple[list[str], str]:
+    """The figures of models on the selection images that decide, and what they are."""
+    if _metric(result) == "likelihood":
+        return [f"{model.selection_log_likelihood:.3f}" for model in models], "mean log-likelihood"
+    return [f"{model.selection_quality:.1f} %" for model in models], _metric(result)
 
 
 def _metric(result: Result) -> Metric:

@@ -6,9 +6,11 @@ from typing import Literal
 
 from stepwell.config.path_options import JointOptions
 from stepwell.data.splits import TEST_BY_HASH
+from stepwell.measure.cost import FEW_JOINT_STEPS
 from stepwell.models.teacher import Teacher
 from stepwell.report.beside import baseline_words, size_note
 from stepwell.report.result import Result
+from stepwell.report.wording import plural
 
 FEW_SELECTION_IMAGES = 200
 BATCHES: tuple[Literal[1, 32], ...] = (1, 32)
@@ -31,6 +33,7 @@ def notes(result: Result, teacher: Teacher, options: JointOptions) -> list[str]:
             "No control was trained: whether the assistant paid for itself is not known "
             "(--control equal_compute trains one)."
         )
+    told += _too_short(result)
     told += [words for words in (baseline_words(result), size_note(result)) if words]
     told += not_exported(result)
     told += _where_it_does_not_pay(result)
@@ -63,6 +66,16 @@ def notes(result: Result, teacher: Teacher, options: JointOptions) -> list[str]:
             f"Only {data.num_selection} selection images: the choice of the assistant is mostly noise."
         )
     return told
+
+
+def _too_short(result: Result) -> list[str]:
+    joint = result.histories.get("joint")
+    if joint is None or joint.step[-1] >= FEW_JOINT_STEPS:
+        return []
+    return [
+        f"The joint training had {plural(joint.step[-1], 'step')}: that makes no good assistant, and a "
+        f"single step is mostly better for so small a budget (--path auto takes one then)."
+    ]
 
 
 def _of_embeddings(result: Result) -> list[str]:

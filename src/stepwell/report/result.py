@@ -70,6 +70,8 @@ class SizeResult(ModelResult):
 
     taught_by: float
     """Keep ratio of the model that taught its last step; 1 is the teacher."""
+    is_as_joint: bool = False
+    """Whether it is as the joint training left it, since its last step did it harm."""
     folder: str
     """Where it lies, in the run directory."""
 

@@ -14,10 +14,17 @@ from stepwell.setting.rungs import Rung
 
 @dataclass(frozen=True)
 class Size:
-    """A further size that is handed out, and the keep ratio of what taught it; 1 is the teacher."""
+    """A further size that is handed out.
+
+    Attributes:
+        rung: The model.
+        taught_by: Keep ratio of what taught its last step; 1 is the teacher.
+        is_as_joint: Whether it is as the joint training left it, since its last step did it harm.
+    """
 
     rung: Rung
     taught_by: float
+    is_as_joint: bool = False
 
 
 @dataclass(frozen=True)

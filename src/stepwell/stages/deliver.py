@@ -238,7 +238,9 @@ def _measure_all(s: Setting, finished: Finished) -> Delivered:
 def _size_result(size: Size, figures: Mapping[str, ModelResult]) -> SizeResult:
     keep_ratio = size.rung.keep_ratio
     found = figures[size_stage(keep_ratio)].model_dump()
-    return SizeResult(**found, taught_by=size.taught_by, folder=size_folder(keep_ratio))
+    return SizeResult(
+        **found, taught_by=size.taught_by, is_as_joint=size.is_as_joint, folder=size_folder(keep_ratio)
+    )
 
 
 def _widths(rung: Rung) -> dict[str, int]:

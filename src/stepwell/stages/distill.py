@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -19,6 +19,7 @@ from stepwell.losses.choose import Pair
 from stepwell.losses.distillation import make_distillation
 from stepwell.losses.kept import Kept
 from stepwell.losses.observe import Observed
+from stepwell.measure.cost import FEW_STEPS
 from stepwell.models.ladder import Ladder
 from stepwell.report.wording import plural
 from stepwell.run.distributed import joined
@@ -71,10 +72,6 @@ def distill(
     return student
 
 
-FEW_STEPS = 20
-"""Fewer say little about a student."""
-
-
 class Trial(Trained):
     """A short training that is there to be judged; `tensors` hold the student that it made."""
 
@@ -91,7 +88,7 @@ def try_out(s: Setting, ladder: Ladder, name: str, teacher: Rung, student: Rung,
         if stage.is_new:
             costs = s.costs(ladder.scales)
             passes = student.passes + costs.step_down(epochs, student.scale, [teacher.scale])
-            passes += costs.evaluating_student()
+            passes += costs.measuring(student.scale)
             try:
                 step = distill_step(s, [teacher], student)
                 courses = _courses(s, stage, step, student, epochs)
@@ -114,6 +111,13 @@ def try_out(s: Setting, ladder: Ladder, name: str, teacher: Rung, student: Rung,
                 tensors=trained.tensors,
             )
     return stage.result
+
+
+def as_trained(student: Rung, trial: Trial) -> Rung:
+    """The student that a trial made, which came to its end; what it has cost is on the trial's bill."""
+    student.model.load_state_dict(trial.tensors)
+    student.model.eval()
+    return replace(student, passes=0.0)
 
 
 def _performance(s: Setting, model: Forward, name: str) -> float | None:

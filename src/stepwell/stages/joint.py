@@ -19,9 +19,12 @@ from stepwell.data.batches import Batch, EvalBatches
 from stepwell.losses.choose import Pair
 from stepwell.losses.distillation import make_distillation, share_teacher_side
 from stepwell.losses.observe import Observed
+from stepwell.measure.cost import FEW_JOINT_STEPS
 from stepwell.models.ladder import Ladder, fingerprints
 from stepwell.pruning.shared import SharedWeights, in_layout_of
 from stepwell.pruning.skeleton import Order
+from stepwell.report.wording import plural
+from stepwell.run.progress import say
 from stepwell.setting.rungs import kept_channels, store_of
 from stepwell.setting.setting import Setting
 from stepwell.training.lesson import Lesson
@@ -35,6 +38,11 @@ def joint(s: Setting, ladder: Ladder, epochs: float) -> SharedWeights:
     shared = store_of(s, ladder)
     with s.run.stage("joint", Trained) as stage:
         if stage.is_new:
+            if (steps := round(epochs * s.train.steps_per_epoch)) < FEW_JOINT_STEPS:
+                say(
+                    f"warning: {plural(steps, 'step')} of joint training make no good assistant: give more "
+                    f"time, or --path auto, which then takes a single step"
+                )
             step = joint_step(s, shared, ladder.order)
             files = snapshot_files(stage.checkpoints, s.config.stretches - 1)
             courses = step.lesson.courses(

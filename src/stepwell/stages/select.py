@@ -85,7 +85,7 @@ def select_student(s: Setting, tried: Sequence[tuple[Rung, Rung]]) -> int:
                 for assistant, student in tried
             ]
             performances = [meter.performance(s.metric) for meter in values]
-            passes = s.costs([tried[0][1].scale]).evaluating_student(len(tried))
+            passes = sum(s.costs([student.scale]).measuring(student.scale) for _, student in tried)
             stage.result = Best(index=performances.index(max(performances)), passes=passes)
     say(f"select: the best student came via {tried[stage.result.index][0].keep_ratio:g}")
     return stage.result.index

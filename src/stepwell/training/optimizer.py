@@ -104,7 +104,7 @@ def make_scheduler(optimizer: torch.optim.Optimizer, num_steps: int, options: Tr
     Step n of a warm-up of w has (n + 1) / (w + 1) of the peak: none is wasted on a rate of 0.
     """
     warmup = int(options.warmup * num_steps)
-    rest = num_steps - warmup
+    rest = max(2, num_steps - warmup)  # of one, which has the peak, timm says that it has no effect
     common = {
         "warmup_t": warmup,
         "warmup_lr_init": optimizer.param_groups[0]["lr"] / (warmup + 1),
@@ -119,5 +119,5 @@ def make_scheduler(optimizer: torch.optim.Optimizer, num_steps: int, options: Tr
             return PolyLRScheduler(optimizer, t_initial=rest, power=1.0, **common)
         case "cosine-restarts":
             cycles = 4
-            length = math.ceil(rest / cycles)
+            length = max(2, math.ceil(rest / cycles))
             return CosineLRScheduler(optimizer, t_initial=length, cycle_limit=cycles, **common)
