@@ -154,6 +154,9 @@ ASSISTANTS_TRIED: dict[str, dict[str, Any]] = {
     "snapshots": {"snapshots": 2},
 }
 
+# As --preset quick and long: with another budget than the others of a setting.
+LENGTHS = {"quick": 0.25, "long": 4.0}
+
 
 def arms() -> dict[str, dict[str, Any]]:
     """What is compared: methods; the two main ones with another recipe; and AMD by length of the joint
@@ -164,6 +167,8 @@ def arms() -> dict[str, dict[str, Any]]:
             found[f"{method}-{name}"] = {**METHODS[method], **recipe}
     for name, options in ASSISTANTS_TRIED.items():
         found[f"default-{name}"] = {**METHODS["default"], **options}
+    for name, factor in LENGTHS.items():
+        found[f"default-{name}"] = {**METHODS["default"], "budgets": factor}
     for share in SHARES:
         for assistant in ASSISTANTS:
             options = {"path": "amd", "joint_share": share, "assistant": assistant}

@@ -22,7 +22,7 @@ from stepwell.measure.size import short_number
 ROOT = Path(__file__).parent.parent
 PAGES = (
     ROOT / "README.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("results", "experiments", "performance")),
+    *(ROOT / "docs" / f"{name}.md" for name in ("results", "experiments", "performance", "guide/budgets")),
 )
 
 
@@ -225,18 +225,24 @@ def of_seeds(tops: list[float]) -> str:
 
 
 RECIPES = {"": "bare", "-mix": "MixUp, CutMix", "-ema": "average", "-smooth": "smoothed labels"}
+LENGTHS = {"-quick": "quick: a quarter", "": "default", "-long": "long: four times"}
 OF_ASSISTANT = {"": "default", "-trained-on": "trained on by itself", "-snapshots": "two snapshots first"}
 
 
-def variants_table(folders: Path, recipes: dict[str, str]) -> str:
-    """A row for each setting and method, a column for each variant of it."""
-    rows = [f"| | | {' | '.join(recipes.values())} |", "|---|---|" + "---:|" * len(recipes)]
+def variants_table(folders: Path, variants: dict[str, str]) -> str:
+    """A row for each setting and method: accuracy as it is, and what each variant adds, on the same seeds."""
+    rows = [f"| | | {' | '.join(variants.values())} |", "|---|---|" + "---:|" * len(variants)]
     for setting in STUDENTS:
         arms = cells_by_arm(folders / setting)
         for method in ("default", "single-step"):
-            of = [[cell["top1"] for cell in arms.get(method + recipe, [])] for recipe in recipes]
-            if any(of[1:]):
-                texts = [f"{spread(tops, 1)} ({len(tops)})" if tops else "" for tops in of]
+            bare = {cell["seed"]: cell["top1"] for cell in arms.get(method, [])}
+            texts = []
+            for variant in variants:
+                of = {cell["seed"]: cell["top1"] for cell in arms.get(method + variant, [])}
+                tops = [of[seed] - (bare[seed] if variant else 0) for seed in of if seed in bare]
+                number = f"{spread(tops, 1)} ({len(tops)})" if tops else ""
+                texts.append(f"+{number}" if variant and tops and sum(tops) >= 0 else number)
+            if any(text for text, variant in zip(texts, variants, strict=True) if variant):
                 rows.append(f"| `{setting}` | {METHODS[method]} | {' | '.join(texts)} |")
     return "\n".join(rows)
 
@@ -316,6 +322,7 @@ def main() -> None:
     parts["methods"] = methods_table(RESULTS / "experiments")
     parts["methods-seconds"] = seconds_table(RESULTS / "experiments")
     parts["recipes"] = variants_table(RESULTS / "experiments", RECIPES)
+    parts["lengths"] = variants_table(RESULTS / "experiments", LENGTHS)
     parts["of-assistant"] = variants_table(RESULTS / "experiments", OF_ASSISTANT)
     parts["ladder"] = ladder_table(RESULTS / "experiments")
     for folder in {file.parent for file in (RESULTS / "scalekd").glob("*/*.json")}:
