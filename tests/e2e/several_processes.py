@@ -58,6 +58,7 @@ RUNS: dict[str, tuple[object, ...]] = {
     "amd": (*QUICK, *SGD, "--control", "equal_epochs"),
     "memory": (*QUICK, *SGD, "--path", "single-step", "--feature-loss", "crd", "--logit-loss", "dist"),
     "relations": (*QUICK, *SGD, "--path", "single-step", "--feature-loss", "rkd", "--keep-best", 0.5),
+    "answers": (*QUICK, *SGD, "--feature-weight", 0, "--cache-teacher", 1, "--cache-top", 2),
 }
 TRAIN = ("--model", TIMM, *MODEL, "--no-pretrained", "--epochs", 3, "--batch-size", 16, *SGD)
 MIXED = (*TRAIN, "--mixup", 0.8, "--cutmix", 1.0, "--accumulate", 2, "--ema", 0.9, "--random-erasing", 0.5)

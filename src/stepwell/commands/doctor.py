@@ -62,6 +62,7 @@ from stepwell.setting.prepare import groups_of, proof_images, with_parts
 from stepwell.stages.grid import make_grid, size_indices
 from stepwell.tasks.outputs import is_dense
 from stepwell.tasks.task import task_of
+from stepwell.training.answers import bytes_of
 
 
 def run(config: CompressConfig) -> str:
@@ -304,12 +305,15 @@ def _estimate(
         config = config.model_copy(update={"minutes": None, "budget_epochs": fitting})
     epochs = epochs_of(costs, path.bill, config)
     passes = (sum(path.bill(costs, epochs, config).values()) + costs.tuning) * config.equal_trainings
-    passes += costs.probing
+    passes += costs.probing + costs.answering
     seconds = seconds_of(passes * total, device)
     losses = path.losses(len(scales), config)
     memory, disk = memory_and_disk(config, model, skeletons, spec, num_train, losses)
     memory += 4 * sum(num_params(t.model) for t in before)
     disk += 16 * sum(map(num_params, beside))  # further sizes and the baseline, as the student
+    if config.cache_teacher:
+        num_classes = len(data.classes) if data else 1000
+        disk += config.cache_teacher * num_train * bytes_of(num_classes, config.cache_top)
     images = f"{num_train} training images" if data else "1,000 training images (give --data for yours)"
     return [
         f"roughly, on this {device.type}: {_hours(seconds)}: {epochs.joint:.3g} + {epochs.distill:.3g} "
