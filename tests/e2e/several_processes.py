@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_world import MODEL, QUICK, TIMM, StopAt, Stopped, stepwell, watched
+from small_world import MODEL, QUICK, TIMM, StopAt, Stopped, stepwell, watched, write_shards
 from torch import Tensor, nn
 
 import conftest
@@ -58,6 +58,7 @@ RUNS: dict[str, tuple[object, ...]] = {
     "amd": (*QUICK, *SGD, "--control", "equal_epochs"),
     "memory": (*QUICK, *SGD, "--path", "single-step", "--feature-loss", "crd", "--logit-loss", "dist"),
     "relations": (*QUICK, *SGD, "--path", "single-step", "--feature-loss", "rkd", "--keep-best", 0.5),
+    "answers": (*QUICK, *SGD, "--feature-weight", 0, "--cache-teacher", 1, "--cache-top", 2),
 }
 TRAIN = ("--model", TIMM, *MODEL, "--no-pretrained", "--epochs", 3, "--batch-size", 16, *SGD)
 MIXED = (*TRAIN, "--mixup", 0.8, "--cutmix", 1.0, "--accumulate", 2, "--ema", 0.9, "--random-erasing", 0.5)
@@ -290,6 +291,21 @@ def check_resuming(out: Path, teacher: Path, data: Path) -> None:
     else:
         raise AssertionError("it was not stopped")
     stepwell("compress", *words, "--out", out / "found")
+
+
+def check_shards_are_looked_into_by_all(out: Path, teacher: Path, data: Path) -> None:
+    """The first process alone keeps an index; images and splits are those of the folder, everywhere."""
+    if is_main():
+        write_shards(data, out / "shards")
+    joined([0])  # until they are there
+    found = resolve_data(make_config(CompressConfig, {"data": str(out / "shards")}))
+    folder = resolve_data(make_config(CompressConfig, {"data": str(data)}))
+    first, second = joined([[found.fingerprint, *(found.train.open(i).tobytes() for i in range(9))]])
+    assert first == second
+    assert found.fingerprint == folder.fingerprint
+    joined([0])
+    names = sorted(path.name for path in (out / "shards" / "train").iterdir())
+    assert names == [".stepwell-shards.json", "000.tar", "001.tar"]
 
 
 def check_where_each_has_other_images(out: Path, teacher: Path, data: Path) -> None:

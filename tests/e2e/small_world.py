@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +50,18 @@ def write_data(folder: Path, classes: tuple[str, ...] = CLASSES) -> Path:
     write_images(folder / "train", 60, seed=0, classes=classes)
     write_images(folder / "test", 24, seed=1, classes=classes)
     return folder
+
+
+def write_shards(data: Path, out: Path) -> Path:
+    """The images of `data`, with each split dealt out into two tar files as it is."""
+    for split in ("train", "test"):
+        (out / split).mkdir(parents=True)
+        files = sorted(path for path in (data / split).rglob("*") if path.is_file())
+        for i in range(2):
+            with tarfile.open(out / split / f"{i:03d}.tar", "w") as tar:
+                for path in files[i::2]:
+                    tar.add(path, arcname=path.relative_to(data / split).as_posix())
+    return out
 
 
 def stepwell(*words: object) -> None:

@@ -58,7 +58,7 @@ COMPRESS = TRAINING | {
     "--first-epochs", "--budget-epochs", "--joint-share",
     "--ladder", "--baseline", "--baseline-args", "--baseline-pretrained", "--baseline-weights",
     "--baseline-weights-key",
-    "--tune", "--tune-lrs",
+    "--tune", "--tune-lrs", "--cache-teacher", "--cache-top",
 }  # fmt: skip
 FLAGS = {
     "train": TRAINING | {"--layer-decay", "--model", "--pretrained", "--probe", "--weights", "--weights-key",

@@ -56,7 +56,7 @@ def test_what_the_candidates_share_gets_the_mean_of_their_gradients(tmp_path):
     s, step = step_of(tmp_path, "crd")
     (batch, *_) = s.batches
     images, target = step.lesson.material(batch, 0.0)
-    answer, expected = step.lesson.answers(images)[0], 0.0
+    answer, expected = step.lesson.answers(images, batch)[0], 0.0
     shared = step.lesson.losses[0].feature.teacher_embed.weight
     for index, loss in enumerate(step.lesson.losses):
         loss.eval()  # so that the memory is not written to

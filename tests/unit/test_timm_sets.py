@@ -49,9 +49,18 @@ def test_torch_data_that_is_not_there(tmp_path):
     assert error_of("torch/cifar1") == "unknown data set torch/cifar1 (did you mean cifar10?)"
 
 
-@pytest.mark.parametrize("source", ["wds/imagenet", "tfds/mnist", "hfids/beans"])
-def test_streams(source):
-    assert error_of(source).startswith(f"streams are not supported yet: {source}; unpack it to a folder")
+@pytest.mark.parametrize(
+    ("source", "instead"),
+    [
+        ("wds/imagenet", "the folder of its .tar shards as --data"),
+        ("tfds/mnist", "its images as a folder or as .tar shards"),
+        ("hfids/beans", "it as hfds/beans"),
+    ],
+)
+def test_streams(source, instead):
+    message = error_of(source)
+    assert message.startswith(f"{source} is a stream, which has no splits")
+    assert message.endswith(f": pass {instead}")
 
 
 def test_hugging_face_without_its_package(monkeypatch):

@@ -23,6 +23,7 @@ from stepwell.paths.begin import begin
 from stepwell.report.result import Result
 from stepwell.report.table import result_table
 from stepwell.run.observer import Observer
+from stepwell.setting.answers import forget_answers
 from stepwell.setting.finished import Finished
 from stepwell.setting.setting import Setting
 from stepwell.stages.deliver import deliver, finished_before
@@ -113,7 +114,9 @@ def run(config: CompressConfig, observer: Observer | None = None) -> Compressed:
 
 
 def _deliver(s: Setting, finished: Finished) -> Result:
-    return deliver(s, train_baseline(s, finished))
+    finished = train_baseline(s, finished)
+    forget_answers(s.run)
+    return deliver(s, finished)
 
 
 def _compressed(

@@ -62,6 +62,7 @@ from stepwell.setting.prepare import groups_of, proof_images, with_parts
 from stepwell.stages.grid import make_grid, size_indices
 from stepwell.tasks.outputs import is_dense
 from stepwell.tasks.task import task_of
+from stepwell.training.answers import bytes_of
 
 
 def run(config: CompressConfig) -> str:
@@ -306,12 +307,16 @@ def _estimate(
     bill = path.bill(costs, epochs, config)
     # Control and baseline cost what the student's way costs, without further sizes.
     of_student = sum(bill.values()) - bill.get("more sizes", 0.0) + costs.tuning
-    passes = of_student * config.equal_trainings + bill.get("more sizes", 0.0) + costs.probing
+    passes = of_student * config.equal_trainings + bill.get("more sizes", 0.0)
+    passes += costs.probing + costs.answering
     seconds = seconds_of(passes * total, device)
     losses = path.losses(len(scales), config)
     memory, disk = memory_and_disk(config, model, skeletons, spec, num_train, losses)
     memory += 4 * sum(num_params(t.model) for t in before)
     disk += 16 * sum(map(num_params, beside))  # further sizes and the baseline, as the student
+    if config.cache_teacher:
+        num_classes = len(data.classes) if data else 1000
+        disk += config.cache_teacher * num_train * bytes_of(num_classes, config.cache_top)
     images = f"{num_train} training images" if data else "1,000 training images (give --data for yours)"
     return [
         f"roughly, on this {device.type}: {_hours(seconds)}: {epochs.joint:.3g} + {epochs.distill:.3g} "

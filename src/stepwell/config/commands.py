@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from stepwell.config.base import Count, Fraction, Positive, Seed, flag_of
+from stepwell.config.cache_options import CacheOptions, check_cache
 from stepwell.config.cut_options import CutOptions
 from stepwell.config.extra_options import ExtraOptions, check_extras, sizes_beside
 from stepwell.config.model_options import StartOptions, StudentOptions
@@ -45,6 +46,7 @@ DEFAULT_EPOCHS = 30.0
 
 # Fields come in the order of the bases from last to first: in the help, and in config.yaml.
 class CompressConfig(
+    CacheOptions,
     ExtraOptions,
     PathOptions,
     SelectOptions,
@@ -167,6 +169,7 @@ class CompressConfig(
     def _recipe(self) -> Self:
         check_recipe(self, self.batch_size)
         check_recipe_with_losses(self, self)
+        check_cache(self)
         return self
 
 

@@ -53,7 +53,8 @@ class DataOptions(Options):
 
     data: str = ""
     """Image folder (train/CLASS/* with val/ and/or test/, or one folder of classes, or a flat folder of
-    images with metadata.csv or without labels), or a data set of timm such as torch/cifar10 or hfds/NAME."""
+    images with metadata.csv or without labels), a folder of tar shards, or a data set of timm such as
+    torch/cifar10 or hfds/NAME."""
     task: Literal["auto", TaskName] = "auto"
     """`classification`: one class for each image. `multi-label`: as many as it has, or none; read from lists
     or columns of 0 and 1 in a table. `segmentation`: one class for each pixel; images/ and masks/ beside each

@@ -48,12 +48,14 @@ class Batch(NamedTuple):
 
     `labels` are a class for each image, (batch,); or floats (batch, classes): of mixed images a probability
     for each class, or 0 and 1 where an image has several; or a class for each pixel, (batch, height, width),
-    with `mask_classes.IGNORED` where none is known.
+    with `mask_classes.IGNORED` where none is known. `view` is the number of the view where images have some
+    that come back, and else 0.
     """
 
     images: Float32[Tensor, "batch channels height width"]
     labels: Shaped[Tensor, "batch ..."]
     indices: Int64[Tensor, " batch"]
+    view: int = 0
 
 
 class TrainBatches:
@@ -106,6 +108,14 @@ class TrainBatches:
                 MaskTrainTransform(spec) if self.has_masks else TrainTransform(spec, recipe.rand_augment)
             )
         self._feed = Feed(images, spec, options, device, transform)
+        self.num_views = 0
+
+    def of_views(self, number: int) -> TrainBatches:
+        """The same where each image has so many views, which all trainings show in turn, one an epoch; with 0
+        each epoch of each training draws its own."""
+        other = copy.copy(self)
+        other.num_views = number
+        return other
 
     def blank(self, like: torch.nn.Module) -> Tensor:
         """Two images of nothing, in the number format of `like`: enough to see the shapes of its outputs."""
@@ -120,24 +130,41 @@ class TrainBatches:
             first_step: Within the epoch.
             training: The name of the training; another one shuffles and augments otherwise.
         """
-        num_images = len(self.labels)
         seed = f"{self.seed}:{training}"
-        # Row i belongs to image i, so no batch, order or machine changes what happens to an image.
-        table = torch.rand(num_images, NUM_RANDOM, generator=generator("augment", seed, epoch))
-        order = torch.randperm(num_images, generator=generator("shuffle", seed, epoch))
+        order = torch.randperm(len(self.labels), generator=generator("shuffle", seed, epoch))
         steps = order.split(self.batch_size)[first_step : self.steps_per_epoch]
         chunks = [chunk[self._mine] for chunk in steps]
-        for step, (pixels, indices) in enumerate(self._feed.batches(chunks, seed, epoch), start=first_step):
+        if self.num_views:
+            batches = self._of_view(epoch % self.num_views, chunks)
+        else:
+            batches = self._drawn(chunks, seed, epoch)
+        for step, batch in enumerate(batches, start=first_step):
+            if self.recipe.mixes:
+                moment = (seed, epoch, step)
+                soft = mix(batch.images, batch.labels, self.recipe, self.num_classes, moment)
+                batch = batch._replace(labels=soft)
+            yield batch
+
+    def of_view(self, view: int, images: range) -> Iterator[Batch]:
+        """One of the views of some images, in their order."""
+        return self._of_view(view, torch.arange(images.start, images.stop).split(self.batch_size))
+
+    def _of_view(self, view: int, chunks: Sequence[Tensor]) -> Iterator[Batch]:
+        # A seed without a training's name: all of them see the same views.
+        for batch in self._drawn(chunks, f"{self.seed}: views", view):
+            yield batch._replace(view=view)
+
+    def _drawn(self, chunks: Sequence[Tensor], seed: str, epoch: int) -> Iterator[Batch]:
+        """Augmented images; equal seeds and epochs draw the same for an image, whatever chunk it is in."""
+        # Row i belongs to image i, so no batch, order or machine changes what happens to an image.
+        table = torch.rand(len(self.labels), NUM_RANDOM, generator=generator("augment", seed, epoch))
+        for pixels, indices in self._feed.batches(chunks, seed, epoch):
             if self._on_batch is not None:
                 self._on_batch(indices)
             augmented = augment_batch(pixels, table[indices].to(self.device), self.augment)
             batch = _batch(augmented, self.labels, indices, self.spec, self.has_masks)
             if self.recipe.random_erasing:
                 erase(batch.images, indices, self.recipe.random_erasing, seed, epoch)
-            if self.recipe.mixes:
-                moment = (seed, epoch, step)
-                soft = mix(batch.images, batch.labels, self.recipe, self.num_classes, moment)
-                batch = batch._replace(labels=soft)
             yield batch
 
 

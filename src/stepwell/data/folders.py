@@ -1,4 +1,4 @@
-"""Images of one folder, and the class of each: folders named after classes, a table, or none.
+"""Images of one folder, and the class of each: folders named after classes, a table, tar shards, or none.
 
 training_images    the classes are those that are there
 images_like        another split: the same classes in the same order; some may be missing, none added
@@ -13,9 +13,10 @@ from pathlib import Path
 
 from stepwell.data import tables
 from stepwell.data.class_lists import split_lists
-from stepwell.data.images import FolderReader, ImageSet, readable
+from stepwell.data.images import FolderReader, ImageSet, Reader, readable
 from stepwell.data.labels import Name, all_names, are_several, numbered
 from stepwell.data.listing import check_no_masks, left_out, list_images, subfolders
+from stepwell.data.shard_folders import SHARD, read_shards, shards_among
 from stepwell.data.table_files import Task
 from stepwell.data.tables import TableLabels
 from stepwell.errors import DataError, did_you_mean
@@ -32,7 +33,7 @@ class ImageFolder:
         names: The class of each, or all classes of each; empty without labels.
         classes: All classes in their order, those without images among them.
         reader: Opens images by their keys.
-        said: What a table says of them.
+        said: What a table, or the names of shards, say of them.
         part: `the test rows of`, where a table sorts the folder's images into splits.
     """
 
@@ -40,7 +41,7 @@ class ImageFolder:
     keys: tuple[str, ...]
     names: tuple[Name, ...]
     classes: tuple[str, ...]
-    reader: FolderReader
+    reader: Reader
     said: TableLabels = field(default_factory=TableLabels)
     part: str = ""
 
@@ -69,7 +70,7 @@ class ImageFolder:
             keys=tuple(self.keys[i] for i in those),
             names=names,
             classes=self.said.classes or tables.class_order(all_names(names)),
-            part=f"the {split} rows of",
+            part=f"the {split} {'shards' if self.said.path == self.path else 'rows'} of",
         )
 
 
@@ -78,6 +79,10 @@ def existing_folder(path: Path, option: str) -> Path:
     path = path.expanduser()
     if path.is_dir():
         return path
+    if path.exists() and path.suffix == SHARD:
+        raise DataError(
+            f"{path} is a file: {option} takes a folder; {path.parent} is read with all its shards"
+        )
     if path.exists():
         raise DataError(f"{path} is a file: {option} takes a folder of images")
     siblings = subfolders(path.parent) if path.parent.is_dir() else []
@@ -100,6 +105,8 @@ def read_folder(
     """
     listing = list_images(folder, skip)
     files, told = listing.images, left_out(key for key in listing.others if not tables.is_table(key))
+    if not files and (shards := shards_among(folder, listing.others)):
+        return _read_shards(folder, shards, skip, is_split, task)
     if not files:
         there = f" ({told})" if told else ""
         raise DataError(f"no images in {folder}{there}: expected CLASS/*.jpg, or what else Pillow reads")
@@ -122,6 +129,18 @@ def read_folder(
     if task == "multi-label":  # a folder says one class of each of its images
         names = tuple((name,) for name in names)
     return ImageFolder(folder, keys, names, classes, reader, said)
+
+
+def _read_shards(
+    folder: Path, shards: Sequence[str], skip: Sequence[str], is_split: bool, task: Task
+) -> ImageFolder:
+    found = read_shards(folder, shards, skip, is_split)
+    names = found.names
+    check_no_masks(folder, found.reader.keys)
+    if task == "multi-label" and not are_several(names):
+        names = tuple((name,) for name in names if isinstance(name, str))
+    said = TableLabels(names, found.splits, folder, classes=found.classes)
+    return ImageFolder(folder, found.reader.keys, names, found.classes, found.reader, said)
 
 
 def _readable(name: Name) -> Name:

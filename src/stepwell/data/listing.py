@@ -108,12 +108,13 @@ def entries(folder: Path, skip: Sequence[str] = ()) -> list[os.DirEntry[str]]:
     """
     try:
         with os.scandir(folder) as found:
-            return [entry for entry in found if not _passed_over(entry.name, skip)]
+            return [entry for entry in found if not is_passed_over(entry.name, skip)]
     except OSError as error:
         raise DataError(f"cannot read folder {folder}: {error.strerror}; check its permissions") from None
 
 
-def _passed_over(name: str, skip: Sequence[str]) -> bool:
+def is_passed_over(name: str, skip: Sequence[str] = ()) -> bool:
+    """Whether a file or folder of this name is hidden, left behind by a system, or to be skipped."""
     return (
         name.startswith(".") or name.lower() in _TRASH or any(fnmatchcase(name, pattern) for pattern in skip)
     )

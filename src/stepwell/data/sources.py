@@ -7,7 +7,8 @@
                                                     or the splits that a table's column names
     torch/NAME, hfds/NAME                           timm's data sets (timm_sets.py)
 
-Each of these folders holds CLASS/**, or images alone: with a table of labels, or without labels (folders.py).
+Each of these folders holds CLASS/**, or images alone: with a table of labels, or without labels (folders.py);
+or tar shards with the same (shard_folders.py).
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Data sets that timm opens: torch/NAME and hfds/NAME, with split "train", and "test" or "validation".
 
 No split name that a source lacks is ever handed to timm: it would return all images without a word. Streams
-(wds/, tfds/, hfids/) are left out: neither their length nor their names are known before they are read.
+(wds/, tfds/, hfids/) are refused: neither their length nor their names are known before they are read. Shards
+of wds/ are read as a folder (shards.py), and the sets of hfids/ by hfds/, which maps files into memory.
 """
 
 from __future__ import annotations
@@ -50,8 +51,10 @@ def find(options: DataOptions) -> Found:
     prefix, _, name = options.data.partition("/")
     prefix = prefix.lower()
     if prefix in _STREAMS:
+        instead = {"wds": "the folder of its .tar shards as --data", "hfids": f"it as hfds/{name}"}
         raise DataError(
-            f"streams are not supported yet: {options.data}; unpack it to a folder, or use torch/ or hfds/"
+            f"{options.data} is a stream, which has no splits, no sure length and no second look at an "
+            f"image: pass {instead.get(prefix, 'its images as a folder or as .tar shards')}"
         )
     if prefix == "hfds":
         return _find_hugging_face(options, name)

@@ -16,7 +16,9 @@ from stepwell.config.path_options import JointOptions
 from stepwell.run.run_dir import StageResult
 from stepwell.training.statistics import NUM_IMAGES
 
-NEEDED_BY_ALL = ("score", "probe")
+ANSWERS_STAGE = "answers"
+"""Stage in which the teacher answers the views that `--cache-teacher` keeps, once for all trainings."""
+NEEDED_BY_ALL = ("score", "probe", ANSWERS_STAGE)
 """Stages that every way down from the teacher needs: no budget and no control is charged with them."""
 TRIAL_SHARE = 0.05
 """Share of the budget that each learning rate of `--tune` is tried with."""
@@ -154,6 +156,11 @@ class Costs:
         return epochs * self.num_train + evaluations * self.evaluating(1.0)
 
     @property
+    def answering(self) -> float:
+        """The teacher's answers on all views that are kept; its trainings then ask it no more."""
+        return float(self.options.cache_teacher * self.num_train)
+
+    @property
     def arranging(self) -> float:
         """Putting several teachers in order: each runs on the scored and on the selection images."""
         scales = [1.0, *(teacher.scale for teacher in self.other_teachers)]
@@ -216,6 +223,10 @@ class Costs:
     def _main(self, epochs: float, teachers: float, students: float, num_losses: float) -> float:
         # Where no term looks at the teacher, the labels' is all there is.
         is_taught = self.options.looks_at_teacher
+        if num_views := self.options.cache_teacher:
+            # The whole teacher's answers have a stage of their own; an assistant gives each of its once.
+            asked = 0.0 if teachers == 1.0 else min(epochs, num_views) * self.num_train * teachers
+            return asked + epochs * self._epoch(0.0, students, num_losses * self.loss)
         return epochs * self._epoch(teachers * is_taught, students, num_losses * self.loss * is_taught)
 
     def _pretraining(self, epochs: float, teachers: float, students: float, num_losses: float) -> float:
@@ -243,10 +254,18 @@ def charged(bill: Mapping[str, float]) -> float:
 
 def epochs_for(budget: float, cost: Callable[[float], float]) -> float:
     """Epochs that cost `budget`, where the cost is a line in the epochs; something is left for them in any
-    case."""
+    case. Where answers are kept, later epochs are cheaper: then it is several lines, each flatter."""
     each = cost(2) - cost(1)
     fixed = cost(1) - each
-    return max(budget - fixed, 0.05 * budget) / each
+    epochs = max(budget - fixed, 0.05 * budget) / each
+    if budget - fixed < 0.05 * budget:
+        return epochs
+    for _ in range(20):  # Newton's steps; on one line none is needed
+        missing = budget - cost(epochs)
+        if abs(missing) <= 1e-9 * budget:
+            break
+        epochs += missing / ((cost(epochs * 1.001) - cost(epochs)) / (epochs * 0.001))
+    return epochs
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from stepwell.measure.cost import ANSWERS_STAGE
 from stepwell.report.result import Cost
 from stepwell.run.run_dir import RunDir
 from stepwell.training.loop import Trained
@@ -49,7 +50,10 @@ def cost_of(run: RunDir, single_step: float) -> Cost:
         single_step: Passes of the teacher of a single step with the epochs of the last one.
     """
     bill, control = bill_of(run), trainings_of(run).get(CONTROL_STAGE)
+    answers = run.stages.get(ANSWERS_STAGE)  # a single step needs them just as much
     if control is None:
-        return Cost(value=sum(bill.values()) / single_step, predicted=True)
+        needed = 0.0 if answers is None else answers.passes
+        return Cost(value=sum(bill.values()) / (single_step + needed), predicted=True)
     seconds = sum(run.stages[stage].seconds for stage in bill)
-    return Cost(value=seconds / (control.seconds * single_step / control.passes), predicted=False)
+    needed = 0.0 if answers is None else answers.seconds
+    return Cost(value=seconds / (control.seconds * single_step / control.passes + needed), predicted=False)

@@ -247,7 +247,7 @@ class Setting:
             self._shown("training"),
             recipe=self.config,
             num_classes=len(self.classes),
-        )
+        ).of_views(self.config.cache_teacher)
 
     @cached_property
     def training_images(self) -> TrainingImages:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from stepwell.config.cache_options import CacheOptions
 from stepwell.config.commands import CompressConfig
 from stepwell.config.loss_facts import FEATURE_LOSSES, LOGIT_LOSSES, LossFacts
 from stepwell.config.options import LossOptions
@@ -50,6 +51,22 @@ def check_class_weights(weights: tuple[float, ...], data: Data) -> None:
         )
 
 
+def check_answers_can_be_kept(options: CacheOptions, data: Data) -> None:
+    """Check that what models tell of these images can be kept as `--cache-teacher` keeps it.
+
+    Raises:
+        ConfigError: It cannot.
+    """
+    flag = f"--cache-teacher {options.cache_teacher}"
+    if options.cache_teacher and data.task == "segmentation":
+        raise ConfigError(f"{flag}: an answer for each pixel is larger than its image; leave it out")
+    if options.cache_top and data.task != "classification":
+        raise ConfigError(
+            f"--cache-top spreads the rest of a probability over the other classes, and there is none here: "
+            f"leave it out, and {flag} keeps all numbers"
+        )
+
+
 def check_suits_task(config: CompressConfig, data: Data) -> None:
     """Check that metric and losses are for the task of the images.
 
@@ -58,6 +75,7 @@ def check_suits_task(config: CompressConfig, data: Data) -> None:
     """
     task_of(data.task).resolve_metric(config.metric, len(data.selection))
     check_class_weights(config.class_weights, data)
+    check_answers_can_be_kept(config, data)
     for option, weight, facts, name in (
         ("--logit-loss", config.logit_weight, config.logit_facts, config.logit_loss),
         ("--feature-loss", config.feature_weight, config.feature_facts, config.feature_loss),

@@ -25,10 +25,12 @@ from stepwell.report.wording import plural
 from stepwell.run.distributed import joined
 from stepwell.run.progress import say
 from stepwell.run.run_dir import Stage
+from stepwell.setting.answers import answers_of
 from stepwell.setting.own_width import measured
 from stepwell.setting.rungs import Rung, kept_channels, repair_rung
 from stepwell.setting.setting import Setting
 from stepwell.tasks.measures import Forward
+from stepwell.training.answers import Answers
 from stepwell.training.handed_on import performance_of
 from stepwell.training.lesson import Lesson
 from stepwell.training.loop import Course, Trained, fit
@@ -56,16 +58,17 @@ def distill(
         epochs: Passes over the images.
         drop: How many teachers are left out of each step, drawn again for each.
     """
+    known = [answers_of(s, teacher, name, epochs) for teacher in teachers]
     with s.run.stage(name, Trained) as stage:
         if stage.is_new:
             repairing = repair_rung(s, student)
-            step = distill_step(s, teachers, student, drop)
+            step = distill_step(s, teachers, student, drop, known)
             # The student learns in the last one; with some losses a pretraining comes before.
             for course in _courses(s, stage, step, student, epochs):
                 stage.result = fit(course, step, s.train, s.config, s.config)
             scales = [teacher.scale for teacher in teachers]
             passes = student.passes + s.costs(ladder.scales).step_down(epochs, student.scale, scales, drop)
-            passes += repairing
+            passes += repairing - sum(answers.passes for answers in known if answers is not None)
             stage.result = stage.result.model_copy(update={"tensors": _state(student), "passes": passes})
     student.model.load_state_dict(stage.result.tensors)
     student.model.eval()
@@ -84,13 +87,14 @@ def try_out(s: Setting, ladder: Ladder, name: str, teacher: Rung, student: Rung,
 
     A training that diverges is a result, too, and costs as much as it would have.
     """
+    known = answers_of(s, teacher, name, epochs)
     with s.run.stage(name, Trial) as stage:
         if stage.is_new:
             costs = s.costs(ladder.scales)
             passes = student.passes + costs.step_down(epochs, student.scale, [teacher.scale])
-            passes += costs.measuring(student.scale)
+            passes += costs.measuring(student.scale) - (known.passes if known is not None else 0.0)
             try:
-                step = distill_step(s, [teacher], student)
+                step = distill_step(s, [teacher], student, known=[known])
                 courses = _courses(s, stage, step, student, epochs)
                 *_, trained = [fit(course, step, s.train, s.config, s.config) for course in courses]
                 trained = trained.model_copy(update={"tensors": _state(student)})
@@ -181,7 +185,7 @@ class DistillStep:
         taught_by = [0]
         if losses[0].runs_teacher:
             taught_by = teachers_of_step(len(losses), self.drop, self.seed, step)
-        answers = self.lesson.answers(images, taught_by)
+        answers = self.lesson.answers(images, batch, taught_by)
         student = self.lesson.response(lambda: self.student(images), answers)
         parts: dict[str, list[Tensor]] = {}
         for i in taught_by:
@@ -193,8 +197,14 @@ class DistillStep:
         return {name: value.detach() for name, value in sums.items()}
 
 
-def distill_step(s: Setting, teachers: Sequence[Rung], student: Rung, drop: int = 0) -> DistillStep:
-    """The step of a run; its losses are new."""
+def distill_step(
+    s: Setting,
+    teachers: Sequence[Rung],
+    student: Rung,
+    drop: int = 0,
+    known: Sequence[Answers | None] = (),
+) -> DistillStep:
+    """The step of a run; its losses are new. Of each teacher the answers may be known."""
     ours, theirs = s.compared(student.is_other)
     learner = Observed(student.model.eval(), ours)
     observed = [
@@ -220,7 +230,7 @@ def distill_step(s: Setting, teachers: Sequence[Rung], student: Rung, drop: int 
         ]
     losses = [make_distillation(s.config, pair, s.config.seed) for pair in pairs]
     student.model.train()
-    return DistillStep(Lesson(observed, losses, s.autocast), learner, s.config.seed, drop)
+    return DistillStep(Lesson(observed, losses, s.autocast, known), learner, s.config.seed, drop)
 
 
 def _kept(s: Setting, teacher: Rung, student: Rung) -> list[Kept | None]:

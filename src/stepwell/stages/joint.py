@@ -25,8 +25,10 @@ from stepwell.pruning.shared import SharedWeights, in_layout_of
 from stepwell.pruning.skeleton import Order
 from stepwell.report.wording import plural
 from stepwell.run.progress import say
-from stepwell.setting.rungs import kept_channels, store_of
+from stepwell.setting.answers import answers_of
+from stepwell.setting.rungs import kept_channels, store_of, teacher_of
 from stepwell.setting.setting import Setting
+from stepwell.training.answers import Answers
 from stepwell.training.lesson import Lesson
 from stepwell.training.loop import Trained, fit
 from stepwell.training.snapshots import read_snapshots, snapshot_files, with_snapshots
@@ -36,6 +38,7 @@ from stepwell.training.statistics import recalibrate
 def joint(s: Setting, ladder: Ladder, epochs: float) -> SharedWeights:
     """Train all candidates of the ladder for `epochs` passes over the images; returns the trained store."""
     shared = store_of(s, ladder)
+    known = answers_of(s, teacher_of(s), "joint", epochs)
     with s.run.stage("joint", Trained) as stage:
         if stage.is_new:
             if (steps := round(epochs * s.train.steps_per_epoch)) < FEW_JOINT_STEPS:
@@ -43,7 +46,7 @@ def joint(s: Setting, ladder: Ladder, epochs: float) -> SharedWeights:
                     f"warning: {plural(steps, 'step')} of joint training make no good assistant: give more "
                     f"time, or --path auto, which then takes a single step"
                 )
-            step = joint_step(s, shared, ladder.order)
+            step = joint_step(s, shared, ladder.order, known)
             files = snapshot_files(stage.checkpoints, s.config.stretches - 1)
             courses = step.lesson.courses(
                 stage,
@@ -88,7 +91,7 @@ class JointStep:
     def __call__(self, batch: Batch, step: int, progress: float = 0.0) -> Mapping[str, Tensor]:
         """Forward and backward for the candidates of this step; returns their mean losses, detached."""
         images, target = self.lesson.material(batch, progress)
-        answers = self.lesson.answers(images)
+        answers = self.lesson.answers(images, batch)
         # From large to small: the step's peak of memory comes first.
         chosen = candidates_of_step(len(self.students), self.options, self.seed, step)
         if not self.lesson.losses[0].runs_student:
@@ -126,8 +129,11 @@ def _add_gradient(parameter: Tensor, gradient: Tensor | None) -> None:
             parameter.grad += gradient
 
 
-def joint_step(s: Setting, shared: SharedWeights, order: Order | None = None) -> JointStep:
-    """The step of a run; its losses are new. `order` is that of the store's units in the teacher."""
+def joint_step(
+    s: Setting, shared: SharedWeights, order: Order | None = None, known: Answers | None = None
+) -> JointStep:
+    """The step of a run; its losses are new. `order` is that of the store's units in the teacher, whose
+    answers may be known."""
     teacher = Observed(s.model, s.blocks)
     # In eval mode, so that blank images do not move BatchNorm statistics.
     students = [Observed(skeleton.eval(), s.blocks) for skeleton in shared.skeletons]
@@ -142,7 +148,9 @@ def joint_step(s: Setting, shared: SharedWeights, order: Order | None = None) ->
             losses.append(make_distillation(s.config, pair, s.config.seed + index))
             student.model.train()
     share_teacher_side(losses)
-    return JointStep(Lesson([teacher], losses, s.autocast), shared, students, s.config, s.config.seed)
+    return JointStep(
+        Lesson([teacher], losses, s.autocast, [known]), shared, students, s.config, s.config.seed
+    )
 
 
 def candidates_of_step(num_candidates: int, options: JointOptions, seed: int, step: int) -> list[int]:

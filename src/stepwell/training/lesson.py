@@ -1,7 +1,7 @@
 """What every step of distillation shares, whether one student learns or all candidates together.
 
 images, target = lesson.material(batch, progress)     what both models see, and what is known of it
-answers = lesson.answers(images)                      the frozen teachers', without gradients
+answers = lesson.answers(images, batch)               the frozen teachers', without gradients
 student = lesson.response(run, answers)               the student's, under autocast
 loss(student, answer, target)["loss"].backward()      one `Distillation` for each pair of models
 """
@@ -22,6 +22,7 @@ from stepwell.losses.observe import Observed
 from stepwell.losses.output import Output, Target
 from stepwell.run.distributed import from_main
 from stepwell.run.run_dir import Stage
+from stepwell.training.answers import Answers
 from stepwell.training.handed_on import Judge
 from stepwell.training.loop import Course
 
@@ -34,11 +35,13 @@ class Lesson:
         teachers: Frozen, in eval mode.
         losses: One for each pair of teacher and student.
         autocast: Number format of the forward passes.
+        known: The answers that teachers have given before; one, or None, for each, or none for all.
     """
 
     teachers: Sequence[Observed]
     losses: Sequence[Distillation]
     autocast: torch.autocast
+    known: Sequence[Answers | None] = ()
 
     def material(
         self, batch: Batch, progress: float
@@ -47,14 +50,24 @@ class Lesson:
         return self.losses[0].views(batch.images), Target(batch.labels, batch.indices, progress)
 
     def answers(
-        self, images: Float[Tensor, "views channels height width"], teachers: Iterable[int] = (0,)
+        self,
+        images: Float[Tensor, "views channels height width"],
+        batch: Batch,
+        teachers: Iterable[int] = (0,),
     ) -> dict[int, Output]:
-        """What the teachers with these numbers make of the images; empty where no loss looks at them."""
+        """What the teachers with these numbers make of the images of a batch; empty where no loss looks at
+        them."""
         if not self.losses[0].runs_teacher:
             return {}
+        return {i: self._answer(i, images, batch) for i in teachers}
+
+    def _answer(
+        self, teacher: int, images: Float[Tensor, "views channels height width"], batch: Batch
+    ) -> Output:
+        if self.known and (known := self.known[teacher]) is not None:
+            return known.of(batch)
         with torch.no_grad(), self.autocast:
-            outputs = {i: self.teachers[i](images) for i in teachers}
-        return {i: output.in_full_precision() for i, output in outputs.items()}
+            return self.teachers[teacher](images).in_full_precision()
 
     def response(self, run: Callable[[], Output], answers: Mapping[int, Output]) -> Output:
         """What the student makes of the images; where only parts of the loss are trained it need not run, and
