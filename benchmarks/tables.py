@@ -178,15 +178,16 @@ STUDENTS = {
 }
 
 
-def methods_table(folders: Path) -> str:
-    """A row for each setting of docs/experiments.md, a column for each method; accuracy with its spread."""
+def methods_table(folders: Path, methods: dict[str, str] = METHODS, of: str = "single-step") -> str:
+    """A row for each setting of docs/experiments.md that has the arm `of`, a column for each method; accuracy
+    with its spread."""
     by_setting = {setting: cells_by_arm(folders / setting) for setting in STUDENTS}
-    columns = [arm for arm in METHODS if any(arm in arms for arms in by_setting.values())]
-    rows = [f"| | teacher | {' | '.join(METHODS[arm] for arm in columns)} |"]
+    columns = [arm for arm in methods if any(arm in arms for arms in by_setting.values())]
+    rows = [f"| | teacher | {' | '.join(methods[arm] for arm in columns)} |"]
     rows.append("|---|---:|" + "---:|" * len(columns))
     for setting, words in STUDENTS.items():
         arms = by_setting[setting]
-        if "default" not in arms or "single-step" not in arms:
+        if "default" not in arms or of not in arms:
             continue
         teacher = sum(cell["teacher_top1"] for cell in arms["default"]) / len(arms["default"])
         values = []
@@ -225,6 +226,14 @@ def of_seeds(tops: list[float]) -> str:
 
 
 RECIPES = {"": "bare", "-mix": "MixUp, CutMix", "-ema": "average", "-smooth": "smoothed labels"}
+ALL_OF_IT = {
+    "default": "AMD",
+    "default-kept": "AMD, answers kept",
+    "single-step": "single step",
+    "single-step-kept": "single step, answers kept",
+    "labels": "labels, as many epochs",
+    "labels-long": "labels, the same cost",
+}
 LENGTHS = {"-quick": "quick: a quarter", "": "default", "-long": "long: four times"}
 OF_ASSISTANT = {"": "default", "-trained-on": "trained on by itself", "-snapshots": "two snapshots first"}
 
@@ -322,6 +331,7 @@ def main() -> None:
     parts["methods"] = methods_table(RESULTS / "experiments")
     parts["methods-seconds"] = seconds_table(RESULTS / "experiments")
     parts["recipes"] = variants_table(RESULTS / "experiments", RECIPES)
+    parts["kept"] = methods_table(RESULTS / "experiments", ALL_OF_IT, of="single-step-kept")
     parts["lengths"] = variants_table(RESULTS / "experiments", LENGTHS)
     parts["of-assistant"] = variants_table(RESULTS / "experiments", OF_ASSISTANT)
     parts["ladder"] = ladder_table(RESULTS / "experiments")
