@@ -42,8 +42,8 @@ def narrower(teacher: dict[str, Any], **args: str) -> dict[str, Any]:
 
 
 # `stock` is a network of about the student's operations, with the epochs that make its single step cost what
-# the others cost. `kept` and `alone` are such epochs too: where the teacher answers each of 5 views once, which
-# the run's own bill charges nobody with, and where no teacher is asked.
+# the others cost. `kept` and `alone` are such epochs too: where the teacher answers each of 5 views once
+# (which a run's own bill charges nobody with), and where no teacher is asked.
 SETTINGS: dict[str, dict[str, Any]] = {
     # A strong teacher that others trained, few images, and a small student: the gap is real.
     "resnet44-few": {
