@@ -97,7 +97,7 @@ def test_the_two_reductions_agree_on_batches_of_one_image():
 def test_how_images_are_batched_does_not_matter():
     model = tiny_vit()
     (all_at_once,) = random_batches(1, 6)
-    in_pairs = [Batch(*(t[i : i + 2] for t in all_at_once)) for i in (0, 2, 4)]
+    in_pairs = [Batch(*(t[i : i + 2] for t in all_at_once[:3])) for i in (0, 2, 4)]
     groups = find_groups(model)
     assert_close(
         importance_by_gradient(model, groups, FixedEval(in_pairs)),
