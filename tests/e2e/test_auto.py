@@ -125,7 +125,7 @@ def test_where_the_joint_training_is_too_short_all_of_it_is_a_single_step(run_wo
 
 @pytest.mark.slow
 @pytest.mark.parametrize("better", ["assistant", "teacher"])
-def test_every_file_is_written(run_words, tmp_path, monkeypatch, better):
+def test_every_file_is_written(run_words, tmp_path, monkeypatch, untimed, better):
     monkeypatch.setattr(auto, "judge", lambda _performances: better)
     stepwell("compress", *run_words(*AUTO))
     result = result_of(tmp_path / "run")
@@ -258,7 +258,7 @@ def test_time_comes_off_the_minutes(run_words, monkeypatch):
     assert epochs.distill == pytest.approx(max(6 - sum(tuned), 0.05 * 6) / seconds)
 
 
-def test_every_rate_diverges(fails, run_words, tmp_path):
+def test_every_rate_diverges(fails, run_words, tmp_path, quick):
     line = fails("compress", *run_words("--tune-lrs", 1e30, 1e29), after_work=True)
     assert line == (
         "stepwell: tune: every learning rate diverged (1e+29 1e+30); "

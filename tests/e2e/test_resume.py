@@ -149,7 +149,7 @@ def test_leftovers_of_a_killed_process_are_cleaned_up(words, started, reference,
 
 
 @pytest.mark.parametrize("left", [[], ["stages"], ["stages", ".config.yaml.unfinished"]])
-def test_killed_before_it_had_begun(words, tmp_path, left):
+def test_killed_before_it_had_begun(words, tmp_path, quick, left):
     out = tmp_path / "out"
     out.mkdir()
     for name in left:
