@@ -6,6 +6,7 @@ import fcntl
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from jaxtyping import config as shapes
 from small_world import MODEL, QUICK, TIMM, stepwell
 
 from stepwell.cli import main
+from stepwell.compare import cells
 from stepwell.measure import size
 from stepwell.measure.clock import Latency
 from stepwell.report import figures
@@ -133,6 +135,33 @@ def without_times(monkeypatch: pytest.MonkeyPatch) -> None:
 def export_nothing(model, spec, file, images, **_options) -> float:
     file.write_bytes(b"no ONNX in this test")
     return 0.0
+
+
+class InThisProcess:
+    """A pool of processes without processes: each start of one takes seconds."""
+
+    def __init__(self, *_words, **_options) -> None: ...
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_error) -> None: ...
+
+    def submit(self, function, *words) -> Future:
+        future: Future = Future()
+        try:
+            future.set_result(function(*words))
+        except BaseException as error:
+            future.set_exception(error)
+        return future
+
+    def shutdown(self, **_options) -> None: ...
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A comparison's cells run in this process."""
+    monkeypatch.setattr(cells, "ProcessPoolExecutor", InThisProcess)
 
 
 @pytest.fixture
