@@ -61,7 +61,7 @@ def test_one_size_where_the_model_has_one():
         ("twins_svt_small", {"img_size": 64, "depths": (1, 1, 1, 1)}, (64, 64)),
         ("sequencer2d_s", {"img_size": 64, "layers": (1, 1, 1, 1)}, (64, 64)),
         ("naflexvit_base_patch16_gap", {"img_size": 64, "depth": 1}, (64, 64)),
-        ("gmlp_s16_224", {"img_size": 64, "num_blocks": 1}, (64, 64)),
+        ("gmlp_s16_224", {"img_size": 64}, (64, 64)),
         ("hiera_tiny_224", {"img_size": 64, "stages": (1, 1, 1, 1)}, (64, 64)),
         ("vit_tiny_patch16_224", {"img_size": (32, 64), "depth": 1}, (32, 64)),
         ("efficientvit_m0", {"img_size": 64}, (64, 64)),
@@ -245,8 +245,8 @@ def test_the_keys_of_a_dictionary_without_logits_are_named():
 @pytest.mark.parametrize(
     ("name", "args"),
     [
-        ("swin_tiny_patch4_window7_224", {"img_size": 64, "depths": (1, 1, 1, 1)}),
-        ("resnet18", {"layers": (1, 1, 1, 1)}),
+        ("swin_tiny_patch4_window7_224", {"img_size": 64}),
+        ("resnet18", {}),
         (
             "vit_tiny_patch16_224",
             {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 24, "num_heads": 3},
