@@ -5,19 +5,39 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
 import small_world
 import torch
+from jaxtyping import config as shapes
 from small_world import MODEL, QUICK, TIMM, stepwell
 
 from stepwell.cli import main
+from stepwell.compare import cells
+from stepwell.measure import size
 from stepwell.measure.clock import Latency
 from stepwell.report import figures
 from stepwell.setting import export_trial
 from stepwell.stages import deliver
+
+
+@pytest.fixture(autouse=True, scope="module")  # a process has files of unit tests, too
+def _as_users_run_it() -> Iterator[None]:
+    """Without the check of every shape, half of a small run's time: `checked_shapes` turns it on."""
+    shapes.update("jaxtyping_disable", True)
+    yield
+    shapes.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def checked_shapes() -> Iterator[None]:
+    """Every function of the package says so if a tensor is not what it is annotated as; as in unit tests."""
+    shapes.update("jaxtyping_disable", False)
+    yield
+    shapes.update("jaxtyping_disable", True)
 
 
 @pytest.fixture(scope="session")
@@ -74,26 +94,74 @@ def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
     return folder
 
 
+@pytest.fixture(autouse=True)
+def _no_trial(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before a run begins, an export to ONNX is tried: seconds, for the slow tests and for those about it."""
+    if request.node.get_closest_marker("slow") is None and "no_onnx" not in request.fixturenames:
+        monkeypatch.setattr(export_trial, "why_not_onnx", lambda *_: "")
+
+
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out what takes nine tenths of the time of so small a run: ONNX files, timing, and the report."""
     without_files(monkeypatch)
 
 
-def without_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    def export_nothing(model, spec, file, images, **_options):
-        file.write_bytes(b"no ONNX in this test")
-        return 0.0
+@pytest.fixture
+def untimed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the ONNX files that are only timed: the student's, and the report, are written."""
+    without_times(monkeypatch)
 
+
+def without_files(monkeypatch: pytest.MonkeyPatch) -> None:
     def write_nothing(*words):
         words[3].write_text("no report in this test")
 
+    without_times(monkeypatch)
+    monkeypatch.setattr(deliver, "export_onnx", export_nothing)
+    monkeypatch.setattr(deliver, "write_report", write_nothing)
+
+
+def without_times(monkeypatch: pytest.MonkeyPatch) -> None:
     latency = Latency(onnx_batch1=1, onnx_batch32=1, eager_batch1=1, eager_batch32=1, threads=1)
     monkeypatch.setattr(figures, "export_onnx", export_nothing)
     monkeypatch.setattr(figures, "measure_latency", lambda *_: latency)
-    monkeypatch.setattr(deliver, "export_onnx", export_nothing)
     monkeypatch.setattr(export_trial, "why_not_onnx", lambda *_: "")
-    monkeypatch.setattr(deliver, "write_report", write_nothing)
+    # Where there are so few numbers, counting on them takes a tenth of the time, and says the same
+    # (unit/test_measure.py).
+    monkeypatch.setattr(size, "_counted", size._counted_with_numbers)
+
+
+def export_nothing(model, spec, file, images, **_options) -> float:
+    file.write_bytes(b"no ONNX in this test")
+    return 0.0
+
+
+class InThisProcess:
+    """A pool of processes without processes: each start of one takes seconds."""
+
+    def __init__(self, *_words, **_options) -> None: ...
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_error) -> None: ...
+
+    def submit(self, function, *words) -> Future:
+        future: Future = Future()
+        try:
+            future.set_result(function(*words))
+        except BaseException as error:
+            future.set_exception(error)
+        return future
+
+    def shutdown(self, **_options) -> None: ...
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A comparison's cells run in this process."""
+    monkeypatch.setattr(cells, "ProcessPoolExecutor", InThisProcess)
 
 
 @pytest.fixture

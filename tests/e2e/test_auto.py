@@ -128,7 +128,7 @@ def test_where_the_joint_training_is_too_short_all_of_it_is_a_single_step(run_wo
 
 @pytest.mark.slow
 @pytest.mark.parametrize("better", ["assistant", "teacher"])
-def test_every_file_is_written(run_words, tmp_path, monkeypatch, better):
+def test_every_file_is_written(run_words, tmp_path, monkeypatch, untimed, better):
     monkeypatch.setattr(auto, "judge", lambda _performances: better)
     stepwell("compress", *run_words(*AUTO))
     result = result_of(tmp_path / "run")
@@ -272,7 +272,7 @@ def test_trials_that_would_say_little_are_not_made(run_words, monkeypatch, capsy
     assert spent_but_scores(s) == pytest.approx(s.costs(finished.ladder.scales).single_step(BUDGET))
 
 
-def test_every_rate_diverges(fails, run_words, tmp_path):
+def test_every_rate_diverges(fails, run_words, tmp_path, quick):
     line = fails("compress", *run_words("--tune-lrs", 1e30, 1e29), after_work=True)
     assert line == (
         "stepwell: tune: every learning rate diverged (1e+29 1e+30); "

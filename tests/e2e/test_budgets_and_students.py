@@ -9,6 +9,7 @@ import torch
 from small_world import QUICK, SMALL, stepwell
 
 import stepwell as package
+from conftest import without_times
 from stepwell.cli import main
 from stepwell.measure.size import num_params
 from stepwell.models.card import read_card
@@ -31,7 +32,9 @@ def taught(tmp_path_factory, data, teacher):
     """A finished run whose student is a narrower, shallower ViT with finer patches."""
     run = tmp_path_factory.mktemp("taught") / "run"
     words = ("--teacher", teacher, "--data", data, "--out", run, *QUICK, *OTHER)
-    stepwell("compress", *words, "--control", "equal_epochs")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        without_times(monkeypatch)
+        stepwell("compress", *words, "--control", "equal_epochs")
     return run
 
 
@@ -79,7 +82,7 @@ def test_it_learns_from_the_assistant(data, teacher, taught, tmp_path, quick):
 
 
 @pytest.mark.slow
-def test_resumed_equals_uninterrupted(data, teacher, taught, tmp_path):
+def test_resumed_equals_uninterrupted(data, teacher, taught, tmp_path, quick):
     """Random weights and projections come from the seed, not from what ran before."""
     out = tmp_path / "run"
     words = ("--teacher", teacher, "--data", data, "--out", out, *QUICK, *OTHER, "--control", "equal_epochs")

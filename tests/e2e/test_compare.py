@@ -15,6 +15,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from small_world import QUICK, stepwell, write_images
 
+from conftest import InThisProcess
 from stepwell.cli import main, parse
 from stepwell.commands.compare import check
 from stepwell.compare import cells, paper, scales, suites
@@ -41,32 +42,6 @@ ROWS = [
     "amd, sp",
     "single-step, compute of amd, sp",
 ]
-
-
-class InThisProcess:
-    """A pool of processes without processes: each start of one takes seconds."""
-
-    def __init__(self, *_words, **_options) -> None: ...
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_error) -> None: ...
-
-    def submit(self, function, *words) -> Future:
-        future: Future = Future()
-        try:
-            future.set_result(function(*words))
-        except BaseException as error:
-            future.set_exception(error)
-        return future
-
-    def shutdown(self, **_options) -> None: ...
-
-
-@pytest.fixture
-def here(monkeypatch):
-    monkeypatch.setattr(cells, "ProcessPoolExecutor", InThisProcess)
 
 
 @pytest.fixture(scope="module")

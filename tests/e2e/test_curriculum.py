@@ -139,7 +139,7 @@ def test_others_see_their_own_images_and_return_the_classes_of_the_last(
     assert s.teacher_is_ours
 
 
-def test_they_are_compared_with_controls_of_the_same_compute(data, teacher, other_vit, tmp_path, quick):
+def test_they_are_compared_with_controls_of_the_same_compute(data, teacher, other_vit, tmp_path, quick, here):
     command = ("--teacher", teacher, "--teachers", other_vit, "--data", data, "--out", tmp_path / "out")
     more = ("--paths", "single-step", "curriculum", "--seeds", 0, "--keep", 0.1, "--epochs", 0.5)
     stepwell("compare", *command, *more, "--batch-size", 16)

@@ -39,7 +39,7 @@ def test_the_student_is_narrower_everywhere(run):
 
 
 @pytest.mark.slow
-def test_the_report_and_an_onnx_file(teacher, data, tmp_path):
+def test_the_report_and_an_onnx_file(teacher, data, tmp_path, untimed):
     stepwell("compress", "--teacher", teacher, "--data", data, "--out", tmp_path / "run", *ALL)
     assert not Result.load(tmp_path / "run" / "result.json").not_exported
     assert "of its heads, neurons and channels." in (tmp_path / "run" / "report.html").read_text()
@@ -102,7 +102,7 @@ def test_every_path_and_losses_on_states_of_other_widths(teacher, data, tmp_path
     ],
     ids=["cnn", "swin"],
 )  # fmt: skip
-def test_a_pyramid_is_narrower_in_every_stage(model, data, tmp_path):
+def test_a_pyramid_is_narrower_in_every_stage(model, data, tmp_path, untimed):
     words = ("--data", data, "--epochs", 1, "--batch-size", 16)
     stepwell("train", *model, "--no-pretrained", *words, "--out", tmp_path / "teacher")
     words = ("--teacher", tmp_path / "teacher", "--data", data, "--out", tmp_path / "run", *ALL)

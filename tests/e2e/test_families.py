@@ -9,6 +9,7 @@ import torch
 from small_world import QUICK, stepwell, student_weights
 
 import stepwell as package
+from conftest import without_times
 from stepwell.measure.size import num_params
 from stepwell.report.result import Result
 
@@ -37,7 +38,9 @@ def run(request, tmp_path_factory, data):
         "--round-to",
         2,
     )
-    stepwell("compress", *words, "--keep", "0.3", "--control", "equal_epochs")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        without_times(monkeypatch)
+        stepwell("compress", *words, "--keep", "0.3", "--control", "equal_epochs")
     return folder / "run"
 
 

@@ -31,7 +31,7 @@ def test_born_again_ends_in_a_student_and_costs_what_it_says(data, teacher, tmp_
     path = path_of_the_guide()
     words = ["--teacher", teacher, "--data", data, "--out", tmp_path / "out", *QUICK, *student]
     config = cli.parse("compress", CompressConfig, [str(word) for word in words])
-    finished = path.descend(begin(config), lambda s, finished: (s, finished))
+    finished = path.descend(begin(config, exports=False), lambda s, finished: (s, finished))
     s, models = finished
     assert list(s.run.stages) == ["score", "grid", "plan", "parent", "distill"]
     assert [assistant.keep_ratio for assistant in models.assistants] == [models.student.keep_ratio]

@@ -162,7 +162,7 @@ def test_a_student_of_one_logit(tmp_path, quick):
 
 
 @pytest.mark.slow
-def test_compare_knows_the_order(words, tmp_path, quick):
+def test_compare_knows_the_order(words, tmp_path, quick, here):
     out = tmp_path / "compared"
     stepwell("compare", *words, "--out", out, "--paths", "single-step", "--seeds", 0, "--no-controls")
     (cell,) = (out / "cells").glob("*.json")

@@ -176,7 +176,7 @@ def test_another_loss_on_states_of_a_teacher_that_no_family_knows_is_behind_its_
         *("--teacher", "test_mambaout", "--image-size", 32, "--data", data, "--out", tmp_path / "run"),
         *("--path", "scalekd", *WORDS[:6], "--feature-loss", "fitnet", "--epochs", 0.5, "--batch-size", 8),
     )
-    s = begin(config, teacher)
+    s = begin(config, teacher, exports=False)
     assert s.groups == []
     assert s.compared(True) == (("layer1", "layer4"), ("stages.2", "stages.3"))
     assert s.costs([1.0]).loss > 0

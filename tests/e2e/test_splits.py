@@ -76,7 +76,7 @@ def test_what_is_shown_by_the_name_of_a_split_are_its_images(data, teacher, tmp_
     """Compared pixel by pixel, for every kind of batches that a stage can take."""
     seen = Recorder()
     words = ("--teacher", teacher, "--data", data, "--out", tmp_path / "out", *QUICK)
-    s = begin(config_of(*words, "--augment", "none", "--score-images", 20), observer=seen)
+    s = begin(config_of(*words, "--augment", "none", "--score-images", 20), observer=seen, exports=False)
     images = data_of(tmp_path / "out")
     for split, batches, of_split in (
         ("training", s.train.epoch(0), images.train),
@@ -95,7 +95,8 @@ def test_what_is_shown_by_the_name_of_a_split_are_its_images(data, teacher, tmp_
 
 def test_a_batch_of_scored_images_holds_all_classes(data, teacher, tmp_path):
     """In the order of the folders it would hold one, and BatchNorm statistics would miss what is between."""
-    s = begin(config_of("--teacher", teacher, "--data", data, "--out", tmp_path / "out", *QUICK))
+    words = ("--teacher", teacher, "--data", data, "--out", tmp_path / "out", *QUICK)
+    s = begin(config_of(*words), exports=False)
     batches = [batch.labels.unique().tolist() for batch in s.scored if len(batch.labels) == 16]
     assert batches == [[0, 1, 2]] * 3
 

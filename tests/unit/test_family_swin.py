@@ -30,7 +30,7 @@ from stepwell.stages.grid import make_grid
 from stepwell.stages.score import importance_by_gradient
 from tiny import NUM_CLASSES, FixedEval, random_batches, random_images
 
-RATIOS = (0.1, 0.5, 0.9)
+RATIOS = (0.1, 0.6)
 SPEC = InputSpec((32, 32), 3, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 # Maps of 8 x 8 and 4 x 4: several windows, shifted in the second block; and then a single window.
 TINY = {

@@ -30,7 +30,7 @@ from stepwell.pruning.units import Candidate, Group, Slice, tensors_of
 from stepwell.stages.score import importance_by_gradient
 from tiny import FixedEval
 
-RATIOS = (0.1, 0.5, 0.9)
+RATIOS = (0.1, 0.6)
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 4, "num_classes": 5}
 
 

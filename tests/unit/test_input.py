@@ -58,11 +58,11 @@ def test_one_size_where_the_model_has_one():
 @pytest.mark.parametrize(
     ("name", "args", "size"),
     [
-        ("twins_svt_small", {"img_size": 64}, (64, 64)),
-        ("sequencer2d_s", {"img_size": 64}, (64, 64)),
+        ("twins_svt_small", {"img_size": 64, "depths": (1, 1, 1, 1)}, (64, 64)),
+        ("sequencer2d_s", {"img_size": 64, "layers": (1, 1, 1, 1)}, (64, 64)),
         ("naflexvit_base_patch16_gap", {"img_size": 64, "depth": 1}, (64, 64)),
         ("gmlp_s16_224", {"img_size": 64}, (64, 64)),
-        ("hiera_tiny_224", {"img_size": 64}, (64, 64)),
+        ("hiera_tiny_224", {"img_size": 64, "stages": (1, 1, 1, 1)}, (64, 64)),
         ("vit_tiny_patch16_224", {"img_size": (32, 64), "depth": 1}, (32, 64)),
         ("efficientvit_m0", {"img_size": 64}, (64, 64)),
         ("vit_tiny_patch16_224", {"depth": 1}, (224, 224)),

@@ -9,7 +9,7 @@ import timm
 import torch
 
 from stepwell.data.spec import InputSpec
-from stepwell.measure.size import count_macs, num_params
+from stepwell.measure.size import _counted, _counted_with_numbers, count_macs, num_params
 from stepwell.pruning.families import find_groups
 from stepwell.pruning.skeleton import build_skeleton, fill, leading_units
 from stepwell.tasks.classification import Answers, evaluate, mcnemar, predict, wilson_interval
@@ -94,6 +94,15 @@ def test_a_branch_on_values_is_counted():
     layers = (torch.nn.Conv2d(3, 4, 1), torch.nn.Flatten(), torch.nn.Linear(4 * 256, 5))
     skeleton = build_skeleton(Branching(*layers), [], {})
     assert count_macs(skeleton, SPEC) == 3 * 4 * 256 + 4 * 256 * 5
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_numbers_are_counted_as_shapes_are(variant):
+    """End-to-end tests of tiny models count so."""
+    model = tiny_vit(**VARIANTS[variant])
+    shapes, numbers = (count(model, SPEC).get_flop_counts() for count in (_counted, _counted_with_numbers))
+    assert shapes == numbers
+    assert shapes["Global"]
 
 
 def test_counting_leaves_the_model_as_it_was():

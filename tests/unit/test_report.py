@@ -342,6 +342,7 @@ def test_every_path_says_how_it_went():
     assert dgkd.words(2) == "It went down via 2 given assistants, each taught by all larger ones."
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_groups_of_any_kind_are_shown(write):
     candidates = [
         c.model_dump() | {"widths": {"layer1.conv2": 7, "stem": 3}} for c in make_result().candidates

@@ -19,7 +19,7 @@ from stepwell.pruning.skeleton import build_skeleton, fill, leading_units
 from stepwell.pruning.units import tensors_of
 from stepwell.stages.grid import make_grid
 
-RATIOS = [i / 10 for i in range(1, 10)]
+RATIOS = [i / 10 for i in range(1, 10, 2)]
 
 
 def cut(model: nn.Module, ratio: float) -> nn.Module:

@@ -45,22 +45,20 @@ class Observed(nn.Module):
         states: list[Tensor] = []
         read: list[Tensor] = []
 
-        def keep(_module: nn.Module, _inputs: object, output: Any) -> None:  # noqa: ANN401  (whatever it is)
-            states.append(tensor_of(output))
-
-        def read_by_classifier(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            read.append(inputs[0])
-
         def read_by_last(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             read[:] = inputs[:1]  # the last to run is the classifier
 
         with ExitStack() as stack:
             for name in self.blocks:
-                handle = self.model.get_submodule(name).register_forward_hook(keep)
+                block = self.model.get_submodule(name)
+                handle = block.register_forward_hook(
+                    lambda _block, _inputs, out: states.append(tensor_of(out))
+                )
                 stack.callback(handle.remove)
             if self.classifier is not None:
                 classifier = self.model.get_submodule(self.classifier)
-                stack.callback(classifier.register_forward_pre_hook(read_by_classifier).remove)
+                handle = classifier.register_forward_pre_hook(lambda _layer, inputs: read.append(inputs[0]))
+                stack.callback(handle.remove)
             if self.is_dense:
                 for layer in self.model.modules():
                     if isinstance(layer, nn.Conv2d):

@@ -50,12 +50,16 @@ def _counted(model: nn.Module, spec: InputSpec) -> FlopCounterMode:
         shadow = shadow_of(model, "meta").to("meta")
         return _count(shadow, torch.empty(1, spec.channels, *spec.size, device="meta"))
     except (RuntimeError, NotImplementedError):  # what a tensor without numbers says when it is asked for one
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            shadow = shadow_of(model, "cpu").to("cpu")
-            for parameter in shadow.parameters():
-                nn.init.normal_(parameter, std=0.02)
-            return _count(shadow, torch.randn(1, spec.channels, *spec.size))
+        return _counted_with_numbers(model, spec)
+
+
+def _counted_with_numbers(model: nn.Module, spec: InputSpec) -> FlopCounterMode:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        shadow = shadow_of(model, "cpu").to("cpu")
+        for parameter in shadow.parameters():
+            nn.init.normal_(parameter, std=0.02)
+        return _count(shadow, torch.randn(1, spec.channels, *spec.size))
 
 
 def shadow_of(model: nn.Module, device: str) -> nn.Module:

@@ -17,7 +17,7 @@ from typing import get_args
 from torch import nn
 
 from stepwell.config.path_options import Rule, SelectOptions
-from stepwell.measure.size import count_macs, num_params
+from stepwell.measure.size import num_params
 from stepwell.models.ladder import Ladder
 from stepwell.pruning.units import Candidate
 from stepwell.report.result import CandidateResult, Choice, SelectionResult
@@ -45,8 +45,8 @@ def select(s: Setting, ladder: Ladder, models: Iterable[nn.Module]) -> Choice:
     """
     with s.run.stage("select", Choice) as stage:
         if stage.is_new:
-            pairs = zip(ladder.candidates, models, strict=True)
-            candidates = [candidate_result(s, candidate, model) for candidate, model in pairs]
+            rungs = zip(ladder.candidates, ladder.scales, models, strict=True)
+            candidates = [candidate_result(s, *rung) for rung in rungs]
             teacher = s.task.evaluate(s.model, s.selection, "select: teacher").performance(s.metric)
             index, selection = choose(
                 candidates, teacher, s.config, s.metric, len(s.data.selection), s.other_scale
@@ -91,18 +91,17 @@ def select_student(s: Setting, tried: Sequence[tuple[Rung, Rung]]) -> int:
     return stage.result.index
 
 
-def candidate_result(s: Setting, candidate: Candidate, model: nn.Module) -> CandidateResult:
-    """One candidate on the selection images."""
+def candidate_result(s: Setting, candidate: Candidate, scale: float, model: nn.Module) -> CandidateResult:
+    """One candidate on the selection images; `scale` is its share of the teacher's MACs."""
     meter = s.task.evaluate(model, s.selection, f"select: candidate {candidate.keep_ratio:g}")
-    macs = count_macs(model, s.spec)
     return CandidateResult(
         keep_ratio=candidate.keep_ratio,
-        scale=macs / s.teacher_macs,
+        scale=scale,
         quality=meter.quality,
         quality_interval=meter.quality_interval,
         log_likelihood=meter.log_likelihood,
         num_params=num_params(model),
-        macs=macs,
+        macs=round(scale * s.teacher_macs),
         widths=dict(candidate.widths),
     )
 
