@@ -16,7 +16,7 @@ from jaxtyping import config as shapes
 from small_world import MODEL, QUICK, TIMM, stepwell
 
 from stepwell.cli import main
-from stepwell.compare import cells
+from stepwell.compare import pool
 from stepwell.measure import size
 from stepwell.measure.clock import Latency
 from stepwell.report import figures
@@ -161,7 +161,7 @@ class InThisProcess:
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
     """A comparison's cells run in this process."""
-    monkeypatch.setattr(cells, "ProcessPoolExecutor", InThisProcess)
+    monkeypatch.setattr(pool, "ProcessPoolExecutor", InThisProcess)
 
 
 @pytest.fixture
