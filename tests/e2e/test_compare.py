@@ -18,7 +18,7 @@ from small_world import QUICK, stepwell, write_images
 from conftest import InThisProcess
 from stepwell.cli import main, parse
 from stepwell.commands.compare import check
-from stepwell.compare import cells, paper, scales, suites
+from stepwell.compare import paper, pool, scales, suites
 from stepwell.compare.arms import Arm, Row, arms_of, cell_of, costs, run_arms
 from stepwell.compare.cells import CellResult, options_of
 from stepwell.compare.table import as_json, as_markdown, as_plot, as_table
@@ -49,7 +49,7 @@ def compared(tmp_path_factory, data, teacher):
     """Two paths with two losses, with two seeds."""
     out = tmp_path_factory.mktemp("compared") / "out"
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(cells, "ProcessPoolExecutor", InThisProcess)
+        monkeypatch.setattr(pool, "ProcessPoolExecutor", InThisProcess)
         stepwell(*command(teacher, data, out), *PATHS)
     return out
 
@@ -394,7 +394,7 @@ def test_a_process_that_is_killed_is_one_line(teacher, data, tmp_path, capsys, m
             future.set_exception(BrokenProcessPool("A process was terminated abruptly"))
             return future
 
-    monkeypatch.setattr(cells, "ProcessPoolExecutor", Killed)
+    monkeypatch.setattr(pool, "ProcessPoolExecutor", Killed)
     line = refusal([*command(teacher, data, tmp_path / "out"), "--seeds", "0"], capsys)
     assert "first seed: a process ended without a word" in line
     assert "fewer --jobs" in line
