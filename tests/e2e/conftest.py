@@ -92,6 +92,7 @@ def without_files(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(figures, "export_onnx", export_nothing)
     monkeypatch.setattr(figures, "measure_latency", lambda *_: latency)
     monkeypatch.setattr(deliver, "export_onnx", export_nothing)
+    monkeypatch.setattr(deliver, "takes_any_size", lambda _file: False)
     monkeypatch.setattr(export_trial, "why_not_onnx", lambda *_: "")
     monkeypatch.setattr(deliver, "write_report", write_nothing)
 
