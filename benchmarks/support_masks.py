@@ -4,8 +4,8 @@
     python benchmarks/support_masks.py --only smp --again
 
 As support.py does it for classifiers: random weights, a random ranking, and for each keep ratio `exact`,
-`backward` and `reload`; then, in a second round and of the smallest slice alone, since it takes longest, `onnx`:
-exported for images of any size, and run by onnxruntime on two sizes. Writes
+`backward` and `reload`; then, in a second round and of the smallest slice alone, since it takes longest,
+`onnx`: exported for images of any size, and run by onnxruntime on two sizes. Writes
 benchmarks/results/support-masks.json and its section of docs/supported.md; needs segmentation-models-pytorch.
 """
 
@@ -210,9 +210,9 @@ def section(done: Mapping[str, Any]) -> str:
         "Written by `benchmarks/support_masks.py`; do not edit. Models for [masks](guide/segmentation.md),",
         f"encoder and decoder together, at keep ratios {ratios} and 64 x 96 pixels (PAN: 128 x 192).",
         "",
-        f"`onnx`: at {RATIOS[0]:g}, exported for images of any height and width, and run by onnxruntime on two",
-        "sizes. *Apart*: convolutions of a concatenation that were taken apart, so that each part is cut by",
-        "itself. Those of transformers are small ones, that of UperNet over a ResNet.",
+        f"`onnx`: at {RATIOS[0]:g}, exported for images of any height and width, and run by onnxruntime on",
+        "two sizes. *Apart*: convolutions of a concatenation that were taken apart, so that each part is cut",
+        "by itself. Those of transformers are small ones, that of UperNet over a ResNet.",
         "",
         "| model | " + " | ".join(CHECKS) + " | apart | params at 0.1 | MACs at 0.1 |",
         "|---|" + "---|" * len(CHECKS) + "---:|---:|---:|",
