@@ -12,7 +12,7 @@ Every model has random weights and a random ranking. For each keep ratio:
     export     torch.export with a dynamic batch, agrees to 1e-5
     compile    torch.compile(fullgraph=True, backend="aot_eager"), one graph, agrees to 1e-5
 
-Writes benchmarks/results/support.json and docs/supported.md.
+Writes benchmarks/results/support.json and docs/supported.md; the section on masks is support_masks.py's.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ import random
 import re
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ from stepwell.measure.size import count_macs, num_params
 from stepwell.models.card import Card, load, save_model
 from stepwell.models.export import export_onnx, export_program
 from stepwell.models.input import with_image_size
-from stepwell.models.teacher import teacher_from_module
+from stepwell.models.teacher import Teacher, teacher_from_module
 from stepwell.pruning.prove import difference
 from stepwell.pruning.ranking import uniform_scores
 from stepwell.pruning.skeleton import build_skeleton, fill, leading_units, sort_units
@@ -50,11 +51,15 @@ from stepwell.run.atomic import write_atomically
 from stepwell.setting.channels import with_channels
 from stepwell.setting.prepare import groups_of
 from stepwell.stages.grid import make_grid
+from stepwell.tasks.outputs import is_dense
 
 RATIOS = (0.1, 0.3, 0.5, 0.7, 0.9)
 CHECKS = ("exact", "backward", "reload", "onnx", "export", "compile")
 PAGE = Path(__file__).parent.parent / "docs" / "supported.md"
 FILE = RESULTS / "support.json"
+NUM_CLASSES = 10
+MASKS = "## Masks"
+"""From this line on the page is support_masks.py's."""
 
 # Small inputs: what can be cut does not depend on them.
 SMALL = {"img_size": 64}
@@ -166,7 +171,8 @@ def main() -> None:
             done[name] = {"family": todo[name], "commit": commit(), **future.result()}
             write_atomically(FILE, json.dumps(dict(sorted(done.items())), indent=1) + "\n")
             print(f"{number}/{len(todo)} {name}: {summary(done[name])}", flush=True)
-    write_atomically(PAGE, page(done))
+    _, masks, its = PAGE.read_text().partition(MASKS)
+    write_atomically(PAGE, page(done) + ("\n" + masks + its if masks else ""))
 
 
 def models() -> dict[str, str]:
@@ -190,6 +196,11 @@ def build(name: str) -> nn.Module:
             model = torchvision.models.get_model(plain, weights=None, num_classes=10)
         case _:
             model = from_transformers(plain)
+    return awake(model)
+
+
+def awake(model: nn.Module) -> nn.Module:
+    """In eval mode; none of its scales and shifts is 0 or 1 any more."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim <= 1:
@@ -222,7 +233,7 @@ def check(name: str) -> dict[str, Any]:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     try:
-        return {"ratios": {}, **Checked(name).record()}
+        return {"ratios": {}, **Checked.of_classes(name).record()}
     except Exception as error:
         return {"error": one_line(error), "ratios": {}}
 
@@ -230,21 +241,29 @@ def check(name: str) -> dict[str, Any]:
 class Checked:
     """One model with a random ranking of its units."""
 
-    def __init__(self, name: str) -> None:
-        self.original = build(name)
-        teacher = teacher_from_module(self.original, None)
+    def __init__(
+        self, teacher: Teacher, original: nn.Module, groups: list[Any], ratios: Sequence[float] = RATIOS
+    ) -> None:
+        self.original, self.groups = original, groups
         self.model, self.spec, self.architecture = teacher.model, teacher.spec, teacher.architecture
-        if not hasattr(self.model, "patch_embed") and name.startswith(CONVOLUTIONAL):
-            self.spec = with_image_size(self.spec, self.model, min(64, self.spec.size[0]))
-        self.groups = groups_of(self.model, self.spec, False, None, DataOptions())
         rng = random.Random(0)
-        order = {g.name: rng.sample(range(g.num_units), g.num_units) for g in self.groups}
-        scores = {g.name: [rng.random() for _ in range(g.num_units)] for g in self.groups}
-        self.candidates = make_grid(self.groups, scores, RATIOS, GridOptions())
-        self.weights = sort_units(tensors_of(self.model), self.groups, order)
-        whole = build_skeleton(self.model, self.groups, {g.name: g.num_units for g in self.groups})
+        order = {g.name: rng.sample(range(g.num_units), g.num_units) for g in groups}
+        scores = {g.name: [rng.random() for _ in range(g.num_units)] for g in groups}
+        self.candidates = make_grid(groups, scores, ratios, GridOptions())
+        self.weights = sort_units(tensors_of(self.model), groups, order)
+        whole = build_skeleton(self.model, groups, {g.name: g.num_units for g in groups})
         self.sorted_model = fill(whole, self.weights).eval()
         self.images = torch.randn(4, self.spec.channels, *self.spec.size)
+
+    @classmethod
+    def of_classes(cls, name: str) -> Checked:
+        """A classifier by its name in the table."""
+        original = build(name)
+        teacher = teacher_from_module(original, None)
+        if not hasattr(teacher.model, "patch_embed") and name.startswith(CONVOLUTIONAL):
+            small = with_image_size(teacher.spec, teacher.model, min(64, teacher.spec.size[0]))
+            teacher = replace(teacher, spec=small)
+        return cls(teacher, original, groups_of(teacher.model, teacher.spec, False, None, DataOptions()))
 
     def record(self) -> dict[str, Any]:
         """Sizes, and the checks of every candidate."""
@@ -269,25 +288,29 @@ class Checked:
         """Sizes of one slice, and what works with it."""
         skeleton = build_skeleton(self.model, self.groups, widths)
         small = fill(skeleton, leading_units(self.weights, skeleton, self.groups, widths)).eval()
-        spec, images = self.spec, self.images
         card = Card(
             architecture=self.architecture,
             widths=dict(widths),
-            classes=[str(i) for i in range(10)],
-            input=spec,
+            classes=[str(i) for i in range(NUM_CLASSES)],
+            input=self.spec,
+            task="segmentation" if is_dense(small) else "classification",
         )
         with tempfile.TemporaryDirectory() as temporary:
-            folder = Path(temporary)
-            checks: dict[str, Callable[[], object]] = {
-                "exact": lambda: exact(self.sorted_model, self.groups, widths, images),
-                "backward": lambda: backward(small, images),
-                "reload": lambda: reload(small, card, folder, images, self.original),
-                "onnx": lambda: export_onnx(small, spec, folder / "model.onnx", images, tolerance=1e-5),
-                "export": lambda: export_program(small, spec, folder / "model.pt2", images),
-                "compile": lambda: compiled(small, images),
-            }
+            checks = self.checks(small, card, Path(temporary))
             results = {check_name: passed(run) for check_name, run in checks.items()}
-        return {"num_params": num_params(small), "macs": count_macs(small, spec), **results}
+        return {"num_params": num_params(small), "macs": count_macs(small, self.spec), **results}
+
+    def checks(self, small: nn.Module, card: Card, folder: Path) -> dict[str, Callable[[], object]]:
+        """What is tried with a slice; each raises what is wrong."""
+        spec, images = self.spec, self.images
+        return {
+            "exact": lambda: exact(self.sorted_model, self.groups, card.widths, images),
+            "backward": lambda: backward(small, images),
+            "reload": lambda: reload(small, card, folder, images, self.original),
+            "onnx": lambda: export_onnx(small, spec, folder / "model.onnx", images, tolerance=1e-5),
+            "export": lambda: export_program(small, spec, folder / "model.pt2", images),
+            "compile": lambda: compiled(small, images),
+        }
 
 
 def passed(run: Callable[[], object]) -> str:
