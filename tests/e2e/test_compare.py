@@ -33,6 +33,7 @@ from stepwell.pruning.skeleton import build_skeleton
 from stepwell.stages.grid import make_grid
 from stepwell.tasks import classification
 
+LARGE = {*suites.TO_OTHERS, *suites.PAIRS} - {"vgg-pair"}
 PATHS = ("--paths", "single-step", "amd", "--feature-losses", "states", "sp", "--seeds", "0", "1")
 ROWS = [
     "single-step, states",
@@ -544,8 +545,8 @@ def test_a_plan_takes_options_and_refuses_what_a_comparison_refuses(capsys):
 @pytest.mark.parametrize(
     "suite",
     [
-        # Large models of many kinds, counted one after another.
-        pytest.param(suite, marks=[pytest.mark.slow] if suite in suites.TO_OTHERS else [])
+        # Large models of many kinds, counted one after another; of the pairs, one is not slow.
+        pytest.param(suite, marks=[pytest.mark.slow] if suite in LARGE else [])
         for suite in suites.ARMS
     ],
 )

@@ -122,7 +122,7 @@ def test_from_a_teacher_to_masks(folder, weights, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_single_step_resumes_to_the_bit(folder, weights, tmp_path, quick):
+def test_a_single_step_resumes_to_the_bit(folder, weights, tmp_path, untimed):
     words = ("compress", "--teacher", FACTORY, "--teacher-weights", weights, "--data", folder, *QUICK)
     words = (*words, "--path", "single-step", "--epochs", "1", "--class-weights", "1", "2", "2")
     for name in ("one", "two"):
