@@ -305,3 +305,8 @@ def test_in_a_comparison_the_share_comes_with_the_path_unless_it_is_given():
         assert amd.options.get("joint_share") is None
         assert found.options.get("joint_share") == share
     assert make_config(CompressConfig, {"path": "auto"}).joint_share == 0.4
+
+
+def test_a_single_step_is_its_own_control(compress_fails):
+    line = compress_fails("--path", "single-step", "--control", "equal_compute")
+    assert "is a single step from the teacher, so it is its own control: leave --control" in line
