@@ -65,11 +65,11 @@ def test_the_work_is_not_lost(words, reference, no_onnx, fails, tmp_path, capsys
     assert result.runtime == "PyTorch"
     assert result.student.latency_ms is result.student.latency.onnx_batch32 is None
     assert result.milliseconds(result.student) == result.student.latency.eager_batch1 > 0
-    assert result.notes[1:3] == [
+    assert set(result.notes) >= {
         f"The student has no ONNX file, its weights are all there is: {REASON}. stepwell export tries again.",
         "Times are compared in PyTorch, since the teacher and an assistant and the student could not be "
         "exported to ONNX.",
-    ]
+    }
     assert "latency: PyTorch, CPU, fp32, batch 1" in table
     assert f"student: {out / 'student'} (model.safetensors, stepwell.json)" in table
     report = (out / "report.html").read_text(encoding="utf-8")
