@@ -224,24 +224,31 @@ def section(done: Mapping[str, Any]) -> str:
             lines.append(f"| {name} | refused |" + " |" * (len(CHECKS) + 2))
             notes.append(f"- {name}: {record['error']}")
             continue
-        cells = []
-        for one in CHECKS[:3]:
-            results = [r[one] for r in record["ratios"].values()]
-            cells.append("✓" if set(results) == {"ok"} else f"{results.count('ok')} of {len(results)}")
-            notes += [f"- {name}, {one}: {reason}" for reason in sorted(set(results) - {"ok"})]
-        onnx = record.get("onnx", "-")
-        cells.append({"ok": "✓", "-": "-"}.get(onnx, "no"))
-        notes += [f"- {name}, onnx: {onnx}"] if cells[-1] == "no" else []
-        least = record["ratios"][f"{RATIOS[0]:g}"]
-        cells.append(str(record["taken_apart"]))
-        cells += [f"{100 * least[k] / record[k]:.1f} %" for k in ("num_params", "macs")]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        row, told = row_of(name, record)
+        lines.append(row)
+        notes += told
         whole += [f"- {name}: {layer}" for layer in record["stays_whole"]]
     if any("onnx" not in done[name] for name in done if "error" not in done[name]):
         lines += ["", "A `-` under `onnx`: not tried yet."]
     for title, those in (("What does not pass:", notes), ("What stays whole:", whole)):
         lines += ["", title, "", *those] if those else []
     return "\n".join(lines) + "\n"
+
+
+def row_of(name: str, record: Mapping[str, Any]) -> tuple[str, list[str]]:
+    """The row of a model that can be cut, and what does not pass."""
+    cells, notes = [], []
+    for one in CHECKS[:3]:
+        results = [r[one] for r in record["ratios"].values()]
+        cells.append("✓" if set(results) == {"ok"} else f"{results.count('ok')} of {len(results)}")
+        notes += [f"- {name}, {one}: {reason}" for reason in sorted(set(results) - {"ok"})]
+    onnx = record.get("onnx", "-")
+    cells.append({"ok": "✓", "-": "-"}.get(onnx, "no"))
+    notes += [f"- {name}, onnx: {onnx}"] if cells[-1] == "no" else []
+    cells.append(str(record["taken_apart"]))
+    least = record["ratios"][f"{RATIOS[0]:g}"]
+    cells += [f"{100 * least[k] / record[k]:.1f} %" for k in ("num_params", "macs")]
+    return f"| {name} | {' | '.join(cells)} |", notes
 
 
 if __name__ == "__main__":

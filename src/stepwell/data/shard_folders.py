@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -143,10 +143,7 @@ def _with_keys_of_their_own(
     if most == 1:
         return members
     say(f"{most} images of {folder} are called {name}: the name of its shard goes before each name")
-    keyed = [
-        _Member(f"{shards[m.shard].removesuffix(SHARD)}/{m.name}", m.name, m.shard, m.offset, m.size, m.label)
-        for m in members
-    ]
+    keyed = [replace(m, key=f"{shards[m.shard].removesuffix(SHARD)}/{m.name}") for m in members]
     if twice := [key for key, count in Counter(m.key for m in keyed).items() if count > 1]:
         raise DataError(f"{folder} holds {twice[0]} twice in one shard: make the shard again")
     return keyed

@@ -180,11 +180,11 @@ def say_what_is_not_read(options: CompressConfig) -> None:
     unread = [flag_of(name) for name in READ_BY if name in given and options.path not in READ_BY[name]]
     if unread:
         say(f"{', '.join(unread)}: not read with --path {options.path}")
+    elif "joint_share" in given and options.epochs is not None:
+        say("--joint-share: not read with --epochs; it is a share of --budget-epochs or --minutes")
     preset = PRESETS.get(options.preset, {}).get("budget_epochs")
     if preset is not None and options.budget != preset:
         say(f"--preset {options.preset} does nothing beside another length: it is --budget-epochs {preset:g}")
-    if not unread and "joint_share" in given and options.epochs is not None:
-        say("--joint-share: not read with --epochs; it is a share of --budget-epochs or --minutes")
 
 
 def check_no_repair(options: CompressConfig) -> None:

@@ -58,8 +58,8 @@ def more_sizes(
     for index in indices:
         rung, above = slice_of_store(shared, ladder, index), teachers[index]
         teacher = finished.get(above, _rung(s, ladder, shared, above)) if above is not None else teacher_of(s)
-        length, keep = plan.epochs[rung.keep_ratio], choice.candidates[index]
-        before = performance(keep.quality, keep.log_likelihood, s.metric)
+        length, candidate = plan.epochs[rung.keep_ratio], choice.candidates[index]
+        before = performance(candidate.quality, candidate.log_likelihood, s.metric)
         trial = try_out(s, ladder, size_stage(rung.keep_ratio), teacher, rung, length)
         if is_better := trial.performance is not None and trial.performance >= before:
             finished[index] = as_trained(rung, trial)
