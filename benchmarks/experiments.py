@@ -41,6 +41,28 @@ def narrower(teacher: dict[str, Any], **args: str) -> dict[str, Any]:
     return {"student": teacher["model"], "student_args": {**teacher["model_args"], **args}}
 
 
+# What a practitioner has: a pretrained network, tuned on a folder of photographs.
+CLOTHING: dict[str, Any] = {
+    "one_teacher": True,
+    "train": {
+        "model": "tf_efficientnet_lite0",
+        "image_size": 96,
+        "epochs": 10,
+        "lr": 1e-3,
+        "batch_size": 64,
+        "threads": 1,
+    },
+    "compress": {
+        "image_size": 96,
+        "threads": 1,
+        "lr": 2e-3,
+        "batch_size": 64,
+        "keep_ratio": 0.3,
+        "budget_epochs": 10,
+    },
+    "stock": {"student": "mobilenetv2_050", "budget_epochs": 10.9},
+}
+
 # `stock` is a network of about the student's operations, with the epochs that make its single step cost what
 # the others cost. `kept` and `alone` are such epochs too: where the teacher answers each of 5 views once
 # (which a run's own bill charges nobody with), and where no teacher is asked.
@@ -60,26 +82,19 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "stock": {"student": "cifar_resnet14", "budget_epochs": 17.4},
         "images_per_class": 200,
     },
-    # What a practitioner has: a pretrained network, tuned on a folder of photographs.
-    "clothing": {
-        "one_teacher": True,
-        "train": {
-            "model": "tf_efficientnet_lite0",
-            "image_size": 96,
-            "epochs": 10,
-            "lr": 1e-3,
-            "batch_size": 64,
-            "threads": 1,
-        },
-        "compress": {
-            "image_size": 96,
-            "threads": 1,
-            "lr": 2e-3,
-            "batch_size": 64,
-            "keep_ratio": 0.3,
-            "budget_epochs": 10,
-        },
-        "stock": {"student": "mobilenetv2_050", "budget_epochs": 10.9},
+    # Half of the student: to see whether what the gap says holds where it was not looked for.
+    "resnet44-few-keep-0.05": {
+        "teacher": "cifar_resnet44",
+        "compress": {**CIFAR, **IMAGENET, "lr": 8e-3, "keep_ratio": 0.05, "budget_epochs": 20},
+        "images_per_class": 200,
+        "methods": ("default", "auto", "single-step"),
+    },
+    "clothing": CLOTHING,
+    "clothing-keep-0.1": {
+        **CLOTHING,
+        "teacher_of": "clothing",
+        "compress": {**CLOTHING["compress"], "keep_ratio": 0.1},
+        "methods": ("default", "auto", "single-step"),
     },
     "vit-cifar10": {
         "one_teacher": True,
@@ -197,7 +212,10 @@ def arms() -> dict[str, dict[str, Any]]:
 
 
 def suits(name: str, arm: str) -> bool:
-    """Whether a setting has the arm: ladders begin with their smallest size, and some need its own budget."""
+    """Whether a setting has the arm: some have few, ladders begin with their smallest size, and some arms
+    need a budget of the setting's own."""
+    if arm not in SETTINGS[name].get("methods", arms()):
+        return False
     if arm in BUDGETS:
         return BUDGETS[arm][0] in SETTINGS[name]
     of_ladder = arm == "ladder" or arm.startswith(("single-step-0", "third-"))
@@ -241,7 +259,7 @@ def images(name: str, per_class: int | None, files: Path | None, out: Path) -> P
         demo.write_digits(out / "digits")
         return out / "digits"
     assert files is not None, "this setting needs --files"
-    if name == "clothing":
+    if name.startswith("clothing"):
         return unpack(files / FILES["clothing"], out / "clothing", "clothing160")
     if per_class is None:
         return unpack(files / FILES["cifar10"], out / "cifar10")
@@ -256,7 +274,7 @@ def teacher(name: str, data: Path, seed: int, options: argparse.Namespace) -> di
     given = {"pretrained": False, "data": str(data), "seed": seed, **setting["train"]}
     if given["model"] in FILES:
         given["weights"] = options.files / FILES[given["model"]]
-    folder = options.out / f"{name}-teacher-{seed}"
+    folder = options.out / f"{setting.get('teacher_of', name)}-teacher-{seed}"
     print(
         train.run(make_config(TrainConfig, {"device": options.device, "out_dir": folder, **given})),
         flush=True,

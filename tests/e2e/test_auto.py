@@ -6,7 +6,6 @@ import shutil
 from functools import partial
 
 import pytest
-from safetensors.torch import load_file
 from small_world import (
     SMALL,
     StopAfter,
@@ -18,34 +17,27 @@ from small_world import (
     stepwell,
     student_weights,
 )
+from torch import Tensor
+from torch.testing import assert_close
 
 from stepwell.cli import main
 from stepwell.commands import compress
-from stepwell.compare.arms import arms_of
-from stepwell.config.commands import CompareConfig, CompressConfig
+from stepwell.config.commands import CompareConfig
 from stepwell.config.files import make_config
-from stepwell.errors import ConfigError, DivergedError
+from stepwell.errors import ConfigError
 from stepwell.measure import cost
 from stepwell.measure.cost import Epochs
 from stepwell.paths import auto, path_of, plan, tune
 from stepwell.paths.begin import begin
+from stepwell.report.result import CandidateResult
 from stepwell.setting.bill import bill_of
-from stepwell.stages import distill
+from stepwell.setting.rungs import store_of
+from stepwell.training.loop import Trained
 
 BUDGET = 6
-STAGES = (
-    "score",
-    "grid",
-    "plan",
-    "joint",
-    "select",
-    "plan pilots",
-    "pilot assistant",
-    "pilot teacher",
-    "plan steps",
-    "distill",
-    "deliver",
-)
+PILOT = ("score", "grid", "plan", "pilot", "pilot select")
+NEAR = (*PILOT, "plan steps", "distill", "deliver")
+FAR = (*PILOT, "joint", "select", "plan steps", "distill", "deliver")
 AUTO = ("--path", "auto")
 
 
@@ -81,39 +73,73 @@ def spent_but_scores(s) -> float:
     return sum(passes for name, passes in bill_of(s.run).items() if name != "score")
 
 
-def diverges_at(name: str):
-    """Stands for the training of a stage: that of `name` diverges."""
-    fit = distill.fit
-
-    def stub(course, *rest):
-        if course.name == name:
-            raise DivergedError(f"{name}: loss became nan; finished stages are kept")
-        return fit(course, *rest)
-
-    return stub
+def tensors_of(s, name: str) -> dict[str, Tensor]:
+    """The weights that a finished stage has saved."""
+    return s.run.finished(name, Trained).tensors
 
 
 # --- auto
 
 
-@pytest.mark.parametrize("better", ["assistant", "teacher"])
+@pytest.mark.parametrize("gap", [0.0, 10.0])
 @pytest.mark.parametrize("recipe", [(), ("--keep-best", 1)])
-def test_the_better_pilot_goes_on_and_the_bill_is_the_budget(run_words, monkeypatch, better, recipe):
-    monkeypatch.setattr(auto, "judge", lambda _performances: better)
+def test_the_gap_says_who_teaches_and_the_bill_is_the_budget(run_words, monkeypatch, gap, recipe):
+    monkeypatch.setattr(auto, "gap_of", lambda _candidates: gap)
     s, finished = descended(run_words(*AUTO, *recipe))
-    assert tuple(s.run.stages) == STAGES[:-1]
+    assert tuple(s.run.stages) == (FAR if gap else NEAR)[:-1]
     costs = s.costs(finished.ladder.scales)
-    budget = costs.single_step(BUDGET)
+    budget, spent = costs.single_step(BUDGET), bill_of(s.run)
     assert spent_but_scores(s) == pytest.approx(budget)
-    spent = bill_of(s.run)
-    assert spent["joint"] == pytest.approx(0.4 * budget)
-    assert spent["pilot assistant"] == pytest.approx(0.1 * budget)
-    assert spent["pilot teacher"] == pytest.approx(0.1 * budget)
-    # The bill of before the choice is the budget, too.
+    assert spent["pilot"] + spent.get("joint", 0.4 * budget) == pytest.approx(0.5 * budget)
+    # The bill of before the look is the budget, too.
     expected = path_of("auto").bill(costs, s.run.stages["plan"], s.config)
     assert sum(expected.values()) - expected["score"] == pytest.approx(budget)
-    assert len(finished.assistants) == (better == "assistant")
-    assert f"so the {better} taught the student for the rest" in finished.way
+    assert len(finished.assistants) == (gap > 0)
+    assert f"was {gap:.2f} nats per image behind the best" in finished.way
+
+
+def test_the_student_that_the_teacher_goes_on_with_has_been_in_the_pilot(run_words, monkeypatch):
+    monkeypatch.setattr(auto, "gap_of", lambda _candidates: 0.0)
+    started = {}
+
+    def stub(_s, _ladder, _name, _teachers, student, _epochs):
+        started.update({key: value.clone() for key, value in student.model.state_dict().items()})
+        return student
+
+    monkeypatch.setattr(auto, "distill", stub)
+    s, finished = descended(run_words(*AUTO))
+    shared = store_of(s, finished.ladder)
+    shared.load(tensors_of(s, "pilot"))
+    assert_same_weights(started, dict(shared.extract(0).state_dict()))
+
+
+def test_the_joint_training_goes_on_where_the_pilot_stopped(run_words, monkeypatch):
+    """With a rate of nothing it ends where it began, which is not the teacher's own weights."""
+    monkeypatch.setattr(auto, "gap_of", lambda _candidates: 10.0)
+    rates = []
+    train = auto.joint
+
+    def stub(s, *words, **more):
+        rates.append(1e-3 if "pilot" in words else 1e-30)
+        return train(s.with_lr(rates[-1]), *words, **more)
+
+    monkeypatch.setattr(auto, "joint", stub)
+    s, finished = descended(run_words(*AUTO, "--weight-decay", 0))
+    assert rates == [1e-3, 1e-30]
+    pilot, after = (tensors_of(s, name) for name in ("pilot", "joint"))
+    for key in store_of(s, finished.ladder).parameters:
+        assert_close(after[key], pilot[key])
+
+
+def test_the_gap_is_nats_between_the_students_rung_and_the_best():
+    def candidate(log_likelihood, quality=50.0):
+        return CandidateResult.model_construct(log_likelihood=log_likelihood, quality=quality)
+
+    assert auto.gap_of([candidate(-1.5), candidate(-0.9), candidate(-1.1)]) == pytest.approx(0.6)
+    assert auto.gap_of([candidate(-0.5), candidate(-0.9)]) == 0.0
+    # Embeddings have no likelihood; one that answers at random may have a cosine below 0.
+    assert auto.gap_of([candidate(None, 40.0), candidate(None, 80.0)]) == pytest.approx(0.693147, abs=1e-6)
+    assert auto.gap_of([candidate(None, -3.0), candidate(None, 80.0)]) > 20
 
 
 @pytest.mark.parametrize("length", [("--budget-epochs", BUDGET), ("--epochs", BUDGET)])
@@ -123,91 +149,60 @@ def test_where_the_joint_training_is_too_short_all_of_it_is_a_single_step(run_wo
     assert list(s.run.stages) == ["score", "grid", "plan", "plan steps", "distill"]
     assert spent_but_scores(s) == pytest.approx(s.costs(finished.ladder.scales).single_step(BUDGET))
     assert finished.assistants == []
-    assert "with fewer than 50 there is no assistant worth a trial" in finished.way
+    assert "with fewer than 50 there is no assistant worth a look" in finished.way
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("better", ["assistant", "teacher"])
-def test_every_file_is_written(run_words, tmp_path, monkeypatch, untimed, better):
-    monkeypatch.setattr(auto, "judge", lambda _performances: better)
+@pytest.mark.parametrize("gap", [0.0, 10.0])
+def test_every_file_is_written(run_words, tmp_path, monkeypatch, untimed, gap):
+    monkeypatch.setattr(auto, "gap_of", lambda _candidates: gap)
     stepwell("compress", *run_words(*AUTO))
     result = result_of(tmp_path / "run")
-    assert (result.assistant is None) == (better == "teacher")
+    assert (result.assistant is None) == (gap == 0)
     assert result.path == "auto"
-    assert set(result.epochs) == {"joint", "pilot assistant", "pilot teacher", "distill"}
+    assert set(result.epochs) == {"pilot", "distill"} | ({"joint"} if gap else set())
     assert main(["inspect", str(tmp_path / "run")]) == 0
-    assert "trial: taught by the teacher" in (tmp_path / "run" / "report.html").read_text().lower()
+    page = (tmp_path / "run" / "report.html").read_text().lower()
+    assert "train all candidates together, for a first look" in page
 
 
-def test_stopped_after_every_stage(run_words, tmp_path, quick, monkeypatch):
+@pytest.mark.parametrize("gap", [0.0, 10.0])
+def test_stopped_after_every_stage(run_words, tmp_path, quick, monkeypatch, gap):
+    monkeypatch.setattr(auto, "gap_of", lambda _candidates: gap)
+    stages = FAR if gap else NEAR
     stepwell("compress", *run_words(*AUTO, out="whole"))
     seen = StopAfter()
     monkeypatch.setattr(compress, "run", partial(compress.run, observer=seen))
     words = run_words(*AUTO)
-    for number, name in enumerate(STAGES, start=1):
+    for number, name in enumerate(stages, start=1):
         seen.last = name
         assert main(["compress", *map(str, words)]) == 130
-        assert seen.computed == list(STAGES[:number])
+        assert seen.computed == list(stages[:number])
     seen.last = ""
     stepwell("compress", *words)
-    assert seen.computed == list(STAGES)
+    assert seen.computed == list(stages)
     assert_same_weights(student_weights(tmp_path / "run"), student_weights(tmp_path / "whole"))
     assert figures(tmp_path / "run") == figures(tmp_path / "whole")
     assert not leftovers(tmp_path / "run")
 
 
-def test_of_a_number_of_epochs_a_tenth_is_the_pilot(run_words):
-    s, finished = descended(run_words(*AUTO, length=("--epochs", 4)))
-    costs, bill = s.costs(finished.ladder.scales), bill_of(s.run)
-    assert bill["pilot assistant"] == pytest.approx(bill["pilot teacher"])
-    better = "assistant" if finished.assistants else "teacher"
-    scale = finished.assistants[0].scale if finished.assistants else 1.0
-    both = bill[f"pilot {better}"] + bill["distill"] - 2 * costs.evaluating(costs.student)
-    assert both == pytest.approx(costs.step_down(4, costs.student, [scale]))
+def test_minutes_are_shared_in_the_same_way(run_words, monkeypatch):
+    monkeypatch.setattr(plan, "seconds_per_step", lambda *_words: 0.01)
+    monkeypatch.setattr(auto, "gap_of", lambda _candidates: 0.0)
+    s, _ = descended(run_words(*AUTO, length=("--minutes", 0.1)))
+    stages = s.run.stages
+    spent = sum(stages[name].seconds for name in ("grid", "plan", "pilot", "pilot select"))
+    seconds = 0.01 * s.train.steps_per_epoch
+    left = max(6 - spent, 0.05 * 6)
+    assert stages["plan steps"].distill == pytest.approx(left / seconds, rel=0.1)
 
 
-def test_a_pilot_that_diverges_is_the_worse_one(run_words, tmp_path, monkeypatch):
-    monkeypatch.setattr(distill, "fit", diverges_at("pilot teacher"))
-    s, finished = descended(run_words(*AUTO))
-    assert len(finished.assistants) == 1
-    assert "that of the teacher itself nothing, it diverged" in finished.way
-    assert spent_but_scores(s) == pytest.approx(s.costs(finished.ladder.scales).single_step(BUDGET))
-
-
-def test_the_pilots_student_is_handed_out_where_the_rest_did_it_harm(run_words, tmp_path, monkeypatch):
-    monkeypatch.setattr(distill, "fit", diverges_at("distill"))
-    monkeypatch.setattr(auto, "judge", lambda _performances: "teacher")
-    _, finished = descended(run_words(*AUTO))
-    assert finished.way.endswith("so the student of that trial is handed out.")
-    saved = load_file(tmp_path / "run" / "stages" / "pilot teacher" / "tensors.safetensors")
-    assert_same_weights(dict(finished.student.model.state_dict()), saved)
-
-
-@pytest.mark.parametrize(
-    ("assistant", "teacher", "better"),
-    [
-        (0.6, 0.5, "assistant"),
-        (0.5, 0.6, "teacher"),
-        (0.5, 0.5, "teacher"),
-        (None, 0.0, "teacher"),
-        (0.0, None, "assistant"),
-    ],
-)
-def test_who_goes_on(assistant, teacher, better):
-    assert auto.judge({"assistant": assistant, "teacher": teacher}) == better
-
-
-def test_nobody_goes_on_where_both_diverged():
-    with pytest.raises(DivergedError, match="both pilots diverged; a lower --lr"):
-        auto.judge({"assistant": None, "teacher": None})
-
-
-def test_auto_tries_one_assistant(compress_fails):
+def test_auto_takes_one_assistant(compress_fails):
     said = compress_fails(*AUTO, "--num-assistants", 2)
-    assert said == "stepwell: --path auto tries one assistant: --num-assistants goes with --path amd"
+    assert said == "stepwell: --path auto takes one assistant at most: --num-assistants goes with --path amd"
 
 
-def test_a_student_of_another_architecture_is_tried_in_the_same_way(run_words):
+def test_a_student_of_another_architecture_goes_the_same_way(run_words):
     other = ("--student", "vit_tiny_patch16_224", "--student-args", "patch_size=4", "embed_dim=12")
     s, finished = descended(run_words(*AUTO, *other, "depth=1", "num_heads=2"))
     assert finished.student.is_other
@@ -296,15 +291,6 @@ def test_rates_that_cannot_be_tried(words, said):
 def test_a_comparison_searches_rates_in_one_way():
     with pytest.raises(ConfigError, match="--lrs and --tune both search the learning rate"):
         make_config(CompareConfig, {"lrs": (1e-3, 2e-3), "tune": True})
-
-
-def test_in_a_comparison_the_share_comes_with_the_path_unless_it_is_given():
-    for given, share in (({}, 0.4), ({"joint_share": 0.3}, None)):
-        config = make_config(CompareConfig, {"paths": ("amd", "auto"), **given})
-        amd, found = arms_of(config)
-        assert amd.options.get("joint_share") is None
-        assert found.options.get("joint_share") == share
-    assert make_config(CompressConfig, {"path": "auto"}).joint_share == 0.4
 
 
 def test_a_single_step_is_its_own_control(compress_fails):

@@ -181,22 +181,17 @@ def test_a_whole_run_with_scores_and_selection(path, bill):
     assert bill_of(found, Epochs(joint=2, distill=10)) == pytest.approx({"score": 600, **bill})
 
 
-@pytest.mark.parametrize(
-    ("length", "pilot", "rest"),
-    [
-        ({"budget_epochs": 20}, 0.1 * 20 * 1000 * 1.3, 10),  # a tenth of the budget, its evaluation included
-        ({"epochs": 10}, 1000 * 0.8 + 10, 9),  # a tenth of the epochs
-    ],
-)
-def test_auto_tries_twice_and_goes_on_with_one(length, pilot, rest):
+@pytest.mark.parametrize("length", [{"budget_epochs": 20}, {"epochs": 10}])
+def test_auto_costs_what_amd_does_and_a_second_look_at_the_candidates(length):
     found = costs(path="auto", num_train=1000, num_selection=100, **length)
     assert bill_of(found, Epochs(joint=2, distill=10)) == pytest.approx(
         {
             "score": found.scoring,
-            "joint": found.joint(2),
+            "pilot": 0.2 * found.joint(2),
+            "pilot select": 100 * 5.5,
+            "joint": 0.8 * found.joint(2),
             "select": 100 * 5.5,
-            "pilots": 2 * pilot,
-            "distill": rest * 1000 * 0.8 + 10,
+            "distill": 10 * 1000 * 0.8,
         }
     )
 

@@ -31,7 +31,6 @@ PRESETS: dict[str, dict[str, object]] = {
 
 PATHS: dict[str, dict[str, object]] = {
     "scalekd": {"feature_loss": "scalekd"},
-    "auto": {"joint_share": 0.4},  # why: paths/auto.py
 }
 """What comes with a path."""
 

@@ -133,9 +133,7 @@ def _with_joint(s: Setting, ladder: Ladder, bill: Bill, num_steps: int) -> Epoch
     return Epochs(joint=joint, distill=distill)
 
 
-def plan_steps(
-    s: Setting, ladder: Ladder, epochs: Epochs, chain: Sequence[Rung], reserved: float = 0.0
-) -> Epochs:
+def plan_steps(s: Setting, ladder: Ladder, epochs: Epochs, chain: Sequence[Rung]) -> Epochs:
     """The plan of the steps down from the joint training: the assistant, perhaps lower ones, the student;
     as much as the last of them is left for each further size of `--ladder`.
 
@@ -144,7 +142,6 @@ def plan_steps(
         ladder: The candidates.
         epochs: What was planned before the assistant was known.
         chain: From the assistant down to the student, none of them trained since the joint training.
-        reserved: Passes of the teacher that come after the steps.
     """
     if s.config.epochs is not None:
         return epochs
@@ -154,7 +151,7 @@ def plan_steps(
             if s.config.minutes is not None:
                 distill = _in_time(s, chain, num_more)
             else:
-                distill = _for_the_rest(s, ladder, chain, num_more, reserved)
+                distill = _for_the_rest(s, ladder, chain, num_more)
             say(f"plan: {distill:.1f} epochs for each step down")
             stage.result = Epochs(joint=epochs.joint, distill=distill)
     return stage.result
@@ -177,11 +174,11 @@ def minutes_left(s: Setting) -> float | None:
     return max(minutes - spent / 60, 0.05 * minutes)
 
 
-def _for_the_rest(s: Setting, ladder: Ladder, chain: Sequence[Rung], num_more: int, reserved: float) -> float:
+def _for_the_rest(s: Setting, ladder: Ladder, chain: Sequence[Rung], num_more: int) -> float:
     assert s.config.budget is not None
     costs = s.costs(ladder.scales)
     budget = costs.single_step(s.config.budget)
-    left = budget - reserved - charged(bill_of(s.run))
+    left = budget - charged(bill_of(s.run))
 
     def cost(epochs: float) -> float:
         steps = itertools.pairwise(chain)

@@ -68,6 +68,8 @@ STAGES = {
     "probe": "train the teacher's classifier",
     "grid": "find the widths of all candidates",
     "plan": "fix the epochs",
+    "pilot": "train all candidates together, for a first look",
+    "pilot select": "look how far the student's size is behind",
     "joint": "train all candidates together",
     "select": "choose the assistant",
     "arrange": "find the order of the teachers",
@@ -86,7 +88,6 @@ def stage(name: str) -> str:
         "teacher": f"taught by {name}",
         "snapshot": f"student, taught by {name} of the assistant",
         "tune": f"try learning rate {name.removeprefix('tune ')}",
-        "pilot": f"trial: taught by the {name.removeprefix('pilot ')}",
         "distill": f"student {name.removeprefix('distill ')}",
         "size": f"last step of keep {name.removeprefix('size ')}",
     }.get(name.partition(" ")[0], name)

@@ -35,11 +35,21 @@ from stepwell.training.snapshots import read_snapshots, snapshot_files, with_sna
 from stepwell.training.statistics import recalibrate
 
 
-def joint(s: Setting, ladder: Ladder, epochs: float) -> SharedWeights:
-    """Train all candidates of the ladder for `epochs` passes over the images; returns the trained store."""
-    shared = store_of(s, ladder)
-    known = answers_of(s, teacher_of(s), "joint", epochs)
-    with s.run.stage("joint", Trained) as stage:
+def joint(
+    s: Setting, ladder: Ladder, epochs: float, name: str = "joint", begun: SharedWeights | None = None
+) -> SharedWeights:
+    """Train all candidates of the ladder together; returns the trained store.
+
+    Args:
+        s: What the run works with.
+        ladder: The candidates.
+        epochs: Passes over the images.
+        name: The stage's name.
+        begun: A store to go on with; by default one of slices of the teacher.
+    """
+    shared = begun or store_of(s, ladder)
+    known = answers_of(s, teacher_of(s), name, epochs)
+    with s.run.stage(name, Trained) as stage:
         if stage.is_new:
             if (steps := round(epochs * s.train.steps_per_epoch)) < FEW_JOINT_STEPS:
                 say(

@@ -35,15 +35,16 @@ CAPACITY_GAP = 2.5
 """How many times the student's size the best teacher has (Zhang et al., ACL 2025)."""
 
 
-def select(s: Setting, ladder: Ladder, models: Iterable[nn.Module]) -> Choice:
+def select(s: Setting, ladder: Ladder, models: Iterable[nn.Module], name: str = "select") -> Choice:
     """Evaluate all candidates on the selection images, and choose the assistant among them.
 
     Args:
         s: What the run works with.
         ladder: The candidates.
         models: Their trained models, from the smallest to the largest.
+        name: The stage's name.
     """
-    with s.run.stage("select", Choice) as stage:
+    with s.run.stage(name, Choice) as stage:
         if stage.is_new:
             rungs = zip(ladder.candidates, ladder.scales, models, strict=True)
             candidates = [candidate_result(s, *rung) for rung in rungs]
