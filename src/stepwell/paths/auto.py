@@ -6,8 +6,8 @@
              near: distill, by the teacher itself (90 %)
 
 Nobody need know whether an assistant pays for his teacher, images and budget. It pays where the student is
-far behind: where the larger candidates come back at once and the student's size does not. Where all are
-nearly as good, nothing stands between teacher and student, and joint training would spend half of the budget on
+far behind: where larger candidates come back at once and the student's size does not. Where all are nearly as
+good, nothing stands between teacher and student, and joint training would spend half of the budget on
 candidates that teach no better. The answer is cheap: half of a joint step is the student's own, so what the
 pilot has cost is not lost where the teacher goes on. With fewer than 50 steps of joint training there is no
 assistant worth a look, and the whole budget is a single step. Why so early, and where the line is:

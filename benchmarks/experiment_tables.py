@@ -1,0 +1,201 @@
+"""The tables of docs/experiments.md, made of the cells in benchmarks/results/experiments/."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from stepwell.compare.table import spread
+
+
+def tables_of(folders: Path) -> dict[str, str]:
+    """Every table, by its marker.
+
+    Args:
+        folders: Holds one folder of cells for each setting.
+    """
+    return {
+        **{f"experiment-{folder.name}": experiment_table(folder) for folder in folders.iterdir()},
+        "methods": methods_table(folders),
+        "methods-seconds": seconds_table(folders),
+        "recipes": variants_table(folders, RECIPES),
+        "kept": methods_table(folders, ALL_OF_IT, of="single-step-kept"),
+        "lengths": variants_table(folders, LENGTHS),
+        "of-assistant": variants_table(folders, OF_ASSISTANT),
+        "ladder": ladder_table(folders),
+        "auto": auto_table(folders),
+    }
+
+
+def experiment_table(folder: Path) -> str:
+    """One row per arm: the students on the test images, by seed, and how the budget was spent."""
+    cells = cells_by_arm(folder)
+    arms = {arm: of for arm, of in cells.items() if arm == "single-step" or arm.startswith("joint-")}
+    if not arms:
+        return ""
+    rows = [
+        "| | top1 % | selection images | joint epochs | last step | seeds |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for arm in sorted(arms, key=lambda arm: (arm != "single-step", arm)):
+        cells = arms[arm]
+        top1 = spread([cell["top1"] for cell in cells], 1)
+        selection = sum(cell["selection_performance"] for cell in cells) / len(cells)
+        epochs = cells[0]["epochs"]
+        joint = f"{epochs['joint']:.1f}" if "joint" in epochs else ""
+        words = arm.replace("joint-", "joint ").replace("-assistant-", ", assistant ")
+        rows.append(
+            f"| {words} | {top1} | {selection:.3f} | {joint} | {epochs['distill']:.1f} | {len(cells)} |"
+        )
+    some = next(iter(arms.values()))[0]
+    machine = some["hardware"]
+    return "\n".join(
+        [
+            *rows,
+            "",
+            f"Teacher {some['teacher_top1']:.1f} %; selection images: what chooses (accuracy from "
+            f"2,000 images on, else likelihood); {machine['training device']}, torch "
+            f"{machine['torch']}.",
+        ]
+    )
+
+
+METHODS = {
+    "default": "AMD, default",
+    "auto": "AMD, auto",
+    "paper": "AMD, paper",
+    "single-step": "single step",
+    "labels": "labels only",
+    "stock": "stock network",
+}
+STUDENTS = {
+    "resnet44-few": "ResNet-44 to 10 %, 200 images a class of CIFAR-10",
+    "resnet44-few-keep-0.2": "ResNet-44 to 20 %, the same images",
+    "resnet44-few-keep-0.05": "ResNet-44 to 5 %, the same images",
+    "clothing": "EfficientNet-Lite0 to 30 %, 3,068 photographs of clothing",
+    "clothing-keep-0.1": "EfficientNet-Lite0 to 10 %, the same photographs",
+    "vit-cifar10": "ViT to 10 %, 1,000 images a class of CIFAR-10",
+    "vit-few": "ViT that saw all of CIFAR-10, to 10 %, 500 images a class",
+    "digits": "ViT to 10 %, digits",
+}
+
+
+def methods_table(folders: Path, methods: dict[str, str] = METHODS, of: str = "single-step") -> str:
+    """A row for each setting of docs/experiments.md that has the arm `of`, a column for each method; accuracy
+    with its spread."""
+    by_setting = {setting: cells_by_arm(folders / setting) for setting in STUDENTS}
+    columns = [arm for arm in methods if any(arm in arms for arms in by_setting.values())]
+    rows = [f"| | teacher | {' | '.join(methods[arm] for arm in columns)} |"]
+    rows.append("|---|---:|" + "---:|" * len(columns))
+    for setting, words in STUDENTS.items():
+        arms = by_setting[setting]
+        if "default" not in arms or of not in arms:
+            continue
+        teacher = sum(cell["teacher_top1"] for cell in arms["default"]) / len(arms["default"])
+        values = []
+        for arm in columns:
+            cells = arms.get(arm, [])
+            values.append(of_seeds([cell["top1"] for cell in cells]))
+        rows.append(f"| {words} | {teacher:.1f} | {' | '.join(values)} |")
+    return "\n".join(rows)
+
+
+def seconds_table(folders: Path) -> str:
+    """The same rows and columns; seconds of the stages that are on the bill."""
+    by_setting = {setting: cells_by_arm(folders / setting) for setting in STUDENTS}
+    columns = [arm for arm in METHODS if any(arm in arms for arms in by_setting.values())]
+    rows = [f"| | {' | '.join(METHODS[arm] for arm in columns)} |", "|---|" + "---:|" * len(columns)]
+    for setting, arms in by_setting.items():
+        if arms:
+            rows.append(
+                f"| `{setting}` | {' | '.join(least_seconds(arms.get(arm, [])) for arm in columns)} |"
+            )
+    return "\n".join(rows)
+
+
+def least_seconds(cells: list[dict[str, Any]]) -> str:
+    """Of the seeds: the run that had the least beside it."""
+    took = [sum(cell["seconds"].get(stage, 0.0) for stage in cell["teacher_passes"]) for cell in cells]
+    return f"{min(took):.0f}" if took else ""
+
+
+def of_seeds(tops: list[float]) -> str:
+    """Mean and spread; how many seeds, where they are not the usual three."""
+    if not tops:
+        return ""
+    seeds = "" if len(tops) == 3 else f" ({len(tops)} seed{'s' * (len(tops) > 1)})"
+    return f"{spread(tops, 1)}{seeds}"
+
+
+RECIPES = {"": "bare", "-mix": "MixUp, CutMix", "-ema": "average", "-smooth": "smoothed labels"}
+ALL_OF_IT = {
+    "default": "AMD",
+    "default-kept": "AMD, answers kept",
+    "single-step": "single step",
+    "single-step-kept": "single step, answers kept",
+    "labels": "labels, as many epochs",
+    "labels-long": "labels, the same cost",
+}
+LENGTHS = {"-quick": "quick: a quarter", "": "default", "-long": "long: four times"}
+OF_ASSISTANT = {"": "default", "-trained-on": "trained on by itself", "-snapshots": "two snapshots first"}
+
+
+def variants_table(folders: Path, variants: dict[str, str]) -> str:
+    """A row for each setting and method: accuracy as it is, and what each variant adds, on the same seeds."""
+    rows = [f"| | | {' | '.join(variants.values())} |", "|---|---|" + "---:|" * len(variants)]
+    for setting in STUDENTS:
+        arms = cells_by_arm(folders / setting)
+        for method in ("default", "single-step"):
+            bare = {cell["seed"]: cell["top1"] for cell in arms.get(method, [])}
+            texts = []
+            for variant in variants:
+                of = {cell["seed"]: cell["top1"] for cell in arms.get(method + variant, [])}
+                tops = [of[seed] - (bare[seed] if variant else 0) for seed in of if seed in bare]
+                number = f"{spread(tops, 1)} ({len(tops)})" if tops else ""
+                texts.append(f"+{number}" if variant and tops and sum(tops) >= 0 else number)
+            if any(text for text, variant in zip(texts, variants, strict=True) if variant):
+                rows.append(f"| `{setting}` | {METHODS[method]} | {' | '.join(texts)} |")
+    return "\n".join(rows)
+
+
+def ladder_table(folders: Path) -> str:
+    """A row for each rung: from one run, by single steps of the same total cost, by full single steps."""
+    rows = [
+        "| | keep | from one run | single steps, the same total | single steps, three times the total |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for setting in STUDENTS:
+        arms = cells_by_arm(folders / setting)
+        for cell in arms.get("ladder", [])[:1]:
+            tops = {float(keep): [c["sizes"][keep] for c in arms["ladder"]] for keep in cell["sizes"]}
+            tops[cell["options"]["keep_ratio"]] = [c["top1"] for c in arms["ladder"]]
+            for keep in sorted(tops):
+                full = "single-step" if keep == min(tops) else f"single-step-{keep:g}"
+                others = (arms.get(arm, []) for arm in (f"third-{keep:g}", full))
+                values = [tops[keep], *([c["top1"] for c in cells] for cells in others)]
+                texts = [of_seeds(tops_of) for tops_of in values]
+                rows.append(f"| `{setting}` | {keep:g} | {' | '.join(texts)} |")
+    return "\n".join(rows)
+
+
+def auto_table(folders: Path) -> str:
+    """A row for each setting that has AMD, single step and auto; and how often auto took an assistant."""
+    ways = ("default", "single-step", "auto")
+    rows = ["| | AMD | single step | auto | an assistant was taken |", "|---|---:|---:|---:|---:|"]
+    for setting in STUDENTS:
+        arms = cells_by_arm(folders / setting)
+        if all(way in arms for way in ways):
+            tops = [of_seeds([cell["top1"] for cell in arms[way]]) for way in ways]
+            taken = sum(bool(cell["assistants"]) for cell in arms["auto"])
+            rows.append(f"| `{setting}` | {' | '.join(tops)} | {taken} of {len(arms['auto'])} |")
+    return "\n".join(rows)
+
+
+def cells_by_arm(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """The cells of a setting, those of an arm by seed."""
+    arms: dict[str, list[dict[str, Any]]] = {}
+    for file in sorted(folder.glob("*.json")):
+        cell = json.loads(file.read_text(encoding="utf-8"))
+        arms.setdefault(cell["arm"], []).append(cell)
+    return arms
