@@ -77,7 +77,9 @@ STUDENTS = {
     "clothing-keep-0.1": "EfficientNet-Lite0 to 10 %, the same photographs",
     "vit-cifar10": "ViT to 10 %, 1,000 images a class of CIFAR-10",
     "vit-few": "ViT that saw all of CIFAR-10, to 10 %, 500 images a class",
+    "vit-few-keep-0.05": "The same ViT to 5 %, the same images",
     "digits": "ViT to 10 %, digits",
+    "digits-keep-0.05": "ViT to 5 %, digits",
 }
 
 

@@ -63,6 +63,34 @@ CLOTHING: dict[str, Any] = {
     "stock": {"student": "mobilenetv2_050", "budget_epochs": 10.9},
 }
 
+DIGITS: dict[str, Any] = {
+    "train": {**TEACHERS["digits"]["train"], "augment": "affine", "threads": 1},
+    "compress": {
+        "augment": "affine",
+        "threads": 1,
+        "lr": 4e-3,
+        "batch_size": 64,
+        "keep_ratio": 0.1,
+        "budget_epochs": 60,
+    },
+    "stock": {
+        **narrower(TEACHERS["digits"]["train"], embed_dim="16", num_heads="2"),
+        "budget_epochs": 56.7,
+    },
+}
+
+# The same ViT, but its teacher has seen ten times the images that the student is given.
+VIT_FEW: dict[str, Any] = {
+    "one_teacher": True,
+    "teacher_saw_all": True,
+    "train": {**TEACHERS["cifar10-vit"]["train"], **CIFAR, "batch_size": 128},
+    "compress": {**CIFAR, "lr": 2e-3, "batch_size": 128, "keep_ratio": 0.1, "budget_epochs": 40},
+    "stock": {**narrower(RECIPES["vit"], embed_dim="32", num_heads="2"), "budget_epochs": 38},
+    "kept": 132.1,
+    "alone": 145.3,
+    "images_per_class": 500,
+}
+
 # `stock` is a network of about the student's operations, with the epochs that make its single step cost what
 # the others cost. `kept` and `alone` are such epochs too: where the teacher answers each of 5 views once
 # (which a run's own bill charges nobody with), and where no teacher is asked.
@@ -103,31 +131,19 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "stock": {**narrower(RECIPES["vit"], embed_dim="32", num_heads="2"), "budget_epochs": 19},
         "images_per_class": 1000,
     },
-    # The same ViT, but its teacher has seen ten times the images that the student is given.
-    "vit-few": {
-        "one_teacher": True,
-        "teacher_saw_all": True,
-        "train": {**TEACHERS["cifar10-vit"]["train"], **CIFAR, "batch_size": 128},
-        "compress": {**CIFAR, "lr": 2e-3, "batch_size": 128, "keep_ratio": 0.1, "budget_epochs": 40},
-        "stock": {**narrower(RECIPES["vit"], embed_dim="32", num_heads="2"), "budget_epochs": 38},
-        "kept": 132.1,
-        "alone": 145.3,
-        "images_per_class": 500,
+    "vit-few": VIT_FEW,
+    "vit-few-keep-0.05": {
+        **VIT_FEW,
+        "teacher_of": "vit-few",
+        "compress": {**VIT_FEW["compress"], "keep_ratio": 0.05},
+        "methods": ("default", "auto", "single-step"),
     },
-    "digits": {
-        "train": {**TEACHERS["digits"]["train"], "augment": "affine", "threads": 1},
-        "compress": {
-            "augment": "affine",
-            "threads": 1,
-            "lr": 4e-3,
-            "batch_size": 64,
-            "keep_ratio": 0.1,
-            "budget_epochs": 60,
-        },
-        "stock": {
-            **narrower(TEACHERS["digits"]["train"], embed_dim="16", num_heads="2"),
-            "budget_epochs": 56.7,
-        },
+    "digits": DIGITS,
+    "digits-keep-0.05": {
+        "train": DIGITS["train"],
+        "teacher_of": "digits",
+        "compress": {**DIGITS["compress"], "keep_ratio": 0.05},
+        "methods": ("default", "auto", "single-step"),
     },
     # 10.7 M parameters and all 50,000 images: a GPU in bf16.
     "vit-gpu": {
@@ -255,7 +271,7 @@ def main() -> None:
 def images(name: str, per_class: int | None, files: Path | None, out: Path) -> Path:
     """The digits; the photographs; or so many of the training images of each class of CIFAR-10, with all
     test images."""
-    if name == "digits":
+    if name.startswith("digits"):
         demo.write_digits(out / "digits")
         return out / "digits"
     assert files is not None, "this setting needs --files"

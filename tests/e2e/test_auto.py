@@ -22,11 +22,11 @@ from torch.testing import assert_close
 
 from stepwell.cli import main
 from stepwell.commands import compress
-from stepwell.config.commands import CompareConfig
+from stepwell.config.commands import CompareConfig, CompressConfig
 from stepwell.config.files import make_config
 from stepwell.errors import ConfigError
 from stepwell.measure import cost
-from stepwell.measure.cost import Epochs
+from stepwell.measure.cost import Costs, Epochs
 from stepwell.paths import auto, path_of, plan, tune
 from stepwell.paths.begin import begin
 from stepwell.report.result import CandidateResult
@@ -39,6 +39,7 @@ PILOT = ("score", "grid", "plan", "pilot", "pilot select")
 NEAR = (*PILOT, "plan steps", "distill", "deliver")
 FAR = (*PILOT, "joint", "select", "plan steps", "distill", "deliver")
 AUTO = ("--path", "auto")
+WHY_NO_ASSISTANT = auto.why_no_assistant
 
 
 @pytest.fixture
@@ -54,7 +55,7 @@ def run_words(teacher, data, tmp_path):
 @pytest.fixture(autouse=True)
 def few_steps_make_an_assistant(monkeypatch):
     """In so small a world; and a rate can be judged."""
-    monkeypatch.setattr(auto, "FEW_JOINT_STEPS", 0)
+    monkeypatch.setattr(auto, "why_no_assistant", lambda *_words: "")
     for module in (tune, cost):
         monkeypatch.setattr(module, "FEW_STEPS", 0)
 
@@ -143,13 +144,37 @@ def test_the_gap_is_nats_between_the_students_rung_and_the_best():
 
 
 @pytest.mark.parametrize("length", [("--budget-epochs", BUDGET), ("--epochs", BUDGET)])
-def test_where_the_joint_training_is_too_short_all_of_it_is_a_single_step(run_words, monkeypatch, length):
-    monkeypatch.setattr(auto, "FEW_JOINT_STEPS", 50)
+def test_where_something_speaks_against_an_assistant_all_of_it_is_a_single_step(
+    run_words, monkeypatch, length
+):
+    monkeypatch.setattr(auto, "why_no_assistant", lambda *_words: "this is why")
     s, finished = descended(run_words(*AUTO, length=length))
     assert list(s.run.stages) == ["score", "grid", "plan", "plan steps", "distill"]
     assert spent_but_scores(s) == pytest.approx(s.costs(finished.ladder.scales).single_step(BUDGET))
     assert finished.assistants == []
-    assert "with fewer than 50 there is no assistant worth a look" in finished.way
+    assert finished.way.endswith("without an assistant, for this is why.")
+
+
+def why_no_assistant(student: float, joint: float = 1.0, **options: object) -> str:
+    config = CompressConfig(**{"budget_epochs": 20.0, "feature_weight": 0.0, **options})
+    costs = Costs(config, [student, 0.5], student, num_train=1000, num_selection=100)
+    return WHY_NO_ASSISTANT(costs, Epochs(joint=joint, distill=10), config, 50)
+
+
+def test_fifty_steps_of_joint_training_are_the_least():
+    assert why_no_assistant(0.1) == ""
+    assert why_no_assistant(0.1, joint=0.98) == "49 steps of joint training make no assistant worth a look"
+
+
+def test_an_assistant_has_to_save_the_epochs_that_the_joint_training_took():
+    """0.5 (1 + 3 S) against 2.5 S + 3 S: a student of an eighth."""
+    assert why_no_assistant(0.124) == ""
+    assert "13 % of the teacher's operations" in why_no_assistant(0.126)
+    # 0.7 (1 + 3 S) against 5.5 S, with a shorter joint training.
+    assert why_no_assistant(0.2, joint_share=0.3) == ""
+    assert why_no_assistant(0.21, joint_share=0.3)
+    # Where every training has the same epochs nothing is to be saved.
+    assert why_no_assistant(0.3, epochs=10.0, budget_epochs=None) == ""
 
 
 @pytest.mark.slow

@@ -1,17 +1,17 @@
-"""Auto: AMD, unless the first of its joint training says that no assistant is needed.
+"""Auto: AMD where an assistant pays, else a single step.
 
-    score -> grid -> pilot: joint training with a fifth of its share (10 % of the budget)
-          -> how far is the student's own rung behind the best candidate?
-             far:  joint (the rest of its share, 40 %) -> select -> distill, by the assistant
-             near: distill, by the teacher itself (90 %)
+    score -> grid -> could an assistant save anything?
+      no:  distill, by the teacher itself (all of the budget)
+      yes: pilot, a fifth of the joint training (10 % of the budget) -> is the student far behind?
+        no:  distill, by the teacher itself (90 %)
+        yes: joint, the rest of it (40 %) -> select -> distill, by the assistant (50 %)
 
-Nobody need know whether an assistant pays for his teacher, images and budget. It pays where the student is
-far behind: where larger candidates come back at once and the student's size does not. Where all are nearly as
-good, nothing stands between teacher and student, and joint training would spend half of the budget on
-candidates that teach no better. The answer is cheap: half of a joint step is the student's own, so what the
-pilot has cost is not lost where the teacher goes on. With fewer than 50 steps of joint training there is no
-assistant worth a look, and the whole budget is a single step. Why so early, and where the line is:
-docs/design.md, "Auto looks at the gap".
+Nobody need know whether an assistant pays for his teacher, images and budget. Two things must be so. An
+assistant saves: what it costs less than the teacher gives the student back the epochs that the joint training
+took. That is arithmetic, and known before anything is trained. And the student is far behind: larger
+candidates come back at once, its own size does not. Where all are nearly as good, nothing stands between
+teacher and student. That is seen early in the joint training, half of whose cost is the student's own steps
+and not lost where the teacher goes on. Why so: docs/design.md ("Auto looks at the gap").
 """
 
 from __future__ import annotations
@@ -38,44 +38,67 @@ from stepwell.stages.distill import distill
 from stepwell.stages.grid import grid, keep_ratios
 from stepwell.stages.joint import joint
 from stepwell.stages.score import score
-from stepwell.stages.select import select
+from stepwell.stages.select import CAPACITY_GAP, select
 from stepwell.tasks.measures import performance
 
 PILOT = 0.2
 """Share of the joint training that comes before the look."""
 WIDE = 1.0
-"""A gap from which on an assistant pays, in nats per image (docs/experiments.md)."""
+"""Gap from which on an assistant pays, in nats per image: the best is e times as sure of the truth."""
 
 
 def descend(s: Setting, deliver: Deliver[R]) -> R:
-    """Walk down as AMD does, or straight from the teacher where the student is not far behind."""
-    # 1. As AMD: a ladder; its candidates are trained together, but for a short while.
+    """Walk down as AMD does, or straight from the teacher where that is better."""
+    # 1. As AMD: a ladder. If an assistant has no time to learn or nothing to save, that was all.
     ladder = grid(s, score(s), keep_ratios)
     s = tune(s, ladder)
     epochs = plan_with_joint(s, ladder, bill)
-    if (steps := round(epochs.joint * s.train.steps_per_epoch)) < FEW_JOINT_STEPS:
-        return deliver(s, _single_step(s, ladder, steps))
+    if why := why_no_assistant(s.costs(ladder.scales), epochs, s.config, s.train.steps_per_epoch):
+        return deliver(s, _single_step(s, ladder, why))
+
+    # 2. All candidates are trained together, for a short while. How far is the student's own behind?
     shared = joint(s, ladder, PILOT * epochs.joint, "pilot")
     models = (shared.extract(index) for index in range(len(ladder.candidates)))
     choice = select(s, ladder, models, "pilot select")
-
-    # 2. How far behind is the student's own rung? If it is near, the teacher itself goes on with it.
     gap = gap_of(choice.candidates)
     way = words(len(ladder.candidates), gap)
     say(f"auto: {way}")
+
+    # 3. Near: the teacher itself goes on with it.
     if gap < WIDE:
         teacher, student = teacher_of(s), student_below(s, ladder, shared)
         length = plan_steps(s, ladder, epochs, [teacher, student]).distill
         student = distill(s, ladder, "distill", [teacher], student, length)
         return deliver(s, finish(s, ladder, length, student, [], way, choice))
 
-    # 3. Far: the joint training goes on, the assistant is chosen, and teaches the student.
+    # 4. Far: the joint training goes on, the assistant is chosen, and teaches the student.
     shared = joint(s, ladder, (1 - PILOT) * epochs.joint, begun=shared)
     choice = select(s, ladder, (shared.extract(index) for index in range(len(ladder.candidates))))
     assistant, student = slice_of_store(shared, ladder, choice.index), student_below(s, ladder, shared)
     length = plan_steps(s, ladder, epochs, [assistant, student]).distill
     student = distill(s, ladder, "distill", [assistant], student, length)
     return deliver(s, finish(s, ladder, length, student, [assistant], way, choice))
+
+
+def why_no_assistant(costs: Costs, epochs: Epochs, options: CompressConfig, steps_per_epoch: int) -> str:
+    """What speaks against an assistant before anything is trained; empty where nothing does.
+
+    Args:
+        costs: Of the run.
+        epochs: Those of its joint training.
+        options: With `--epochs` every training has as many, whatever it costs, so nothing is to be saved.
+        steps_per_epoch: Batches in a pass over the images.
+    """
+    if (steps := round(epochs.joint * steps_per_epoch)) < FEW_JOINT_STEPS:
+        return f"{plural(steps, 'step')} of joint training make no assistant worth a look"
+    assistant = min(1.0, CAPACITY_GAP * costs.student)
+    left = (1 - options.joint_share) * costs.single_step(1)
+    if options.epochs is None and left < costs.step_down(1, costs.student, [assistant]):
+        return (
+            f"the student has {100 * costs.student:.0f} % of the teacher's operations, so that an assistant "
+            f"of {CAPACITY_GAP:g} times as many would not save the epochs which the joint training takes"
+        )
+    return ""
 
 
 def gap_of(candidates: Sequence[CandidateResult]) -> float:
@@ -88,15 +111,15 @@ def gap_of(candidates: Sequence[CandidateResult]) -> float:
     return math.log(max(measured) / measured[0])
 
 
-def _single_step(s: Setting, ladder: Ladder, steps: int) -> Finished:
+def _single_step(s: Setting, ladder: Ladder, why: str) -> Finished:
     """The whole budget for a student of the teacher itself."""
-    say(f"auto: {plural(steps, 'step')} of joint training would make no assistant: a single step instead")
+    say(f"auto: a single step, for {why}")
     with s.run.stage("plan steps", Epochs) as stage:
         if stage.is_new:
             stage.result = expected_epochs(s, ladder, single_step.bill)
     epochs, teacher = stage.result.distill, teacher_of(s)
     student = distill(s, ladder, "distill", [teacher], student_below(s, ladder, teacher), epochs)
-    return finish(s, ladder, epochs, student, [], words_without_pilot(steps))
+    return finish(s, ladder, epochs, student, [], f"{single_step.WAY[:-1]}, for {why}.")
 
 
 def check(options: CompressConfig) -> None:
@@ -132,14 +155,6 @@ def words(num_rungs: int, gap: float) -> str:
     if gap < WIDE:
         return f"{seen}: less than {WIDE:g}, so the teacher itself went on to teach it."
     return f"{seen}: {WIDE:g} or more, so an assistant was trained, with all the others, and taught it."
-
-
-def words_without_pilot(steps: int) -> str:
-    """The same, where there was no look."""
-    return (
-        f"{single_step.WAY} The budget had room for {plural(steps, 'step')} of joint training; with fewer "
-        f"than {FEW_JOINT_STEPS} there is no assistant worth a look."
-    )
 
 
 PATH = Path(rungs=keep_ratios, bill=bill, descend=descend, losses=losses, check=check)
