@@ -14,7 +14,12 @@ def set_up_torch(options: TrainingOptions) -> torch.device:
     torch.manual_seed(options.seed)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    return find_device(options.device)
+    device = find_device(options.device)
+    if options.compile:
+        from stepwell.run.graphs import check_compiler  # late, as the compiler: most runs have no need of it
+
+        check_compiler(device)
+    return device
 
 
 def find_device(name: str) -> torch.device:

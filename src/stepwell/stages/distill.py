@@ -31,6 +31,7 @@ from stepwell.setting.rungs import Rung, kept_channels, repair_rung
 from stepwell.setting.setting import Setting
 from stepwell.tasks.measures import Forward
 from stepwell.training.answers import Answers
+from stepwell.training.compiled import Compiled
 from stepwell.training.handed_on import performance_of
 from stepwell.training.lesson import Lesson
 from stepwell.training.loop import Course, Trained, fit
@@ -230,6 +231,9 @@ def distill_step(
         ]
     losses = [make_distillation(s.config, pair, s.config.seed) for pair in pairs]
     student.model.train()
+    if s.config.compile:  # as they are now: teachers in eval mode, the student in training mode
+        observed = [Compiled(teacher, f"teacher {index + 1}") for index, teacher in enumerate(observed)]
+        learner = Compiled(learner, "the student")
     return DistillStep(Lesson(observed, losses, s.autocast, known), learner, s.config.seed, drop)
 
 

@@ -29,6 +29,7 @@ from stepwell.setting.answers import answers_of
 from stepwell.setting.rungs import kept_channels, store_of, teacher_of
 from stepwell.setting.setting import Setting
 from stepwell.training.answers import Answers
+from stepwell.training.compiled import Compiled
 from stepwell.training.lesson import Lesson
 from stepwell.training.loop import Trained, fit
 from stepwell.training.snapshots import read_snapshots, snapshot_files, with_snapshots
@@ -148,6 +149,9 @@ def joint_step(
             losses.append(make_distillation(s.config, pair, s.config.seed + index))
             student.model.train()
     share_teacher_side(losses)
+    if s.config.compile:  # as they are now: the teacher in eval mode, the students in training mode
+        teacher = Compiled(teacher, "the teacher")
+        students = [Compiled(student, f"candidate {index + 1}") for index, student in enumerate(students)]
     return JointStep(
         Lesson([teacher], losses, s.autocast, [known]), shared, students, s.config, s.config.seed
     )
