@@ -183,6 +183,7 @@ def _fit(
         modules=[] if config.probe else [model],  # what is frozen keeps its statistics
         lr_scales=layer_scales(model, config.layer_decay),
         judge=judge,
+        scaler=step.scaler,
         checkpoint=checkpoint,
     )
     return fit(course, step, batches, config, config)

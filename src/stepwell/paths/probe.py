@@ -66,6 +66,7 @@ def probe(s: Setting) -> Setting:
     with s.run.stage(PROBE_STAGE, Probed) as stage:
         if stage.is_new:
             names = freeze_but_classifier(s.model)
+            step = label_step(s.task, s.model, s.config, s.config.label_smoothing, s.config.class_weights)
             course = Course(
                 name=stage.name,
                 parameters={name: s.model.get_parameter(name) for name in names},
@@ -74,9 +75,9 @@ def probe(s: Setting) -> Setting:
                 no_decay=no_decay_of(s.model),
                 modules=[],  # what is frozen keeps its statistics
                 judge=partial(performance_of, s.model, s.selection, s.metric, s.task),
+                scaler=step.scaler,
                 checkpoint=stage.checkpoints / "main.safetensors",
             )
-            step = label_step(s.task, s.model, s.config, s.config.label_smoothing, s.config.class_weights)
             trained = fit(course, step, s.train, s.config, s.config)
             meter = s.task.evaluate(s.model, s.selection, "probe: selection images")
             stage.result = Probed(

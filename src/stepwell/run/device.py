@@ -60,4 +60,10 @@ def _one_of_several(name: str) -> str:
 
 def autocast_of(options: TrainingOptions, device: torch.device) -> torch.autocast:
     """The number format of forward passes in training; weights stay fp32."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=options.precision == "bf16")
+    dtype = torch.float16 if options.precision == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype=dtype, enabled=options.precision != "fp32")
+
+
+def scaler_of(options: TrainingOptions, device: torch.device) -> torch.amp.GradScaler:
+    """What keeps gradients within the range of fp16; with other formats it does nothing."""
+    return torch.amp.GradScaler(device.type, enabled=options.precision == "fp16")

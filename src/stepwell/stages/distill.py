@@ -194,7 +194,7 @@ class DistillStep:
             for name, value in found.items():
                 parts.setdefault(name, []).append(value)
         sums = {name: torch.stack(values).sum() for name, values in parts.items()}
-        sums["loss"].backward()
+        self.lesson.scaler.scale(sums["loss"]).backward()
         return {name: value.detach() for name, value in sums.items()}
 
 
@@ -234,7 +234,7 @@ def distill_step(
     if s.config.compile:  # as they are now: teachers in eval mode, the student in training mode
         observed = [Compiled(teacher, f"teacher {index + 1}") for index, teacher in enumerate(observed)]
         learner = Compiled(learner, "the student")
-    return DistillStep(Lesson(observed, losses, s.autocast, known), learner, s.config.seed, drop)
+    return DistillStep(Lesson(observed, losses, s.autocast, known, s.scaler), learner, s.config.seed, drop)
 
 
 def _kept(s: Setting, teacher: Rung, student: Rung) -> list[Kept | None]:

@@ -111,7 +111,9 @@ class JointStep:
             # Divided, so that the step's gradient is the mean over its candidates. The candidate's slices
             # are the leaves: autograd would fill a gradient of the whole store's size for every candidate.
             gradients = torch.autograd.grad(
-                parts["loss"] / len(chosen), [*weights.values(), *trained], allow_unused=True
+                self.lesson.scaler.scale(parts["loss"] / len(chosen)),
+                [*weights.values(), *trained],
+                allow_unused=True,
             )
             self.shared.add_gradients(index, dict(zip(weights, gradients[: len(weights)], strict=True)))
             for parameter, gradient in zip(trained, gradients[len(weights) :], strict=True):
@@ -153,7 +155,7 @@ def joint_step(
         teacher = Compiled(teacher, "the teacher")
         students = [Compiled(student, f"candidate {index + 1}") for index, student in enumerate(students)]
     return JointStep(
-        Lesson([teacher], losses, s.autocast, [known]), shared, students, s.config, s.config.seed
+        Lesson([teacher], losses, s.autocast, [known], s.scaler), shared, students, s.config, s.config.seed
     )
 
 

@@ -19,7 +19,7 @@ class Compiled(Observed):
 
     A graph is only right as long as the hooks stay that it was made of; and whatever else runs, copies or
     exports the model must not meet them. So what is compiled is a twin: modules of its own, with the same
-    parameters and buffers. What training changes in one, BatchNorm's statistics too, has changed in the other.
+    parameters and buffers. What training changes in one, statistics of BatchNorm too, changes in the other.
 
     Args:
         observed: A model whose forward pass is the same for all batches of a training.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -14,9 +14,10 @@ from stepwell.config.options import TrainingOptions
 from stepwell.data.batches import Batch
 from stepwell.errors import ConfigError
 from stepwell.losses.observe import Observed
-from stepwell.run.device import autocast_of
+from stepwell.run.device import autocast_of, scaler_of
 from stepwell.tasks.task import Task, loss_of
 from stepwell.training.compiled import Compiled
+from stepwell.training.loop import no_scaling
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class LabelStep:
         autocast: Number format of the forward pass.
         class_weights: What each class counts; nothing for 1.
         auxiliary_weight: Weight of the second head's loss.
+        scaler: What the loss is multiplied by before it goes backward.
     """
 
     task: Task
@@ -38,6 +40,7 @@ class LabelStep:
     autocast: torch.autocast
     class_weights: tuple[float, ...] = ()
     auxiliary_weight: float = 0.0
+    scaler: torch.amp.GradScaler = field(default_factory=no_scaling)
 
     def __call__(self, batch: Batch, step: int, progress: float = 0.0) -> Mapping[str, Tensor]:
         """Forward and backward; returns the loss, detached."""
@@ -49,7 +52,7 @@ class LabelStep:
                 other.float(), batch.labels.shape[1:], mode="bilinear", align_corners=False
             )
             loss = loss + self.auxiliary_weight * self._loss(scaled, batch)
-        loss.backward()
+        self.scaler.scale(loss).backward()
         return {"loss": loss.detach()}
 
     def _loss(self, logits: Tensor, batch: Batch) -> Tensor:
@@ -79,8 +82,16 @@ def label_step(
     observed = Observed(model, (name,) if auxiliary else ())
     if options.compile:
         observed = Compiled(observed, "the model")
-    autocast = autocast_of(options, next(model.parameters()).device)
-    return LabelStep(task, observed, label_smoothing, autocast, class_weights, weight)
+    device = next(model.parameters()).device
+    return LabelStep(
+        task,
+        observed,
+        label_smoothing,
+        autocast_of(options, device),
+        class_weights,
+        weight,
+        scaler_of(options, device),
+    )
 
 
 def freeze_but_classifier(model: nn.Module, fresh: Collection[str] = ()) -> list[str]:
