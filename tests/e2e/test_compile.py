@@ -31,6 +31,7 @@ from stepwell.training.compiled import Compiled
 from tiny import group_sizes, random_batches, random_images, setting, tiny_vit
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # inside of torch.compile
+TRAIN = ("--model", TIMM, *MODEL, "--no-pretrained")
 AMD_GRAPHS = 6
 """Joint: the teacher and three candidates; distill: the assistant and the student."""
 
@@ -93,7 +94,7 @@ def test_a_compiled_model_computes_and_learns_the_same(monkeypatch, has_own_weig
 SCALES = [i / 10 for i in range(1, 10)]
 
 
-def joint_of(folder: Path, *, compile: bool) -> tuple[JointStep, list]:  # noqa: A002
+def joint_of(folder: Path, *, compile: bool) -> tuple[JointStep, list]:
     """Nine candidates of one teacher, all of which run in each step."""
     teacher, batches = tiny_vit(depth=1), random_batches(4, 4)
     s = setting(folder, teacher, batches, num_candidates=len(SCALES), sampling="all", compile=compile)
@@ -162,7 +163,7 @@ def test_a_run_comes_to_the_same_also_resumed(teacher, data, tmp_path, counting,
 
 
 def test_a_teacher_is_trained(data, tmp_path, counting):
-    words = ("--model", TIMM, *MODEL, "--no-pretrained", "--data", data, "--epochs", 1, "--batch-size", 16, *SGD)
+    words = (*TRAIN, "--data", data, "--epochs", 1, "--batch-size", 16, *SGD)
     stepwell("train", *words, "--keep-best", 0.5, "--out", tmp_path / "plain")
     stepwell("train", *words, "--keep-best", 0.5, "--compile", "--out", tmp_path / "compiled")
     assert counting.graphs == 2
@@ -171,7 +172,7 @@ def test_a_teacher_is_trained(data, tmp_path, counting):
 
 def test_without_a_compiler_it_is_one_line(data, tmp_path):
     """In a process of its own: torch remembers which compiler it has found."""
-    words = ("--model", TIMM, *MODEL, "--no-pretrained", "--data", data, "--out", tmp_path / "out", "--compile")
+    words = (*TRAIN, "--data", data, "--out", tmp_path / "out", "--compile")
     done = subprocess.run(
         [sys.executable, "-m", "stepwell", "train", *map(str, words)],
         env={**os.environ, "CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")},

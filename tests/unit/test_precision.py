@@ -28,7 +28,7 @@ class Stopped(BaseException):
 class Step:
     """Of a model whose gradient is infinite in some steps, with a scaler of whatever kind."""
 
-    def __init__(self, scaler: torch.amp.GradScaler, overflows: tuple[int, ...] = (), stop_at: int = -1) -> None:
+    def __init__(self, scaler: torch.amp.GradScaler, overflows=(), stop_at=-1) -> None:
         torch.manual_seed(0)
         self.model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 5))
         self.scaler, self.overflows, self.stop_at = scaler, overflows, stop_at
@@ -111,7 +111,8 @@ def test_gradients_below_the_smallest_number_of_fp16_are_not_lost():
         taught = Lesson([teacher], [distillation(options)], autocast, scaler=scaler)
         DistillStep(taught, Observed(student, ()))(batch, 0)
         scale = scaler.get_scale()
-        found[name] = torch.cat([p.grad.flatten() / scale for p in student.parameters() if p.grad is not None])
+        gradients = [p.grad for p in student.parameters() if p.grad is not None]
+        found[name] = torch.cat([gradient.flatten() / scale for gradient in gradients])
     error = (found["scaled"] - found["exact"]).norm() / found["exact"].norm()
     lost = (found["plain"] - found["exact"]).norm() / found["exact"].norm()
     assert error < 0.02
