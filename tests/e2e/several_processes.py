@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from small_world import MODEL, QUICK, TIMM, StopAt, Stopped, stepwell, watched, write_shards
 from torch import Tensor, nn
 
@@ -34,7 +35,7 @@ from stepwell.models.card import load, read_card
 from stepwell.models.timm_models import create_timm
 from stepwell.paths.from_labels import LabelStep
 from stepwell.pruning.families import find_groups
-from stepwell.run import checkpoint, processes
+from stepwell.run import checkpoint, graphs, processes
 from stepwell.run.distributed import (
     from_main,
     from_main_with_tensors,
@@ -246,6 +247,19 @@ def check_runs(out: Path, teacher: Path, data: Path) -> None:
     stepwell("train", "--data", data, "--out", out / "mixed", *MIXED)
 
 
+def check_compiled_models_learn_the_same(out: Path, teacher: Path, data: Path) -> None:
+    words = ("--teacher", teacher, "--data", data, "--out", out / "compiled", *RUNS["amd"], "--compile")
+    graphs.BACKEND = "eager"  # not for its speed
+    stepwell("compress", *words)
+    for stage in ("joint", "distill"):
+        ours, theirs = (
+            load_file(out / run / f"stages/{stage}/tensors.safetensors") for run in ("compiled", "amd")
+        )
+        assert ours.keys() == theirs.keys()
+        for name, tensor in ours.items():
+            torch.testing.assert_close(tensor, theirs[name], rtol=1e-3, atol=1e-4)
+
+
 def check_clocks_decide_once(out: Path, teacher: Path, data: Path) -> None:
     """Else one would train longer than the other, and wait for ever."""
     words = ("--data", data, "--minutes", 0.01, "--batch-size", 16)
@@ -264,7 +278,9 @@ def check_a_model_with_batchnorm_stays_the_same_in_all(out: Path, teacher: Path,
     torch.manual_seed(rank())
     model = create_timm("cifar_resnet8", {"num_classes": 3}, pretrained=False)
     judge = partial(performance_of, model, EvalBatches(_images(data, 10), spec, config, CPU), "top1")
-    step = LabelStep(task_of("classification"), model, 0.0, torch.autocast("cpu", enabled=False))
+    step = LabelStep(
+        task_of("classification"), Observed(model, ()), 0.0, torch.autocast("cpu", enabled=False)
+    )
     parameters = dict(model.named_parameters())
     trained = fit(
         Course("test", parameters, 2.0, 0.01, modules=[model], judge=judge), step, batches, config, config

@@ -56,7 +56,7 @@ def test_impossible_keep(compress_fails, value, said):
         (("--temperature", "0"), "temperature"),
         (("--rule", "nspd"), "npsd"),
         (("--control", "yes"), "equal_compute"),
-        (("--precision", "fp16"), "bf16"),
+        (("--precision", "fp8"), "bf16"),
         (("--preset", "papr"), "paper"),
         (("--assistant", "1.5"), "assistant"),
         (("--task-weight", "0", "--logit-weight", "0", "--feature-weight", "0"), "are all 0"),

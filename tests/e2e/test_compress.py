@@ -148,14 +148,18 @@ def test_a_run_can_be_repeated_from_its_config_file(reference, tmp_path, quick):
 # --- how it is computed
 
 
-def test_bf16(data, teacher, reference, tmp_path, quick):
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision(data, teacher, reference, tmp_path, quick, precision):
     out = tmp_path / "out"
-    words = ("--teacher", teacher, "--data", data, "--out", out, *QUICK, "--precision", "bf16")
+    words = ("--teacher", teacher, "--data", data, "--out", out, *QUICK, "--precision", precision)
     stepwell("compress", *words)
     ours, theirs = student_weights(out), student_weights(reference)
     assert all(tensor.dtype == torch.float32 and tensor.isfinite().all() for tensor in ours.values())
     assert ours.keys() == theirs.keys()
     assert not all(torch.equal(ours[name], theirs[name]) for name in ours)
+    records = [json.loads((run / "stages/joint/result.json").read_text()) for run in (out, reference)]
+    losses = [record["result"]["losses"]["loss"] for record in records]
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
     assert result_of(out).teacher.quality == result_of(reference).teacher.quality  # measured in fp32
 
 

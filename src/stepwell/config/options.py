@@ -123,8 +123,13 @@ class TrainingOptions(Options):
     """Largest norm of the gradient; 0 turns clipping off."""
     seed: Seed = 0
     """Seed of everything random."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Number format of forward passes in training; weights stay fp32."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Number format of forward passes in training; weights stay fp32. fp16 is for GPUs without bf16: its loss
+    is scaled, and a step whose gradients overflow is left out."""
+    compile: bool = False
+    """Let torch.compile make code of each model's passes in training: of each candidate, student and teacher
+    once, when it first runs, which takes up to minutes for each. Weights differ by rounding. Needs a C++
+    compiler, on a GPU Triton."""
     device: str = "auto"
     """cpu, cuda, cuda:1, mps, ...; `auto` takes a CUDA GPU if there is one. Never mps, which lacks double
     precision and is untried: name it."""
@@ -137,6 +142,16 @@ class TrainingOptions(Options):
         if len(given) > 1:
             flags = " and ".join(flag_of(name) for name in given)
             raise ValueError(f"{flags} each say how long the run is: give one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _no_clock_foresees(self) -> Self:
+        if self.compile and self.minutes is not None:
+            instead = "--budget-epochs" if hasattr(self, "budget_epochs") else "--epochs"
+            raise ValueError(
+                f"--compile takes a while for each model, which no clock foresees: give {instead} instead of "
+                f"--minutes"
+            )
         return self
 
 

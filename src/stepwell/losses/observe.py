@@ -15,9 +15,36 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils.hooks import RemovableHandle
 
 from stepwell.losses.output import Output
 from stepwell.tasks.outputs import is_dense
+
+
+class Seen:
+    """What hooks are told of one pass of a model."""
+
+    def __init__(self) -> None:
+        self.is_dense = False
+        self._states: list[Tensor] = []
+        self._read: list[Tensor] = []
+
+    def returned(self, _block: nn.Module, _inputs: object, output: object) -> None:
+        """By a block."""
+        self._states.append(tensor_of(output))
+
+    def read(self, _layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        """By what may be the classifier: of several layers it is the last to run."""
+        self._read[:] = inputs[:1]
+
+    def output(self, logits: Tensor) -> Output:
+        """All of it; it is forgotten here, for the next pass."""
+        states, read = list(self._states), list(self._read)
+        self._states.clear()
+        self._read.clear()
+        if self.is_dense:
+            return Output(logits, states, read[0])
+        return Output(logits, states, pooled(read[0] if read else states[-1] if states else logits))
 
 
 class Observed(nn.Module):
@@ -42,31 +69,23 @@ class Observed(nn.Module):
 
     def forward(self, images: Float[Tensor, "batch channels height width"]) -> Output:
         """Run the model; the hooks live for this call only."""
-        states: list[Tensor] = []
-        read: list[Tensor] = []
-
-        def read_by_last(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            read[:] = inputs[:1]  # the last to run is the classifier
-
+        seen = Seen()
         with ExitStack() as stack:
-            for name in self.blocks:
-                block = self.model.get_submodule(name)
-                handle = block.register_forward_hook(
-                    lambda _block, _inputs, out: states.append(tensor_of(out))
-                )
-                stack.callback(handle.remove)
-            if self.classifier is not None:
-                classifier = self.model.get_submodule(self.classifier)
-                handle = classifier.register_forward_pre_hook(lambda _layer, inputs: read.append(inputs[0]))
-                stack.callback(handle.remove)
-            if self.is_dense:
-                for layer in self.model.modules():
-                    if isinstance(layer, nn.Conv2d):
-                        stack.callback(layer.register_forward_pre_hook(read_by_last).remove)
-            logits = self.model(images)
+            for hook in self.watch(seen):
+                stack.callback(hook.remove)
+            return seen.output(self.model(images))
+
+    def watch(self, seen: Seen) -> list[RemovableHandle]:
+        """Let `seen` be told what the model computes, until these hooks are removed."""
+        seen.is_dense = self.is_dense
+        blocks = [self.model.get_submodule(name) for name in self.blocks]
+        readers = [] if self.classifier is None else [self.model.get_submodule(self.classifier)]
         if self.is_dense:
-            return Output(logits, states, read[-1])
-        return Output(logits, states, pooled(read[-1] if read else states[-1] if states else logits))
+            readers = [layer for layer in self.model.modules() if isinstance(layer, nn.Conv2d)]
+        return [
+            *(block.register_forward_hook(seen.returned) for block in blocks),
+            *(layer.register_forward_pre_hook(seen.read) for layer in readers),
+        ]
 
     def with_weights(
         self,

@@ -123,10 +123,10 @@ def without_auxiliary(model: nn.Module) -> bool:
     return found
 
 
-def auxiliary_head(model: nn.Module) -> nn.Module | None:
-    """The second head of a model, if it has one."""
-    heads = (m._modules.get(name) for m in model.modules() for name in _AUXILIARY)
-    return next((head for head in heads if head is not None), None)
+def auxiliary_head(model: nn.Module) -> str | None:
+    """Name of the second head of a model, if it has one."""
+    names = (name for name, _ in model.named_modules() if name.rpartition(".")[2] in _AUXILIARY)
+    return next(names, None)
 
 
 def input_spec(model: nn.Module, channels: int = 3) -> InputSpec:

@@ -22,14 +22,14 @@ from stepwell.models.timm_models import create_timm, parse_model_args, timm_arch
 from stepwell.paths.begin import require
 from stepwell.paths.masks_from_labels import architecture_for_masks, start_for_masks
 from stepwell.run.atomic import writing
-from stepwell.run.device import autocast_of, set_up_torch
+from stepwell.run.device import set_up_torch
 from stepwell.run.distributed import from_main
 from stepwell.run.progress import say
 from stepwell.run.run_dir import RunDir, Stage
 from stepwell.setting.classes import in_order_of_model
 from stepwell.setting.suits_task import check_class_weights
 from stepwell.tasks.task import task_of
-from stepwell.training.from_labels import LabelStep, freeze_but_classifier
+from stepwell.training.from_labels import LabelStep, freeze_but_classifier, label_step
 from stepwell.training.handed_on import performance_of
 from stepwell.training.loop import Course, Trained, fit, seconds_per_step
 from stepwell.training.optimizer import layer_scales, no_decay_of
@@ -81,16 +81,11 @@ def train(config: TrainConfig) -> str:
     run.check_identity({"data": data.fingerprint})
     with run.stage("train", Trained) as stage:
         if stage.is_new:
-            step = LabelStep(
-                task,
-                model,
-                config.label_smoothing,
-                autocast_of(config, device),
-                config.class_weights,
-                segmenters.auxiliary_head(model),
-                config.auxiliary_weight,
-            )
-            trained = _fit(config, step, trained_names, batches, selection, stage)
+            second = segmenters.auxiliary_head(model)
+            auxiliary = (second, config.auxiliary_weight) if second is not None else None
+            smoothing, weights = config.label_smoothing, config.class_weights
+            step = label_step(task, model, config, smoothing, weights, auxiliary)
+            trained = _fit(config, model, step, trained_names, batches, selection, stage)
             # All of it: a model with BatchNorm is not whole without its statistics.
             stage.result = trained.model_copy(update={"tensors": model.state_dict()})
     model.load_state_dict(stage.result.tensors)
@@ -156,13 +151,13 @@ def _trained_names(config: TrainConfig, model: nn.Module, fresh: tuple[str, ...]
 
 def _fit(
     config: TrainConfig,
+    model: nn.Module,
     step: LabelStep,
     trained_names: list[str],
     batches: TrainBatches,
     selection: EvalBatches | None,
     stage: Stage[Trained],
 ) -> Trained:
-    model = step.model
     epochs = config.epochs or DEFAULT_EPOCHS
     checkpoint = stage.checkpoints / "main.safetensors"
     is_begun = from_main(checkpoint.exists)  # it knows for how long
@@ -188,6 +183,7 @@ def _fit(
         modules=[] if config.probe else [model],  # what is frozen keeps its statistics
         lr_scales=layer_scales(model, config.layer_decay),
         judge=judge,
+        scaler=step.scaler,
         checkpoint=checkpoint,
     )
     return fit(course, step, batches, config, config)

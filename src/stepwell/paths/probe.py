@@ -16,7 +16,7 @@ from stepwell.models.teacher import Teacher
 from stepwell.run.progress import say
 from stepwell.setting.bill import PROBE_STAGE
 from stepwell.setting.setting import Setting
-from stepwell.training.from_labels import LabelStep, freeze_but_classifier
+from stepwell.training.from_labels import freeze_but_classifier, label_step
 from stepwell.training.handed_on import performance_of
 from stepwell.training.loop import Course, Trained, fit
 from stepwell.training.optimizer import no_decay_of
@@ -66,6 +66,7 @@ def probe(s: Setting) -> Setting:
     with s.run.stage(PROBE_STAGE, Probed) as stage:
         if stage.is_new:
             names = freeze_but_classifier(s.model)
+            step = label_step(s.task, s.model, s.config, s.config.label_smoothing, s.config.class_weights)
             course = Course(
                 name=stage.name,
                 parameters={name: s.model.get_parameter(name) for name in names},
@@ -74,9 +75,9 @@ def probe(s: Setting) -> Setting:
                 no_decay=no_decay_of(s.model),
                 modules=[],  # what is frozen keeps its statistics
                 judge=partial(performance_of, s.model, s.selection, s.metric, s.task),
+                scaler=step.scaler,
                 checkpoint=stage.checkpoints / "main.safetensors",
             )
-            step = LabelStep(s.task, s.model, s.config.label_smoothing, s.autocast, s.config.class_weights)
             trained = fit(course, step, s.train, s.config, s.config)
             meter = s.task.evaluate(s.model, s.selection, "probe: selection images")
             stage.result = Probed(

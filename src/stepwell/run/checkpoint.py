@@ -55,6 +55,11 @@ class Checkpoint:
         """Duration of the training so far, with what earlier calls have done."""
         return self._before + time.monotonic() - self._start
 
+    @property
+    def is_due(self) -> bool:
+        """Whether it is time to write the state."""
+        return time.monotonic() >= self._next and is_main()
+
     def restore(self, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
         """Put everything back; return what `save_if_due` was given as `record` and `more`.
 
@@ -106,9 +111,9 @@ class Checkpoint:
         Raises:
             RunDirError: It cannot be written (no permission, no space).
         """
-        start = time.monotonic()
-        if start < self._next or not is_main():
+        if not self.is_due:
             return
+        start = time.monotonic()
         changing = changed_by_training(self.parameters, self.modules)
         tensors = {
             **{f"state/{name}": tensor for name, tensor in changing.items()},

@@ -14,7 +14,12 @@ def set_up_torch(options: TrainingOptions) -> torch.device:
     torch.manual_seed(options.seed)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    return find_device(options.device)
+    device = find_device(options.device)
+    if options.compile:
+        from stepwell.run.graphs import check_compiler  # late, as the compiler: most runs have no need of it
+
+        check_compiler(device)
+    return device
 
 
 def find_device(name: str) -> torch.device:
@@ -55,4 +60,10 @@ def _one_of_several(name: str) -> str:
 
 def autocast_of(options: TrainingOptions, device: torch.device) -> torch.autocast:
     """The number format of forward passes in training; weights stay fp32."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=options.precision == "bf16")
+    dtype = torch.float16 if options.precision == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype=dtype, enabled=options.precision != "fp32")
+
+
+def scaler_of(options: TrainingOptions, device: torch.device) -> torch.amp.GradScaler:
+    """What keeps gradients within the range of fp16; with other formats it does nothing."""
+    return torch.amp.GradScaler(device.type, enabled=options.precision == "fp16")

@@ -27,7 +27,7 @@ from stepwell.models.student import OtherStudent
 from stepwell.models.teacher import Teacher
 from stepwell.pruning.blocks import compared_blocks
 from stepwell.pruning.units import Group
-from stepwell.run.device import autocast_of
+from stepwell.run.device import autocast_of, scaler_of
 from stepwell.run.observer import Split
 from stepwell.run.run_dir import RunDir
 from stepwell.tasks.measures import Metric
@@ -169,6 +169,11 @@ class Setting:
     def autocast(self) -> torch.autocast:
         """The number format of forward passes in training."""
         return autocast_of(self.config, self.device)
+
+    @property
+    def scaler(self) -> torch.amp.GradScaler:
+        """What the losses of a training are multiplied by, for the range of that format."""
+        return scaler_of(self.config, self.device)
 
     def with_lr(self, lr: float) -> Setting:
         """The same with another peak learning rate, for the baseline too; batches and counts do not depend on

@@ -31,6 +31,7 @@ from stepwell.setting.rungs import Rung, kept_channels, repair_rung
 from stepwell.setting.setting import Setting
 from stepwell.tasks.measures import Forward
 from stepwell.training.answers import Answers
+from stepwell.training.compiled import Compiled
 from stepwell.training.handed_on import performance_of
 from stepwell.training.lesson import Lesson
 from stepwell.training.loop import Course, Trained, fit
@@ -193,7 +194,7 @@ class DistillStep:
             for name, value in found.items():
                 parts.setdefault(name, []).append(value)
         sums = {name: torch.stack(values).sum() for name, values in parts.items()}
-        sums["loss"].backward()
+        self.lesson.scaler.scale(sums["loss"]).backward()
         return {name: value.detach() for name, value in sums.items()}
 
 
@@ -230,7 +231,10 @@ def distill_step(
         ]
     losses = [make_distillation(s.config, pair, s.config.seed) for pair in pairs]
     student.model.train()
-    return DistillStep(Lesson(observed, losses, s.autocast, known), learner, s.config.seed, drop)
+    if s.config.compile:  # as they are now: teachers in eval mode, the student in training mode
+        observed = [Compiled(teacher, f"teacher {index + 1}") for index, teacher in enumerate(observed)]
+        learner = Compiled(learner, "the student")
+    return DistillStep(Lesson(observed, losses, s.autocast, known, s.scaler), learner, s.config.seed, drop)
 
 
 def _kept(s: Setting, teacher: Rung, student: Rung) -> list[Kept | None]:

@@ -29,6 +29,7 @@ from stepwell.setting.answers import answers_of
 from stepwell.setting.rungs import kept_channels, store_of, teacher_of
 from stepwell.setting.setting import Setting
 from stepwell.training.answers import Answers
+from stepwell.training.compiled import Compiled
 from stepwell.training.lesson import Lesson
 from stepwell.training.loop import Trained, fit
 from stepwell.training.snapshots import read_snapshots, snapshot_files, with_snapshots
@@ -120,7 +121,9 @@ class JointStep:
             # Divided, so that the step's gradient is the mean over its candidates. The candidate's slices
             # are the leaves: autograd would fill a gradient of the whole store's size for every candidate.
             gradients = torch.autograd.grad(
-                parts["loss"] / len(chosen), [*weights.values(), *trained], allow_unused=True
+                self.lesson.scaler.scale(parts["loss"] / len(chosen)),
+                [*weights.values(), *trained],
+                allow_unused=True,
             )
             self.shared.add_gradients(index, dict(zip(weights, gradients[: len(weights)], strict=True)))
             for parameter, gradient in zip(trained, gradients[len(weights) :], strict=True):
@@ -158,8 +161,11 @@ def joint_step(
             losses.append(make_distillation(s.config, pair, s.config.seed + index))
             student.model.train()
     share_teacher_side(losses)
+    if s.config.compile:  # as they are now: the teacher in eval mode, the students in training mode
+        teacher = Compiled(teacher, "the teacher")
+        students = [Compiled(student, f"candidate {index + 1}") for index, student in enumerate(students)]
     return JointStep(
-        Lesson([teacher], losses, s.autocast, [known]), shared, students, s.config, s.config.seed
+        Lesson([teacher], losses, s.autocast, [known], s.scaler), shared, students, s.config, s.config.seed
     )
 
 

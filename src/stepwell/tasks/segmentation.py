@@ -41,6 +41,12 @@ _LEAST = 1e-12
 """Probability below which none is counted, so that no pixel outweighs the rest."""
 
 
+@lru_cache(maxsize=8)
+def _on_device(numbers: tuple[float, ...], device: torch.device) -> Tensor:
+    """Copied there once: each copy waits for the device."""
+    return torch.tensor(numbers, device=device)
+
+
 def loss_per_image(
     logits: Float[Tensor, "batch classes height width"],
     labels: Int[Tensor, "batch height width"],
@@ -56,7 +62,7 @@ def loss_per_image(
         class_weights: What a pixel of each class counts, in the sum and in what it is divided by; 1 if not
             given.
     """
-    weights = torch.tensor(class_weights, device=logits.device) if class_weights else None
+    weights = _on_device(class_weights, logits.device) if class_weights else None
     each = F.cross_entropy(
         logits.float(),
         labels,

@@ -3,51 +3,95 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stepwell.config.options import TrainingOptions
 from stepwell.data.batches import Batch
 from stepwell.errors import ConfigError
+from stepwell.losses.observe import Observed
+from stepwell.run.device import autocast_of, scaler_of
 from stepwell.tasks.task import Task, loss_of
+from stepwell.training.compiled import Compiled
+from stepwell.training.loop import no_scaling
 
 
 @dataclass(frozen=True)
 class LabelStep:
-    """The task's loss with the labels, softened; and that of a second head, where a model has one."""
+    """The task's loss with the labels, softened; and that of a second head, where a model has one.
+
+    Attributes:
+        task: What the model is for.
+        model: What is trained; where it has a second head, that is the block that is observed.
+        label_smoothing: Share of the target that is spread over all classes.
+        autocast: Number format of the forward pass.
+        class_weights: What each class counts; nothing for 1.
+        auxiliary_weight: Weight of the second head's loss.
+        scaler: What the loss is multiplied by before it goes backward.
+    """
 
     task: Task
-    model: nn.Module
+    model: Observed
     label_smoothing: float
     autocast: torch.autocast
     class_weights: tuple[float, ...] = ()
-    auxiliary: nn.Module | None = None
     auxiliary_weight: float = 0.0
+    scaler: torch.amp.GradScaler = field(default_factory=no_scaling)
 
     def __call__(self, batch: Batch, step: int, progress: float = 0.0) -> Mapping[str, Tensor]:
         """Forward and backward; returns the loss, detached."""
-        said: list[Tensor] = []
-        with self.autocast, ExitStack() as stack:
-            if self.auxiliary is not None:
-                handle = self.auxiliary.register_forward_hook(lambda *call: said.append(call[-1]))
-                stack.callback(handle.remove)
-            logits = self.model(batch.images)
+        with self.autocast:
+            logits, second, _ = self.model(batch.images)
         loss = self._loss(logits, batch)
-        for other in said:
+        for other in second:
             scaled = F.interpolate(
                 other.float(), batch.labels.shape[1:], mode="bilinear", align_corners=False
             )
             loss = loss + self.auxiliary_weight * self._loss(scaled, batch)
-        loss.backward()
+        self.scaler.scale(loss).backward()
         return {"loss": loss.detach()}
 
     def _loss(self, logits: Tensor, batch: Batch) -> Tensor:
         loss = loss_of(self.task, self.class_weights)
         return loss(logits, batch.labels, self.label_smoothing).mean()
+
+
+def label_step(
+    task: Task,
+    model: nn.Module,
+    options: TrainingOptions,
+    label_smoothing: float,
+    class_weights: tuple[float, ...] = (),
+    auxiliary: tuple[str, float] | None = None,
+) -> LabelStep:
+    """The step of a run.
+
+    Args:
+        task: What the model is for.
+        model: What is trained, on its device, in the mode that it is trained in.
+        options: Number format, and whether the model is compiled.
+        label_smoothing: Share of the target that is spread over all classes.
+        class_weights: What each class counts; nothing for 1.
+        auxiliary: Name of a second head of the model, and the weight of its loss.
+    """
+    name, weight = auxiliary or ("", 0.0)
+    observed = Observed(model, (name,) if auxiliary else ())
+    if options.compile:
+        observed = Compiled(observed, "the model")
+    device = next(model.parameters()).device
+    return LabelStep(
+        task,
+        observed,
+        label_smoothing,
+        autocast_of(options, device),
+        class_weights,
+        weight,
+        scaler_of(options, device),
+    )
 
 
 def freeze_but_classifier(model: nn.Module, fresh: Collection[str] = ()) -> list[str]:

@@ -9,7 +9,7 @@ loss(student, answer, target)["loss"].backward()      one `Distillation` for eac
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float
@@ -24,7 +24,7 @@ from stepwell.run.distributed import from_main
 from stepwell.run.run_dir import Stage
 from stepwell.training.answers import Answers
 from stepwell.training.handed_on import Judge
-from stepwell.training.loop import Course
+from stepwell.training.loop import Course, no_scaling
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,14 @@ class Lesson:
         losses: One for each pair of teacher and student.
         autocast: Number format of the forward passes.
         known: The answers that teachers have given before; one, or None, for each, or none for all.
+        scaler: What a loss is multiplied by before it goes backward.
     """
 
     teachers: Sequence[Observed]
     losses: Sequence[Distillation]
     autocast: torch.autocast
     known: Sequence[Answers | None] = ()
+    scaler: torch.amp.GradScaler = field(default_factory=no_scaling)
 
     def material(
         self, batch: Batch, progress: float
@@ -121,5 +123,6 @@ class Lesson:
                 modules=modules,
                 aids=self.losses,
                 judge=judge if is_main else None,
+                scaler=self.scaler,
                 checkpoint=main if is_main else stage.checkpoints / f"{phase}.safetensors",
             )

@@ -57,6 +57,11 @@ class Trained(StageResult):
     images_per_second: float
 
 
+def no_scaling() -> torch.amp.GradScaler:
+    """What leaves losses and gradients as they are."""
+    return torch.amp.GradScaler(enabled=False)
+
+
 @dataclass(frozen=True)
 class Course:
     """One training: what is trained, for how long, and where its state is kept.
@@ -72,6 +77,7 @@ class Course:
         aids: What changes while training and is then thrown away: losses with parameters and memories.
         lr_scales: Learning rates of parameters as a multiple of `lr`, by name, where not 1.
         judge: How good the models are now; asked if the best weights are to be kept.
+        scaler: What the step multiplies its losses by; begins anew with each training.
         checkpoint: The file that keeps the state of this training. If it is there, the training resumes from
             it, for as many steps as it was begun with.
     """
@@ -85,6 +91,7 @@ class Course:
     aids: Sequence[nn.Module] = ()
     lr_scales: Mapping[str, float] = field(default_factory=dict)
     judge: Judge | None = None
+    scaler: torch.amp.GradScaler = field(default_factory=no_scaling)
     checkpoint: Path | None = None
 
     @property
@@ -132,9 +139,11 @@ def fit(
     copy_from_main(changed_by_training(parameters, changing).values())
     statistics = statistics_of([*course.modules, *course.aids])
     keep = Checkpoint(course.checkpoint, parameters, changing) if course.checkpoint else None
-    done = 0
+    done, scaler = 0, course.scaler
+    scaler.load_state_dict(torch.amp.GradScaler("cpu").state_dict())
     if keep and (saved := keep.restore(optimizer)):
         done, num_steps = log.restore(*saved)
+        scaler.load_state_dict(saved[0].get("loss_scale", {}))
         say(f"{course.name}: resumes after step {done} of {num_steps}")
     num_moves = math.ceil(num_steps / recipe.accumulate)
     if num_moves < _FEW_MOVES and recipe.accumulate > 1 and not done:
@@ -156,16 +165,19 @@ def fit(
             if moves:
                 mean_gradients(parameters.values(), [*statistics(), *log.sums])
                 _divide_gradients(parameters.values(), place + 1)
+                scaler.unscale_(optimizer)
                 if options.clip_norm:
                     nn.utils.clip_grad_norm_(parameters.values(), options.clip_norm)
             if (number + 1) % _CHECK_EVERY == 0 or is_last:
                 log.close_stretch(number + 1, _base_lr(optimizer))
             if moves:
-                optimizer.step()
+                scaler.step(optimizer)  # not where a gradient is infinite; the scale is halved then
+                scaler.update()
                 handed_on.after_update(move, range(number - place, number + 1), is_last)
             advance(log.note)
-            if keep and moves:  # between two moves there are gradients, which are not kept
-                keep.save_if_due(optimizer, *log.state(number + 1))
+            if keep and moves and keep.is_due:  # between two moves there are gradients, which are not kept
+                known, sums = log.state(number + 1)
+                keep.save_if_due(optimizer, {**known, "loss_scale": scaler.state_dict()}, sums)
     seconds = keep.seconds if keep else time.monotonic() - start
     log.check_weights(parameters)
     handed_on.hand_over(course.name)

@@ -1,0 +1,131 @@
+"""A step of training never waits for the device: nothing of it is read before the log is.
+
+Tensors of the meta device hold no numbers, so reading one, or asking how many there are of a kind, raises.
+What passes there gives a GPU its work without waiting for it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from stepwell.config.loss_facts import FEATURE_LOSSES, LOGIT_LOSSES
+from stepwell.config.options import LossOptions, TrainingOptions
+from stepwell.data.batches import Batch
+from stepwell.losses.observe import Observed
+from stepwell.models.ladder import Ladder
+from stepwell.pruning.units import Candidate
+from stepwell.setting.rungs import store_of
+from stepwell.stages.distill import DistillStep
+from stepwell.stages.joint import JointStep, joint_step
+from stepwell.tasks.task import task_of
+from stepwell.training.from_labels import LabelStep
+from stepwell.training.loop import Course, fit
+from tiny import FixedTrain, group_sizes, lesson, no_autocast, random_batches, setting, tiny_vit
+
+LOSSES = {
+    name
+    for name, facts in {**LOGIT_LOSSES, **FEATURE_LOSSES}.items()
+    if facts.masks != "only" and name not in ("scalekd", "cwd-logits")
+}
+
+
+def of_meta(batch: Batch) -> Batch:
+    """A batch of the same shapes, without numbers."""
+    return Batch(batch.images.to("meta"), batch.labels.to("meta"), batch.indices.to("meta"))
+
+
+def joint_step_of(folder: Path, **options) -> JointStep:
+    """One of a run, on the meta device."""
+    teacher = tiny_vit()
+    s = setting(folder, teacher, random_batches(2, 4), num_candidates=2, sampling="all", **options)
+    sizes = group_sizes(teacher)
+    scales = [0.5, 0.75]
+    candidates = [
+        Candidate(scale, {group: round(size * scale) for group, size in sizes.items()}) for scale in scales
+    ]
+    order = {group: list(range(size)) for group, size in sizes.items()}
+    ladder = Ladder(teacher=s.card({}), candidates=candidates, scales=scales, order=order)
+    step = joint_step(s, store_of(s, ladder))
+    step.shared.parameters = {k: nn.Parameter(p.to("meta")) for k, p in step.shared.parameters.items()}
+    for module in (*step.lesson.teachers, *step.lesson.losses, *step.students):
+        module.to("meta")
+    return step
+
+
+@pytest.fixture
+def autocast_of_meta(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Losses switch autocast off for the device of their tensors, and there is none for meta."""
+    begin = torch.autocast.__init__
+
+    def made(self: torch.autocast, device_type: str, **options: object) -> None:
+        begin(self, "cpu" if device_type == "meta" else device_type, **options)
+
+    monkeypatch.setattr(torch.autocast, "__init__", made)
+
+
+def test_the_meta_device_notices_what_waits():
+    tensor = torch.ones(3, device="meta")
+    for reading in (lambda: float(tensor.sum()), lambda: bool(tensor.all()), tensor.cpu, tensor.unique):
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            reading()
+
+
+@pytest.mark.parametrize("name", sorted(LOSSES))
+def test_a_joint_step_does_not_wait(tmp_path, name, autocast_of_meta):
+    option = {"logit_loss": name} if name in LOGIT_LOSSES else {"feature_loss": name}
+    step = joint_step_of(tmp_path, **option)
+    (batch,) = random_batches(1, 4)
+    assert step(of_meta(batch), 0, 0.5)["loss"].is_meta
+    assert all(p.grad is not None for p in step.shared.parameters.values())
+
+
+def test_a_step_of_distillation_does_not_wait():
+    teacher, student = tiny_vit().to("meta").requires_grad_(False), tiny_vit(seed=1).to("meta")
+    blocks = ("blocks.0",)
+    step = DistillStep(lesson(Observed(teacher, blocks), LossOptions()), Observed(student, blocks))
+    (batch,) = random_batches(1, 4)
+    assert step(of_meta(batch), 0)["loss"].is_meta
+
+
+def test_a_step_from_labels_does_not_wait():
+    model = tiny_vit().to("meta")
+    step = LabelStep(task_of("classification"), Observed(model, ()), 0.1, no_autocast())
+    (batch,) = random_batches(1, 4)
+    assert step(of_meta(batch), 0)["loss"].is_meta
+
+
+class Reads(TorchDispatchMode):
+    """Counts how often a number is read."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_the_loop_reads_its_losses_every_ten_steps(optimizer):
+    """Two losses each time; and at the end whether each of the two parameters is finite."""
+
+    def reads(num_steps: int) -> int:
+        layer = nn.Linear(3, 2)
+
+        def step(_batch: Batch, _number: int, _progress: float) -> dict[str, Tensor]:
+            loss = layer(torch.ones(4, 3)).square().mean()
+            loss.backward()
+            return {"loss": loss.detach(), "task": loss.detach()}
+
+        options = TrainingOptions(optimizer=optimizer)
+        with Reads() as counted:
+            course = Course("test", dict(layer.named_parameters()), epochs=float(num_steps), lr=0.01)
+            fit(course, step, FixedTrain(random_batches(1, 4)), options)
+        return counted.count
+
+    assert reads(20) - reads(10) == 2
+    assert reads(10) == 2 + 2
