@@ -8,7 +8,7 @@ where they leave too large a gap, their number stays and the neurons alone are f
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
@@ -20,11 +20,14 @@ from stepwell.config.commands import CompressConfig
 from stepwell.data.spec import InputSpec
 from stepwell.errors import ConfigError, ExportError
 from stepwell.measure.balance import searched
-from stepwell.measure.clock import Timing, time_onnx
+from stepwell.measure.clock import Timing, time_eager, time_onnx
+from stepwell.measure.latency_table import LatencyTable, measured_table
+from stepwell.measure.prices import Timed, counted_macs, counted_params
 from stepwell.measure.size import count_macs, num_params, short_number
 from stepwell.models.card import ONNX
 from stepwell.models.export import temporary_folder
 from stepwell.models.onnx_graph import write_onnx
+from stepwell.pruning.depth import droppable
 from stepwell.pruning.ranking import EQUAL, Balance, Scores, widths_at
 from stepwell.pruning.skeleton import build_skeleton, fill
 from stepwell.pruning.units import Group, Widths
@@ -76,7 +79,13 @@ class Budget:
 
 
 def student_widths(
-    config: CompressConfig, model: nn.Module, spec: InputSpec, groups: Sequence[Group], scores: Scores
+    config: CompressConfig,
+    model: nn.Module,
+    spec: InputSpec,
+    groups: Sequence[Group],
+    scores: Scores,
+    blocks: Mapping[str, float] | None = None,
+    table: LatencyTable | None = None,
 ) -> Met:
     """The widths that meet the budget of `config`, by the ranking that `scores` give.
 
@@ -86,6 +95,8 @@ def student_widths(
         spec: Its input.
         groups: Its groups.
         scores: Normalised importance per unit.
+        blocks: Importance of each block, for `--drop-blocks`; without it all count alike.
+        table: The result of `latency_table`, where it is kept.
 
     Raises:
         ConfigError: The budget cannot be met.
@@ -102,6 +113,8 @@ def student_widths(
         return Met(keep_ratio=keep, widths=at(keep, keep), cost=keep, balance=equal)
     budget, cost = priced
     steps = _STEPS[budget.kind]
+    if config.reads_latency_table:
+        table = table or latency_table(config, model, spec, groups, scores)
     with progress(f"find {budget.text(budget.target)}", steps + 2) as advance:
 
         def shown_cost(widths: Widths) -> float:
@@ -111,8 +124,13 @@ def student_widths(
 
         met = replace(meet(budget, shown_cost, at, steps), balance=equal)
         if config.shares == "search":
-            counted = "params" if budget.kind == "params" else "macs"
-            balance = searched(model, spec, groups, scores, met.widths, counted)
+            if table is not None:
+                prices = Timed(table, met.keep_ratio)
+            elif budget.kind == "params":
+                prices = counted_params(model, groups, met.widths)
+            else:
+                prices = counted_macs(model, spec, groups, met.widths)
+            balance = searched(groups, scores, prices, (blocks or {}) if config.drop_blocks else None)
             met = replace(meet(budget, shown_cost, partial(at, balance=balance), steps), balance=balance)
             say(f"shares: {_shares(groups, met)}")
     noise = f"; repeated timings differ by {budget.tolerance:.0%}" if budget.kind == "latency_ms" else ""
@@ -122,13 +140,31 @@ def student_widths(
     return met
 
 
+def latency_table(
+    config: CompressConfig, model: nn.Module, spec: InputSpec, groups: Sequence[Group], scores: Scores
+) -> LatencyTable:
+    """What a few widths take on this machine, for `--shares search` with a budget in milliseconds."""
+    return measured_table(
+        model,
+        groups,
+        scores,
+        config,
+        lambda skeleton: time_eager(with_random_weights(skeleton), spec, config.latency_threads),
+    )
+
+
 def _shares(groups: Sequence[Group], met: Met) -> str:
-    """`12 % of the heads, 30 % of the channels`."""
+    """`12 % of the heads, 30 % of the channels; 10 of 12 blocks`."""
     whole, kept = Counter[str](), Counter[str]()
     for group in groups:
         whole[group.kind] += group.num_units
         kept[group.kind] += met.widths[group.name]
-    return ", ".join(f"{kept[kind] / whole[kind]:.0%} of the {kind}s" for kind in whole)
+    shares = ", ".join(f"{kept[kind] / whole[kind]:.0%} of the {kind}s" for kind in whole)
+    if not met.balance.blocks:
+        return shares
+    members = droppable(groups).values()
+    left = sum(any(met.widths[group.name] for group in its) for its in members)
+    return f"{shares}; {left} of {len(members)} blocks"
 
 
 def _budget_and_cost(
