@@ -97,7 +97,9 @@ def test_a_dropped_block_is_one_that_is_masked(name):
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
     found.square().sum().backward()
     expected.square().sum().backward()
-    compared = [n for n, p in whole.items() if p.grad is not None and n in weights and weights[n].grad is not None]
+    compared = [
+        n for n, p in whole.items() if p.grad is not None and n in weights and weights[n].grad is not None
+    ]
     untouched = [n for n in compared if weights[n].shape == whole[n].shape]
     assert len(untouched) > 5
     for n in untouched:
@@ -121,7 +123,9 @@ def test_the_search_drops_blocks_that_hold_nothing(vit):
         assert all(larger.widths[name] >= width for name, width in smaller.widths.items())
     assert len(blocks_left(groups, grid[-1].widths)) == 6
     # The same balance without rounding up to the candidate below: nested by itself.
-    alone = [make_grid(groups, scores, [r], GridOptions(), balance=met.balance)[0].widths for r in (0.3, 0.6, 0.9)]
+    alone = [
+        make_grid(groups, scores, [r], GridOptions(), balance=met.balance)[0].widths for r in (0.3, 0.6, 0.9)
+    ]
     for smaller, larger in itertools.pairwise(alone):
         assert all(larger[name] >= width for name, width in smaller.items())
 
@@ -144,7 +148,8 @@ def test_the_importance_of_a_block_is_that_of_one_gate_around_its_branches():
         for image, label in zip(batch.images, batch.labels, strict=True):
             ones = {name: torch.ones((), dtype=torch.float64, requires_grad=True) for name in found}
             of_units = {
-                name: ones[name.rpartition(".")[0]].expand(units) for name, units in group_sizes(model).items()
+                name: ones[name.rpartition(".")[0]].expand(units)
+                for name, units in group_sizes(model).items()
             }
             with gates(model, of_units):
                 loss = torch.nn.functional.cross_entropy(model(image[None]), label[None])
@@ -158,7 +163,10 @@ def test_the_importance_of_a_block_is_that_of_one_gate_around_its_branches():
     ("options", "message"),
     [
         ({"macs": "10%"}, "--drop-blocks is a part of the search: give --shares search"),
-        ({"macs": "10%", "shares": "search", "importance": "l1"}, "--drop-blocks needs the importance of blocks"),
+        (
+            {"macs": "10%", "shares": "search", "importance": "l1"},
+            "--drop-blocks needs the importance of blocks",
+        ),
     ],
 )
 def test_options_that_do_not_go_together(options, message):
@@ -170,4 +178,7 @@ def test_a_balance_without_depth_keeps_all_blocks(vit):
     _, groups = vit
     whole = Balance(blocks=tuple(droppable(groups)))
     (plain,) = make_grid(groups, uniform_scores(groups), [0.3], GridOptions())
-    assert make_grid(groups, uniform_scores(groups), [0.3], GridOptions(), balance=whole)[0].widths == plain.widths
+    assert (
+        make_grid(groups, uniform_scores(groups), [0.3], GridOptions(), balance=whole)[0].widths
+        == plain.widths
+    )

@@ -1,4 +1,7 @@
-"""The latency table of `--shares search`: what lies between what was timed, and what the search makes of it."""
+"""The latency table of `--shares search`: what lies between what was timed, and what the search makes of it.
+
+Clocks that count, or compute a formula, say what is true at all widths.
+"""
 
 from __future__ import annotations
 
@@ -115,8 +118,7 @@ def test_what_takes_no_time_is_not_cut():
     assert balance.others < 0.8 * min(balance.heads, balance.channels)
 
 
-def test_dropped_blocks_take_what_is_left_of_them(vit, counted):
-    _, groups = vit
+def test_dropped_blocks_take_what_is_left_of_them(counted):
     kept = [[{}] * 24] * 3
     whole, half = (Timed(counted, 0.4).costs(kept, depth) for depth in (1.0, 0.5))
     empty = 2 * half - whole
@@ -126,7 +128,9 @@ def test_dropped_blocks_take_what_is_left_of_them(vit, counted):
 
 def test_a_model_without_heads_has_a_smaller_table():
     model, groups = built("convnext_atto")
-    table = measured_table(model, groups, uniform_scores(groups), CompressConfig(), lambda s: count_macs(s, SPEC))
+    table = measured_table(
+        model, groups, uniform_scores(groups), CompressConfig(), lambda s: count_macs(s, SPEC)
+    )
     assert table.shares == [[1.0], list(KNOTS), list(KNOTS)]
     assert len(table.milliseconds) == len(KNOTS) ** 2
     assert searched(groups, uniform_scores(groups), Timed(table, 0.4)) != Balance()
@@ -136,7 +140,9 @@ def test_a_real_clock():
     model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=5)
     groups = find_groups(model)
     config = CompressConfig(shares="search", latency_ms=1.0)
-    table = latency_table(config, model, InputSpec((32, 32), 3, (0.5,) * 3, (0.5,) * 3), groups, uniform_scores(groups))
+    table = latency_table(
+        config, model, InputSpec((32, 32), 3, (0.5,) * 3, (0.5,) * 3), groups, uniform_scores(groups)
+    )
     assert len(table.milliseconds) == len(KNOTS) ** 2
     assert min(table.milliseconds) > 0
     assert LatencyTable.model_validate_json(table.model_dump_json()) == table

@@ -23,6 +23,9 @@ class CutOptions(Options):
     drop_blocks: bool = False
     """Let the search give up whole blocks, whose input then passes through on the shortcut, where a few of
     them hold little of the importance. Needs --shares search."""
+    whole_last: bool = False
+    """Cut nothing in the last block, or in the last stage of a pyramid, whose states the head reads
+    (WideLast). With --cut all the channels of that stage stay too; a ViT has one stream, which is cut."""
     uniform: bool = False
     """The same widths in every block, so that the student of a ViT is one that timm builds by name
     (embed_dim, num_heads, mlp_ratio): its weights load there without stepwell. Needs --cut all."""
@@ -41,6 +44,10 @@ class CutOptions(Options):
             raise ValueError("--uniform needs --cut all: a plain ViT is as wide as its heads together")
         if self.uniform and self.shares == "search":
             raise ValueError("--uniform ties the channels to the heads: leave --shares equal")
+        if self.uniform and self.whole_last:
+            raise ValueError(
+                "--uniform makes all blocks alike, --whole-last keeps the last one: leave one out"
+            )
         if self.drop_blocks and self.shares != "search":
             raise ValueError("--drop-blocks is a part of the search: give --shares search, and a budget")
         return self

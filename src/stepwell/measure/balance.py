@@ -9,7 +9,7 @@ equal shares are as good as any where all units matter alike, and are then taken
 its importance lies in few units. What shares cost, measure/prices.py says.
 
 With `--drop-blocks` whole blocks are a kind of unit too, and how many of them stay is looked at as well. What
-a kind keeps is then compared with what it has in these blocks. Where all blocks matter alike none is given up.
+a kind keeps is then compared with what it has in these. Where all blocks matter alike, all of them stay.
 """
 
 from __future__ import annotations

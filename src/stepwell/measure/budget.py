@@ -29,6 +29,7 @@ from stepwell.models.export import temporary_folder
 from stepwell.models.onnx_graph import write_onnx
 from stepwell.pruning.depth import droppable
 from stepwell.pruning.ranking import EQUAL, Balance, Scores, widths_at
+from stepwell.pruning.sections import last_groups
 from stepwell.pruning.skeleton import build_skeleton, fill
 from stepwell.pruning.units import Group, Widths
 from stepwell.run.progress import progress, say
@@ -102,7 +103,7 @@ def student_widths(
         ConfigError: The budget cannot be met.
     """
 
-    equal = Balance(uniform=config.uniform)
+    equal = Balance(uniform=config.uniform, whole=last_groups(groups) if config.whole_last else ())
 
     def at(coarse: float, fine: float, balance: Balance = equal) -> dict[str, int]:
         return widths_at(groups, scores, coarse, fine, config, balance)
@@ -130,7 +131,9 @@ def student_widths(
                 prices = counted_params(model, groups, met.widths)
             else:
                 prices = counted_macs(model, spec, groups, met.widths)
-            balance = searched(groups, scores, prices, (blocks or {}) if config.drop_blocks else None)
+            free = _free(groups, config)
+            balance = searched(free, scores, prices, (blocks or {}) if config.drop_blocks else None)
+            balance = replace(balance, whole=equal.whole)
             met = replace(meet(budget, shown_cost, partial(at, balance=balance), steps), balance=balance)
             say(f"shares: {_shares(groups, met)}")
     noise = f"; repeated timings differ by {budget.tolerance:.0%}" if budget.kind == "latency_ms" else ""
@@ -146,11 +149,17 @@ def latency_table(
     """What a few widths take on this machine, for `--shares search` with a budget in milliseconds."""
     return measured_table(
         model,
-        groups,
+        _free(groups, config),
         scores,
         config,
         lambda skeleton: time_eager(with_random_weights(skeleton), spec, config.latency_threads),
     )
+
+
+def _free(groups: Sequence[Group], config: CompressConfig) -> list[Group]:
+    """What shares are looked for of: all that does not stay whole."""
+    whole = last_groups(groups) if config.whole_last else ()
+    return [group for group in groups if group.name not in whole]
 
 
 def _shares(groups: Sequence[Group], met: Met) -> str:

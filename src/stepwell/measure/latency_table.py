@@ -4,8 +4,8 @@
     entry    milliseconds of a model that keeps such a share of each kind
     between  log(ms) is linear in the log of each share: exact where time is a product of powers
 
-Models are timed eagerly on the CPU, without an export, which takes longer than the timing: the table says how
-time falls with the widths, and how much of it there is, the clock says on exported models (measure/budget.py).
+Models are timed eagerly on the CPU: an export takes longer than the timing. The table says how time falls
+with the widths; how much of it there is, the clock says on exported models (measure/budget.py).
 """
 
 from __future__ import annotations

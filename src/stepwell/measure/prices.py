@@ -1,7 +1,7 @@
 """What shares of each kind of unit cost: counted on shapes, or read from a table of measured milliseconds.
 
-    counted   sum over layers of their operations, or parameters, times the kept fraction of each group that cuts them
-    measured  the table's milliseconds (measure/latency_table.py)
+counted   operations, or parameters, of each layer, times the kept fraction of each group that cuts it
+measured  the table's milliseconds (measure/latency_table.py)
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ LEVELS = tuple(round(0.98 * 0.85**i, 4) for i in range(24))
 """Shares of a kind that are looked at, from 0.98 down to 0.02, each 0.85 of the one before."""
 
 Kept = Sequence[Sequence[Mapping[str, int]]]
-"""Of each kind, at each level: the kept units of its groups; one level without groups for a kind that there is
-not."""
+"""Of each kind, at each level: the kept units of its groups. A kind that there is not has one level, without
+groups."""
 
 
 class Prices(Protocol):
@@ -41,7 +41,7 @@ class Prices(Protocol):
         ...
 
     def costs(self, kept: Kept, depth: float) -> Float[Tensor, "heads others channels"]:
-        """Of every combination of levels, where `depth` of the blocks is left, the others emptied in `kept`."""
+        """Of every combination of levels, where `depth` of the blocks is left and `kept` empties the others."""
         ...
 
 

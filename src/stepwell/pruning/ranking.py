@@ -65,6 +65,8 @@ class Balance:
     """Exponent of the share of whole blocks that is kept; 0 keeps them all."""
     blocks: tuple[str, ...] = ()
     """Blocks that may be given up, from most to least important."""
+    whole: tuple[str, ...] = ()
+    """Groups that keep all of their units."""
 
     def ratios(self, coarse: float, fine: float) -> dict[Kind, float]:
         """The share of each kind.
@@ -97,14 +99,15 @@ def widths_at(
     ratios = balance.ratios(coarse, fine)
     if balance.uniform:
         return uniform_widths(groups, ratios["head"], ratios["neuron"], options.multiple)
+    widths = {group.name: group.num_units if group.name in balance.whole else 0 for group in groups}
+    free = [group for group in groups if group.name not in balance.whole]
     counts = {
         name: count
         for kind, ratio in ratios.items()
-        for name, count in kept_counts([g for g in groups if g.kind == kind], scores, ratio).items()
+        for name, count in kept_counts([g for g in free if g.kind == kind], scores, ratio).items()
     }
-    gone = dropped_groups(groups, balance.blocks, coarse**balance.depth)
-    left = round_widths([group for group in groups if group.name not in gone], counts, options)
-    return {group.name: left.get(group.name, 0) for group in groups}
+    gone = dropped_groups(free, balance.blocks, coarse**balance.depth)
+    return widths | round_widths([group for group in free if group.name not in gone], counts, options)
 
 
 def uniform_scores(groups: Sequence[Group]) -> dict[str, list[float]]:
