@@ -17,7 +17,7 @@ from stepwell.data.spec import InputSpec
 from stepwell.measure.balance import searched
 from stepwell.measure.budget import latency_table
 from stepwell.measure.latency_table import KNOTS, LatencyTable, measured_table
-from stepwell.measure.prices import Timed, counted_macs
+from stepwell.measure.prices import Counted, Timed, counted_macs
 from stepwell.measure.size import count_macs
 from stepwell.pruning.channels import channel_groups
 from stepwell.pruning.families import find_groups
@@ -104,25 +104,29 @@ def test_a_clock_that_counts_leads_where_counting_leads(vit, counted):
     }
     equal = make_grid(groups, skewed, [0.4], CompressConfig())[0].widths
     by_count = searched(groups, skewed, counted_macs(model, SPEC, groups, equal))
-    by_table = searched(groups, skewed, Timed(counted, 0.4))
+    by_table = searched(groups, skewed, Timed(counted, 0.4, counted_macs(model, SPEC, groups, equal)))
     assert by_table.others > 1.2 > 1 > by_table.channels
     for name in ("heads", "others", "channels"):
         assert math.log(getattr(by_table, name) / getattr(by_count, name)) == pytest.approx(0, abs=0.6)
 
 
 def test_what_takes_no_time_is_not_cut():
-    """Neurons that the clock does not feel are worth nothing to cut: others are, though all matter alike."""
-    groups = built("vit_small_patch16_224", img_size=64, depth=3)[1]
+    """The clock does not feel neurons, so that others are cut instead, though all matter alike."""
+    model, groups = built("vit_small_patch16_224", img_size=64, depth=3)
     alike = {g.name: [1.0] * g.num_units for g in groups}
-    balance = searched(groups, alike, Timed(table_of(lambda h, n, c: 1 + 10 * h * c + 1e-3 * n), 0.3))
-    assert balance.others < 0.8 * min(balance.heads, balance.channels)
+    equal = counted_macs(model, SPEC, groups, make_grid(groups, alike, [0.3], CompressConfig())[0].widths)
+    table = table_of(lambda h, n, c: 1 + 10 * h * c + 1e-3 * n)
+    balance = searched(groups, alike, Timed(table, 0.3, equal))
+    by_count = searched(groups, alike, equal)
+    assert balance.others < 0.5 * by_count.others
+    assert balance.others < 0.5 * balance.heads
 
 
 def test_dropped_blocks_take_what_is_left_of_them(counted):
     kept = [[{}] * 24] * 3
-    whole, half = (Timed(counted, 0.4).costs(kept, depth) for depth in (1.0, 0.5))
+    whole, half = (Timed(counted, 0.4, Counted([], [], {})).costs(kept, depth) for depth in (1.0, 0.5))
     empty = 2 * half - whole
-    assert (half <= whole + 1e-9)[:20, :20].all()  # from the lowest knot up
+    assert (half <= whole + 1e-9)[:19, :19].all()  # from the lowest knot up
     torch.testing.assert_close(empty, empty[:1, :1].expand_as(empty))
 
 
@@ -133,7 +137,9 @@ def test_a_model_without_heads_has_a_smaller_table():
     )
     assert table.shares == [[1.0], list(KNOTS), list(KNOTS)]
     assert len(table.milliseconds) == len(KNOTS) ** 2
-    assert searched(groups, uniform_scores(groups), Timed(table, 0.4)) != Balance()
+    equal = make_grid(groups, uniform_scores(groups), [0.4], CompressConfig())[0].widths
+    prices = Timed(table, 0.4, counted_macs(model, SPEC, groups, equal))
+    assert searched(groups, uniform_scores(groups), prices) != Balance()
 
 
 def test_a_real_clock():

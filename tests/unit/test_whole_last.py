@@ -102,7 +102,9 @@ def test_the_last_stage_computes_as_before():
 def test_what_has_no_last_block_is_refused():
     model, groups = built("cifar_vgg8")
     teacher = Teacher(model, Architecture(source="timm", name="x", args={}), SPEC, None, {}, "x", "")
-    with pytest.raises(ConfigError, match="--whole-last: x would not be cut otherwise, .*: it has no blocks"):
+    with pytest.raises(
+        ConfigError, match=r"--whole-last: x would not be cut otherwise, .*: it has no blocks"
+    ):
         check_cut(teacher, groups, CompressConfig(whole_last=True))
     model, groups = built("vit_tiny_patch16_224", depth=1)
     with pytest.raises(ConfigError, match="all that can be cut lies in its last block or stage"):

@@ -1,7 +1,7 @@
 """`--shares search`: how much of each kind of unit to keep for a budget; nothing is trained.
 
     gain = sum over kinds of w log(share of their importance that is kept)
-    w    = share of the cost that a kind cuts
+    w    = share of the operations, or parameters, that a kind cuts
 
 All shares of heads, of neurons and filters, and of channels on a coarse grid are looked at together, and of
 those that cost about what equal shares would, the ones of the largest gain are taken. With these weights

@@ -125,12 +125,12 @@ def student_widths(
 
         met = replace(meet(budget, shown_cost, at, steps), balance=equal)
         if config.shares == "search":
-            if table is not None:
-                prices = Timed(table, met.keep_ratio)
-            elif budget.kind == "params":
+            if budget.kind == "params":
                 prices = counted_params(model, groups, met.widths)
             else:
                 prices = counted_macs(model, spec, groups, met.widths)
+            if table is not None:
+                prices = Timed(table, met.keep_ratio, prices)
             free = _free(groups, config)
             balance = searched(free, scores, prices, (blocks or {}) if config.drop_blocks else None)
             balance = replace(balance, whole=equal.whole)

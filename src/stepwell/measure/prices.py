@@ -37,11 +37,11 @@ class Prices(Protocol):
         ...
 
     def weight(self, kinds: Sequence[int]) -> float:
-        """Share of the whole model's cost that is gone where these kinds are."""
+        """Share of the whole model's operations, or parameters, that is gone where these kinds are."""
         ...
 
     def costs(self, kept: Kept, depth: float) -> Float[Tensor, "heads others channels"]:
-        """Of every combination of levels, where `depth` of the blocks is left and `kept` empties the others."""
+        """Of every combination of levels, where `depth` of the blocks is left; `kept` empties the others."""
         ...
 
 
@@ -127,20 +127,22 @@ class Timed:
     Attributes:
         table: Measured.
         keep_ratio: Equal share that meets the budget.
+        counted: Prices in operations: what computes more is worth more, whatever the time that it takes. A
+            kind that takes less time than its operations promise is spared, therefore.
     """
 
     table: LatencyTable
     keep_ratio: float
+    counted: Counted
 
     @property
     def target(self) -> float:
         """What equal shares take."""
-        return self._at(*[self.keep_ratio] * len(KINDS))
+        return self.table.at(*[(self.keep_ratio,)] * len(KINDS)).item()
 
     def weight(self, kinds: Sequence[int]) -> float:
-        """Share of the whole model's time that is gone where next to nothing is left of these kinds."""
-        shares = [KNOTS[0] if kind in kinds else 1.0 for kind in range(len(KINDS))]
-        return 1 - self._at(*shares) / self._at(*[1.0] * len(KINDS))
+        """Share of the whole model's operations that is gone where these kinds are."""
+        return self.counted.weight(kinds)
 
     def costs(self, kept: Kept, depth: float) -> Float[Tensor, "heads others channels"]:
         """Of every combination of levels; an emptied block takes what next to nothing in it takes."""
@@ -148,6 +150,3 @@ class Timed:
         least = [(KNOTS[0],) if len(levels) > 1 else (1.0,) for levels in (heads, others)]
         empty = self.table.at(*least, channels)
         return empty + depth * (self.table.at(heads, others, channels) - empty)
-
-    def _at(self, *shares: float) -> float:
-        return self.table.at(*[(share,) for share in shares]).item()
