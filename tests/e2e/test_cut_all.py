@@ -143,6 +143,8 @@ def test_a_uniform_student_loads_in_timm_without_us(teacher, data, tmp_path, qui
     [
         (("--uniform",), "--uniform needs --cut all: a plain ViT is as wide as its heads together"),
         (("--cut", "all", "--uniform", "--shares", "search", "--macs", "10%"), "leave --shares equal"),
+        (("--drop-blocks", "--macs", "10%"), "--drop-blocks is a part of the search: give --shares search"),
+        (("--cut", "all", "--uniform", "--whole-last"), "--whole-last keeps the last one: leave one out"),
         (("--shares", "search"), "--shares search looks for the shares that suit a budget: give --macs"),
     ],
 )
@@ -150,21 +152,11 @@ def test_options_that_do_not_go_together(words, said, teacher, data, fails):
     assert said in fails("doctor", "--teacher", teacher, "--data", data, *words)
 
 
-@pytest.mark.parametrize("path", ["single-step", "takd"])
+@pytest.mark.parametrize(
+    "path", [("single-step",), ("takd", "--assistants", "0.75"), ("amd", "--num-assistants", "2")]
+)
 def test_repair_is_a_part_of_the_training_that_follows(teacher, data, tmp_path, quick, path):
-    words = (
-        "--teacher",
-        teacher,
-        "--data",
-        data,
-        *ALL,
-        "--path",
-        path,
-        "--assistants",
-        "0.75",
-        "--epochs",
-        "1",
-    )
+    words = ("--teacher", teacher, "--data", data, *ALL, "--epochs", "1", "--path", *path)
     stepwell("compress", *words, "--out", tmp_path / "plain")
     stepwell("compress", *words, "--out", tmp_path / "repaired", "--repair")
     plain, repaired = (Result.load(tmp_path / name / "result.json") for name in ("plain", "repaired"))

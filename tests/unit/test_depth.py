@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 
+import onnx
+import onnxruntime
 import pytest
 import timm
 import torch
@@ -17,15 +20,17 @@ from stepwell.data.spec import InputSpec
 from stepwell.errors import ConfigError
 from stepwell.measure.budget import student_widths
 from stepwell.measure.size import count_macs
+from stepwell.models.onnx_graph import write_onnx
 from stepwell.pruning.channels import channel_groups
 from stepwell.pruning.depth import block_order, droppable, dropped_groups
 from stepwell.pruning.families import find_groups
 from stepwell.pruning.prove import masked
 from stepwell.pruning.ranking import Balance, uniform_scores
-from stepwell.pruning.skeleton import build_skeleton, leading_units
+from stepwell.pruning.skeleton import build_skeleton, fill, leading_units
 from stepwell.pruning.units import Group, tensors_of
 from stepwell.stages.grid import make_grid
 from stepwell.stages.score import importance_by_gradient
+from tiny import SPEC as TINY
 from tiny import FixedEval, gates, group_sizes, random_batches, random_images, tiny_vit
 
 SPEC = InputSpec((64, 64), 3, (0.5,) * 3, (0.5,) * 3)
@@ -104,6 +109,22 @@ def test_a_dropped_block_is_one_that_is_masked(name):
     assert len(untouched) > 5
     for n in untouched:
         torch.testing.assert_close(weights[n].grad, whole[n].grad, rtol=1e-7, atol=1e-7)
+
+
+def test_a_file_has_nothing_of_a_dropped_block_but_its_biases(tmp_path):
+    model = tiny_vit()
+    groups = find_groups(model)
+    widths = {g.name: 0 if g.block == "blocks.1" else g.num_units for g in groups}
+    skeleton = build_skeleton(model, groups, widths)
+    student = fill(skeleton, leading_units(tensors_of(model), skeleton, groups, widths)).eval()
+    write_onnx(student, TINY, tmp_path / "model.onnx")
+    kinds = Counter(node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node)
+    assert kinds["LayerNormalization"] == 5  # two of each block that is left, and the last one
+    assert kinds["Softmax"] == kinds["Erf"] == 2
+    images = random_images(3)
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    (found,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), student(images), rtol=1e-4, atol=1e-4)
 
 
 def test_the_search_drops_blocks_that_hold_nothing(vit):
