@@ -94,7 +94,8 @@ def test_a_dropped_block_is_one_that_is_masked(name):
     images = random_images(2, size=args.get("img_size", 64)).double()
     skeleton = build_skeleton(model, groups, widths)
     weights = leading_units(tensors_of(model), skeleton, groups, widths)
-    weights = {n: w.detach().clone().requires_grad_(w.is_floating_point()) for n, w in weights.items()}
+    learned = dict(skeleton.named_parameters())
+    weights = {n: w.detach().clone().requires_grad_(n in learned) for n, w in weights.items()}
     found = functional_call(skeleton, weights, (images,))
     whole = {n: p.detach().clone().requires_grad_() for n, p in model.named_parameters()}
     with masked(model, groups, widths):
@@ -153,9 +154,8 @@ def test_the_search_drops_blocks_that_hold_nothing(vit):
 
 def test_blocks_that_matter_alike_all_stay(vit):
     model, groups = vit
-    alike = {g.name: [1.0] * g.num_units for g in groups}
     config = CompressConfig(cut="all", shares="search", drop_blocks=True, macs="20%")
-    met = student_widths(config, model, SPEC, groups, alike)
+    met = student_widths(config, model, SPEC, groups, uniform_scores(groups))
     assert met.balance.blocks == ()
     assert len(blocks_left(groups, met.widths)) == 6
 

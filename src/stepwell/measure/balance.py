@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from jaxtyping import Float
@@ -69,6 +70,8 @@ def searched(
     order = () if blocks is None else block_order(groups, blocks)
     members = [[group for group in groups if group.kind in kinds] for kinds in KINDS]
     kept = [[kept_counts(its, scores, level) for level in LEVELS] if its else [{}] for its in members]
+    # The importance of the best 0, 1, 2, ... units of each group.
+    worth = {g.name: [0.0, *accumulate(sorted(scores[g.name], reverse=True))] for g in groups}
     weights = [prices.weight([kind]) if its else 0.0 for kind, its in enumerate(members)]
     of_blocks = prices.weight([0, 1])
     found = []
@@ -76,8 +79,8 @@ def searched(
         gone = dropped_groups(groups, order, depth)
         left = [[{n: c * (n not in gone) for n, c in counts.items()} for counts in its] for its in kept]
         gains = [
-            weight * torch.tensor([_gain(its, scores, counts, gone) for counts in at_levels])
-            for weight, its, at_levels in zip(weights, members, left, strict=True)
+            weight * torch.tensor([_gain(worth, counts, gone) for counts in levels])
+            for weight, levels in zip(weights, left, strict=True)
         ]
         best = _best(gains, (prices.costs(left, depth) / prices.target).log())
         if best is not None:
@@ -137,11 +140,10 @@ def _balance(found: Found, order: tuple[str, ...]) -> Balance:
     return Balance(heads=heads, others=others, channels=channels, depth=depth, blocks=order)
 
 
-def _gain(groups: Sequence[Group], scores: Scores, counts: Mapping[str, int], gone: set[str]) -> float:
-    """Of one kind, in the blocks that are left."""
-    best = {g.name: sorted(scores[g.name], reverse=True) for g in groups if g.name not in gone}
-    whole = sum(map(sum, best.values()))
-    kept = sum(sum(values[: counts[name]]) for name, values in best.items())
+def _gain(worth: Mapping[str, Sequence[float]], counts: Mapping[str, int], gone: set[str]) -> float:
+    """Of the groups of one kind in `counts`, in the blocks that are left."""
+    whole = sum(worth[name][-1] for name in counts if name not in gone)
+    kept = sum(worth[name][count] for name, count in counts.items())
     return math.log(max(kept / whole, 1e-9)) if whole > 0 else 0.0
 
 
