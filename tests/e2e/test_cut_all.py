@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import timm
@@ -12,6 +13,8 @@ from small_world import QUICK, stepwell, student_weights
 
 import stepwell as package
 from conftest import without_files
+from stepwell.measure import budget
+from stepwell.measure.clock import Timing
 from stepwell.measure.size import num_params
 from stepwell.report.result import Result
 
@@ -63,6 +66,42 @@ def test_resumed_equals_uninterrupted(run, teacher, data, tmp_path, quick):
     stepwell("compress", *words)
     ours, theirs = student_weights(tmp_path / "run"), student_weights(run)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_resumed_search_reads_the_latency_table(teacher, data, tmp_path, quick, monkeypatch):
+    """A clock that counts parameters; when the run resumes there is none for the table."""
+
+    def no_clock(*_):
+        raise AssertionError("the table is there")
+
+    monkeypatch.setattr(budget, "time_eager", lambda model, *_: num_params(model) / 1000)
+    monkeypatch.setattr(budget, "_time", lambda model, *_: Timing(num_params(model) / 1000, spread=0.01))
+    limit = num_params(package.load(teacher)) / 2000
+    words = ("--teacher", teacher, "--data", data, "--out", tmp_path / "run", *QUICK, "--cut", "all")
+    words = (*words, "--round-to", "4", "--path", "single-step", "--shares", "search", "--drop-blocks")
+    stepwell("compress", *words, "--latency-ms", limit)
+    widths = json.loads((tmp_path / "run" / "student" / "stepwell.json").read_text())["widths"]
+    assert num_params(package.load(tmp_path / "run")) / 1000 <= 1.03 * limit
+    assert package.load(tmp_path / "run").embed_dim == widths["channels"]
+    for name in ("grid", "distill", "deliver"):
+        shutil.rmtree(tmp_path / "run" / "stages" / name)
+    (tmp_path / "run" / "result.json").unlink()
+    before = student_weights(tmp_path / "run")
+    monkeypatch.setattr(budget, "time_eager", no_clock)
+    stepwell("compress", *words, "--latency-ms", limit)
+    after = student_weights(tmp_path / "run")
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_a_student_without_its_last_cut_is_loaded(teacher, data, tmp_path, quick):
+    words = ("--teacher", teacher, "--data", data, "--out", tmp_path / "run", *ALL, "--whole-last")
+    stepwell("compress", *words, "--path", "single-step")
+    student, whole = package.load(tmp_path / "run"), package.load(teacher)
+    last, first = student.blocks[-1], student.blocks[0]
+    assert last.mlp.fc1.out_features == whole.blocks[-1].mlp.fc1.out_features > first.mlp.fc1.out_features
+    assert last.attn.num_heads == whole.blocks[-1].attn.num_heads
+    assert student.embed_dim == 12
+    assert student(torch.randn(2, 3, 16, 16)).isfinite().all()
 
 
 def test_a_student_is_a_teacher_again(run, data, tmp_path, quick):
