@@ -1,6 +1,6 @@
 """`--cut all`: the channels of the residual stream beside what lies inside of blocks, tried on a model.
 
-And the checks of `--uniform`, which needs them, and of `--whole-last`.
+And the checks of what else is asked of a cut: `--uniform`, which needs them, `--drop-blocks`, `--whole-last`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from stepwell.errors import ConfigError, UnsupportedModelError
 from stepwell.models.plain import plain_recipe
 from stepwell.models.teacher import Teacher
 from stepwell.pruning.channels import KNOWN, channel_groups
+from stepwell.pruning.depth import droppable
 from stepwell.pruning.sections import last_groups
 from stepwell.pruning.skeleton import build_skeleton, leading_units, sort_units
 from stepwell.pruning.uniform import has_equal_blocks, uniform_widths
@@ -60,6 +61,8 @@ def check_cut(teacher: Teacher, groups: Sequence[Group], config: CompressConfig)
     """
     if config.uniform:
         check_uniform(teacher, groups, config.multiple)
+    if config.drop_blocks and not droppable(groups):
+        raise ConfigError(f"--drop-blocks: {teacher.name} has no block with a shortcut past it; leave it out")
     if config.whole_last:
         last = last_groups(groups)
         if not last or {group.name for group in groups if group.kind != "channel"} <= set(last):
