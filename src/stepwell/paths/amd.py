@@ -100,10 +100,4 @@ def losses(num_rungs: int, _options: CompressConfig) -> Losses:
     return Losses(kept=num_rungs)
 
 
-def check(options: CompressConfig) -> None:
-    """Of several assistants in a row the student is cut from the last, trained one, and may be repaired."""
-    if options.num_assistants == 1:
-        check_no_repair(options)
-
-
-PATH = Path(rungs=with_sizes, bill=bill, descend=descend, losses=losses, check=check)
+PATH = Path(rungs=with_sizes, bill=bill, descend=descend, losses=losses, check=check_no_repair)

@@ -193,7 +193,7 @@ def check_no_repair(options: CompressConfig) -> None:
     if options.repair:
         raise ConfigError(
             f"--repair fits one model at a time, and the candidates of --path {options.path} share their "
-            f"weights: take --path single-step, takd, dgkd, mmd or mmd-os, or --path amd --num-assistants 2"
+            f"weights: take --path single-step, takd, dgkd, mmd or mmd-os"
         )
 
 
