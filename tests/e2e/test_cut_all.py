@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import timm
@@ -12,6 +13,8 @@ from small_world import QUICK, stepwell, student_weights
 
 import stepwell as package
 from conftest import without_files
+from stepwell.measure import budget
+from stepwell.measure.clock import Timing
 from stepwell.measure.size import num_params
 from stepwell.report.result import Result
 
@@ -63,6 +66,43 @@ def test_resumed_equals_uninterrupted(run, teacher, data, tmp_path, quick):
     stepwell("compress", *words)
     ours, theirs = student_weights(tmp_path / "run"), student_weights(run)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_resumed_search_reads_the_latency_table(teacher, data, tmp_path, quick, monkeypatch):
+    """A clock that counts parameters; when the run resumes there is none for the table."""
+
+    def no_clock(*_):
+        raise AssertionError("the table is there")
+
+    monkeypatch.setattr(budget, "time_eager", lambda model, *_: num_params(model) / 1000)
+    monkeypatch.setattr(budget, "_time", lambda model, *_: Timing(num_params(model) / 1000, spread=0.01))
+    limit = num_params(package.load(teacher)) / 2000
+    words = ("--teacher", teacher, "--data", data, "--out", tmp_path / "run", "--batch-size", "16")
+    words = (*words, "--epochs", "1", "--cut", "all", "--round-to", "4", "--path", "single-step")
+    words = (*words, "--shares", "search", "--drop-blocks", "--latency-ms", limit)
+    stepwell("compress", *words)
+    widths = json.loads((tmp_path / "run" / "student" / "stepwell.json").read_text())["widths"]
+    assert num_params(package.load(tmp_path / "run")) / 1000 <= 1.03 * limit
+    assert package.load(tmp_path / "run").embed_dim == widths["channels"]
+    for name in ("grid", "distill", "deliver"):
+        shutil.rmtree(tmp_path / "run" / "stages" / name)
+    (tmp_path / "run" / "result.json").unlink()
+    before = student_weights(tmp_path / "run")
+    monkeypatch.setattr(budget, "time_eager", no_clock)
+    stepwell("compress", *words)
+    after = student_weights(tmp_path / "run")
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_a_student_without_its_last_cut_is_loaded(teacher, data, tmp_path, quick):
+    words = ("--teacher", teacher, "--data", data, "--out", tmp_path / "run", *ALL, "--whole-last")
+    stepwell("compress", *words, "--path", "single-step")
+    student, whole = package.load(tmp_path / "run"), package.load(teacher)
+    last, first = student.blocks[-1], student.blocks[0]
+    assert last.mlp.fc1.out_features == whole.blocks[-1].mlp.fc1.out_features > first.mlp.fc1.out_features
+    assert last.attn.num_heads == whole.blocks[-1].attn.num_heads
+    assert student.embed_dim == 12
+    assert student(torch.randn(2, 3, 16, 16)).isfinite().all()
 
 
 def test_a_student_is_a_teacher_again(run, data, tmp_path, quick):
@@ -143,6 +183,8 @@ def test_a_uniform_student_loads_in_timm_without_us(teacher, data, tmp_path, qui
     [
         (("--uniform",), "--uniform needs --cut all: a plain ViT is as wide as its heads together"),
         (("--cut", "all", "--uniform", "--shares", "search", "--macs", "10%"), "leave --shares equal"),
+        (("--drop-blocks", "--macs", "10%"), "--drop-blocks is a part of the search: give --shares search"),
+        (("--cut", "all", "--uniform", "--whole-last"), "--whole-last keeps the last one: leave one out"),
         (("--shares", "search"), "--shares search looks for the shares that suit a budget: give --macs"),
     ],
 )
@@ -150,21 +192,9 @@ def test_options_that_do_not_go_together(words, said, teacher, data, fails):
     assert said in fails("doctor", "--teacher", teacher, "--data", data, *words)
 
 
-@pytest.mark.parametrize("path", ["single-step", "takd"])
+@pytest.mark.parametrize("path", [("single-step",), ("takd", "--assistants", "0.75")])
 def test_repair_is_a_part_of_the_training_that_follows(teacher, data, tmp_path, quick, path):
-    words = (
-        "--teacher",
-        teacher,
-        "--data",
-        data,
-        *ALL,
-        "--path",
-        path,
-        "--assistants",
-        "0.75",
-        "--epochs",
-        "1",
-    )
+    words = ("--teacher", teacher, "--data", data, *ALL, "--epochs", "1", "--path", *path)
     stepwell("compress", *words, "--out", tmp_path / "plain")
     stepwell("compress", *words, "--out", tmp_path / "repaired", "--repair")
     plain, repaired = (Result.load(tmp_path / name / "result.json") for name in ("plain", "repaired"))

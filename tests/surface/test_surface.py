@@ -49,7 +49,7 @@ COMPRESS = TRAINING | {
     "--min-heads-per-layer", "--num-candidates", "--num-random", "--preset", "--round-to", "--rule",
     "--sampling", "--score-images", "--score-reduction", "--task-weight", "--teacher", "--teacher-weights",
     "--temperature", "--macs", "--params", "--latency-ms", "--importance",
-    "--cut", "--shares", "--uniform", "--repair",
+    "--cut", "--shares", "--drop-blocks", "--whole-last", "--uniform", "--repair",
     "--student", "--student-args", "--student-init", "--student-pretrained", "--student-weights",
     "--student-weights-key", "--weights-key",
     "--assistant-share", "--snapshots",

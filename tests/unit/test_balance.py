@@ -14,6 +14,7 @@ from stepwell.data.spec import InputSpec
 from stepwell.errors import ConfigError
 from stepwell.measure.balance import searched
 from stepwell.measure.budget import student_widths
+from stepwell.measure.prices import counted_macs, counted_params
 from stepwell.measure.size import count_macs
 from stepwell.models.card import Architecture
 from stepwell.models.plain import plain_recipe
@@ -48,6 +49,12 @@ def shares_of(balance: Balance, groups, scores) -> dict[str, float]:
     }
 
 
+def search(model, groups, scores, equal, counted="macs", blocks=None) -> Balance:
+    if counted == "params":
+        return searched(groups, scores, counted_params(model, groups, equal), blocks)
+    return searched(groups, scores, counted_macs(model, SPEC, groups, equal), blocks)
+
+
 def few_matter(group) -> list[float]:
     """A tenth of the units holds nearly all of the importance."""
     return [1.0 if i < group.num_units / 10 else 0.001 for i in range(group.num_units)]
@@ -58,10 +65,10 @@ def test_a_kind_of_which_few_units_matter_is_cut_more(vit, counted):
     model, groups = vit
     scores = uniform_scores(groups)
     equal = make_grid(groups, scores, [0.4], GridOptions())[0].widths
-    plain = searched(model, SPEC, groups, scores, equal, counted)
+    plain = search(model, groups, scores, equal, counted)
     for kind in ("neuron", "channel"):
         skewed = {g.name: few_matter(g) if g.kind == kind else scores[g.name] for g in groups}
-        found = searched(model, SPEC, groups, skewed, equal, counted)
+        found = search(model, groups, skewed, equal, counted)
         assert shares_of(found, groups, skewed)[kind] < 0.7 * shares_of(plain, groups, scores)[kind]
 
 
@@ -69,7 +76,7 @@ def test_where_all_units_matter_alike_the_shares_are_nearly_equal(vit):
     model, groups = vit
     alike = {g.name: [1.0] * g.num_units for g in groups}
     equal = make_grid(groups, alike, [0.4], GridOptions())[0].widths
-    balance = searched(model, SPEC, groups, alike, equal, "macs")
+    balance = search(model, groups, alike, equal)
     assert all(0.6 < e < 1.6 for e in (balance.heads, balance.others, balance.channels))
 
 
@@ -94,7 +101,7 @@ def test_a_model_of_convolutions_has_no_heads():
     groups = find_groups(model)
     groups = [*groups, *channel_groups(model, groups)]
     equal = make_grid(groups, uniform_scores(groups), [0.4], GridOptions())[0].widths
-    assert searched(model, SPEC, groups, uniform_scores(groups), equal, "macs").heads == 1.0
+    assert search(model, groups, uniform_scores(groups), equal).heads == 1.0
 
 
 def test_uniform_widths_follow_the_heads(vit):

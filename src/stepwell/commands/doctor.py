@@ -55,7 +55,7 @@ from stepwell.report.table import render
 from stepwell.run.device import find_device
 from stepwell.run.progress import progress
 from stepwell.setting.agreed_task import task_asked
-from stepwell.setting.channels import check_uniform, with_channels
+from stepwell.setting.channels import check_cut, with_channels
 from stepwell.setting.classes import settle
 from stepwell.setting.other_models import baseline_network, embeds, other_student, other_teachers, size_line
 from stepwell.setting.prepare import groups_of, proof_images, with_parts
@@ -97,8 +97,7 @@ def run(config: CompressConfig) -> str:
     groups = groups_of(model, spec, teacher.is_own_module or is_dense(model), data, config)
     if config.cuts_channels:
         groups = with_channels(model, groups, proof_images(data, spec, config))
-    if config.uniform:
-        check_uniform(teacher, groups, config.multiple)
+    check_cut(teacher, groups, config)
     scores = uniform_scores(groups)
     met = student_widths(config, model, spec, groups, scores)
     ratios = path.rungs(met.keep_ratio, config)

@@ -115,7 +115,14 @@ class CompressConfig(
                 "--shares search looks for the shares that suit a budget: give --macs, --params or "
                 "--latency-ms"
             )
+        if self.drop_blocks and self.importance == "l1":
+            raise ValueError("--drop-blocks needs the importance of blocks: leave --importance gradient")
         return self
+
+    @property
+    def reads_latency_table(self) -> bool:
+        """Whether the search of shares needs to know what widths take on this machine."""
+        return self.shares == "search" and self.latency_ms is not None
 
     @property
     def stretches(self) -> int:

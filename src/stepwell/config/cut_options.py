@@ -18,7 +18,14 @@ class CutOptions(Options):
     head, which saves time where `heads,neurons` saves operations alone."""
     shares: Literal["equal", "search"] = "equal"
     """`equal`: every kind of unit keeps the same share. `search`: more of that kind which keeps the most
-    importance for a budget of --macs, --params or --latency-ms; nothing is trained for it."""
+    importance for a budget of --macs, --params or --latency-ms; nothing is trained for it. For milliseconds
+    models of a few widths are timed on this machine first."""
+    drop_blocks: bool = False
+    """Let the search give up whole blocks, whose input then passes through on the shortcut, where a few of
+    them hold little of the importance. Needs --shares search."""
+    whole_last: bool = False
+    """Cut nothing in the last block, or in the last stage of a pyramid, whose states the head reads
+    (WideLast). With --cut all the channels of that stage stay too; a ViT has one stream, which is cut."""
     uniform: bool = False
     """The same widths in every block, so that the student of a ViT is one that timm builds by name
     (embed_dim, num_heads, mlp_ratio): its weights load there without stepwell. Needs --cut all."""
@@ -32,9 +39,15 @@ class CutOptions(Options):
         return self.cut == "all"
 
     @model_validator(mode="after")
-    def _uniform_needs_channels(self) -> Self:
+    def _fit_together(self) -> Self:
         if self.uniform and not self.cuts_channels:
             raise ValueError("--uniform needs --cut all: a plain ViT is as wide as its heads together")
         if self.uniform and self.shares == "search":
             raise ValueError("--uniform ties the channels to the heads: leave --shares equal")
+        if self.uniform and self.whole_last:
+            raise ValueError(
+                "--uniform makes all blocks alike, --whole-last keeps the last one: leave one out"
+            )
+        if self.drop_blocks and self.shares != "search":
+            raise ValueError("--drop-blocks is a part of the search: give --shares search, and a budget")
         return self

@@ -1,85 +1,123 @@
-"""`--shares search`: how much of each kind of unit to keep for a budget, found on shapes; nothing is trained.
+"""`--shares search`: how much of each kind of unit to keep for a budget; nothing is trained.
 
-    cost = sum over layers of their operations, times the kept fraction of each group that cuts them
     gain = sum over kinds of w log(share of their importance that is kept)
-    w    = share of the cost that a kind cuts
+    w    = share of the operations, or parameters, that a kind cuts
 
 All shares of heads, of neurons and filters, and of channels on a coarse grid are looked at together, and of
 those that cost about what equal shares would, the ones of the largest gain are taken. With these weights
 equal shares are as good as any where all units matter alike, and are then taken: a kind is cut more as far as
-its importance lies in few units.
+its importance lies in few units. What shares cost, measure/prices.py says.
+
+With `--drop-blocks` whole blocks are a kind of unit too, and how many of them stay is looked at as well. What
+a kind keeps is then compared with what it has in these. Where all blocks matter alike, all of them stay.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from stepwell.data.spec import InputSpec
-from stepwell.measure.size import macs_by_module
+from stepwell.measure.latency_table import KINDS
+from stepwell.measure.prices import LEVELS, Prices
+from stepwell.pruning.depth import block_order, droppable, dropped_groups
 from stepwell.pruning.ranking import Balance, Scores, kept_counts
-from stepwell.pruning.units import Group, Kind, Widths, cuts_by_tensor, tensors_of
+from stepwell.pruning.units import Group
 
-LEVELS = tuple(round(0.98 * 0.85**i, 4) for i in range(24))
-"""Shares of a kind that are looked at, from 0.98 down to 0.02, each 0.85 of the one before."""
 NEAR = 0.2
 """Largest distance from the budget, as a logarithm, of what is looked at: a step of the grid."""
 PULL = 0.1
-"""What it costs that shares are unequal, times the sum of squares of their logarithms around the mean."""
-KINDS: tuple[tuple[Kind, ...], ...] = (("head",), ("neuron", "filter"), ("channel",))
-"""What shares a ratio."""
+"""What it costs that shares are unequal, times the sum of squares of their logarithms around the mean; and
+that blocks are given up, times the square of the logarithm of their share."""
+DEPTHS = 12
+"""Most shares of blocks that are looked at."""
 
-Factor = tuple[str, float, list[str]]
-"""A part of a model: its name, what it costs whole, and the groups that it shrinks with."""
+
+@dataclass(frozen=True)
+class Found:
+    """The best shares of the grid.
+
+    Attributes:
+        shares: Of heads, of neurons and filters, and of channels; 1 for a kind that there is not.
+        depth: Share of the blocks.
+        gain: How good that is.
+    """
+
+    shares: tuple[float, ...]
+    depth: float
+    gain: float
 
 
 def searched(
-    model: nn.Module,
-    spec: InputSpec,
     groups: Sequence[Group],
     scores: Scores,
-    equal: Widths,
-    counted: Literal["macs", "params"],
+    prices: Prices,
+    blocks: Mapping[str, float] | None = None,
 ) -> Balance:
-    """The balance of kinds that keeps the most importance for the cost of given widths.
+    """The balance of kinds that keeps the most importance for the cost of equal shares.
 
     Args:
-        model: The teacher; its shapes are enough.
-        spec: Its input.
-        groups: Its groups.
+        groups: The teacher's.
         scores: Normalised importance per unit.
-        equal: Widths of equal shares that meet the budget.
-        counted: What costs.
+        prices: What shares cost, and what equal ones do.
+        blocks: Importance of each block, where whole ones may be given up.
     """
-    parts = _macs(model, spec, groups) if counted == "macs" else _params(model, groups)
-    units = {group.name: group.num_units for group in groups}
-    target = sum(whole * math.prod(equal[n] / units[n] for n in names) for _, whole, names in parts)
-    all_of_it = sum(whole for _, whole, _ in parts)
-    gains, factors = [], []
-    for kinds in KINDS:
-        members = [group for group in groups if group.kind in kinds]
-        kept = [kept_counts(members, scores, level) for level in LEVELS] if members else [{}]
-        names = {group.name for group in members}
-        weight = sum(whole for _, whole, cutting in parts if names & set(cutting)) / all_of_it
-        gains.append(weight * torch.tensor([_gain(members, scores, counts) for counts in kept]))
-        factors.append(_factors(parts, units, kept))
-    whole = torch.tensor([cost for _, cost, _ in parts], dtype=torch.float64)
-    costs = torch.einsum("p,ph,pn,pc->hnc", whole, *factors)
-    gain = gains[0][:, None, None] + gains[1][:, None] + gains[2]
-    # What costs a little less or more than the budget is compared as if it were scaled to it.
-    off = (costs / target).log()
-    gain = (gain - off - _unequal(costs.shape)).masked_fill(off.abs() > NEAR, -math.inf)
-    if gain.max() == -math.inf:  # a budget below all that is looked at
+    order = () if blocks is None else block_order(groups, blocks)
+    members = [[group for group in groups if group.kind in kinds] for kinds in KINDS]
+    kept = [[kept_counts(its, scores, level) for level in LEVELS] if its else [{}] for its in members]
+    # The importance of the best 0, 1, 2, ... units of each group.
+    worth = {g.name: [0.0, *accumulate(sorted(scores[g.name], reverse=True))] for g in groups}
+    weights = [prices.weight([kind]) if its else 0.0 for kind, its in enumerate(members)]
+    of_blocks = prices.weight([0, 1])
+    found = []
+    for depth in _depths(groups, order):
+        gone = dropped_groups(groups, order, depth)
+        left = [[{n: c * (n not in gone) for n, c in counts.items()} for counts in its] for its in kept]
+        gains = [
+            weight * torch.tensor([_gain(worth, counts, gone) for counts in levels])
+            for weight, levels in zip(weights, left, strict=True)
+        ]
+        best = _best(gains, (prices.costs(left, depth) / prices.target).log())
+        if best is not None:
+            shares, gain = best
+            gain += of_blocks * _gain_of_blocks(groups, order, blocks or {}, gone)
+            found.append(Found(shares, depth, gain - PULL * math.log(depth) ** 2))
+    if not found:  # a budget below all that is looked at
         return Balance()
-    best = gain.argmax()
-    chosen = torch.unravel_index(best, costs.shape)
+    best = max(found, key=lambda one: one.gain)
+    return _balance(best, order)
+
+
+def _depths(groups: Sequence[Group], order: Sequence[str]) -> list[float]:
+    """Shares of the blocks, from all of them down to one."""
+    if not order:
+        return [1.0]
+    steps = min(DEPTHS, len(order))
+    return [1 - i / steps for i in range(steps)]
+
+
+def _best(
+    gains: Sequence[Float[Tensor, " levels"]], off: Float[Tensor, "heads others channels"]
+) -> tuple[tuple[float, ...], float] | None:
+    """The shares near the budget with the largest gain; None where none is near.
+
+    Args:
+        gains: Of each kind.
+        off: Distance of each combination from the budget, as a logarithm.
+    """
+    # What costs a little less or more than the budget is compared as if it were scaled to it.
+    gain = gains[0][:, None, None] + gains[1][:, None] + gains[2] - off - _unequal(off.shape)
+    gain = gain.masked_fill(off.abs() > NEAR, -math.inf)
+    if gain.max() == -math.inf:
+        return None
+    chosen = torch.unravel_index(gain.argmax(), gain.shape)
     shares = [LEVELS[int(i)] if g.numel() > 1 else 1.0 for i, g in zip(chosen, gains, strict=True)]
-    return _balance(*shares)
+    return tuple(shares), gain.max().item()
 
 
 def _unequal(shape: torch.Size) -> Float[Tensor, "heads others channels"]:
@@ -90,47 +128,30 @@ def _unequal(shape: torch.Size) -> Float[Tensor, "heads others channels"]:
     return PULL * (stacked - stacked.mean(dim=0)).square().sum(dim=0).reshape(shape)
 
 
-def _balance(heads: float, others: float, channels: float) -> Balance:
+def _balance(found: Found, order: tuple[str, ...]) -> Balance:
     """Exponents under which these are the shares at their geometric mean; 1 for a kind that there is not."""
-    logs = [math.log(share) for share in (heads, others, channels)]
+    logs = [math.log(share) for share in found.shares]
     there = [log for log in logs if log]
     mean = sum(there) / len(there)
-    exponents = [round(log / mean, 4) if log else 1.0 for log in logs]
-    return Balance(heads=exponents[0], others=exponents[1], channels=exponents[2])
+    heads, others, channels = (round(log / mean, 4) if log else 1.0 for log in logs)
+    depth = round(math.log(found.depth) / mean, 4)
+    if depth == 0:
+        return Balance(heads=heads, others=others, channels=channels)
+    return Balance(heads=heads, others=others, channels=channels, depth=depth, blocks=order)
 
 
-def _gain(groups: Sequence[Group], scores: Scores, counts: Mapping[str, int]) -> float:
-    best = {group.name: sorted(scores[group.name], reverse=True) for group in groups}
-    whole = sum(map(sum, best.values()))
-    kept = sum(sum(best[name][:count]) for name, count in counts.items())
+def _gain(worth: Mapping[str, Sequence[float]], counts: Mapping[str, int], gone: set[str]) -> float:
+    """Of the groups of one kind in `counts`, in the blocks that are left."""
+    whole = sum(worth[name][-1] for name in counts if name not in gone)
+    kept = sum(worth[name][count] for name, count in counts.items())
     return math.log(max(kept / whole, 1e-9)) if whole > 0 else 0.0
 
 
-def _factors(
-    parts: Sequence[Factor], units: Mapping[str, int], kept: Sequence[Mapping[str, int]]
-) -> Float[Tensor, "parts levels"]:
-    """What is left of each part at each level of one kind."""
-    rows = [
-        [math.prod(counts[n] / units[n] for n in names if n in counts) for counts in kept]
-        for _, _, names in parts
-    ]
-    return torch.tensor(rows, dtype=torch.float64)
-
-
-def _macs(model: nn.Module, spec: InputSpec, groups: Sequence[Group]) -> list[Factor]:
-    cuts = cuts_by_tensor(groups)
-    names = {group.name for group in groups}
-    parts: list[Factor] = []
-    for name, macs in macs_by_module(model, spec).items():
-        cutting = [group.name for group, _ in cuts.get(f"{name}.weight", [])]
-        # Products of queries, keys and values are computed by the attention itself.
-        parts.append((name, macs, cutting or [name] * (name in names)))
-    return parts
-
-
-def _params(model: nn.Module, groups: Sequence[Group]) -> list[Factor]:
-    cuts, tensors = cuts_by_tensor(groups), tensors_of(model)
-    return [
-        (name, tensors[name].numel(), [group.name for group, _ in cuts.get(name, [])])
-        for name, _ in model.named_parameters()
-    ]
+def _gain_of_blocks(
+    groups: Sequence[Group], order: Sequence[str], importance: Mapping[str, float], gone: set[str]
+) -> float:
+    worth = {block: importance.get(block, 1.0) for block in order}
+    members = droppable(groups)
+    kept = sum(value for block, value in worth.items() if members[block][0].name not in gone)
+    whole = sum(worth.values())
+    return math.log(max(kept / whole, 1e-9)) if whole > 0 else 0.0

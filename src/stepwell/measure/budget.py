@@ -8,7 +8,7 @@ where they leave too large a gap, their number stays and the neurons alone are f
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
@@ -20,12 +20,16 @@ from stepwell.config.commands import CompressConfig
 from stepwell.data.spec import InputSpec
 from stepwell.errors import ConfigError, ExportError
 from stepwell.measure.balance import searched
-from stepwell.measure.clock import Timing, time_onnx
+from stepwell.measure.clock import Timing, time_eager, time_onnx
+from stepwell.measure.latency_table import LatencyTable, measured_table
+from stepwell.measure.prices import Timed, counted_macs, counted_params
 from stepwell.measure.size import count_macs, num_params, short_number
 from stepwell.models.card import ONNX
 from stepwell.models.export import temporary_folder
 from stepwell.models.onnx_graph import write_onnx
+from stepwell.pruning.depth import droppable
 from stepwell.pruning.ranking import EQUAL, Balance, Scores, widths_at
+from stepwell.pruning.sections import last_groups
 from stepwell.pruning.skeleton import build_skeleton, fill
 from stepwell.pruning.units import Group, Widths
 from stepwell.run.progress import progress, say
@@ -76,7 +80,13 @@ class Budget:
 
 
 def student_widths(
-    config: CompressConfig, model: nn.Module, spec: InputSpec, groups: Sequence[Group], scores: Scores
+    config: CompressConfig,
+    model: nn.Module,
+    spec: InputSpec,
+    groups: Sequence[Group],
+    scores: Scores,
+    blocks: Mapping[str, float] | None = None,
+    table: LatencyTable | None = None,
 ) -> Met:
     """The widths that meet the budget of `config`, by the ranking that `scores` give.
 
@@ -86,12 +96,14 @@ def student_widths(
         spec: Its input.
         groups: Its groups.
         scores: Normalised importance per unit.
+        blocks: Importance of each block, for `--drop-blocks`; without it all count alike.
+        table: The result of `latency_table`, where it is kept.
 
     Raises:
         ConfigError: The budget cannot be met.
     """
 
-    equal = Balance(uniform=config.uniform)
+    equal = Balance(uniform=config.uniform, whole=last_groups(groups) if config.whole_last else ())
 
     def at(coarse: float, fine: float, balance: Balance = equal) -> dict[str, int]:
         return widths_at(groups, scores, coarse, fine, config, balance)
@@ -102,6 +114,8 @@ def student_widths(
         return Met(keep_ratio=keep, widths=at(keep, keep), cost=keep, balance=equal)
     budget, cost = priced
     steps = _STEPS[budget.kind]
+    if config.reads_latency_table:
+        table = table or latency_table(config, model, spec, groups, scores)
     with progress(f"find {budget.text(budget.target)}", steps + 2) as advance:
 
         def shown_cost(widths: Widths) -> float:
@@ -111,8 +125,15 @@ def student_widths(
 
         met = replace(meet(budget, shown_cost, at, steps), balance=equal)
         if config.shares == "search":
-            counted = "params" if budget.kind == "params" else "macs"
-            balance = searched(model, spec, groups, scores, met.widths, counted)
+            if budget.kind == "params":
+                prices = counted_params(model, groups, met.widths)
+            else:
+                prices = counted_macs(model, spec, groups, met.widths)
+            if table is not None:
+                prices = Timed(table, met.keep_ratio, prices)
+            free = _free(groups, config)
+            balance = searched(free, scores, prices, (blocks or {}) if config.drop_blocks else None)
+            balance = replace(balance, whole=equal.whole)
             met = replace(meet(budget, shown_cost, partial(at, balance=balance), steps), balance=balance)
             say(f"shares: {_shares(groups, met)}")
     noise = f"; repeated timings differ by {budget.tolerance:.0%}" if budget.kind == "latency_ms" else ""
@@ -122,13 +143,37 @@ def student_widths(
     return met
 
 
+def latency_table(
+    config: CompressConfig, model: nn.Module, spec: InputSpec, groups: Sequence[Group], scores: Scores
+) -> LatencyTable:
+    """What a few widths take on this machine, for `--shares search` with a budget in milliseconds."""
+    return measured_table(
+        model,
+        _free(groups, config),
+        scores,
+        config,
+        lambda skeleton: time_eager(with_random_weights(skeleton), spec, config.latency_threads),
+    )
+
+
+def _free(groups: Sequence[Group], config: CompressConfig) -> list[Group]:
+    """What shares are looked for of: all that does not stay whole."""
+    whole = last_groups(groups) if config.whole_last else ()
+    return [group for group in groups if group.name not in whole]
+
+
 def _shares(groups: Sequence[Group], met: Met) -> str:
-    """`12 % of the heads, 30 % of the channels`."""
+    """`12 % of the heads, 30 % of the channels; 10 of 12 blocks`."""
     whole, kept = Counter[str](), Counter[str]()
     for group in groups:
         whole[group.kind] += group.num_units
         kept[group.kind] += met.widths[group.name]
-    return ", ".join(f"{kept[kind] / whole[kind]:.0%} of the {kind}s" for kind in whole)
+    shares = ", ".join(f"{kept[kind] / whole[kind]:.0%} of the {kind}s" for kind in whole)
+    if not met.balance.blocks:
+        return shares
+    members = droppable(groups).values()
+    left = sum(any(met.widths[group.name] for group in its) for its in members)
+    return f"{shares}; {left} of {len(members)} blocks"
 
 
 def _budget_and_cost(

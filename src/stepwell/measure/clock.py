@@ -55,6 +55,19 @@ def time_onnx(onnx_file: Path, spec: InputSpec, threads: int, batch: int = 1) ->
     return Timing(median, (high - low) / median)
 
 
+def time_eager(model: nn.Module, spec: InputSpec, threads: int) -> float:
+    """Milliseconds of one image by eager torch on the CPU, the least of some runs: other work only adds."""
+    model = put_together(copy.deepcopy(model)).cpu().eval()
+    images = torch.randn(1, spec.channels, *spec.size, generator=torch.Generator().manual_seed(0))
+    threads_before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.inference_mode():
+            return min(_times_ms(lambda: model(images)))
+    finally:
+        torch.set_num_threads(threads_before)
+
+
 def _session(onnx_file: Path, threads: int) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads

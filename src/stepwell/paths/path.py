@@ -83,6 +83,7 @@ def say_what_does_nothing(options: CompressConfig) -> None:
         "--latency-ms": options.latency_ms,
         "--cut": options.cut if options.cuts_channels else None,
         "--repair": options.repair or None,
+        "--whole-last": options.whole_last or None,
     }
     for flag in (flag for flag, value in given.items() if value is not None):
         told = f"the student is {options.student}, whatever its size"

@@ -12,8 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from pydantic import Field
 
 from stepwell.config.path_options import GridOptions
+from stepwell.pruning.depth import dropped_groups
 from stepwell.pruning.uniform import uniform_widths
 from stepwell.pruning.units import Group, Kind
 from stepwell.run.run_dir import StageResult
@@ -28,6 +30,8 @@ class Importance(StageResult):
     raw: dict[str, list[float]]
     normalised: dict[str, list[float]]
     num_images: int
+    blocks: dict[str, float] = Field(default_factory=dict)
+    """Raw importance of each block, all of its units together as one; empty in runs of older versions."""
 
     def order(self) -> dict[str, list[int]]:
         """The units of each group from most to least important; equal ones keep their order."""
@@ -57,6 +61,12 @@ class Balance:
     """Of neurons and filters."""
     uniform: bool = False
     """Whether every block has the same widths, whatever the scores, and the channels follow the heads."""
+    depth: float = 0.0
+    """Exponent of the share of whole blocks that is kept; 0 keeps them all."""
+    blocks: tuple[str, ...] = ()
+    """Blocks that may be given up, from most to least important."""
+    whole: tuple[str, ...] = ()
+    """Groups that keep all of their units."""
 
     def ratios(self, coarse: float, fine: float) -> dict[Kind, float]:
         """The share of each kind.
@@ -89,12 +99,15 @@ def widths_at(
     ratios = balance.ratios(coarse, fine)
     if balance.uniform:
         return uniform_widths(groups, ratios["head"], ratios["neuron"], options.multiple)
+    widths = {group.name: group.num_units if group.name in balance.whole else 0 for group in groups}
+    free = [group for group in groups if group.name not in balance.whole]
     counts = {
         name: count
         for kind, ratio in ratios.items()
-        for name, count in kept_counts([g for g in groups if g.kind == kind], scores, ratio).items()
+        for name, count in kept_counts([g for g in free if g.kind == kind], scores, ratio).items()
     }
-    return round_widths(groups, counts, options)
+    gone = dropped_groups(free, balance.blocks, coarse**balance.depth)
+    return widths | round_widths([group for group in free if group.name not in gone], counts, options)
 
 
 def uniform_scores(groups: Sequence[Group]) -> dict[str, list[float]]:

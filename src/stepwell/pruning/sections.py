@@ -29,6 +29,26 @@ def in_sections(model: nn.Module, groups: Sequence[Group]) -> list[Group]:
     ]
 
 
+def last_groups(groups: Sequence[Group]) -> tuple[str, ...]:
+    """Names of the groups of a model's last block; of a pyramid, those of its last section.
+
+    A stream of channels counts as far as it is no other section's: that of a ViT runs through all blocks.
+    """
+    with_blocks = [group for group in groups if group.block]
+    if not with_blocks:
+        return ()
+    last = with_blocks[-1]
+    is_pyramid = len({group.section for group in with_blocks}) > 1
+    inside = [g for g in with_blocks if (g.section == last.section if is_pyramid else g.block == last.block)]
+    blocks = {group.block for group in inside}
+    streams = [group for group in groups if group.kind == "channel"]
+    if is_pyramid:
+        # The last ones; what lies between the last block and the classifier is returned by none.
+        before = [i for i, stream in enumerate(streams) if not blocks.issuperset(stream.returned_by)]
+        inside += streams[before[-1] + 1 if before else 0 :]
+    return tuple(group.name for group in inside)
+
+
 def _container(block: str) -> str:
     return block.rpartition(".")[0]
 

@@ -66,6 +66,7 @@ RULES = {
 STAGES = {
     "score": "score heads, neurons and filters",
     "probe": "train the teacher's classifier",
+    "latency table": "time a few widths",
     "grid": "find the widths of all candidates",
     "plan": "fix the epochs",
     "pilot": "train all candidates together, for a first look",

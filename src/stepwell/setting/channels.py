@@ -1,6 +1,6 @@
 """`--cut all`: the channels of the residual stream beside what lies inside of blocks, tried on a model.
 
-And `--uniform`, which needs them.
+And the checks of what else is asked of a cut: `--uniform`, which needs them, `--drop-blocks`, `--whole-last`.
 """
 
 from __future__ import annotations
@@ -13,10 +13,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from stepwell.config.commands import CompressConfig
 from stepwell.errors import ConfigError, UnsupportedModelError
 from stepwell.models.plain import plain_recipe
 from stepwell.models.teacher import Teacher
 from stepwell.pruning.channels import KNOWN, channel_groups
+from stepwell.pruning.depth import droppable
+from stepwell.pruning.sections import last_groups
 from stepwell.pruning.skeleton import build_skeleton, leading_units, sort_units
 from stepwell.pruning.uniform import has_equal_blocks, uniform_widths
 from stepwell.pruning.units import Candidate, Group, tensors_of
@@ -48,6 +51,25 @@ def with_channels(
     if not next(model.parameters()).is_meta and not _is_the_same_in_any_order(model, every, images[:2]):
         raise UnsupportedModelError(f"{refused}: something else in it reads its channels; {instead}")
     return every
+
+
+def check_cut(teacher: Teacher, groups: Sequence[Group], config: CompressConfig) -> None:
+    """Check that what is asked of the cut can be had of this teacher.
+
+    Raises:
+        ConfigError: It cannot.
+    """
+    if config.uniform:
+        check_uniform(teacher, groups, config.multiple)
+    if config.drop_blocks and not droppable(groups):
+        raise ConfigError(f"--drop-blocks: {teacher.name} has no block with a shortcut past it; leave it out")
+    if config.whole_last:
+        last = last_groups(groups)
+        if not last or {group.name for group in groups if group.kind != "channel"} <= set(last):
+            why = "it has no blocks" if not last else "all that can be cut lies in its last block or stage"
+            raise ConfigError(
+                f"--whole-last: {teacher.name} would not be cut otherwise, or not at all: {why}"
+            )
 
 
 def check_uniform(teacher: Teacher, groups: Sequence[Group], multiple: int) -> None:

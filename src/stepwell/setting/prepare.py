@@ -37,7 +37,7 @@ from stepwell.run.device import find_device, set_up_torch
 from stepwell.run.progress import say
 from stepwell.run.run_dir import RunDir
 from stepwell.setting.agreed_task import teacher_task
-from stepwell.setting.channels import check_uniform, halved, with_channels
+from stepwell.setting.channels import check_cut, halved, with_channels
 from stepwell.setting.classes import settle
 from stepwell.setting.rungs import kept_channels
 from stepwell.setting.setting import Setting
@@ -96,8 +96,8 @@ def prepare(
         groups = known_groups(teacher.model)
     if cuts and config.cuts_channels:
         groups = with_channels(teacher.model, groups, proof_images(data, teacher.spec, config))
-    if cuts and config.uniform:
-        check_uniform(teacher, groups, config.multiple)
+    if cuts:
+        check_cut(teacher, groups, config)
     if cuts and config.importance == "l1" and not any(group.kind == "filter" for group in groups):
         name = type(teacher.model).__name__
         raise ConfigError(f"--importance l1 is for convolution filters, and this {name} has none to cut")

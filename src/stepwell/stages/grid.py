@@ -13,7 +13,8 @@ from stepwell.config.commands import CompressConfig
 from stepwell.config.extra_options import NEAR, sizes_beside
 from stepwell.config.path_options import GridOptions
 from stepwell.errors import ConfigError
-from stepwell.measure.budget import student_widths
+from stepwell.measure.budget import latency_table, student_widths
+from stepwell.measure.latency_table import LatencyTable
 from stepwell.measure.size import count_macs
 from stepwell.measure.whole import little_saved
 from stepwell.models.ladder import Ladder
@@ -34,10 +35,12 @@ def grid(s: Setting, scores: Importance, rungs: Rungs) -> Ladder:
     Raises:
         ConfigError: The budget cannot be met, or no candidate lies between student and teacher.
     """
+    table = _latency_table(s, scores)
     with s.run.stage("grid", Ladder) as stage:
         if stage.is_new:
             # A budget in milliseconds is measured, which the other processes must not disturb.
-            met = from_main(lambda: student_widths(s.config, s.model, s.spec, s.groups, scores.normalised))
+            asked = (s.config, s.model, s.spec, s.groups, scores.normalised, scores.blocks, table)
+            met = from_main(lambda: student_widths(*asked))
             ratios = rungs(met.keep_ratio, s.config)
             candidates = make_grid(s.groups, scores.normalised, ratios, s.config, met.widths, met.balance)
             skeletons = [build_skeleton(s.model, s.groups, c.widths) for c in candidates]
@@ -50,6 +53,17 @@ def grid(s: Setting, scores: Importance, rungs: Rungs) -> Ladder:
             stage.result = Ladder(
                 teacher=s.card({}), candidates=candidates, scales=scales, order=scores.order()
             )
+    return stage.result
+
+
+def _latency_table(s: Setting, scores: Importance) -> LatencyTable | None:
+    """What is measured for `--shares search`, in a stage of its own: a run that resumes reads the same."""
+    if not s.config.reads_latency_table:
+        return None
+    with s.run.stage("latency table", LatencyTable) as stage:
+        if stage.is_new:
+            asked = (s.config, s.model, s.spec, s.groups, scores.normalised)
+            stage.result = from_main(lambda: latency_table(*asked))
     return stage.result
 
 

@@ -25,6 +25,7 @@ from torch.func import functional_call
 
 from stepwell.data.batches import EvalBatches
 from stepwell.measure.budget import student_widths
+from stepwell.pruning.depth import droppable
 from stepwell.pruning.layout import Layout, gate_inputs, layouts_or_refuse
 from stepwell.pruning.ranking import Importance, l2_normalised, uniform_scores
 from stepwell.pruning.skeleton import build_skeleton
@@ -49,7 +50,8 @@ def score(s: Setting) -> Importance:
 def _scores(s: Setting) -> Importance:
     norms: dict[str, list[float]] = {}
     if s.config.importance == "l1":
-        met = from_main(lambda: student_widths(s.config, s.model, s.spec, s.groups, uniform_scores(s.groups)))
+        equal = s.config.model_copy(update={"shares": "equal"})
+        met = from_main(lambda: student_widths(equal, s.model, s.spec, s.groups, uniform_scores(s.groups)))
         norms = filter_norms(tensors_of(s.model), s.groups, met.keep_ratio)
     others = [group for group in s.groups if group.name not in norms]
     if not others:
@@ -63,7 +65,7 @@ def _scores(s: Setting) -> Importance:
         loss_per_image=loss_of(s.task, s.config.class_weights),
     )
     raw = {**found.raw, **norms}
-    return Importance(raw=raw, normalised=l2_normalised(raw), num_images=found.num_images)
+    return found.model_copy(update={"raw": raw, "normalised": l2_normalised(raw)})
 
 
 def importance_by_gradient(
@@ -91,6 +93,7 @@ def importance_by_gradient(
     # At full width: the same computation, with the gates where the groups say, even for torch's attention.
     skeleton = build_skeleton(model, groups, {group.name: group.num_units for group in groups})
     sums = {group.name: torch.zeros(group.num_units, dtype=torch.float64) for group in groups}
+    of_blocks = {name: torch.zeros(1, dtype=torch.float64) for name in droppable(groups)}
     num_images = 0
     layouts: dict[str, Layout] = {}
     share = batches.share()
@@ -108,6 +111,7 @@ def importance_by_gradient(
             each = [output for runs in outputs.values() for output in runs]
             gradients = iter(torch.autograd.grad(loss, each))
             runs_of = {gate: [(x.detach(), next(gradients)) for x in runs] for gate, runs in outputs.items()}
+            together: dict[str, Tensor] = {}  # d loss / d gate of whole blocks, each (B, 1)
             for group in groups:
                 by_run = [  # each (B, units)
                     gate_gradients(*run, group.num_units, len(batch.labels), group.gate_dim, layouts[gate])
@@ -115,15 +119,22 @@ def importance_by_gradient(
                     for run in runs_of[gate]
                 ]
                 # A unit's gates, each time that they run, are one number: what they do to the loss adds up.
-                sums[group.name] += _reduced(sum(by_run[1:], by_run[0]), reduction).cpu().double()
+                per_image = sum(by_run[1:], by_run[0])
+                sums[group.name] += _reduced(per_image, reduction).cpu().double()
+                if group.block in of_blocks:
+                    total = per_image.sum(dim=1, keepdim=True)
+                    together[group.block] = together.get(group.block, 0.0) + total
+            for name, per_image in together.items():
+                of_blocks[name] += _reduced(per_image, reduction).cpu().double()
             num_images += len(batch.labels)
             advance("")
     count = torch.tensor(num_images)
-    sum_([*sums.values(), count])
+    sum_([*sums.values(), *of_blocks.values(), count])
     num_images = int(count)
     divisor = num_images if reduction == "sample" else 1
     raw = {name: (total / divisor).tolist() for name, total in sums.items()}
-    return Importance(raw=raw, normalised=l2_normalised(raw), num_images=num_images)
+    blocks = {name: total.item() / divisor for name, total in of_blocks.items()}
+    return Importance(raw=raw, normalised=l2_normalised(raw), num_images=num_images, blocks=blocks)
 
 
 def gate_gradients(
