@@ -1,205 +1,222 @@
-"""`--drop-blocks`: whole blocks are given up, as widths that are 0, and the search says how many."""
+"""Images of more than 8 bits, of floats, and of every mode: which grey comes out, and what is refused."""
 
-from __future__ import annotations
+from pathlib import Path
 
-import itertools
-from collections import Counter
-
-import onnx
-import onnxruntime
+import numpy as np
 import pytest
-import timm
-import torch
-from torch.func import functional_call
+from PIL import Image
+from test_data import error_of, resolve
 
-from blocks import shaken
-from stepwell.config.commands import CompressConfig
-from stepwell.config.files import make_config
-from stepwell.config.path_options import GridOptions
+from stepwell.data.depth import likely_white, to_8_bits
+from stepwell.data.images import FolderReader, ImageSet
 from stepwell.data.spec import InputSpec
-from stepwell.errors import ConfigError
-from stepwell.measure.budget import student_widths
-from stepwell.measure.size import count_macs
-from stepwell.models.onnx_graph import write_onnx
-from stepwell.pruning.channels import channel_groups
-from stepwell.pruning.depth import block_order, droppable, dropped_groups
-from stepwell.pruning.families import find_groups
-from stepwell.pruning.prove import masked
-from stepwell.pruning.ranking import Balance, uniform_scores
-from stepwell.pruning.skeleton import build_skeleton, fill, leading_units
-from stepwell.pruning.units import Group, tensors_of
-from stepwell.stages.grid import make_grid
-from stepwell.stages.score import importance_by_gradient
-from tiny import SPEC as TINY
-from tiny import FixedEval, gates, group_sizes, random_batches, random_images, tiny_vit
+from stepwell.data.transforms import eval_transform
+from stepwell.errors import DataError
 
-SPEC = InputSpec((64, 64), 3, (0.5,) * 3, (0.5,) * 3)
+RAMP = np.linspace(0, 1, 16).reshape(4, 4)
+GREYS = np.rint(255 * RAMP)
+"""What the ramp from black to white must become."""
 
 
-@pytest.fixture(scope="module")
-def vit():
-    with torch.device("meta"):
-        model = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=6, num_classes=5)
-    groups = find_groups(model)
-    return model, [*groups, *channel_groups(model, groups)]
-
-
-def blocks_left(groups: list[Group], widths: dict[str, int]) -> set[str]:
-    return {g.block for g in groups if g.block and widths[g.name]}
+def write_set(folder: Path, values: np.ndarray, ending: str, num_images: int = 6) -> Path:
+    """Two classes of equal images; the last of each is darker: no image says what is white by itself."""
+    for name in "ab":
+        (folder / name).mkdir(parents=True)
+        for i in range(num_images):
+            shown = values if i < num_images - 1 else (values / 2).astype(values.dtype)
+            Image.fromarray(shown).save(folder / name / f"{i}{ending}")
+    return folder
 
 
 @pytest.mark.parametrize(
-    "name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "convnext_atto", "resnet18"]
-)
-def test_each_section_keeps_its_best_blocks(name):
-    with torch.device("meta"):
-        groups = find_groups(timm.create_model(name))
-    blocks = droppable(groups)
-    order = block_order(groups, {block: float(i) for i, block in enumerate(blocks)})  # later ones are better
-    before: set[str] = set()
-    for share in (0.01, 0.3, 0.5, 0.9, 1.0):
-        gone = dropped_groups(groups, order, share)
-        left = [block for block, members in blocks.items() if not {g.name for g in members} & gone]
-        for section in {members[0].section for members in blocks.values()}:
-            every = [block for block, members in blocks.items() if members[0].section == section]
-            kept = max(1, int(share * len(every) + 0.5))
-            assert [block for block in left if block in every] == every[-kept:]
-        assert before <= set(left)
-        before = set(left)
-    assert before == set(blocks)
-
-
-def test_what_nothing_leads_past_is_no_block_that_can_go():
-    with torch.device("meta"):
-        groups = find_groups(timm.create_model("cifar_vgg8"))
-    assert groups
-    assert droppable(groups) == {}
-
-
-@pytest.mark.parametrize("name", ["vit", "swin", "convnext", "resnet"])
-def test_a_dropped_block_is_one_that_is_masked(name):
-    """Outputs and gradients, in float64: the branches return their biases, the shortcut the rest."""
-    arguments = {
-        "vit": ("vit_tiny_patch16_224", {"img_size": 32, "depth": 4}),
-        "swin": ("swin_tiny_patch4_window7_224", {"img_size": 64, "window_size": 2}),
-        "convnext": ("convnext_atto", {}),
-        "resnet": ("resnet26", {}),
-    }
-    model_name, args = arguments[name]
-    model = shaken(lambda: timm.create_model(model_name, num_classes=5, **args))
-    groups = find_groups(model)
-    gone = dropped_groups(groups, block_order(groups, {}), 0.5)
-    assert gone
-    widths = {g.name: 0 if g.name in gone else g.num_units for g in groups}
-    images = random_images(2, size=args.get("img_size", 64)).double()
-    skeleton = build_skeleton(model, groups, widths)
-    weights = leading_units(tensors_of(model), skeleton, groups, widths)
-    learned = dict(skeleton.named_parameters())
-    weights = {n: w.detach().clone().requires_grad_(n in learned) for n, w in weights.items()}
-    found = functional_call(skeleton, weights, (images,))
-    whole = {n: p.detach().clone().requires_grad_() for n, p in model.named_parameters()}
-    with masked(model, groups, widths):
-        expected = functional_call(model, whole, (images,))
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
-    found.square().sum().backward()
-    expected.square().sum().backward()
-    compared = [
-        n for n, p in whole.items() if p.grad is not None and n in weights and weights[n].grad is not None
-    ]
-    untouched = [n for n in compared if weights[n].shape == whole[n].shape]
-    assert len(untouched) > 5
-    for n in untouched:
-        torch.testing.assert_close(weights[n].grad, whole[n].grad, rtol=1e-7, atol=1e-7)
-
-
-def test_a_file_has_nothing_of_a_dropped_block_but_its_biases(tmp_path):
-    model = tiny_vit()
-    groups = find_groups(model)
-    widths = {g.name: 0 if g.block == "blocks.1" else g.num_units for g in groups}
-    skeleton = build_skeleton(model, groups, widths)
-    student = fill(skeleton, leading_units(tensors_of(model), skeleton, groups, widths)).eval()
-    write_onnx(student, TINY, tmp_path / "model.onnx")
-    kinds = Counter(node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node)
-    assert kinds["LayerNormalization"] == 5  # two of each block that is left, and the last one
-    assert kinds["Softmax"] == kinds["Erf"] == 2
-    images = random_images(3)
-    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
-    (found,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
-    torch.testing.assert_close(torch.from_numpy(found), student(images), rtol=1e-4, atol=1e-4)
-
-
-def test_the_search_drops_blocks_that_hold_nothing(vit):
-    model, groups = vit
-    scores, worth = uniform_scores(groups), {f"blocks.{i}": 1.0 if i in (0, 4) else 1e-3 for i in range(6)}
-    config = CompressConfig(cut="all", shares="search", drop_blocks=True, macs="20%")
-    met = student_widths(config, model, SPEC, groups, scores, worth)
-    left = blocks_left(groups, met.widths)
-    assert {"blocks.0", "blocks.4"} <= left
-    assert len(left) <= 4
-    assert count_macs(build_skeleton(model, groups, met.widths), SPEC) == pytest.approx(
-        0.2 * count_macs(model, SPEC), rel=0.03
-    )
-    ratios = [met.keep_ratio, 0.5, 0.7, 0.99]
-    grid = make_grid(groups, scores, ratios, config, met.widths, met.balance)
-    for smaller, larger in itertools.pairwise(grid):
-        assert all(larger.widths[name] >= width for name, width in smaller.widths.items())
-    assert len(blocks_left(groups, grid[-1].widths)) == 6
-    # The same balance without rounding up to the candidate below: nested by itself.
-    alone = [
-        make_grid(groups, scores, [r], GridOptions(), balance=met.balance)[0].widths for r in (0.3, 0.6, 0.9)
-    ]
-    for smaller, larger in itertools.pairwise(alone):
-        assert all(larger[name] >= width for name, width in smaller.items())
-
-
-def test_blocks_that_matter_alike_all_stay(vit):
-    model, groups = vit
-    config = CompressConfig(cut="all", shares="search", drop_blocks=True, macs="20%")
-    met = student_widths(config, model, SPEC, groups, uniform_scores(groups))
-    assert met.balance.blocks == ()
-    assert len(blocks_left(groups, met.widths)) == 6
-
-
-def test_the_importance_of_a_block_is_that_of_one_gate_around_its_branches():
-    model, batches = tiny_vit(torch.float64), FixedEval(random_batches(2, 3, torch.float64))
-    found = importance_by_gradient(model, find_groups(model), batches).blocks
-    assert list(found) == [f"blocks.{i}" for i in range(3)]
-    sums = dict.fromkeys(found, 0.0)
-    for batch in batches:
-        for image, label in zip(batch.images, batch.labels, strict=True):
-            ones = {name: torch.ones((), dtype=torch.float64, requires_grad=True) for name in found}
-            of_units = {
-                name: ones[name.rpartition(".")[0]].expand(units)
-                for name, units in group_sizes(model).items()
-            }
-            with gates(model, of_units):
-                loss = torch.nn.functional.cross_entropy(model(image[None]), label[None])
-            for name, gradient in zip(ones, torch.autograd.grad(loss, list(ones.values())), strict=True):
-                sums[name] += gradient.abs().item()
-    for name, total in sums.items():
-        assert found[name] == pytest.approx(total / 6, rel=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
+    ("values", "ending", "white"),
     [
-        ({"macs": "10%"}, "--drop-blocks is a part of the search: give --shares search"),
-        (
-            {"macs": "10%", "shares": "search", "importance": "l1"},
-            "--drop-blocks needs the importance of blocks",
+        pytest.param(
+            RAMP.astype(np.float32),
+            ".tif",
+            1,
+            marks=pytest.mark.brings("image", "float TIFF in 0..1", "1 is white; nothing becomes zeros."),
         ),
+        ((RAMP * 1.02).astype(np.float32), ".tif", 1),
+        ((RAMP * 255).astype(np.float32), ".tif", 255),
+        ((RAMP * 60000).astype(np.float32), ".tif", 65535),
+        pytest.param(
+            np.rint(RAMP * 4095).astype(np.uint16),
+            ".png",
+            4095,
+            marks=pytest.mark.brings(
+                "image",
+                "12 bits in 16-bit PNG or TIFF",
+                "4095 is white where the training images stay below it, for every image and for `predict`.",
+            ),
+        ),
+        (np.rint(RAMP * 1023).astype(np.uint16), ".png", 1023),
+        (np.rint(RAMP * 16383).astype(np.uint16), ".tif", 16383),
+        (np.rint(RAMP * 65535).astype(np.uint16), ".png", 65535),
+        pytest.param(
+            np.rint(RAMP * 255).astype(np.int32),
+            ".tif",
+            255,
+            marks=pytest.mark.brings(
+                "image", "32-bit integers", "As 16 bits: the level that holds them is white."
+            ),
+        ),
+        (np.rint(RAMP * 4095).astype(np.int32), ".tif", 4095),
     ],
 )
-def test_options_that_do_not_go_together(options, message):
-    with pytest.raises(ConfigError, match=message):
-        make_config(CompressConfig, {"drop_blocks": True, **options})
+def test_one_level_for_the_set(tmp_path, capsys, values, ending, white):
+    data = resolve(write_set(tmp_path, values, ending))
+    assert data.white_level == white
+    assert f"{white} is white (--white-level sets another)" in capsys.readouterr().err
+    for images in (data.train, data.selection, data.test):
+        for i, key in enumerate(images.keys):
+            share = 0.5 if key.endswith(f"5{ending}") else 1
+            expected = np.minimum(values.astype(float) * share * 255 / white, 255)
+            assert np.abs(np.asarray(images.open(i)) - expected).max() <= 0.6
 
 
-def test_a_balance_without_depth_keeps_all_blocks(vit):
-    _, groups = vit
-    whole = Balance(blocks=tuple(droppable(groups)))
-    (plain,) = make_grid(groups, uniform_scores(groups), [0.3], GridOptions())
-    assert (
-        make_grid(groups, uniform_scores(groups), [0.3], GridOptions(), balance=whole)[0].widths
-        == plain.widths
+def test_a_level_that_is_given(tmp_path):
+    folder = write_set(tmp_path, np.rint(RAMP * 3000).astype(np.uint16), ".png")
+    data = resolve(folder, white_level=10000)
+    assert data.white_level == 10000
+    brightest = max(np.asarray(data.train.open(i)).max() for i in range(len(data.train)))
+    assert brightest == round(255 * 0.3)
+
+
+def test_what_the_file_says_needs_no_level(tmp_path):
+    """PGM: Pillow itself stretches 0..maxval to 16 bits."""
+    folder = tmp_path / "a"
+    folder.mkdir()
+    values = np.rint(RAMP * 4095).astype(">u2")
+    (folder / "0.pgm").write_bytes(b"P5 4 4 4095\n" + values.tobytes())
+    image = ImageSet(("0.pgm",), (0,), FolderReader(folder)).open(0)
+    assert np.array_equal(np.asarray(image), GREYS)
+
+
+def test_twelve_bits_in_the_header_of_a_tiff():
+    image = Image.fromarray(np.rint(RAMP * 4095).astype(np.uint16))
+    image.tag_v2 = {258: (12,)}  # type: ignore[attr-defined]
+    assert np.array_equal(np.asarray(to_8_bits(image, 65535)), GREYS)
+
+
+@pytest.mark.brings("image", "NaN in a float image", "Refused by name, or left out by --skip-bad-images.")
+def test_nan(tmp_path):
+    folder = write_set(tmp_path, RAMP.astype(np.float32), ".tif", num_images=8)
+    bad = RAMP.astype(np.float32)
+    bad[0, 0] = np.nan
+    Image.fromarray(bad).save(folder / "a" / "0.tif")
+    data = resolve(folder)
+    images = next(each for each in (data.train, data.selection, data.test) if "a/0.tif" in each.keys)
+    with pytest.raises(DataError) as caught:
+        images.open(images.keys.index("a/0.tif"))
+    assert str(caught.value) == (
+        f"cannot decode image {folder / 'a' / '0.tif'} (it holds NaN or infinite values): "
+        "replace it, or pass --skip-bad-images to leave such images out"
+    )
+    assert resolve(folder, skip_bad_images=True).num_bad_images == 1
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ((RAMP * 3).astype(np.float32), "values from 0 to 3, and no way to know which of them is white"),
+        (
+            (RAMP - 0.5).astype(np.float32),
+            "values from -0.5 to 0.5, and no way to know which of them is white",
+        ),
+        (np.rint(RAMP * 1e6).astype(np.int32), "values from 0 to 1e+06, and no way to know which of them"),
+    ],
+)
+def test_values_that_no_rule_fits(tmp_path, values, message):
+    folder = write_set(tmp_path, values, ".tif")
+    line = error_of(folder)
+    assert line.startswith(f"{folder}: {message}")
+    assert line.endswith("pass --white-level, or save the images with 8 bits")
+
+
+def test_floats_beside_integers(tmp_path):
+    folder = write_set(tmp_path, RAMP.astype(np.float32), ".tif")
+    Image.fromarray(np.rint(RAMP * 4095).astype(np.uint16)).save(folder / "a" / "x.png")
+    assert error_of(folder) == (
+        f"{folder} holds images of floats beside images of more than 8 bits: save all in one kind"
+    )
+
+
+def test_an_image_beyond_white_is_refused_not_clipped():
+    image = Image.fromarray(np.array([[0, 60000]], np.uint16))
+    with pytest.raises(DataError) as caught:
+        to_8_bits(image, 4095)
+    assert str(caught.value) == (
+        "its values run from 0 to 60000, but 4095 is white; --white-level sets another"
+    )
+    with pytest.raises(
+        DataError, match="from 0 to 60000, while the training images have 8 bits: say with --wh"
+    ):
+        to_8_bits(image, None)
+
+
+@pytest.mark.parametrize(
+    ("high", "is_float", "level"),
+    [(1, True, 1), (1.1, True, 1), (32, True, 255), (255, False, 255), (256, False, 1023), (5, False, 255)],
+)
+def test_likely_white(high, is_float, level):
+    assert likely_white(0, high, is_float) == level
+
+
+@pytest.mark.brings("image", "images that use a small part of the range", "A warning says how dark they are.")
+def test_nearly_black_images_are_told(tmp_path, capsys):
+    resolve(write_set(tmp_path, np.full((4, 4, 3), 15, np.uint8), ".png"))
+    told = capsys.readouterr().err
+    assert told.startswith(f"warning: {tmp_path} looks nearly black: no pixel of ")
+    assert "training images is above 15 of 255; deep colour images are read by their upper 8 bits" in told
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [
+        pytest.param(
+            "RGBA",
+            (10, 200, 30),
+            marks=pytest.mark.brings(
+                "image",
+                "transparency (RGBA, LA, palettes)",
+                "It is dropped, as timm and torchvision drop it: a transparent pixel shows its own colour.",
+            ),
+        ),
+        ("LA", (124, 124, 124)),
+        ("PA", None),
+        ("CMYK", (10, 200, 30)),
+        ("YCbCr", (10, 200, 30)),
+        ("HSV", (10, 200, 30)),
+    ],
+)
+def test_modes_come_out_as_their_colour(mode, expected):
+    image = Image.new("RGBA", (4, 4), (10, 200, 30, 0))
+    image = image.convert("RGB").convert("P").convert("PA") if mode == "PA" else image
+    if mode in ("CMYK", "YCbCr", "HSV"):
+        image = image.convert("RGB")
+    image = image if mode == "PA" else image.convert(mode)
+    assert image.mode == mode
+    pixels = eval_transform(InputSpec((4, 4), 3, (0.5,) * 3, (0.5,) * 3))(image)[:, 0, 0].tolist()
+    # A palette has the nearest of its colours.
+    tolerance = 26 if mode == "PA" else 3
+    assert max(abs(a - b) for a, b in zip(pixels, expected or (10, 200, 30), strict=True)) <= tolerance
+
+
+@pytest.mark.parametrize(
+    ("of_model", "of_images", "agreed"),
+    [(None, None, None), (None, 4095, 4095), (4095, 4095, 4095), (1, None, 1)],
+)
+def test_white_of_model_and_images(of_model, of_images, agreed):
+    spec = InputSpec((4, 4), 1, (0.5,), (0.5,), white_level=of_model)
+    assert spec.for_images(of_images).white_level == agreed
+
+
+def test_white_of_model_and_images_differ():
+    spec = InputSpec((4, 4), 1, (0.5,), (0.5,), white_level=4095)
+    with pytest.raises(DataError) as caught:
+        spec.for_images(1023)
+    assert str(caught.value) == (
+        "the model was trained with 4095 as white, but of these images it would be 1023: "
+        "pass --white-level 4095 to read them as it was trained"
     )
