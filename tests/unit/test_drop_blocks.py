@@ -22,7 +22,7 @@ from stepwell.measure.budget import student_widths
 from stepwell.measure.size import count_macs
 from stepwell.models.onnx_graph import write_onnx
 from stepwell.pruning.channels import channel_groups
-from stepwell.pruning.depth import block_order, droppable, dropped_groups
+from stepwell.pruning.dropped_blocks import block_order, droppable, dropped_groups
 from stepwell.pruning.families import find_groups
 from stepwell.pruning.prove import masked
 from stepwell.pruning.ranking import Balance, uniform_scores

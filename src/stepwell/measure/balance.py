@@ -25,7 +25,7 @@ from torch import Tensor
 
 from stepwell.measure.latency_table import KINDS
 from stepwell.measure.prices import LEVELS, Prices
-from stepwell.pruning.depth import block_order, droppable, dropped_groups
+from stepwell.pruning.dropped_blocks import block_order, droppable, dropped_groups
 from stepwell.pruning.ranking import Balance, Scores, kept_counts
 from stepwell.pruning.units import Group
 

@@ -27,7 +27,7 @@ from stepwell.measure.size import count_macs, num_params, short_number
 from stepwell.models.card import ONNX
 from stepwell.models.export import temporary_folder
 from stepwell.models.onnx_graph import write_onnx
-from stepwell.pruning.depth import droppable
+from stepwell.pruning.dropped_blocks import droppable
 from stepwell.pruning.ranking import EQUAL, Balance, Scores, widths_at
 from stepwell.pruning.sections import last_groups
 from stepwell.pruning.skeleton import build_skeleton, fill

@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 
 from stepwell.config.path_options import GridOptions
-from stepwell.pruning.depth import dropped_groups
+from stepwell.pruning.dropped_blocks import dropped_groups
 from stepwell.pruning.uniform import uniform_widths
 from stepwell.pruning.units import Group, Kind
 from stepwell.run.run_dir import StageResult

@@ -18,7 +18,7 @@ from stepwell.errors import ConfigError, UnsupportedModelError
 from stepwell.models.plain import plain_recipe
 from stepwell.models.teacher import Teacher
 from stepwell.pruning.channels import KNOWN, channel_groups
-from stepwell.pruning.depth import droppable
+from stepwell.pruning.dropped_blocks import droppable
 from stepwell.pruning.sections import last_groups
 from stepwell.pruning.skeleton import build_skeleton, leading_units, sort_units
 from stepwell.pruning.uniform import has_equal_blocks, uniform_widths

@@ -25,7 +25,7 @@ from torch.func import functional_call
 
 from stepwell.data.batches import EvalBatches
 from stepwell.measure.budget import student_widths
-from stepwell.pruning.depth import droppable
+from stepwell.pruning.dropped_blocks import droppable
 from stepwell.pruning.layout import Layout, gate_inputs, layouts_or_refuse
 from stepwell.pruning.ranking import Importance, l2_normalised, uniform_scores
 from stepwell.pruning.skeleton import build_skeleton
