@@ -146,7 +146,7 @@ def _assumed(config: DoctorConfig, images: Images, alone: Forecast, shared: Fore
     """One line: what the figures stand on."""
     parts = [
         f"{images.train:,} training images, {images.selection:,} to select on, {images.test:,} to test on"
-        + ("" if config.data else ", made up as JPEG files of ImageNet's mean size")
+        + ("" if config.data else ", JPEG files that are made up")
     ]
     parts += [
         f"steps of {f.share} images, timed with {f.timed}"
@@ -160,7 +160,7 @@ def _assumed(config: DoctorConfig, images: Images, alone: Forecast, shared: Fore
             f"2 (N - 1) / N of their bytes at {config.bandwidth:g} GB/s"
         )
     parts.append(
-        "memory and disk are counted, with checkpoints; not in it: loading and checks before the first stage, "
-        "the report after the last, other programs"
+        "memory and disk are counted, with checkpoints; not in it: loading and checks before the first "
+        "stage, the report after the last, other programs"
     )
     return f"assumes {'; '.join(parts)}"

@@ -97,9 +97,7 @@ def memory_and_disk(
         num_train: Training images.
         losses: Of the path.
     """
-    found = footprint(
-        config, num_params(model), skeletons[-1], spec, config.batch_size, num_train, losses
-    )
+    found = footprint(config, num_params(model), skeletons[-1], spec, config.batch_size, num_train, losses)
     # The store and the students, and while it trains the checkpoints.
     return found.memory, found.kept + 16 * num_params(skeletons[0]) + found.passing
 

@@ -86,7 +86,7 @@ class Calibration:
         return self._once(key, lambda: self._step(student, teachers, drop))
 
     def figures(self, scale: float, num_images: int) -> Price:
-        """What `deliver` finds out of one model: answers, an ONNX file, milliseconds of batches of 1 and 32."""
+        """What `deliver` asks of one model: answers, an ONNX file, milliseconds of batches of 1 and 32."""
         model = self._rung(scale).model
         macs = count_macs(model, self.s.spec)
         # By torch and, where there is a file, by onnxruntime, which is taken to be as fast.

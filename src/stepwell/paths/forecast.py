@@ -128,9 +128,7 @@ def _of_budget(config: CompressConfig, epochs: float) -> CompressConfig:
     return config.model_copy(update={"minutes": None, "budget_epochs": max(epochs, 1e-3)})
 
 
-def _delivering(
-    s: Setting, ladder: Ladder, clock: Calibration, counted: Costs, images: Images
-) -> Price:
+def _delivering(s: Setting, ladder: Ladder, clock: Calibration, counted: Costs, images: Images) -> Price:
     """Figures of every model, and the files of those that are handed out."""
     config, way = s.config, path_of(s.config.path)
     number = images.selection + images.test

@@ -16,9 +16,7 @@ from stepwell.models.timm_models import create_timm, create_without_memory, pars
 from stepwell.pruning.families import names_by_family
 
 
-def teacher_to_look_at(
-    config: CompressConfig, data: Data | None, *, with_weights: bool = False
-) -> Teacher:
+def teacher_to_look_at(config: CompressConfig, data: Data | None, *, with_weights: bool = False) -> Teacher:
     """What is looked at; a model of timm by name is built without its weights, and has no digest.
 
     Args:

@@ -47,27 +47,29 @@ def seconds_per_step(
     options: TrainingOptions,
     recipe: RecipeOptions,
 ) -> tuple[float, range]:
-    """Seconds of a step of a training, all that `fit` does for it included, and the numbers of the timed steps.
+    """Seconds of a step of a training with all that `fit` does for it, and the numbers of the timed steps.
 
     The training is begun twice, for a first look and for about `SECONDS`; what it trains is spoilt. What it
     would evaluate in between is left out, and every batch is a move of the optimizer.
     """
     recipe = recipe.model_copy(update={"keep_best": None, "accumulate": 1})
     course = replace(course, name=f"timing {course.name}", checkpoint=None, judge=None)
-    seconds, number = 0.0, _FIRST_LOOK
-    for _ in range(2):
+
+    def timed(number: int) -> float:
         noted = _Noted(step, batches.device, (_WARM_UP, _WARM_UP + number))
         length = (_WARM_UP + number + 1) / batches.steps_per_epoch
         fit(replace(course, epochs=length), noted, batches, options, recipe)
-        seconds = (noted.times[1] - noted.times[0]) / number
-        if seconds * _LEAST >= 2 * SECONDS:  # so slow that a first look says enough
-            break
-        number = max(_LEAST, min(_MOST, round(SECONDS / seconds)))
-    return seconds, range(_WARM_UP, noted.looks[1])
+        return (noted.times[1] - noted.times[0]) / number
+
+    seconds = timed(_FIRST_LOOK)
+    if seconds * _LEAST >= 2 * SECONDS:  # so slow that it says enough
+        return seconds, range(_WARM_UP, _WARM_UP + _FIRST_LOOK)
+    number = max(_LEAST, min(_MOST, round(SECONDS / seconds)))
+    return timed(number), range(_WARM_UP, _WARM_UP + number)
 
 
 def seconds_of_all(run: Callable[[int], object], most: int, device: torch.device) -> float:
-    """How long `run(most)` takes, of which as few are run as say it: 1, 2, 4 ... until that takes long enough.
+    """How long `run(most)` takes, from as few as say it: 1, 2, 4 ... until that takes long enough.
 
     What comes once, however many there are, shows in the difference of the last two and is not multiplied.
 
