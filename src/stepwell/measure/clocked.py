@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import Protocol
+from typing import Any, Protocol
 
 from stepwell.measure.cost import Costs
 from stepwell.measure.estimate import Footprint
@@ -150,7 +150,7 @@ class ClockedCosts(Costs):
         return Price(seconds, step.memory, step.kept, step.passing, epochs, exchange)
 
 
-def _values(costs: Costs) -> dict[str, object]:
+def _values(costs: Costs) -> dict[str, Any]:
     return {each.name: getattr(costs, each.name) for each in fields(Costs)}
 
 

@@ -82,7 +82,7 @@ def forecast(
         epochs = counted.equal_compute_epochs(spent)
         if config.control == "equal_epochs":
             epochs = sum(price.epochs for name, price in stages.items() if name in spent)
-        stages[CONTROL_STAGE] = _by_clock(counted, clock).single_step(epochs)
+        stages[CONTROL_STAGE] = _price(_by_clock(counted, clock).single_step(epochs))
     if s.baseline is not None:
         its = replace(
             s.baseline.costs(ladder.scales),
@@ -91,11 +91,12 @@ def forecast(
             num_selection=images.selection,
         )
         beside = calibrated(s.baseline, ladder, way, images.train, devices, bytes_per_second)
-        stages[BASELINE_STAGE] = _by_clock(its, beside).single_step(its.equal_compute_epochs(spent))
+        epochs = its.equal_compute_epochs(spent)
+        stages[BASELINE_STAGE] = _price(_by_clock(its, beside).single_step(epochs))
     if config.probe:
-        stages = {PROBE_STAGE: _by_clock(counted, clock).probing, **stages}
+        stages = {PROBE_STAGE: _price(_by_clock(counted, clock).probing), **stages}
     stages["deliver"] = _delivering(s, ladder, clock, counted, images)
-    return Forecast({name: _price(p) for name, p in stages.items() if p}, clock.share, clock.batch_size)
+    return Forecast({name: p for name, p in stages.items() if p}, clock.share, clock.batch_size)
 
 
 def _stages_of_path(counted: Costs, clock: Calibration, way: Path) -> dict[str, Price]:
