@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from cost import table as cost_table
+from plan import table as plan_table
 from record import RESULTS
 from scalekd import table as scalekd_table
 from scalekd_cost import table as scalekd_cost_table
@@ -325,6 +327,9 @@ def main() -> None:
     parts |= {f"suite-{name}": suite_table(record) for name, record in suites.items()}
     parts["speed"] = speed_table(records["speed"]["runs"])
     parts["throughput"] = throughput_table(records["throughput"])
+    for name, table in (("cost", cost_table), ("plan", plan_table)):
+        if name in records:
+            parts[name] = table(records[name])
     parts["scalekd-cost"] = scalekd_cost_table(records["scalekd-cost"])
     for folder in (RESULTS / "experiments").iterdir():
         parts[f"experiment-{folder.name}"] = experiment_table(folder)

@@ -1,4 +1,4 @@
-"""`doctor --plan`: what it says of a run is what the run then has; and it is refused where it means nothing."""
+"""`doctor --plan`: what it says of a run is what the run then has; refused where it means nothing."""
 
 from __future__ import annotations
 
