@@ -91,8 +91,8 @@ def table(record: dict[str, Any]) -> str:
         [
             *rows,
             "",
-            f"AMD with a budget of {record['budget_epochs']:g} epochs over a single step with the epochs of its "
-            f"student; {record['images']:,} images; median of {repeats}; {machine['processor']}, "
+            f"AMD with a budget of {record['budget_epochs']:g} epochs over a single step with the epochs of "
+            f"its student; {record['images']:,} images; median of {repeats}; {machine['processor']}, "
             f"{machine['threads']} threads, torch {machine['torch']}; commit {record['commit']}.",
         ]
     )
