@@ -12,7 +12,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from cost import table as cost_table
 from experiment_tables import tables_of
+from plan import table as plan_table
 from record import RESULTS
 from scalekd import table as scalekd_table
 from scalekd_cost import table as scalekd_cost_table
@@ -168,6 +170,9 @@ def main() -> None:
     parts |= {f"suite-{name}": suite_table(record) for name, record in suites.items()}
     parts["speed"] = speed_table(records["speed"]["runs"])
     parts["throughput"] = throughput_table(records["throughput"])
+    for name, table in (("cost", cost_table), ("plan", plan_table)):
+        if name in records:
+            parts[name] = table(records[name])
     parts["scalekd-cost"] = scalekd_cost_table(records["scalekd-cost"])
     parts |= tables_of(RESULTS / "experiments")
     for folder in {file.parent for file in (RESULTS / "scalekd").glob("*/*.json")}:

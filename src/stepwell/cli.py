@@ -30,6 +30,7 @@ from stepwell.config.commands import (
     PredictConfig,
     TrainConfig,
 )
+from stepwell.config.doctor_options import DoctorConfig
 from stepwell.config.files import implied, make_config, over, read_yaml
 from stepwell.config.help import MAIN_OPTIONS, first_screen
 from stepwell.config.options import Options
@@ -51,7 +52,7 @@ COMMANDS: dict[str, tuple[type[Options], str]] = {
     "train": (TrainConfig, "get a teacher: fine-tune a timm model on a folder of images"),
     "compress": (CompressConfig, "the main job: a teacher and images in, a small proven model out"),
     "compare": (CompareConfig, "paths and losses side by side, with fair controls, in one table"),
-    "doctor": (CompressConfig, "what can be cut, size of every candidate, time and memory; trains nothing"),
+    "doctor": (DoctorConfig, "what can be cut, size of every candidate, time and memory; trains nothing"),
     "inspect": (InspectConfig, "a finished run: the candidate curve, why this assistant, the final table"),
     "export": (ExportConfig, "any rung of the ladder as ONNX, safetensors or torch.export"),
     "predict": (PredictConfig, "class names and probabilities for image files"),

@@ -68,7 +68,7 @@ FLAGS = {
         "--paths", "--logit-losses", "--feature-losses", "--seeds", "--lrs", "--controls", "--jobs",
         "--suite", "--scale",
     },
-    "doctor": COMPRESS,
+    "doctor": COMPRESS | {"--plan", "--num-images", "--devices", "--bandwidth"},
     "inspect": {"--all", "--beside", "--features", "--json", "--latency-ms", "--teacher"},
     "export": {"--all", "--format", "--keep", "--opset", "--out", "--teacher"},
     "predict": {"--out", "--teacher", "--top", "--white-level"},

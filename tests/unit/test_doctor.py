@@ -11,6 +11,7 @@ from torch import nn
 from stepwell.commands import doctor
 from stepwell.commands.images_in_words import images_in_words
 from stepwell.config.commands import CompressConfig
+from stepwell.config.doctor_options import DoctorConfig
 from stepwell.data.spec import InputSpec
 from stepwell.data.splits import resolve_data
 from stepwell.errors import ConfigError
@@ -19,11 +20,13 @@ from stepwell.losses.crd import CRD
 from stepwell.measure.estimate import Losses, memory_and_disk
 from stepwell.measure.size import num_params
 from stepwell.paths import path_of
+from stepwell.setting import looked_at
+from stepwell.setting.looked_at import teacher_to_look_at
 from tiny import SPEC, tiny_vit
 
 
 def devices_of(config: CompressConfig) -> set[str]:
-    model = doctor._model(config, None).model
+    model = teacher_to_look_at(config, None).model
     return {parameter.device.type for parameter in model.parameters()}
 
 
@@ -47,7 +50,7 @@ def test_a_model_whose_constructor_computes_with_tensors_is_built_for_real(monke
     unique = torch.Tensor.unique
     monkeypatch.setattr(torch.Tensor, "unique", on_meta_without_unique)
     monkeypatch.setattr(timm, "create_model", create)
-    monkeypatch.setattr(doctor, "input_spec", lambda model, args: None)
+    monkeypatch.setattr(looked_at, "input_spec", lambda model, args: None)
     assert devices_of(CompressConfig(teacher="resnet18", model_args=args)) == {"cpu"}
 
 
@@ -160,9 +163,7 @@ def test_doctor_says_where_images_come_from(tmp_path):
 
 def test_doctor_says_that_four_views_take_the_memory_of_four_times_as_many_images():
     def said(**options: object) -> float:
-        config = CompressConfig(
-            teacher="resnet18", image_size=32, path="single-step", device="cpu", **options
-        )
+        config = DoctorConfig(teacher="resnet18", image_size=32, path="single-step", device="cpu", **options)
         (line,) = [line for line in doctor.run(config).splitlines() if "GiB of memory" in line]
         return float(line.split(" GiB of memory")[0].split()[-1])
 
@@ -172,7 +173,7 @@ def test_doctor_says_that_four_views_take_the_memory_of_four_times_as_many_image
 @pytest.mark.slow
 def test_doctor_says_what_a_narrower_stream_would_leave():
     words = {"teacher": "vit_tiny_patch16_224", "keep_ratio": 0.5}
-    plain, narrow = (doctor.run(CompressConfig(**words, cut=cut)) for cut in ("heads,neurons", "all"))
+    plain, narrow = (doctor.run(DoctorConfig(**words, cut=cut)) for cut in ("heads,neurons", "all"))
     assert (
         "with --cut all, keep 0.5 of the channels too: 26.8 % of the parameters, 29.1 % of the MACs" in plain
     )

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from timm.models._hub import save_for_hf
 
 from stepwell.commands import doctor
-from stepwell.config.commands import CompressConfig
+from stepwell.config.doctor_options import DoctorConfig
 from stepwell.errors import ModelError, StepwellError
 from stepwell.models import huggingface
 from stepwell.models.teacher import Teacher, load_teacher
@@ -205,7 +205,7 @@ def test_a_timm_folder_that_is_not_there(tmp_path: Path) -> None:
     name = f"local-dir:{tmp_path / 'gone'}"
     assert "gone is no folder of a timm model" in one_line_of(ModelError, name)
     with pytest.raises(ModelError, match="gone is no folder of a timm model"):
-        doctor.run(CompressConfig(teacher=name))
+        doctor.run(DoctorConfig(teacher=name))
 
 
 @pytest.mark.brings(

@@ -20,7 +20,8 @@ from timm.utils import CheckpointSaver, ModelEmaV3
 from torch import Tensor, nn
 
 from stepwell.commands import doctor
-from stepwell.config.commands import CompressConfig, TrainConfig
+from stepwell.config.commands import TrainConfig
+from stepwell.config.doctor_options import DoctorConfig
 from stepwell.config.files import make_config
 from stepwell.errors import ConfigError, ModelError
 from stepwell.models.fitting import find_fit, load_start, load_whole
@@ -537,7 +538,7 @@ def test_training_starts_from_the_weights_that_are_asked_for(tmp_path: Path, sai
 def test_doctor_looks_at_weights(tmp_path: Path) -> None:
     file = tmp_path / "weights.pth"
     args = {name: str(value) for name, value in ARGS.items()}
-    config = CompressConfig(
+    config = DoctorConfig(
         teacher="vit_tiny_patch16_224", teacher_weights=file, model_args=args, num_candidates=2
     )
     with pytest.raises(ModelError, match=r"no weights at .*weights\.pth"):

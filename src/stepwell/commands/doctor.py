@@ -8,43 +8,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from rich.table import Table
 from torch import nn
 
 from stepwell.commands.images_in_words import images_in_words
+from stepwell.commands.planned import Asked, plan_lines
+from stepwell.commands.roughly import roughly
 from stepwell.config.commands import CompressConfig
-from stepwell.config.own_code import is_own_code
+from stepwell.config.doctor_options import DoctorConfig
 from stepwell.data.folders import join
 from stepwell.data.spec import InputSpec
 from stepwell.data.splits import Data, resolve_data
 from stepwell.errors import DataError
 from stepwell.measure.budget import student_widths
-from stepwell.measure.cost import Costs, OtherTeacher
-from stepwell.measure.estimate import memory_and_disk, seconds_of
 from stepwell.measure.size import count_macs, num_params, short_number
 from stepwell.measure.whole import little_saved, narrower
-from stepwell.models import segmenters
-from stepwell.models.card import Architecture
-from stepwell.models.input import (
-    as_asked,
-    check_runs,
-    check_trains,
-    for_masks,
-    has_one_size,
-    input_spec,
-)
+from stepwell.models.input import as_asked, check_runs, check_trains, for_masks, has_one_size
 from stepwell.models.student import OtherStudent
-from stepwell.models.teacher import Teacher, load_teacher, named_segmenter
-from stepwell.models.timm_folder import LOCAL
-from stepwell.models.timm_models import create_timm, create_without_memory, parse_model_args
-from stepwell.paths import checked_path, path_of
+from stepwell.models.teacher import Teacher
+from stepwell.paths import checked_path
 from stepwell.paths.begin import require
 from stepwell.paths.path import say_what_is_not_read
-from stepwell.paths.plan import epochs_of
-from stepwell.paths.probe import probe_line, with_head
+from stepwell.paths.probe import with_head
 from stepwell.pruning import generic
 from stepwell.pruning.families import names_by_family
 from stepwell.pruning.ranking import uniform_scores
@@ -52,26 +39,25 @@ from stepwell.pruning.skeleton import build_skeleton
 from stepwell.pruning.units import Candidate, Group
 from stepwell.report.stages import stage_lines
 from stepwell.report.table import render
-from stepwell.run.device import find_device
 from stepwell.run.progress import progress
 from stepwell.setting.agreed_task import task_asked
 from stepwell.setting.channels import check_cut, with_channels
 from stepwell.setting.classes import settle
+from stepwell.setting.looked_at import teacher_to_look_at
 from stepwell.setting.other_models import baseline_network, embeds, other_student, other_teachers, size_line
-from stepwell.setting.prepare import groups_of, proof_images, with_parts
+from stepwell.setting.prepare import groups_of, known_groups, proof_images, with_parts
 from stepwell.stages.grid import make_grid, size_indices
 from stepwell.tasks.outputs import is_dense
 from stepwell.tasks.task import task_of
-from stepwell.training.answers import bytes_of
 
 
-def run(config: CompressConfig) -> str:
+def run(config: DoctorConfig) -> str:
     """Report what `compress` with the same options would do."""
     require(config, "doctor", "teacher")
     path = checked_path(config)
     say_what_is_not_read(config)
     data = resolve_data(config) if config.data else None
-    teacher = with_head(_model(config, data), data, config)
+    teacher = with_head(teacher_to_look_at(config, data, with_weights=config.plan), data, config)
     spec = as_asked(teacher.spec, teacher.model, config, data.white_level if data else None)
     task = task_asked(teacher, data, config)
     if data is not None and task == "segmentation":
@@ -90,8 +76,13 @@ def run(config: CompressConfig) -> str:
     others = [*others, *(size_line("other teacher", t, model, t.spec)[0] for t in before)]
     beside = [] if baseline is None else [baseline.model]
     if not path.cuts(config):
-        lines = _uncut(config, data, teacher, student, beside, before)
-        return "\n".join([*lines, *others[1:], *class_lines])
+        assert student is not None, "the path's check asks for one"
+        lines = _uncut(config, data, teacher, student)
+        if config.plan:
+            takes = plan_lines(Asked(config, teacher, known_groups(model), [], student, data, task))
+        else:
+            takes = roughly(config, data, model, [student.model], student, spec, beside, before)
+        return "\n".join([*lines, *takes, *others[1:], *class_lines])
     if is_dense(model):
         teacher = with_parts(teacher)
     groups = groups_of(model, spec, teacher.is_own_module or is_dense(model), data, config)
@@ -110,6 +101,10 @@ def run(config: CompressConfig) -> str:
     sizes = [skeletons[i] for i in size_indices([c.keep_ratio for c in candidates], config)]
     scale = count_macs(skeletons[0], spec) / count_macs(model, spec)
     little = little_saved(config, spec, groups, candidates[0], skeletons[0], scale)
+    if config.plan:
+        takes = plan_lines(Asked(config, teacher, groups, candidates, student, data, task))
+    else:
+        takes = roughly(config, data, model, skeletons, student, spec, [*sizes, *beside], before)
     lines = [
         f"{config.teacher}: supported ({'; '.join(_found_by(model, groups))})",
         *_sizes(model, spec),
@@ -122,7 +117,7 @@ def run(config: CompressConfig) -> str:
         *narrower(model, spec, groups, met.keep_ratio, config),
         *others,
         "",
-        *_estimate(config, data, model, skeletons, student, spec, [*sizes, *beside], before),
+        *takes,
         *class_lines,
         *(f"warning: {text}" for text in (*warnings_for(groups, candidates[0]), little) if text),
     ]
@@ -133,12 +128,9 @@ def _uncut(
     config: CompressConfig,
     data: Data | None,
     teacher: Teacher,
-    student: OtherStudent | None,
-    beside: Sequence[nn.Module],
-    before: Sequence[Teacher],
+    student: OtherStudent,
 ) -> list[str]:
     """A teacher that stays whole, the student that it teaches, and which of their states are compared."""
-    assert student is not None, "the path's check asks for one"
     model, spec = teacher.model, teacher.spec
     return [
         f"{config.teacher}: stays whole, and teaches",
@@ -147,7 +139,6 @@ def _uncut(
         *stage_lines(config, model, student, spec),
         *images_in_words(data),
         "",
-        *_estimate(config, data, model, [student.model], student, spec, beside, before),
     ]
 
 
@@ -196,26 +187,6 @@ def _sizes(model: nn.Module, spec: InputSpec) -> list[str]:
         f"{short_number(num_params(model))} parameters, "
         f"{short_number(count_macs(model, spec))} MACs per image",
     ]
-
-
-def _model(config: CompressConfig, data: Data | None) -> Teacher:
-    """What is looked at; a model of timm by name is built without its weights, and has no digest."""
-    num_classes = len(data.classes) if data and not config.probe else 0
-    source = config.teacher
-    # Weights that are here are loaded: whether they fit is what is asked.
-    if is_own_code(source) or Path(source).exists() or source.startswith(LOCAL) or config.teacher_weights:
-        return load_teacher(
-            source, config.teacher_weights, config.model_args, num_classes, config.weights_key
-        )
-    args = parse_model_args(config.model_args)
-    if segmenters.is_named(source):
-        return named_segmenter(source, {"num_classes": num_classes or 2, **args})
-    model = create_without_memory(config.teacher, args)
-    # Shapes are enough to count, but not to time, nor to try cuts.
-    if config.latency_ms is not None or not names_by_family(model):
-        model = create_timm(config.teacher, args, pretrained=False)
-    architecture = Architecture(source="timm", name=config.teacher, args=args)
-    return Teacher(model.eval(), architecture, input_spec(model, args), None, {}, config.teacher, digest="")
 
 
 def _found_by(model: nn.Module, groups: Sequence[Group]) -> list[str]:
@@ -280,52 +251,3 @@ def _table(
             f"{100 * macs / total_macs:.1f} %",
         )
     return render(table)
-
-
-def _estimate(
-    config: CompressConfig,
-    data: Data | None,
-    model: nn.Module,
-    skeletons: Sequence[nn.Module],
-    student: OtherStudent | None,
-    spec: InputSpec,
-    beside: Sequence[nn.Module],
-    before: Sequence[Teacher],
-) -> list[str]:
-    device, path, total = find_device(config.device), path_of(config.path), count_macs(model, spec)
-    scales = [count_macs(skeleton, spec) / total for skeleton in skeletons]
-    num_train, num_selection = (len(data.train), len(data.selection)) if data else (1000, 100)
-    # What a loss computes by itself is left out: it is counted on outputs, and nothing runs here.
-    student_scale = scales[0] if student is None else count_macs(student.model, spec) / total
-    others = [OtherTeacher(count_macs(t.model, t.spec) / total) for t in before]
-    costs = Costs(config, scales, student_scale, num_train, num_selection, other_teachers=others)
-    if (minutes := config.minutes_of_path) is not None:  # as many operations as this device is good for
-        fitting = 60 * minutes / seconds_of(costs.single_step(1) * total, device)
-        config = config.model_copy(update={"minutes": None, "budget_epochs": fitting})
-    epochs = epochs_of(costs, path.bill, config)
-    bill = path.bill(costs, epochs, config)
-    # Control and baseline cost what the student's way costs, without further sizes.
-    of_student = sum(bill.values()) - bill.get("more sizes", 0.0) + costs.tuning
-    passes = of_student * config.equal_trainings + bill.get("more sizes", 0.0)
-    passes += costs.probing + costs.answering
-    seconds = seconds_of(passes * total, device)
-    losses = path.losses(len(scales), config)
-    memory, disk = memory_and_disk(config, model, skeletons, spec, num_train, losses)
-    memory += 4 * sum(num_params(t.model) for t in before)
-    disk += 16 * sum(map(num_params, beside))  # further sizes and the baseline, as the student
-    if config.cache_teacher:
-        num_classes = len(data.classes) if data else 1000
-        disk += config.cache_teacher * num_train * bytes_of(num_classes, config.cache_top)
-    images = f"{num_train} training images" if data else "1,000 training images (give --data for yours)"
-    return [
-        f"roughly, on this {device.type}: {_hours(seconds)}: {epochs.joint:.3g} + {epochs.distill:.3g} "
-        f"epochs of {images}, {memory / 2**30:.2g} GiB of memory at batch {config.batch_size}, "
-        f"{disk / 2**20:.3g} MiB on disk",
-        *probe_line(config),
-    ]
-
-
-def _hours(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} seconds"
-    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"

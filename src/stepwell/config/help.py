@@ -44,7 +44,14 @@ _COMPRESS: Groups = {
 
 MAIN_OPTIONS: Mapping[str, Groups] = {
     "compress": _COMPRESS,
-    "doctor": {name: _COMPRESS[name] for name in ("what", "how small (one of these)", "how")},
+    "doctor": {
+        **{name: _COMPRESS[name] for name in ("what", "how small (one of these)", "how")},
+        "how long": (
+            ("--plan", "time some steps here: what will every stage take?"),
+            ("--num-images N", "with --plan: for so many images, without --data"),
+            ("--devices N", "with --plan: also on several devices (1)"),
+        ),
+    },
     "train": {
         "what": (
             ("--model NAME", "a timm model, such as vit_tiny_patch16_224"),

@@ -237,6 +237,12 @@ class EvalBatches:
         part._steps = self._steps[number * rank() // world() : number * (rank() + 1) // world()]
         return part
 
+    def first(self, number: int) -> EvalBatches:
+        """The first so many of the batches, as they are fed when all are."""
+        part = copy.copy(self)
+        part._steps = self._steps[:number]
+        return part
+
     def __len__(self) -> int:
         return len(self._steps)
 

@@ -151,6 +151,11 @@ def num_workers(options: DataOptions) -> int:
     return min(options.workers, num_cpus())
 
 
+def are_held(num_images: int, channels: int, spec: InputSpec) -> bool:
+    """Whether so many decoded images are kept in memory."""
+    return num_images * channels * spec.size[0] * spec.size[1] <= MEMORY_LIMIT
+
+
 def decoded(images: ImageSet, spec: InputSpec, options: DataOptions) -> Tensor | None:
     """All pixels of a set, (images, channels, height, width) uint8; None where they do not fit in memory.
 
@@ -160,7 +165,7 @@ def decoded(images: ImageSet, spec: InputSpec, options: DataOptions) -> Tensor |
         DataError: An image cannot be decoded.
     """
     channels = spec.channels + (images.masks is not None)
-    if len(images) * channels * spec.size[0] * spec.size[1] > MEMORY_LIMIT:
+    if not are_held(len(images), channels, spec):
         return None
     key = (spec.size, spec.channels, spec.interpolation, spec.crop_pct, spec.crop_mode)
     if key not in images.cache:

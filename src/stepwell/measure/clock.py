@@ -109,10 +109,18 @@ def _times_ms(run: Callable[[], object]) -> list[float]:
     run()
     start = time.perf_counter()
     run()
-    runs = max(5, min(200, int(0.5 / max(time.perf_counter() - start, 1e-6))))
     times = []
-    for _ in range(runs):
+    for _ in range(_num_runs(time.perf_counter() - start)):
         start = time.perf_counter()
         run()
         times.append(1000 * (time.perf_counter() - start))
     return times
+
+
+def _num_runs(seconds: float) -> int:
+    return max(5, min(200, int(0.5 / max(seconds, 1e-6))))
+
+
+def seconds_to_time(seconds: float) -> float:
+    """How long it takes to find out that one run takes so many seconds."""
+    return (2 + _num_runs(seconds)) * seconds

@@ -89,7 +89,8 @@ class Costs:
 
     def recalibrating(self, *scales: float) -> float:
         """Forward passes of models of `scales` on some images, if there are statistics to recompute."""
-        return min(NUM_IMAGES, self._num_scored) * sum(scales) if self.has_statistics else 0.0
+        num_images = min(NUM_IMAGES, self._num_scored)
+        return num_images * self._forward(*scales) if self.has_statistics else 0.0
 
     @property
     def _num_scored(self) -> int:
@@ -97,13 +98,17 @@ class Costs:
 
     def evaluating(self, *scales: float) -> float:
         """Forward passes of models of `scales` on the selection images."""
-        return self.num_selection * sum(scales)
+        return self.num_selection * self._forward(*scales)
+
+    def _forward(self, *scales: float) -> float:
+        """One image through models of `scales`, which do not learn from it."""
+        return sum(scales)
 
     def measuring(self, scale: float) -> float:
         """Forward passes of one trained model on the selection images; of a student that is measured through
         a map, on those that this is fitted on, too."""
         is_mapped = self.is_mapped and scale == self.student  # slices, such as its assistant, are not
-        return self.evaluating(scale) + is_mapped * self._num_scored * scale
+        return self.evaluating(scale) + is_mapped * self._num_scored * self._forward(scale)
 
     def joint(self, epochs: float) -> float:
         """Joint training."""
@@ -153,7 +158,7 @@ class Costs:
             return 0.0
         epochs, every = self.options.probe_epochs, self.options.keep_best
         evaluations = 1 + (epochs / every if every else 0)
-        return epochs * self.num_train + evaluations * self.evaluating(1.0)
+        return epochs * self.num_train * self._forward(1.0) + evaluations * self.evaluating(1.0)
 
     @property
     def answering(self) -> float:

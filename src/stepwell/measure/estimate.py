@@ -32,6 +32,53 @@ def seconds_of(macs: float, device: torch.device) -> float:
     return macs / (EFFICIENCY * macs_per_second(device))
 
 
+@dataclass(frozen=True)
+class Footprint:
+    """What a training takes besides time, in bytes.
+
+    Attributes:
+        memory: Weights, gradients, moments, what autograd keeps for the way back, memories of losses.
+        kept: The trained weights, on disk.
+        passing: Two checkpoints, of which one is being written; gone when it is finished.
+    """
+
+    memory: float
+    kept: float
+    passing: float
+
+
+def footprint(
+    config: CompressConfig,
+    num_frozen: int,
+    trained: nn.Module,
+    spec: InputSpec,
+    batch_size: int,
+    num_train: int,
+    losses: Losses,
+) -> Footprint:
+    """What the training of a model takes, counted on shapes.
+
+    Args:
+        config: Loss, and whether weights are averaged.
+        num_frozen: Parameters of its teachers, and of what else lies there.
+        trained: The model; of several in one store of weights the largest, which has them all.
+        spec: Input of both.
+        batch_size: Images of a step on one device.
+        num_train: Training images.
+        losses: How many there are.
+    """
+    store, averages = num_params(trained), 1 if config.ema else 0
+    banks, read = memory_bytes(config, num_train, batch_size)
+    activations = activation_bytes(trained, spec, batch_size * config.views)
+    # Of every trained parameter: weight, gradient, two moments, the average.
+    weights = 4 * num_frozen + (16 + 4 * averages) * store
+    return Footprint(
+        memory=weights + activations + losses.kept * banks + losses.in_a_step * read,
+        kept=4 * store,
+        passing=2 * ((12 + 4 * averages) * store + losses.kept * banks),
+    )
+
+
 def memory_and_disk(
     config: CompressConfig,
     model: nn.Module,
@@ -50,16 +97,9 @@ def memory_and_disk(
         num_train: Training images.
         losses: Of the path.
     """
-    store, student = num_params(skeletons[-1]), num_params(skeletons[0])
-    averages = 1 if config.ema else 0
-    banks, read = memory_bytes(config, num_train, config.batch_size)
-    activations = activation_bytes(skeletons[-1], spec, config.batch_size * config.views)
-    # Of every trained parameter: weight, gradient, two moments, the average.
-    trained = (16 + 4 * averages) * store
-    memory = 4 * num_params(model) + trained + activations + losses.kept * banks + losses.in_a_step * read
-    # The store and the students, and while it trains two checkpoints: weights, two moments, memories.
-    disk = 4 * (store + 4 * student) + 2 * ((12 + 4 * averages) * store + losses.kept * banks)
-    return memory, disk
+    found = footprint(config, num_params(model), skeletons[-1], spec, config.batch_size, num_train, losses)
+    # The store and the students, and while it trains the checkpoints.
+    return found.memory, found.kept + 16 * num_params(skeletons[0]) + found.passing
 
 
 def macs_per_second(device: torch.device) -> float:

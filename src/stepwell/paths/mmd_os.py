@@ -32,7 +32,7 @@ def descend(s: Setting, deliver: Deliver[R]) -> R:
     assistant = candidates[choice.index]
     student = student_below(s, ladder, assistant)
     # The plan took the middle candidate for the assistant; what the chosen one saves is the student's.
-    length = plan_steps(s, ladder, epochs, [assistant, student], student.passes).distill
+    length = plan_steps(s, ladder, epochs, [assistant, student]).distill
     student = distill(s, ladder, "distill", [assistant], student, length)
     way = words(len(candidates))
     return deliver(s, finish(s, ladder, length, student, [assistant], way, choice))

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from stepwell.config.commands import CompressConfig
@@ -121,7 +121,7 @@ def _with_joint(s: Setting, ladder: Ladder, bill: Bill, num_steps: int) -> Epoch
     shared = store_of(s, ladder)
     step = joint_step(s, shared, ladder.order)
     epoch = seconds_per_step(step, s.train, shared.parameters.values()) * s.train.steps_per_epoch
-    seconds = with_pretraining(s, epoch * _usual_step(s, ladder))
+    seconds = with_pretraining(s, epoch * usual_step(s, ladder, TIMED_STEPS))
     joint = config.joint_epochs or epochs_in(config.joint_share * minutes, seconds)
     # The middle candidate stands for the assistant, which is not chosen yet.
     assistant = slice_of_store(shared, ladder, len(ladder.candidates) // 2)
@@ -178,7 +178,8 @@ def _for_the_rest(s: Setting, ladder: Ladder, chain: Sequence[Rung], num_more: i
     assert s.config.budget is not None
     costs = s.costs(ladder.scales)
     budget = costs.single_step(s.config.budget)
-    left = budget - charged(bill_of(s.run))
+    # What making the student has cost is on the bill of its training, which is to come.
+    left = budget - charged(bill_of(s.run)) - chain[-1].passes
 
     def cost(epochs: float) -> float:
         steps = itertools.pairwise(chain)
@@ -195,11 +196,11 @@ def _for_the_rest(s: Setting, ladder: Ladder, chain: Sequence[Rung], num_more: i
     return epochs_for(max(left, 0.05 * budget), cost)
 
 
-def _usual_step(s: Setting, ladder: Ladder) -> float:
-    """What a joint step costs on average over the draws of candidates, as a multiple of the timed ones."""
+def usual_step(s: Setting, ladder: Ladder, steps: Iterable[int]) -> float:
+    """What a joint step costs on average over the draws of candidates, as a multiple of those of `steps`."""
     taught = float(s.config.looks_at_teacher)
     usual, _ = candidates_per_step(ladder.scales, s.config)
-    draws = [candidates_of_step(len(ladder.scales), s.config, s.config.seed, n) for n in TIMED_STEPS]
+    draws = [candidates_of_step(len(ladder.scales), s.config, s.config.seed, n) for n in steps]
     timed = sum(ladder.scales[i] for drawn in draws for i in drawn) / len(draws)
     return (taught + 3 * usual) / (taught + 3 * timed)
 

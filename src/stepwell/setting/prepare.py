@@ -101,6 +101,24 @@ def prepare(
     if cuts and config.importance == "l1" and not any(group.kind == "filter" for group in groups):
         name = type(teacher.model).__name__
         raise ConfigError(f"--importance l1 is for convolution filters, and this {name} has none to cut")
+    return put_together(config, run, teacher, groups, other_student, data, num_classes, cuts)
+
+
+def put_together(
+    config: CompressConfig,
+    run: RunDir,
+    teacher: Teacher,
+    groups: list[Group],
+    other_student: OtherStudent | None,
+    data: Data,
+    num_classes: int,
+    cuts: bool,
+) -> Setting:
+    """The setting of what was found to agree, moved to the device of the run; its losses are tried.
+
+    Raises:
+        ConfigError: There is no such device, or nothing is to be learnt.
+    """
     device = set_up_torch(config)
     teacher.model.to(device).eval().requires_grad_(False)
     names = data.classes or teacher.classes or tuple(placeholders(num_classes))

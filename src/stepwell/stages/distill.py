@@ -65,7 +65,7 @@ def distill(
             repairing = repair_rung(s, student)
             step = distill_step(s, teachers, student, drop, known)
             # The student learns in the last one; with some losses a pretraining comes before.
-            for course in _courses(s, stage, step, student, epochs):
+            for course in courses_of(s, stage, step, student, epochs):
                 stage.result = fit(course, step, s.train, s.config, s.config)
             scales = [teacher.scale for teacher in teachers]
             passes = student.passes + s.costs(ladder.scales).step_down(epochs, student.scale, scales, drop)
@@ -96,7 +96,7 @@ def try_out(s: Setting, ladder: Ladder, name: str, teacher: Rung, student: Rung,
             passes += costs.measuring(student.scale) - (known.passes if known is not None else 0.0)
             try:
                 step = distill_step(s, [teacher], student, known=[known])
-                courses = _courses(s, stage, step, student, epochs)
+                courses = courses_of(s, stage, step, student, epochs)
                 *_, trained = [fit(course, step, s.train, s.config, s.config) for course in courses]
                 trained = trained.model_copy(update={"tensors": _state(student)})
                 student.model.eval()
@@ -138,7 +138,8 @@ def _performance(s: Setting, model: Forward, name: str) -> float | None:
     return meter.performance(s.metric) if all(joined(is_finite)) else None
 
 
-def _courses(s: Setting, stage: Stage, step: DistillStep, student: Rung, epochs: float) -> Iterator[Course]:
+def courses_of(s: Setting, stage: Stage, step: DistillStep, student: Rung, epochs: float) -> Iterator[Course]:
+    """The trainings of the stage: the student's, and with some losses a pretraining before it."""
     return step.lesson.courses(
         stage,
         dict(student.model.named_parameters()),

@@ -7,7 +7,7 @@ forward, loss, backward; the gradients add up in the shared weights; one optimiz
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,13 +25,14 @@ from stepwell.pruning.shared import SharedWeights, in_layout_of
 from stepwell.pruning.skeleton import Order
 from stepwell.report.wording import plural
 from stepwell.run.progress import say
+from stepwell.run.run_dir import Stage
 from stepwell.setting.answers import answers_of
 from stepwell.setting.rungs import kept_channels, store_of, teacher_of
 from stepwell.setting.setting import Setting
 from stepwell.training.answers import Answers
 from stepwell.training.compiled import Compiled
 from stepwell.training.lesson import Lesson
-from stepwell.training.loop import Trained, fit
+from stepwell.training.loop import Course, Trained, fit
 from stepwell.training.snapshots import read_snapshots, snapshot_files, with_snapshots
 from stepwell.training.statistics import recalibrate
 
@@ -59,17 +60,8 @@ def joint(
                 )
             step = joint_step(s, shared, ladder.order, known)
             files = snapshot_files(stage.checkpoints, s.config.stretches - 1)
-            courses = step.lesson.courses(
-                stage,
-                shared.parameters,
-                s.config,
-                epochs=epochs,
-                lr=s.config.joint_lr or s.config.lr,
-                no_decay=s.no_decay,
-                modules=shared.skeletons,
-            )
             # The candidates learn in the last one; with some losses a pretraining comes before.
-            for course in courses:
+            for course in courses_of(s, stage, step, epochs):
                 kept = files if course.name == stage.name else []  # not of a pretraining
                 stage.result = fit(course, with_snapshots(step, shared, kept), s.train, s.config, s.config)
             recalibrate_all(shared, s.of_statistics.share())
@@ -78,6 +70,19 @@ def joint(
             stage.result = stage.result.model_copy(update={"tensors": tensors, "passes": passes})
     shared.load(stage.result.tensors)
     return shared
+
+
+def courses_of(s: Setting, stage: Stage, step: JointStep, epochs: float) -> Iterator[Course]:
+    """The trainings of the stage: the candidates', and with some losses a pretraining before it."""
+    return step.lesson.courses(
+        stage,
+        step.shared.parameters,
+        s.config,
+        epochs=epochs,
+        lr=s.config.joint_lr or s.config.lr,
+        no_decay=s.no_decay,
+        modules=step.shared.skeletons,
+    )
 
 
 @dataclass(frozen=True)
