@@ -99,6 +99,14 @@ def test_the_gap_says_who_teaches_and_the_bill_is_the_budget(run_words, monkeypa
     assert f"was {gap:.2f} nats per image behind the best" in finished.way
 
 
+def test_a_pilot_is_short_and_no_warning(run_words, monkeypatch, capsys):
+    monkeypatch.setattr(auto, "gap_of", lambda _candidates: 10.0)
+    descended(run_words(*AUTO))
+    assert "make no good assistant" not in capsys.readouterr().err
+    descended(run_words("--path", "amd", out="amd"))
+    assert "of joint training make no good assistant" in capsys.readouterr().err
+
+
 def test_the_student_that_the_teacher_goes_on_with_has_been_in_the_pilot(run_words, monkeypatch):
     monkeypatch.setattr(auto, "gap_of", lambda _candidates: 0.0)
     started = {}

@@ -18,6 +18,7 @@ from dataclasses import replace
 
 from stepwell.config.commands import CompressConfig
 from stepwell.measure.cost import (
+    FEW_JOINT_STEPS,
     NEEDED_BY_ALL,
     Costs,
     Epochs,
@@ -29,6 +30,7 @@ from stepwell.measure.cost import (
 )
 from stepwell.models.ladder import Ladder
 from stepwell.paths.path import Bill
+from stepwell.report.wording import plural
 from stepwell.run.progress import say
 from stepwell.setting.bill import bill_of
 from stepwell.setting.rungs import Rung, slice_of_store, store_of, student_below, teacher_of, under_other
@@ -98,6 +100,15 @@ def plan_with_joint(s: Setting, ladder: Ladder, bill: Bill, num_steps: int = 1) 
             stage.result = _with_joint(s, ladder, bill, num_steps)
             _say_if_dearer(s, ladder, bill, stage.result)
     return stage.result
+
+
+def say_if_too_short(s: Setting, epochs: Epochs) -> None:
+    """A joint training of a few steps makes no assistant."""
+    if (steps := round(epochs.joint * s.train.steps_per_epoch)) < FEW_JOINT_STEPS:
+        say(
+            f"warning: {plural(steps, 'step')} of joint training make no good assistant: give more time, or "
+            f"--path auto, which then takes a single step"
+        )
 
 
 def _say_if_dearer(s: Setting, ladder: Ladder, bill: Bill, epochs: Epochs) -> None:

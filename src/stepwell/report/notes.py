@@ -69,11 +69,11 @@ def notes(result: Result, teacher: Teacher, options: JointOptions) -> list[str]:
 
 
 def _too_short(result: Result) -> list[str]:
-    joint = result.histories.get("joint")
-    if joint is None or joint.step[-1] >= FEW_JOINT_STEPS:
+    together = [result.histories[name].step[-1] for name in ("pilot", "joint") if name in result.histories]
+    if "joint" not in result.histories or sum(together) >= FEW_JOINT_STEPS:
         return []
     return [
-        f"The joint training had {plural(joint.step[-1], 'step')}: that makes no good assistant, and a "
+        f"The joint training had {plural(sum(together), 'step')}: that makes no good assistant, and a "
         f"single step is mostly better for so small a budget (--path auto takes one then)."
     ]
 

@@ -19,12 +19,9 @@ from stepwell.data.batches import Batch, EvalBatches
 from stepwell.losses.choose import Pair
 from stepwell.losses.distillation import make_distillation, share_teacher_side
 from stepwell.losses.observe import Observed
-from stepwell.measure.cost import FEW_JOINT_STEPS
 from stepwell.models.ladder import Ladder, fingerprints
 from stepwell.pruning.shared import SharedWeights, in_layout_of
 from stepwell.pruning.skeleton import Order
-from stepwell.report.wording import plural
-from stepwell.run.progress import say
 from stepwell.run.run_dir import Stage
 from stepwell.setting.answers import answers_of
 from stepwell.setting.rungs import kept_channels, store_of, teacher_of
@@ -53,11 +50,6 @@ def joint(
     known = answers_of(s, teacher_of(s), name, epochs)
     with s.run.stage(name, Trained) as stage:
         if stage.is_new:
-            if (steps := round(epochs * s.train.steps_per_epoch)) < FEW_JOINT_STEPS:
-                say(
-                    f"warning: {plural(steps, 'step')} of joint training make no good assistant: give more "
-                    f"time, or --path auto, which then takes a single step"
-                )
             step = joint_step(s, shared, ladder.order, known)
             files = snapshot_files(stage.checkpoints, s.config.stretches - 1)
             # The candidates learn in the last one; with some losses a pretraining comes before.
