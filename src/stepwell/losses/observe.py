@@ -37,8 +37,9 @@ class Seen:
         """By what may be the classifier: of several layers it is the last to run."""
         self._read[:] = inputs[:1]
 
-    def output(self, logits: Tensor) -> Output:
-        """All of it; it is forgotten here, for the next pass."""
+    def output(self, logits: Any) -> Output:
+        """All of it; it is forgotten here, for the next pass. What a user's model returns in training mode may
+        be no tensor, which the check of that mode names."""
         states, read = list(self._states), list(self._read)
         self._states.clear()
         self._read.clear()
