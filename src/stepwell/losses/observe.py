@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Shaped
@@ -37,9 +37,9 @@ class Seen:
         """By what may be the classifier: of several layers it is the last to run."""
         self._read[:] = inputs[:1]
 
-    def output(self, logits: Any) -> Output:
-        """All of it; it is forgotten here, for the next pass. What a user's model returns in training mode may
-        be no tensor, which the check of that mode names."""
+    def output(self, answer: object) -> Output:
+        """All of it; it is forgotten here, for the next pass."""
+        logits = cast("Tensor", answer)  # if it is none, the check of the training mode says so
         states, read = list(self._states), list(self._read)
         self._states.clear()
         self._read.clear()
