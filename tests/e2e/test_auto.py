@@ -39,7 +39,6 @@ PILOT = ("score", "grid", "plan", "pilot", "pilot select")
 NEAR = (*PILOT, "plan steps", "distill", "deliver")
 FAR = (*PILOT, "joint", "select", "plan steps", "distill", "deliver")
 AUTO = ("--path", "auto")
-WHY_NO_ASSISTANT = auto.why_no_assistant
 
 
 @pytest.fixture
@@ -102,9 +101,12 @@ def test_the_gap_says_who_teaches_and_the_bill_is_the_budget(run_words, monkeypa
 def test_a_pilot_is_short_and_no_warning(run_words, monkeypatch, capsys):
     monkeypatch.setattr(auto, "gap_of", lambda _candidates: 10.0)
     descended(run_words(*AUTO))
-    assert "make no good assistant" not in capsys.readouterr().err
+    assert "a single step is mostly better" not in capsys.readouterr().err
     descended(run_words("--path", "amd", out="amd"))
-    assert "of joint training make no good assistant" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert (
+        "steps of joint training make no assistant worth a look; a single step is mostly better then" in said
+    )
 
 
 def test_the_student_that_the_teacher_goes_on_with_has_been_in_the_pilot(run_words, monkeypatch):
@@ -166,7 +168,7 @@ def test_where_something_speaks_against_an_assistant_all_of_it_is_a_single_step(
 def why_no_assistant(student: float, joint: float = 1.0, **options: object) -> str:
     config = CompressConfig(**{"budget_epochs": 20.0, "feature_weight": 0.0, **options})
     costs = Costs(config, [student, 0.5], student, num_train=1000, num_selection=100)
-    return WHY_NO_ASSISTANT(costs, Epochs(joint=joint, distill=10), config, 50)
+    return plan.why_no_assistant(costs, Epochs(joint=joint, distill=10), 50)
 
 
 def test_fifty_steps_of_joint_training_are_the_least():
@@ -224,10 +226,10 @@ def test_minutes_are_shared_in_the_same_way(run_words, monkeypatch):
     monkeypatch.setattr(auto, "gap_of", lambda _candidates: 0.0)
     s, _ = descended(run_words(*AUTO, length=("--minutes", 0.1)))
     stages = s.run.stages
-    spent = sum(stages[name].seconds for name in ("grid", "plan", "pilot", "pilot select"))
+    spent = stages["pilot"].seconds + stages["pilot select"].seconds
     seconds = 0.01 * s.train.steps_per_epoch
     left = max(6 - spent, 0.05 * 6)
-    assert stages["plan steps"].distill == pytest.approx(left / seconds, rel=0.1)
+    assert stages["plan steps"].distill == pytest.approx(left / seconds)
 
 
 def test_auto_takes_one_assistant(compress_fails):

@@ -6,7 +6,7 @@ from stepwell.config.commands import CompressConfig
 from stepwell.measure.cost import Costs, Epochs
 from stepwell.paths import amd
 from stepwell.paths.path import Deliver, Path, R, candidates_above, check_no_repair, finish
-from stepwell.paths.plan import plan_with_joint, say_if_too_short
+from stepwell.paths.plan import plan_with_joint, say_why_no_assistant
 from stepwell.paths.tune import tune
 from stepwell.setting.rungs import slice_of_store, student_below
 from stepwell.setting.setting import Setting
@@ -23,7 +23,7 @@ def descend(s: Setting, deliver: Deliver[R]) -> R:
     ladder = grid(s, scores, keep_ratios)
     s = tune(s, ladder)
     epochs = plan_with_joint(s, ladder, bill, num_steps=len(ladder.candidates) - 1)
-    say_if_too_short(s, epochs)
+    say_why_no_assistant(s, ladder, epochs)
     shared = joint(s, ladder, epochs.joint)
     choice = select(s, ladder, (shared.extract(index) for index in range(len(ladder.candidates))))
     tried = []

@@ -21,15 +21,14 @@ from collections.abc import Sequence
 
 from stepwell.config.commands import CompressConfig
 from stepwell.errors import ConfigError
-from stepwell.measure.cost import FEW_JOINT_STEPS, Costs, Epochs
+from stepwell.measure.cost import Costs, Epochs
 from stepwell.models.ladder import Ladder
 from stepwell.paths import single_step
 from stepwell.paths.amd import losses
 from stepwell.paths.path import Deliver, Path, R, check_no_repair, finish, middle
-from stepwell.paths.plan import expected_epochs, plan_steps, plan_with_joint
+from stepwell.paths.plan import expected_epochs, plan_steps, plan_with_joint, why_no_assistant
 from stepwell.paths.tune import tune
 from stepwell.report.result import CandidateResult
-from stepwell.report.wording import plural
 from stepwell.run.progress import say
 from stepwell.setting.finished import Finished
 from stepwell.setting.rungs import slice_of_store, student_below, teacher_of
@@ -38,7 +37,7 @@ from stepwell.stages.distill import distill
 from stepwell.stages.grid import grid, keep_ratios
 from stepwell.stages.joint import joint
 from stepwell.stages.score import score
-from stepwell.stages.select import CAPACITY_GAP, select
+from stepwell.stages.select import select
 from stepwell.tasks.measures import performance
 
 PILOT = 0.2
@@ -53,7 +52,7 @@ def descend(s: Setting, deliver: Deliver[R]) -> R:
     ladder = grid(s, score(s), keep_ratios)
     s = tune(s, ladder)
     epochs = plan_with_joint(s, ladder, bill)
-    if why := why_no_assistant(s.costs(ladder.scales), epochs, s.config, s.train.steps_per_epoch):
+    if why := why_no_assistant(s.costs(ladder.scales), epochs, s.train.steps_per_epoch):
         return deliver(s, _single_step(s, ladder, why))
 
     # 2. All candidates are trained together, for a short while. How far is the student's own behind?
@@ -78,27 +77,6 @@ def descend(s: Setting, deliver: Deliver[R]) -> R:
     length = plan_steps(s, ladder, epochs, [assistant, student]).distill
     student = distill(s, ladder, "distill", [assistant], student, length)
     return deliver(s, finish(s, ladder, length, student, [assistant], way, choice))
-
-
-def why_no_assistant(costs: Costs, epochs: Epochs, options: CompressConfig, steps_per_epoch: int) -> str:
-    """What speaks against an assistant before anything is trained; empty where nothing does.
-
-    Args:
-        costs: Of the run.
-        epochs: Those of its joint training.
-        options: With `--epochs` every training has as many, whatever it costs, so nothing is to be saved.
-        steps_per_epoch: Batches in a pass over the images.
-    """
-    if (steps := round(epochs.joint * steps_per_epoch)) < FEW_JOINT_STEPS:
-        return f"{plural(steps, 'step')} of joint training make no assistant worth a look"
-    assistant = min(1.0, CAPACITY_GAP * costs.student)
-    left = (1 - options.joint_share) * costs.single_step(1)
-    if options.epochs is None and left < costs.step_down(1, costs.student, [assistant]):
-        return (
-            f"the student has {100 * costs.student:.0f} % of the teacher's operations, so that an assistant "
-            f"of {CAPACITY_GAP:g} times as many would not save the epochs which the joint training takes"
-        )
-    return ""
 
 
 def gap_of(candidates: Sequence[CandidateResult]) -> float:

@@ -38,6 +38,7 @@ from stepwell.setting.setting import Setting
 from stepwell.stages.distill import distill_step
 from stepwell.stages.grid import size_indices
 from stepwell.stages.joint import candidates_of_step, joint_step
+from stepwell.stages.select import CAPACITY_GAP
 from stepwell.training.loop import TIMED_STEPS, seconds_per_step
 
 
@@ -102,13 +103,32 @@ def plan_with_joint(s: Setting, ladder: Ladder, bill: Bill, num_steps: int = 1) 
     return stage.result
 
 
-def say_if_too_short(s: Setting, epochs: Epochs) -> None:
-    """A joint training of a few steps makes no assistant."""
-    if (steps := round(epochs.joint * s.train.steps_per_epoch)) < FEW_JOINT_STEPS:
-        say(
-            f"warning: {plural(steps, 'step')} of joint training make no good assistant: give more time, or "
-            f"--path auto, which then takes a single step"
+def say_why_no_assistant(s: Setting, ladder: Ladder, epochs: Epochs) -> None:
+    """A warning, where an assistant is taken and something speaks against one."""
+    if why := why_no_assistant(s.costs(ladder.scales), epochs, s.train.steps_per_epoch):
+        say(f"warning: {why}; a single step is mostly better then, and --path auto takes one")
+
+
+def why_no_assistant(costs: Costs, epochs: Epochs, steps_per_epoch: int) -> str:
+    """What speaks against an assistant before anything is trained; empty where nothing does.
+
+    Args:
+        costs: Of the run.
+        epochs: Those of its joint training.
+        steps_per_epoch: Batches in a pass over the images.
+    """
+    if (steps := round(epochs.joint * steps_per_epoch)) < FEW_JOINT_STEPS:
+        return f"{plural(steps, 'step')} of joint training make no assistant worth a look"
+    if costs.options.epochs is not None:
+        return ""  # every training has as many, whatever that costs: nothing is to be saved
+    assistant = min(1.0, CAPACITY_GAP * costs.student)
+    left = (1 - costs.options.joint_share) * costs.single_step(1)
+    if left < costs.step_down(1, costs.student, [assistant]):
+        return (
+            f"the student has {100 * costs.student:.0f} % of the teacher's operations, so that an assistant "
+            f"of {CAPACITY_GAP:g} times as many would not save the epochs which the joint training takes"
         )
+    return ""
 
 
 def _say_if_dearer(s: Setting, ladder: Ladder, bill: Bill, epochs: Epochs) -> None:
