@@ -32,10 +32,11 @@ from stepwell.paths.begin import begin
 from stepwell.report.result import CandidateResult
 from stepwell.setting.bill import bill_of
 from stepwell.setting.rungs import store_of
+from stepwell.stages.select import Look
 from stepwell.training.loop import Trained
 
 BUDGET = 6
-PILOT = ("score", "grid", "plan", "pilot", "pilot select")
+PILOT = ("score", "grid", "plan", "pilot", "pilot look")
 NEAR = (*PILOT, "plan steps", "distill", "deliver")
 FAR = (*PILOT, "joint", "select", "plan steps", "distill", "deliver")
 AUTO = ("--path", "auto")
@@ -54,7 +55,8 @@ def run_words(teacher, data, tmp_path):
 @pytest.fixture(autouse=True)
 def few_steps_make_an_assistant(monkeypatch):
     """In so small a world; and a rate can be judged."""
-    monkeypatch.setattr(auto, "why_no_assistant", lambda *_words: "")
+    monkeypatch.setattr(auto, "why_no_pilot", lambda *_words: "")
+    monkeypatch.setattr(auto, "saves_nothing", lambda _costs: False)
     for module in (tune, cost):
         monkeypatch.setattr(module, "FEW_STEPS", 0)
 
@@ -95,7 +97,7 @@ def test_the_gap_says_who_teaches_and_the_bill_is_the_budget(run_words, monkeypa
     expected = path_of("auto").bill(costs, s.run.stages["plan"], s.config)
     assert sum(expected.values()) - expected["score"] == pytest.approx(budget)
     assert len(finished.assistants) == (gap > 0)
-    assert f"was {gap:.2f} nats per image behind the best" in finished.way
+    assert f"was {gap:.2f} nats behind the best" in finished.way
 
 
 def test_a_pilot_is_short_and_no_warning(run_words, monkeypatch, capsys):
@@ -157,7 +159,7 @@ def test_the_gap_is_nats_between_the_students_rung_and_the_best():
 def test_where_something_speaks_against_an_assistant_all_of_it_is_a_single_step(
     run_words, monkeypatch, length
 ):
-    monkeypatch.setattr(auto, "why_no_assistant", lambda *_words: "this is why")
+    monkeypatch.setattr(auto, "why_no_pilot", lambda *_words: "this is why")
     s, finished = descended(run_words(*AUTO, length=length))
     assert list(s.run.stages) == ["score", "grid", "plan", "plan steps", "distill"]
     assert spent_but_scores(s) == pytest.approx(s.costs(finished.ladder.scales).single_step(BUDGET))
@@ -176,10 +178,20 @@ def test_fifty_steps_of_joint_training_are_the_least():
     assert why_no_assistant(0.1, joint=0.98) == "49 steps of joint training make no assistant worth a look"
 
 
+def test_a_pilot_has_twenty_steps(monkeypatch):
+    monkeypatch.undo()
+    costs = Costs(CompressConfig(budget_epochs=20.0), [0.1, 0.5], 0.1, num_train=1000, num_selection=100)
+    assert auto.why_no_pilot(costs, Epochs(joint=2, distill=10), 50) == ""
+    said = auto.why_no_pilot(costs, Epochs(joint=1.9, distill=10), 50)
+    assert said == "a pilot of 19 steps would say little"
+
+
 def test_an_assistant_has_to_save_the_epochs_that_the_joint_training_took():
     """0.5 (1 + 3 S) against 2.5 S + 3 S: a student of an eighth."""
     assert why_no_assistant(0.124) == ""
     assert "13 % of the teacher's operations" in why_no_assistant(0.126)
+    # A teacher whose answers are kept costs nothing, so nothing is to be saved.
+    assert why_no_assistant(0.1, cache_teacher=2)
     # 0.7 (1 + 3 S) against 5.5 S, with a shorter joint training.
     assert why_no_assistant(0.2, joint_share=0.3) == ""
     assert why_no_assistant(0.21, joint_share=0.3)
@@ -226,22 +238,36 @@ def test_minutes_are_shared_in_the_same_way(run_words, monkeypatch):
     monkeypatch.setattr(auto, "gap_of", lambda _candidates: 0.0)
     s, _ = descended(run_words(*AUTO, length=("--minutes", 0.1)))
     stages = s.run.stages
-    spent = stages["pilot"].seconds + stages["pilot select"].seconds
+    spent = stages["pilot"].seconds + stages["pilot look"].seconds
     seconds = 0.01 * s.train.steps_per_epoch
     left = max(6 - spent, 0.05 * 6)
     assert stages["plan steps"].distill == pytest.approx(left / seconds)
 
 
-def test_auto_takes_one_assistant(compress_fails):
-    said = compress_fails(*AUTO, "--num-assistants", 2)
-    assert said == "stepwell: --path auto takes one assistant at most: --num-assistants goes with --path amd"
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--num-assistants", 2), "takes one assistant at most: --num-assistants goes with --path amd"),
+        (("--assistant", 0.5), "says whether there is an assistant: --assistant goes with --path amd"),
+        (("--student", "resnet18"), "--student is no slice: take --path amd"),
+        (("--feature-loss", "ft"), "a loss that begins with a pretraining (ft) would begin twice"),
+    ],
+)
+def test_what_auto_does_not_take(compress_fails, words, said):
+    assert said in compress_fails(*AUTO, *words)
 
 
-def test_a_student_of_another_architecture_goes_the_same_way(run_words):
-    other = ("--student", "vit_tiny_patch16_224", "--student-args", "patch_size=4", "embed_dim=12")
-    s, finished = descended(run_words(*AUTO, *other, "depth=1", "num_heads=2"))
-    assert finished.student.is_other
-    assert spent_but_scores(s) == pytest.approx(s.costs(finished.ladder.scales).single_step(BUDGET))
+def test_the_gap_of_a_run_is_that_of_its_candidates(run_words):
+    s, finished = descended(run_words(*AUTO))
+    gap = auto.gap_of(s.run.finished("pilot look", Look).candidates)
+    assert f"was {gap:.2f} nats behind the best" in finished.way
+    assert bool(finished.assistants) == (gap >= 1)
+
+
+def test_a_single_step_has_no_control_beside_it(run_words, monkeypatch):
+    monkeypatch.setattr(auto, "why_no_pilot", lambda *_words: "this is why")
+    _, finished = descended(run_words(*AUTO, "--control", "equal_compute"))
+    assert finished.control is None
 
 
 # --- tune

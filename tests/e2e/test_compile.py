@@ -91,6 +91,29 @@ def test_a_compiled_model_computes_and_learns_the_same(monkeypatch, has_own_weig
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
+class Remembers(Net):
+    """Puts another tensor in the place of a buffer in each pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(3))
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.seen = 0.9 * self.seen + images.detach().mean((0, 2, 3))
+        return super().forward(images)
+
+
+def test_a_buffer_that_is_replaced_is_the_models_own(monkeypatch):
+    monkeypatch.setattr(graphs, "BACKEND", "eager")
+    model = Remembers().train()
+    plain, compiled = copy.deepcopy(model), Compiled(Observed(model, ("block",)), "it")
+    for number in range(3):
+        images = random_images(4, seed=number)
+        assert_close(compiled(images).logits, plain(images))
+    assert plain.seen.abs().min() > 0
+    assert_close(dict(model.named_buffers()), dict(plain.named_buffers()))
+
+
 SCALES = [i / 10 for i in range(1, 10)]
 
 

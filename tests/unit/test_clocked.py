@@ -204,7 +204,7 @@ def test_a_step_is_timed_with_its_feed_and_without_its_warm_up(time_stands_still
     batches = SlowFeed(random_batches(4, 2), time_stands_still)
     course = Course("course", dict(layer.named_parameters()), epochs=100.0, lr=1e-3)
     options = CompressConfig(keep_best=1.0, accumulate=2)
-    seconds, timed = timing.seconds_per_step(course, step, batches, options, options)
+    seconds, timed = timing.seconds_of_training_step(course, step, batches, options, options)
     assert seconds == pytest.approx(0.3)
     assert calls[-len(timed) - 1 :] == [*timed, timed.stop]
     assert 8 <= len(timed) <= 100

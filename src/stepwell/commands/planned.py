@@ -14,6 +14,7 @@ from stepwell.config.doctor_options import DoctorConfig
 from stepwell.config.options import TaskName
 from stepwell.data.made_up import made_up, num_beside
 from stepwell.data.splits import Data
+from stepwell.errors import ConfigError
 from stepwell.measure.clocked import Price
 from stepwell.measure.hardware import hardware
 from stepwell.measure.size import count_macs
@@ -86,6 +87,8 @@ def setting_of(asked: Asked, folder: Path) -> tuple[Setting, Images]:
     dense = asked.task == "segmentation"
     num_classes = check_runs(teacher.model, teacher.spec, teacher.name, "--image-size", dense=dense)
     if data is None:
+        if dense:
+            raise ConfigError("--num-images makes up images, and no masks: give --data")
         assert config.num_images is not None, "checked with the options"
         classes = teacher.classes or placeholders(num_classes)
         data = made_up(folder, config.num_images, classes, teacher.spec, asked.task)
@@ -120,13 +123,15 @@ def _table(alone: Forecast, shared: Forecast | None, devices: int) -> str:
         columns += [f"on {devices}", "exchange", "memory of each"]
     for column in columns:
         table.add_column(column, justify="right")
-    rows = [*alone.stages.items(), ("total", alone.total)]
+    # Within minutes a stage may have no room on one, and have it on several.
+    names = dict.fromkeys([*alone.stages, *(shared.stages if shared is not None else ())])
+    rows = [*((name, alone.stages.get(name, Price(0.0))) for name in names), ("total", alone.total)]
     for name, one in rows:
         epochs = f"{one.epochs:.3g}" if one.epochs and name != "total" else ""
         row = [name, epochs, in_hours(one), f"{one / alone.total:.0%}", *_bytes(one)]
         if shared is not None:
-            each = shared.total if name == "total" else shared.stages[name]
-            row += [in_hours(each), f"{each.exchange / each:.0%}", _bytes(each)[0]]
+            each = shared.total if name == "total" else shared.stages.get(name, Price(0.0))
+            row += [in_hours(each), f"{each.exchange / each:.0%}" if each else "", _bytes(each)[0]]
         table.add_row(*row)
     return render(table)
 

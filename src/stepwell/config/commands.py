@@ -117,6 +117,10 @@ class CompressConfig(
             )
         if self.drop_blocks and self.importance == "l1":
             raise ValueError("--drop-blocks needs the importance of blocks: leave --importance gradient")
+        if self.drop_blocks and self.min_heads_per_layer:
+            raise ValueError(
+                "--min-heads-per-layer keeps heads in every block, --drop-blocks not: leave one out"
+            )
         return self
 
     @property

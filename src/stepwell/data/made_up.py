@@ -83,5 +83,5 @@ def _listed(
     if task == "classification":
         labels = list(range(num_classes))
     elif task == "multi-label":
-        labels = [tuple(int(i == j) for j in range(num_classes)) for i in range(num_classes)]
+        labels = [tuple(int(i == j) for j in range(num_classes)) for i in range(min(num_classes, NUM_FILES))]
     return ImageSet(keys, tuple(itertools.islice(itertools.cycle(labels), listed)), FolderReader(folder))

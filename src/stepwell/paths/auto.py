@@ -18,17 +18,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 from stepwell.config.commands import CompressConfig
 from stepwell.errors import ConfigError
-from stepwell.measure.cost import Costs, Epochs
+from stepwell.measure.cost import FEW_STEPS, Costs, Epochs
 from stepwell.models.ladder import Ladder
 from stepwell.paths import single_step
 from stepwell.paths.amd import losses
 from stepwell.paths.path import Deliver, Path, R, check_no_repair, finish, middle
-from stepwell.paths.plan import expected_epochs, plan_steps, plan_with_joint, why_no_assistant
+from stepwell.paths.plan import (
+    expected_epochs,
+    plan_steps,
+    plan_with_joint,
+    saves_nothing,
+    why_no_assistant,
+)
 from stepwell.paths.tune import tune
 from stepwell.report.result import CandidateResult
+from stepwell.report.wording import plural
 from stepwell.run.progress import say
 from stepwell.setting.finished import Finished
 from stepwell.setting.rungs import slice_of_store, student_below, teacher_of
@@ -37,7 +45,7 @@ from stepwell.stages.distill import distill
 from stepwell.stages.grid import grid, keep_ratios
 from stepwell.stages.joint import joint
 from stepwell.stages.score import score
-from stepwell.stages.select import select
+from stepwell.stages.select import look, select
 from stepwell.tasks.measures import performance
 
 PILOT = 0.2
@@ -52,14 +60,13 @@ def descend(s: Setting, deliver: Deliver[R]) -> R:
     ladder = grid(s, score(s), keep_ratios)
     s = tune(s, ladder)
     epochs = plan_with_joint(s, ladder, bill)
-    if why := why_no_assistant(s.costs(ladder.scales), epochs, s.train.steps_per_epoch):
+    if why := why_no_pilot(s.costs(ladder.scales), epochs, s.train.steps_per_epoch):
         return deliver(s, _single_step(s, ladder, why))
 
     # 2. All candidates are trained together, for a short while. How far is the student's own behind?
     shared = joint(s, ladder, PILOT * epochs.joint, "pilot")
     models = (shared.extract(index) for index in range(len(ladder.candidates)))
-    choice = select(s, ladder, models, "pilot select")
-    gap = gap_of(choice.candidates)
+    gap = gap_of(look(s, ladder, models, "pilot look").candidates)
     way = words(len(ladder.candidates), gap)
     say(f"auto: {way}")
 
@@ -68,7 +75,7 @@ def descend(s: Setting, deliver: Deliver[R]) -> R:
         teacher, student = teacher_of(s), student_below(s, ladder, shared)
         length = plan_steps(s, ladder, epochs, [teacher, student]).distill
         student = distill(s, ladder, "distill", [teacher], student, length)
-        return deliver(s, finish(s, ladder, length, student, [], way, choice))
+        return deliver(s, finish(s, ladder, length, student, [], way))
 
     # 4. Far: the joint training goes on, the assistant is chosen, and teaches the student.
     shared = joint(s, ladder, (1 - PILOT) * epochs.joint, begun=shared)
@@ -77,6 +84,15 @@ def descend(s: Setting, deliver: Deliver[R]) -> R:
     length = plan_steps(s, ladder, epochs, [assistant, student]).distill
     student = distill(s, ladder, "distill", [assistant], student, length)
     return deliver(s, finish(s, ladder, length, student, [assistant], way, choice))
+
+
+def why_no_pilot(costs: Costs, epochs: Epochs, steps_per_epoch: int) -> str:
+    """What speaks against an assistant before anything is trained, or against asking; empty where nothing
+    does. The arguments are those of `why_no_assistant`."""
+    steps = round(PILOT * epochs.joint * steps_per_epoch)
+    if why := why_no_assistant(costs, epochs, steps_per_epoch):
+        return why
+    return f"a pilot of {plural(steps, 'step')} would say little" if steps < FEW_STEPS else ""
 
 
 def gap_of(candidates: Sequence[CandidateResult]) -> float:
@@ -90,36 +106,51 @@ def gap_of(candidates: Sequence[CandidateResult]) -> float:
 
 
 def _single_step(s: Setting, ladder: Ladder, why: str) -> Finished:
-    """The whole budget for a student of the teacher itself."""
+    """The whole budget for a student of the teacher itself, which is its own control."""
     say(f"auto: a single step, for {why}")
     with s.run.stage("plan steps", Epochs) as stage:
         if stage.is_new:
             stage.result = expected_epochs(s, ladder, single_step.bill)
     epochs, teacher = stage.result.distill, teacher_of(s)
     student = distill(s, ladder, "distill", [teacher], student_below(s, ladder, teacher), epochs)
-    return finish(s, ladder, epochs, student, [], f"{single_step.WAY[:-1]}, for {why}.")
+    alone = replace(s, config=s.config.model_copy(update={"control": "none"}))
+    return finish(alone, ladder, epochs, student, [], f"{single_step.WAY[:-1]}, for {why}.")
 
 
 def check(options: CompressConfig) -> None:
-    """One assistant is chosen, if any.
+    """One assistant is chosen, if any; the student is a slice, and the joint training can be divided.
 
     Raises:
-        ConfigError: Several in a row are wanted, or repair.
+        ConfigError: One is named, or several in a row are wanted; or what `--path auto` cannot do.
     """
     check_no_repair(options)
     if options.num_assistants > 1:
         raise ConfigError("--path auto takes one assistant at most: --num-assistants goes with --path amd")
+    if options.assistant is not None:
+        raise ConfigError("--path auto says whether there is an assistant: --assistant goes with --path amd")
+    if options.student is not None:
+        raise ConfigError(
+            "--path auto looks how far the student's own slice of the teacher is behind, and --student is no "
+            "slice: take --path amd, with --control equal_compute to be on the safe side"
+        )
+    if options.pretraining is not None:
+        raise ConfigError(
+            f"--path auto trains the candidates in two parts, and a loss that begins with a pretraining "
+            f"({options.feature_loss}) would begin twice: take --path amd"
+        )
 
 
-def bill(costs: Costs, epochs: Epochs, _options: CompressConfig) -> dict[str, float]:
-    """As AMD's, which is the dearer way where epochs are given; the candidates are measured twice."""
-    select = costs.evaluating(1.0, *costs.scales)  # the teacher too
+def bill(costs: Costs, epochs: Epochs, options: CompressConfig) -> dict[str, float]:
+    """As AMD's, which is the dearer way where epochs are given, and the candidates are measured twice; or
+    that of a single step, where nothing is to be saved."""
+    if saves_nothing(costs):
+        return single_step.bill(costs, epochs, options)
     return {
         "score": costs.scoring,
         "pilot": costs.joint(PILOT * epochs.joint),
-        "pilot select": select,
+        "pilot look": costs.evaluating(*costs.scales),
         "joint": costs.joint((1 - PILOT) * epochs.joint),
-        "select": select,
+        "select": costs.evaluating(1.0, *costs.scales),  # the teacher too
         "distill": costs.step_down(epochs.distill, costs.student, [middle(costs)]),
     }
 
@@ -128,7 +159,7 @@ def words(num_rungs: int, gap: float) -> str:
     """What was seen and done, for the report."""
     seen = (
         f"After a short joint training of {num_rungs} nested candidates the student's own was {gap:.2f} nats "
-        f"per image behind the best, on the selection images"
+        f"behind the best, on the selection images"
     )
     if gap < WIDE:
         return f"{seen}: less than {WIDE:g}, so the teacher itself went on to teach it."

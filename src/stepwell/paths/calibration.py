@@ -34,7 +34,7 @@ from stepwell.setting.setting import Setting
 from stepwell.stages import distill, joint
 from stepwell.stages.score import importance_by_gradient
 from stepwell.tasks.task import loss_of
-from stepwell.training.timing import seconds_of_all, seconds_per_step
+from stepwell.training.timing import seconds_of_all, seconds_of_training_step
 
 LONGEST_STEP = 3.0
 """Seconds; a step that would take longer is timed on fewer images, and taken to grow with them."""
@@ -140,7 +140,7 @@ class Calibration:
         shared = store_of(s, ladder)
         step = joint.joint_step(s, shared, ladder.order)
         *_, course = joint.courses_of(s, _no_stage("joint"), step, 1.0)
-        seconds, timed = seconds_per_step(course, step, s.train, s.config, s.config)
+        seconds, timed = seconds_of_training_step(course, step, s.train, s.config, s.config)
         seconds *= usual_step(s, ladder, timed)
         losses = self.way.losses(len(ladder.candidates), s.config)
         return self._price(seconds, shared.skeletons[-1], num_params(s.model), losses)
@@ -150,7 +150,7 @@ class Calibration:
         uppers = [self._rung(scale) for scale in teachers]
         step = distill.distill_step(s, uppers, lower, drop)
         *_, course = distill.courses_of(s, _no_stage("distill"), step, lower, 1.0)
-        seconds, _ = seconds_per_step(course, step, s.train, s.config, s.config)
+        seconds, _ = seconds_of_training_step(course, step, s.train, s.config, s.config)
         # The teacher lies there, whether it teaches or not.
         frozen = num_params(s.model) + sum(num_params(r.model) for r in uppers if r.candidate is not None)
         losses = Losses(len(uppers), max(1, len(uppers) - drop))

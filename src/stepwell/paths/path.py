@@ -84,6 +84,9 @@ def say_what_does_nothing(options: CompressConfig) -> None:
         "--cut": options.cut if options.cuts_channels else None,
         "--repair": options.repair or None,
         "--whole-last": options.whole_last or None,
+        "--uniform": options.uniform or None,
+        "--shares": options.shares if options.shares != "equal" else None,
+        "--drop-blocks": options.drop_blocks or None,
     }
     for flag in (flag for flag, value in given.items() if value is not None):
         told = f"the student is {options.student}, whatever its size"

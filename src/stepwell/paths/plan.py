@@ -119,16 +119,26 @@ def why_no_assistant(costs: Costs, epochs: Epochs, steps_per_epoch: int) -> str:
     """
     if (steps := round(epochs.joint * steps_per_epoch)) < FEW_JOINT_STEPS:
         return f"{plural(steps, 'step')} of joint training make no assistant worth a look"
-    if costs.options.epochs is not None:
-        return ""  # every training has as many, whatever that costs: nothing is to be saved
-    assistant = min(1.0, CAPACITY_GAP * costs.student)
-    left = (1 - costs.options.joint_share) * costs.single_step(1)
-    if left < costs.step_down(1, costs.student, [assistant]):
+    if saves_nothing(costs):
         return (
             f"the student has {100 * costs.student:.0f} % of the teacher's operations, so that an assistant "
             f"of {CAPACITY_GAP:g} times as many would not save the epochs which the joint training takes"
         )
     return ""
+
+
+def saves_nothing(costs: Costs) -> bool:
+    """Whether an assistant of `CAPACITY_GAP` times the student leaves it fewer epochs than a single step has.
+
+    By the operations of the models alone, so that it is known before anything is built.
+    """
+    if costs.options.epochs is not None:
+        return False  # every training has as many, whatever that costs
+    teacher, assistant = 1.0, min(1.0, CAPACITY_GAP * costs.student)
+    if costs.options.cache_teacher:  # each answers once, so nobody costs anything
+        teacher = assistant = 0.0
+    left = 1 - costs.options.joint_share
+    return left * (teacher + 3 * costs.student) < assistant + 3 * costs.student
 
 
 def _say_if_dearer(s: Setting, ladder: Ladder, bill: Bill, epochs: Epochs) -> None:

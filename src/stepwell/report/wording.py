@@ -70,7 +70,7 @@ STAGES = {
     "grid": "find the widths of all candidates",
     "plan": "fix the epochs",
     "pilot": "train all candidates together, for a first look",
-    "pilot select": "look how far the student's size is behind",
+    "pilot look": "look how far the student's size is behind",
     "joint": "train all candidates together",
     "select": "choose the assistant",
     "arrange": "find the order of the teachers",

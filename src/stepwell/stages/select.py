@@ -35,19 +35,17 @@ CAPACITY_GAP = 2.5
 """How many times the student's size the best teacher has (Zhang et al., ACL 2025)."""
 
 
-def select(s: Setting, ladder: Ladder, models: Iterable[nn.Module], name: str = "select") -> Choice:
+def select(s: Setting, ladder: Ladder, models: Iterable[nn.Module]) -> Choice:
     """Evaluate all candidates on the selection images, and choose the assistant among them.
 
     Args:
         s: What the run works with.
         ladder: The candidates.
         models: Their trained models, from the smallest to the largest.
-        name: The stage's name.
     """
-    with s.run.stage(name, Choice) as stage:
+    with s.run.stage("select", Choice) as stage:
         if stage.is_new:
-            rungs = zip(ladder.candidates, ladder.scales, models, strict=True)
-            candidates = [candidate_result(s, *rung) for rung in rungs]
+            candidates = _results(s, ladder, models)
             teacher = s.task.evaluate(s.model, s.selection, "select: teacher").performance(s.metric)
             index, selection = choose(
                 candidates, teacher, s.config, s.metric, len(s.data.selection), s.other_scale
@@ -60,6 +58,28 @@ def select(s: Setting, ladder: Ladder, models: Iterable[nn.Module], name: str = 
                 passes=s.costs(ladder.scales).evaluating(1.0, *ladder.scales),
             )
     return stage.result
+
+
+class Look(StageResult):
+    """The candidates' figures, of which none is chosen."""
+
+    candidates: list[CandidateResult]
+    """From the smallest, the student's rung, to the largest."""
+
+
+def look(s: Setting, ladder: Ladder, models: Iterable[nn.Module], name: str) -> Look:
+    """Evaluate all candidates on the selection images; the arguments are those of `select`, and the stage's
+    name."""
+    with s.run.stage(name, Look) as stage:
+        if stage.is_new:
+            passes = s.costs(ladder.scales).evaluating(*ladder.scales)
+            stage.result = Look(candidates=_results(s, ladder, models), passes=passes)
+    return stage.result
+
+
+def _results(s: Setting, ladder: Ladder, models: Iterable[nn.Module]) -> list[CandidateResult]:
+    rungs = zip(ladder.candidates, ladder.scales, models, strict=True)
+    return [candidate_result(s, *rung) for rung in rungs]
 
 
 class Best(StageResult):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 from jaxtyping import Float, Shaped
 from torch import Tensor
@@ -33,6 +34,7 @@ class Compiled(Observed):
         twin, seen = copy.deepcopy(model, same), Seen()
         super().__init__(twin, observed.blocks)
         self.watch(seen)
+        self._pairs = list(zip(model.modules(), twin.modules(), strict=True))
 
         def own_weights(images: Tensor) -> Output:
             return seen.output(twin(images))
@@ -45,7 +47,8 @@ class Compiled(Observed):
 
     def forward(self, images: Float[Tensor, "batch channels height width"]) -> Output:
         """What the model computes with its own weights."""
-        return self._run(images)
+        with self._handing_back():
+            return self._run(images)
 
     def with_weights(
         self,
@@ -53,4 +56,15 @@ class Compiled(Observed):
         images: Float[Tensor, "batch channels height width"],
     ) -> Output:
         """What a skeleton computes with weights from elsewhere, given by the names of its parameters."""
-        return self._run_with(weights, images)
+        with self._handing_back():
+            return self._run_with(weights, images)
+
+    @contextmanager
+    def _handing_back(self) -> Iterator[None]:
+        """A forward pass may put another tensor in a buffer's place; then that is the model's as well."""
+        before = [dict(twin.named_buffers(recurse=False)) for _, twin in self._pairs]
+        yield
+        for (module, twin), buffers in zip(self._pairs, before, strict=True):
+            for name, buffer in twin.named_buffers(recurse=False):
+                if buffer is not buffers.get(name):
+                    setattr(module, name, buffer)

@@ -40,7 +40,7 @@ class _Noted:
         return self.step(batch, number, progress)
 
 
-def seconds_per_step(
+def seconds_of_training_step(
     course: Course,
     step: Step,
     batches: TrainBatches,
