@@ -70,5 +70,5 @@ def test_what_a_path_does_not_read_is_said(teacher, data, tmp_path, quick, capsy
     stepwell("doctor", *words, "--joint-share", 0.3)
     said = capsys.readouterr().err
     assert "--joint-share: not read with --epochs; it is a share of --budget-epochs or --minutes" in said
-    stepwell("doctor", *words, "--path", "auto")  # which has a share of its own
+    stepwell("doctor", *words, "--path", "auto")
     assert "not read" not in capsys.readouterr().err
