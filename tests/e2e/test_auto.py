@@ -86,7 +86,7 @@ def tensors_of(s, name: str) -> dict[str, Tensor]:
 @pytest.mark.parametrize("gap", [0.0, 10.0])
 @pytest.mark.parametrize("recipe", [(), ("--keep-best", 1)])
 def test_the_gap_says_who_teaches_and_the_bill_is_the_budget(run_words, monkeypatch, gap, recipe):
-    monkeypatch.setattr(auto, "gap_of", lambda _candidates: gap)
+    monkeypatch.setattr(auto, "gap_between", lambda *_candidates: gap)
     s, finished = descended(run_words(*AUTO, *recipe))
     assert tuple(s.run.stages) == (FAR if gap else NEAR)[:-1]
     costs = s.costs(finished.ladder.scales)
@@ -97,11 +97,11 @@ def test_the_gap_says_who_teaches_and_the_bill_is_the_budget(run_words, monkeypa
     expected = path_of("auto").bill(costs, s.run.stages["plan"], s.config)
     assert sum(expected.values()) - expected["score"] == pytest.approx(budget)
     assert len(finished.assistants) == (gap > 0)
-    assert f"was {gap:.2f} nats behind the best" in finished.way
+    assert f"was {gap:.2f} nats behind the largest" in finished.way
 
 
 def test_a_pilot_is_short_and_no_warning(run_words, monkeypatch, capsys):
-    monkeypatch.setattr(auto, "gap_of", lambda _candidates: 10.0)
+    monkeypatch.setattr(auto, "gap_between", lambda *_candidates: 10.0)
     descended(run_words(*AUTO))
     assert "a single step is mostly better" not in capsys.readouterr().err
     descended(run_words("--path", "amd", out="amd"))
@@ -112,7 +112,7 @@ def test_a_pilot_is_short_and_no_warning(run_words, monkeypatch, capsys):
 
 
 def test_the_student_that_the_teacher_goes_on_with_has_been_in_the_pilot(run_words, monkeypatch):
-    monkeypatch.setattr(auto, "gap_of", lambda _candidates: 0.0)
+    monkeypatch.setattr(auto, "gap_between", lambda *_candidates: 0.0)
     started = {}
 
     def stub(_s, _ladder, _name, _teachers, student, _epochs):
@@ -128,7 +128,7 @@ def test_the_student_that_the_teacher_goes_on_with_has_been_in_the_pilot(run_wor
 
 def test_the_joint_training_goes_on_where_the_pilot_stopped(run_words, monkeypatch):
     """With a rate of nothing it ends where it began, which is not the teacher's own weights."""
-    monkeypatch.setattr(auto, "gap_of", lambda _candidates: 10.0)
+    monkeypatch.setattr(auto, "gap_between", lambda *_candidates: 10.0)
     rates = []
     train = auto.joint
 
@@ -144,15 +144,15 @@ def test_the_joint_training_goes_on_where_the_pilot_stopped(run_words, monkeypat
         assert_close(after[key], pilot[key])
 
 
-def test_the_gap_is_nats_between_the_students_rung_and_the_best():
+def test_the_gap_is_nats_between_the_students_rung_and_the_largest():
     def candidate(log_likelihood, quality=50.0):
         return CandidateResult.model_construct(log_likelihood=log_likelihood, quality=quality)
 
-    assert auto.gap_of([candidate(-1.5), candidate(-0.9), candidate(-1.1)]) == pytest.approx(0.6)
-    assert auto.gap_of([candidate(-0.5), candidate(-0.9)]) == 0.0
+    assert auto.gap_between(candidate(-1.5), candidate(-0.9)) == pytest.approx(0.6)
+    assert auto.gap_between(candidate(-0.5), candidate(-0.9)) == pytest.approx(-0.4)
     # Embeddings have no likelihood; one that answers at random may have a cosine below 0.
-    assert auto.gap_of([candidate(None, 40.0), candidate(None, 80.0)]) == pytest.approx(0.693147, abs=1e-6)
-    assert auto.gap_of([candidate(None, -3.0), candidate(None, 80.0)]) > 20
+    assert auto.gap_between(candidate(None, 40.0), candidate(None, 80.0)) == pytest.approx(0.6931, abs=1e-4)
+    assert auto.gap_between(candidate(None, -3.0), candidate(None, 80.0)) > 20
 
 
 @pytest.mark.parametrize("length", [("--budget-epochs", BUDGET), ("--epochs", BUDGET)])
@@ -202,7 +202,7 @@ def test_an_assistant_has_to_save_the_epochs_that_the_joint_training_took():
 @pytest.mark.slow
 @pytest.mark.parametrize("gap", [0.0, 10.0])
 def test_every_file_is_written(run_words, tmp_path, monkeypatch, untimed, gap):
-    monkeypatch.setattr(auto, "gap_of", lambda _candidates: gap)
+    monkeypatch.setattr(auto, "gap_between", lambda *_candidates: gap)
     stepwell("compress", *run_words(*AUTO))
     result = result_of(tmp_path / "run")
     assert (result.assistant is None) == (gap == 0)
@@ -215,7 +215,7 @@ def test_every_file_is_written(run_words, tmp_path, monkeypatch, untimed, gap):
 
 @pytest.mark.parametrize("gap", [0.0, 10.0])
 def test_stopped_after_every_stage(run_words, tmp_path, quick, monkeypatch, gap):
-    monkeypatch.setattr(auto, "gap_of", lambda _candidates: gap)
+    monkeypatch.setattr(auto, "gap_between", lambda *_candidates: gap)
     stages = FAR if gap else NEAR
     stepwell("compress", *run_words(*AUTO, out="whole"))
     seen = StopAfter()
@@ -235,7 +235,7 @@ def test_stopped_after_every_stage(run_words, tmp_path, quick, monkeypatch, gap)
 
 def test_minutes_are_shared_in_the_same_way(run_words, monkeypatch):
     monkeypatch.setattr(plan, "seconds_per_step", lambda *_words: 0.01)
-    monkeypatch.setattr(auto, "gap_of", lambda _candidates: 0.0)
+    monkeypatch.setattr(auto, "gap_between", lambda *_candidates: 0.0)
     s, _ = descended(run_words(*AUTO, length=("--minutes", 0.1)))
     stages = s.run.stages
     spent = stages["pilot"].seconds + stages["pilot look"].seconds
@@ -259,8 +259,11 @@ def test_what_auto_does_not_take(compress_fails, words, said):
 
 def test_the_gap_of_a_run_is_that_of_its_candidates(run_words):
     s, finished = descended(run_words(*AUTO))
-    gap = auto.gap_of(s.run.finished("pilot look", Look).candidates)
-    assert f"was {gap:.2f} nats behind the best" in finished.way
+    first, last = s.run.finished("pilot look", Look).candidates
+    smallest, *_, largest = finished.ladder.candidates
+    assert (first.keep_ratio, last.keep_ratio) == (smallest.keep_ratio, largest.keep_ratio)
+    gap = auto.gap_between(first, last)
+    assert f"was {gap:.2f} nats behind the largest" in finished.way
     assert bool(finished.assistants) == (gap >= 1)
 
 

@@ -170,6 +170,7 @@ def assert_same_to_rounding(ours: Path, theirs: Path) -> None:
 SGD = ("--optimizer", "sgd", "--lr", 0.05)  # AdamW makes a step of rounding where there is no gradient
 
 
+@pytest.mark.slow
 def test_a_run_comes_to_the_same_also_resumed(teacher, data, tmp_path, counting, quick, monkeypatch):
     words = ("--teacher", teacher, "--data", data, *QUICK, *SGD)
     stepwell("compress", *words, "--out", tmp_path / "plain")
@@ -193,6 +194,7 @@ def test_a_teacher_is_trained(data, tmp_path, counting):
     assert_same_to_rounding(tmp_path / "compiled", tmp_path / "plain")
 
 
+@pytest.mark.slow
 def test_without_a_compiler_it_is_one_line(data, tmp_path):
     """In a process of its own: torch remembers which compiler it has found."""
     words = (*TRAIN, "--data", data, "--out", tmp_path / "out", "--compile")

@@ -43,6 +43,7 @@ def test_the_plan_has_the_stages_and_epochs_of_the_run(teacher, data, tmp_path, 
     assert {"score", "control", "deliver", "total"} < rows.keys()
 
 
+@pytest.mark.slow
 def test_several_devices_stand_beside_one(capsys, quickly, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = ("--teacher", TIMM, *MODEL, *SMALL, "--num-images", 1_281_167, "--budget-epochs", 10)
@@ -62,6 +63,7 @@ def test_several_devices_stand_beside_one(capsys, quickly, tmp_path, monkeypatch
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_whole_teacher_a_baseline_and_minutes(capsys, quickly, data, teacher):
     words = ("--teacher", teacher, "--data", data, "--batch-size", 16, "--minutes", 3)
     stepwell("doctor", *words, "--plan", "--path", "scalekd", "--student", "test_vit", "--student-args",

@@ -125,9 +125,10 @@ class ClockedCosts(Costs):
         """Forward and backward on the scored images."""
         return self.clock.scoring(self._num_scored)
 
-    def joint(self, epochs: float) -> float:
+    def joint(self, epochs: float, looked_at: Sequence[float] | None = None) -> float:
         """Joint training."""
-        return self._training(self.clock.joint_step(), epochs) + self.recalibrating(*self.scales)
+        looked_at = self.scales if looked_at is None else looked_at
+        return self._training(self.clock.joint_step(), epochs) + self.recalibrating(*looked_at)
 
     def step_down(self, epochs: float, student: float, teachers: Sequence[float], drop: int = 0) -> float:
         """Distilling into the model of scale `student` from models of scales `teachers`."""

@@ -110,10 +110,15 @@ class Costs:
         is_mapped = self.is_mapped and scale == self.student  # slices, such as its assistant, are not
         return self.evaluating(scale) + is_mapped * self._num_scored * self._forward(scale)
 
-    def joint(self, epochs: float) -> float:
-        """Joint training."""
+    def joint(self, epochs: float, looked_at: Sequence[float] | None = None) -> float:
+        """Joint training.
+
+        Args:
+            epochs: Passes over the images.
+            looked_at: Scales of the candidates whose statistics are recomputed at its end; by default all.
+        """
         if self.slice_loss is not None:
-            return self._between_slices().joint(epochs)
+            return self._between_slices().joint(epochs, looked_at)
         scales, num_candidates = candidates_per_step(self.scales, self.options)
         # What is pretrained without a student is one and the same for all candidates.
         num_pretrained = num_candidates if self.options.pretraining == "student" else 1.0
@@ -121,7 +126,7 @@ class Costs:
         return (
             training
             + self._pretraining(epochs, 1.0, scales, num_pretrained)
-            + self.recalibrating(*self.scales)
+            + self.recalibrating(*(self.scales if looked_at is None else looked_at))
         )
 
     def step_down(self, epochs: float, student: float, teachers: Sequence[float], drop: int = 0) -> float:

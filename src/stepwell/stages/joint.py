@@ -35,7 +35,12 @@ from stepwell.training.statistics import recalibrate
 
 
 def joint(
-    s: Setting, ladder: Ladder, epochs: float, name: str = "joint", begun: SharedWeights | None = None
+    s: Setting,
+    ladder: Ladder,
+    epochs: float,
+    name: str = "joint",
+    begun: SharedWeights | None = None,
+    looked_at: Sequence[int] | None = None,
 ) -> SharedWeights:
     """Train all candidates of the ladder together; returns the trained store.
 
@@ -45,7 +50,9 @@ def joint(
         epochs: Passes over the images.
         name: The stage's name.
         begun: A store to go on with; by default one of slices of the teacher.
+        looked_at: Indices of the candidates that somebody looks at afterwards; by default all of them.
     """
+    looked_at = range(len(ladder.candidates)) if looked_at is None else looked_at
     shared = begun or store_of(s, ladder)
     known = answers_of(s, teacher_of(s), name, epochs)
     with s.run.stage(name, Trained) as stage:
@@ -56,8 +63,8 @@ def joint(
             for course in courses_of(s, stage, step, epochs):
                 kept = files if course.name == stage.name else []  # not of a pretraining
                 stage.result = fit(course, with_snapshots(step, shared, kept), s.train, s.config, s.config)
-            recalibrate_all(shared, s.of_statistics.share())
-            passes = s.costs(ladder.scales).joint(epochs)
+            recalibrate_each(shared, looked_at, s.of_statistics.share())
+            passes = s.costs(ladder.scales).joint(epochs, [ladder.scales[i] for i in looked_at])
             tensors = {**shared.state(), **fingerprints(shared, s.spec), **read_snapshots(files)}
             stage.result = stage.result.model_copy(update={"tensors": tensors, "passes": passes})
     shared.load(stage.result.tensors)
@@ -179,15 +186,16 @@ def candidates_of_step(num_candidates: int, options: JointOptions, seed: int, st
     return sorted([0, *others], reverse=True)
 
 
-def recalibrate_all(shared: SharedWeights, images: EvalBatches) -> None:
-    """Recompute the BatchNorm statistics of every candidate: one that was drawn rarely has old ones.
+def recalibrate_each(shared: SharedWeights, indices: Sequence[int], images: EvalBatches) -> None:
+    """Recompute the BatchNorm statistics of some candidates: one that was drawn rarely has old ones.
 
     Args:
         shared: The trained store.
+        indices: The candidates.
         images: Training images as they are.
     """
-    for index, skeleton in enumerate(shared.skeletons):
-        weights = shared.weights(index)
+    for index in indices:
+        skeleton, weights = shared.skeletons[index], shared.weights(index)
         recalibrate(
             skeleton.eval(),
             lambda images, s=skeleton, w=weights: functional_call(s, w, (images,)),

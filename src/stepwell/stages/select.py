@@ -19,6 +19,7 @@ from torch import nn
 from stepwell.config.path_options import Rule, SelectOptions
 from stepwell.measure.size import num_params
 from stepwell.models.ladder import Ladder
+from stepwell.pruning.shared import SharedWeights
 from stepwell.pruning.units import Candidate
 from stepwell.report.result import CandidateResult, Choice, SelectionResult
 from stepwell.run.progress import say
@@ -45,7 +46,8 @@ def select(s: Setting, ladder: Ladder, models: Iterable[nn.Module]) -> Choice:
     """
     with s.run.stage("select", Choice) as stage:
         if stage.is_new:
-            candidates = _results(s, ladder, models)
+            rungs = zip(ladder.candidates, ladder.scales, models, strict=True)
+            candidates = [candidate_result(s, *rung) for rung in rungs]
             teacher = s.task.evaluate(s.model, s.selection, "select: teacher").performance(s.metric)
             index, selection = choose(
                 candidates, teacher, s.config, s.metric, len(s.data.selection), s.other_scale
@@ -61,25 +63,30 @@ def select(s: Setting, ladder: Ladder, models: Iterable[nn.Module]) -> Choice:
 
 
 class Look(StageResult):
-    """The candidates' figures, of which none is chosen."""
+    """Figures of some candidates, of which none is chosen."""
 
     candidates: list[CandidateResult]
-    """From the smallest, the student's rung, to the largest."""
 
 
-def look(s: Setting, ladder: Ladder, models: Iterable[nn.Module], name: str) -> Look:
-    """Evaluate all candidates on the selection images; the arguments are those of `select`, and the stage's
-    name."""
+def look(s: Setting, ladder: Ladder, shared: SharedWeights, indices: Sequence[int], name: str) -> Look:
+    """Evaluate some candidates on the selection images.
+
+    Args:
+        s: What the run works with.
+        ladder: The candidates.
+        shared: Their weights.
+        indices: Which of them.
+        name: The stage's name.
+    """
     with s.run.stage(name, Look) as stage:
         if stage.is_new:
-            passes = s.costs(ladder.scales).evaluating(*ladder.scales)
-            stage.result = Look(candidates=_results(s, ladder, models), passes=passes)
+            rungs = [(ladder.candidates[i], ladder.scales[i]) for i in indices]
+            found = [
+                candidate_result(s, *rung, shared.extract(i)) for i, rung in zip(indices, rungs, strict=True)
+            ]
+            passes = s.costs(ladder.scales).evaluating(*(scale for _, scale in rungs))
+            stage.result = Look(candidates=found, passes=passes)
     return stage.result
-
-
-def _results(s: Setting, ladder: Ladder, models: Iterable[nn.Module]) -> list[CandidateResult]:
-    rungs = zip(ladder.candidates, ladder.scales, models, strict=True)
-    return [candidate_result(s, *rung) for rung in rungs]
 
 
 class Best(StageResult):
