@@ -17,6 +17,7 @@ from stepwell.measure.budget import student_widths
 from stepwell.measure.size import count_macs
 from stepwell.models.card import Architecture
 from stepwell.models.teacher import Teacher
+from stepwell.models.timm_models import create_without_memory
 from stepwell.pruning.channels import channel_groups
 from stepwell.pruning.families import find_groups
 from stepwell.pruning.ranking import Balance, uniform_scores
@@ -31,8 +32,7 @@ SPEC = InputSpec((64, 64), 3, (0.5,) * 3, (0.5,) * 3)
 
 
 def built(name: str, **args):
-    with torch.device("meta"):
-        model = timm.create_model(name, num_classes=5, **args)
+    model = create_without_memory(name, {"num_classes": 5, **args})
     groups = find_groups(model)
     return model, [*groups, *channel_groups(model, groups)]
 
