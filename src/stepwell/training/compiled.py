@@ -34,7 +34,8 @@ class Compiled(Observed):
         twin, seen = copy.deepcopy(model, same), Seen()
         super().__init__(twin, observed.blocks)
         self.watch(seen)
-        self._pairs = list(zip(model.modules(), twin.modules(), strict=True))
+        pairs = zip(model.modules(), twin.modules(), strict=True)
+        self._pairs = [(mine, its) for mine, its in pairs if any(True for _ in its.buffers(recurse=False))]
 
         def own_weights(images: Tensor) -> Output:
             return seen.output(twin(images))
