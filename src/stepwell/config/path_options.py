@@ -102,9 +102,9 @@ class PathOptions(Options):
     path: Way = "amd"
     """amd: candidates trained together, one chosen as the assistant. amd-manual: the same, but a student via
     every candidate. auto: as amd where an assistant pays, else a single step: by what it saves, and how far
-    the student is behind early on. single-step: no assistant. takd: the assistants given, one after another. dgkd:
-    likewise, each taught by all larger ones. mmd: every candidate trained by itself, and a student via each.
-    mmd-os: the same, one chosen. scalekd: the teacher, of any kind, stays whole and teaches --student.
+    the student is behind early on. single-step: no assistant. takd: the assistants given, one after another.
+    dgkd: likewise, each taught by all larger ones. mmd: every candidate trained by itself, and a student via
+    each. mmd-os: the same, one chosen. scalekd: the teacher, of any kind, stays whole and teaches --student.
     curriculum: --teachers, of any kinds, teach the student one after another, and at last --teacher does."""
     teachers: tuple[str, ...] = ()
     """The other teachers of curriculum, each the folder of a finished run, a timm name (if its own
