@@ -62,9 +62,9 @@ def experiment_table(folder: Path) -> str:
 
 
 METHODS = {
-    "default": "AMD, default",
-    "auto": "AMD, auto",
-    "paper": "AMD, paper",
+    "auto": "stepwell",
+    "amd": "AMD",
+    "paper": "AMD as printed",
     "single-step": "single step",
     "labels": "labels only",
     "stock": "stock network",
@@ -92,9 +92,9 @@ def methods_table(folders: Path, methods: dict[str, str] = METHODS, of: str = "s
     rows.append("|---|---:|" + "---:|" * len(columns))
     for setting, words in STUDENTS.items():
         arms = by_setting[setting]
-        if "default" not in arms or of not in arms:
+        if "amd" not in arms or of not in arms:
             continue
-        teacher = sum(cell["teacher_top1"] for cell in arms["default"]) / len(arms["default"])
+        teacher = sum(cell["teacher_top1"] for cell in arms["amd"]) / len(arms["amd"])
         values = []
         for arm in columns:
             cells = arms.get(arm, [])
@@ -132,15 +132,15 @@ def of_seeds(tops: list[float]) -> str:
 
 RECIPES = {"": "bare", "-mix": "MixUp, CutMix", "-ema": "average", "-smooth": "smoothed labels"}
 ALL_OF_IT = {
-    "default": "AMD",
-    "default-kept": "AMD, answers kept",
+    "amd": "AMD",
+    "amd-kept": "AMD, answers kept",
     "single-step": "single step",
     "single-step-kept": "single step, answers kept",
     "labels": "labels, as many epochs",
     "labels-long": "labels, the same cost",
 }
-LENGTHS = {"-quick": "quick: a quarter", "": "default", "-long": "long: four times"}
-OF_ASSISTANT = {"": "default", "-trained-on": "trained on by itself", "-snapshots": "two snapshots first"}
+LENGTHS = {"-quick": "quick: a quarter", "": "the usual", "-long": "long: four times"}
+OF_ASSISTANT = {"": "AMD", "-trained-on": "trained on by itself", "-snapshots": "two snapshots first"}
 
 
 def variants_table(folders: Path, variants: dict[str, str]) -> str:
@@ -148,7 +148,7 @@ def variants_table(folders: Path, variants: dict[str, str]) -> str:
     rows = [f"| | | {' | '.join(variants.values())} |", "|---|---|" + "---:|" * len(variants)]
     for setting in STUDENTS:
         arms = cells_by_arm(folders / setting)
-        for method in ("default", "single-step"):
+        for method in ("amd", "single-step"):
             bare = {cell["seed"]: cell["top1"] for cell in arms.get(method, [])}
             texts = []
             for variant in variants:
@@ -183,7 +183,7 @@ def ladder_table(folders: Path) -> str:
 
 def auto_table(folders: Path) -> str:
     """A row for each setting that has AMD, single step and auto; and how often auto took an assistant."""
-    ways = ("default", "single-step", "auto")
+    ways = ("amd", "single-step", "auto")
     rows = ["| | AMD | single step | auto | an assistant was taken |", "|---|---:|---:|---:|---:|"]
     for setting in STUDENTS:
         arms = cells_by_arm(folders / setting)

@@ -115,14 +115,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "teacher": "cifar_resnet44",
         "compress": {**CIFAR, **IMAGENET, "lr": 8e-3, "keep_ratio": 0.05, "budget_epochs": 20},
         "images_per_class": 200,
-        "methods": ("default", "auto", "single-step"),
+        "methods": ("amd", "auto", "single-step"),
     },
     "clothing": CLOTHING,
     "clothing-keep-0.1": {
         **CLOTHING,
         "teacher_of": "clothing",
         "compress": {**CLOTHING["compress"], "keep_ratio": 0.1},
-        "methods": ("default", "auto", "single-step"),
+        "methods": ("amd", "auto", "single-step"),
     },
     "vit-cifar10": {
         "one_teacher": True,
@@ -136,14 +136,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
         **VIT_FEW,
         "teacher_of": "vit-few",
         "compress": {**VIT_FEW["compress"], "keep_ratio": 0.05},
-        "methods": ("default", "auto", "single-step"),
+        "methods": ("amd", "auto", "single-step"),
     },
     "digits": DIGITS,
     "digits-keep-0.05": {
         "train": DIGITS["train"],
         "teacher_of": "digits",
         "compress": {**DIGITS["compress"], "keep_ratio": 0.05},
-        "methods": ("default", "auto", "single-step"),
+        "methods": ("amd", "auto", "single-step"),
     },
     # 10.7 M parameters and all 50,000 images: a GPU in bf16.
     "vit-gpu": {
@@ -170,8 +170,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 SHARES, ASSISTANTS = (0.1, 0.25, 0.5, 0.7), (0.2, 0.3, 0.5, 0.9)
 LADDER = (0.1, 0.2, 0.3, 0.5)
 METHODS: dict[str, dict[str, Any]] = {
-    "default": {"path": "amd"},
-    "auto": {"path": "auto"},
+    "auto": {"path": "auto"},  # the default of `stepwell compress`
+    "amd": {"path": "amd"},
     # With every candidate in every step, joint training is so much dearer than the last step that this
     # share gives both about the same epochs, as in Algorithm 1.
     "paper": {"preset": "paper", "path": "amd", "joint_share": 0.93},
@@ -194,7 +194,7 @@ VIEWS = 5
 # With the budget that a setting has for them.
 BUDGETS: dict[str, tuple[str, dict[str, Any]]] = {
     "single-step-kept": ("kept", {"path": "single-step", "cache_teacher": VIEWS, "feature_weight": 0}),
-    "default-kept": ("kept", {"path": "amd", "cache_teacher": VIEWS, "feature_weight": 0}),
+    "amd-kept": ("kept", {"path": "amd", "cache_teacher": VIEWS, "feature_weight": 0}),
     "labels-long": ("alone", METHODS["labels"]),
 }
 # As --preset quick and long: with another budget than the others of a setting.
@@ -205,13 +205,13 @@ def arms() -> dict[str, dict[str, Any]]:
     """What is compared: methods; the two main ones with another recipe; and AMD by length of the joint
     training and size of the assistant."""
     found = dict(METHODS)
-    for method in ("default", "single-step"):
+    for method in ("amd", "single-step"):
         for name, recipe in RECIPES_TRIED.items():
             found[f"{method}-{name}"] = {**METHODS[method], **recipe}
     for name, options in ASSISTANTS_TRIED.items():
-        found[f"default-{name}"] = {**METHODS["default"], **options}
+        found[f"amd-{name}"] = {**METHODS["amd"], **options}
     for name, factor in LENGTHS.items():
-        found[f"default-{name}"] = {**METHODS["default"], "budgets": factor}
+        found[f"amd-{name}"] = {**METHODS["amd"], "budgets": factor}
     found |= {name: options for name, (_, options) in BUDGETS.items()}
     for share in SHARES:
         for assistant in ASSISTANTS:

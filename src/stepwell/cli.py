@@ -54,7 +54,7 @@ COMMANDS: dict[str, tuple[type[Options], str]] = {
     "compare": (CompareConfig, "paths and losses side by side, with fair controls, in one table"),
     "doctor": (DoctorConfig, "what can be cut, size of every candidate, time and memory; trains nothing"),
     "inspect": (InspectConfig, "a finished run: the candidate curve, why this assistant, the final table"),
-    "export": (ExportConfig, "any rung of the ladder as ONNX, safetensors or torch.export"),
+    "export": (ExportConfig, "the student, or a rung of the ladder, as ONNX, safetensors or torch.export"),
     "predict": (PredictConfig, "class names and probabilities for image files"),
     "demo": (DemoConfig, "the whole path on 1,797 handwritten digits, in minutes on a laptop"),
 }
@@ -221,12 +221,14 @@ def _value(name: str, value: object, kind: type[Options], file: str) -> object:
 
 
 def _value_of(flag: str, words: Sequence[str]) -> str | None:
+    """What is given for a flag: the last time, where it is there twice, as the parser has it."""
+    found = None
     for i, word in enumerate(words):
         if word == flag:
-            return words[i + 1] if i + 1 < len(words) else None
-        if word.startswith(f"{flag}="):
-            return word.partition("=")[2]
-    return None
+            found = words[i + 1] if i + 1 < len(words) else None
+        elif word.startswith(f"{flag}="):
+            found = word.partition("=")[2]
+    return found
 
 
 def _form(command: str, kind: type[Options], defaults: Mapping[str, Any]) -> type:

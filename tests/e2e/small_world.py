@@ -28,8 +28,10 @@ TIMM = "vit_tiny_patch16_224"
 MODEL_ARGS = ("img_size=16", "patch_size=8", "embed_dim=24", "depth=2", "num_heads=4")
 MODEL = ("--model-args", *MODEL_ARGS)
 # 8 heads and 192 neurons in the teacher; the student keeps 1 head, so one block is left without attention.
-SMALL = ("--keep", "0.1", "--num-candidates", "3", "--batch-size", "16")
+SIZES = ("--keep", "0.1", "--num-candidates", "3", "--batch-size", "16")
+SMALL = (*SIZES, "--path", "amd")  # every stage, however few the steps
 QUICK = (*SMALL, "--epochs", "2")
+QUICK_ANY_WAY = (*SIZES, "--epochs", "2")
 KEEP = 0.1
 
 

@@ -23,7 +23,7 @@ from torch.testing import assert_close
 from stepwell.cli import main
 from stepwell.commands import compress
 from stepwell.config.commands import CompareConfig, CompressConfig
-from stepwell.config.files import make_config
+from stepwell.config.files import make_config, to_yaml
 from stepwell.errors import ConfigError
 from stepwell.measure import cost
 from stepwell.measure.cost import Costs, Epochs
@@ -255,6 +255,34 @@ def test_minutes_are_shared_in_the_same_way(run_words, monkeypatch):
 )
 def test_what_auto_does_not_take(compress_fails, words, said):
     assert said in compress_fails(*AUTO, *words)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--assistant", 0.5),
+        ("--num-assistants", 2),
+        ("--assistant-share", 0.1),
+        ("--snapshots", 1),
+        ("--ladder", 0.1, 0.3),
+        ("--student", "resnet18"),
+        ("--feature-loss", "ft"),
+        ("--preset", "paper"),
+    ],
+)
+def test_who_asks_for_an_assistant_gets_one(words, tmp_path):
+    config = config_of("--teacher", "test_vit", "--data", "images", *words)
+    assert config.path == "amd"
+    # The file of such a run says so, too.
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert config_of("--config", tmp_path / "config.yaml") == config
+
+
+@pytest.mark.parametrize("words", [(), ("--num-assistants", 1), ("--snapshots", 0), ("--feature-loss", "at")])
+def test_all_others_get_what_pays(words):
+    config = config_of("--teacher", "test_vit", "--data", "images", *words)
+    assert config.path == "auto"
+    auto.check(config)
 
 
 def test_the_gap_of_a_run_is_that_of_its_candidates(run_words):

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 from small_world import (
     MODEL,
-    QUICK,
-    SMALL,
+    QUICK_ANY_WAY,
+    SIZES,
     TIMM,
     StopAt,
     Stopped,
@@ -72,7 +72,7 @@ def words(teacher, data, out, *more) -> list[str]:
 def test_a_slice_is_taught_by_all_of_them_and_a_run_resumes(
     data, teacher, cnn, other_vit, tmp_path, quick, capsys
 ):
-    more = ("--teachers", cnn, other_vit, *QUICK, "--control", "equal_compute")
+    more = ("--teachers", cnn, other_vit, *QUICK_ANY_WAY, "--control", "equal_compute")
     run, again = tmp_path / "run", tmp_path / "again"
     stepwell("compress", *words(teacher, data, run, *more))
     assert "arrange: they teach in this order: " in capsys.readouterr().err
@@ -123,7 +123,7 @@ def test_another_architecture_is_a_plain_model_of_timm_and_costs_what_was_expect
 def test_others_see_their_own_images_and_return_the_classes_of_the_last(
     data, teacher, cnn, other_vit, tmp_path
 ):
-    more = ("--teachers", cnn, other_vit, *QUICK)
+    more = ("--teachers", cnn, other_vit, *QUICK_ANY_WAY)
     s = begin(config_of(*words(teacher, data, tmp_path / "run", *more)), exports=False)
     batch = next(iter(s.selection))
     assert s.classes == ("ant", "bee", "cow")
@@ -180,13 +180,23 @@ def test_its_control_cuts_nothing_where_the_path_cuts_nothing(more, expected):
         ((*PATH, "--teachers", "{teacher}/teacher"), "have the same weights: leave one out"),
         ((*PATH, "--teachers", "a", "a"), "--teachers: a would teach twice"),
         ((*PATH, "--teachers", "resnet19"), "'resnet19' is neither a model of timm nor an existing folder"),
-        (("--teachers", "resnet18"), "and --path amd has one: leave them out, or take that path"),
+        (("--teachers", "resnet18"), "and --path auto has one: leave them out, or take that path"),
         ((*PATH, "--teachers", "{cnn}", "--repair"), "another one teaches it first: leave it out"),
     ],
 )
 def test_what_cannot_be_is_said_before_anything_is_begun(data, teacher, cnn, tmp_path, capsys, more, said):
     more = [word.format(teacher=teacher, cnn=cnn) for word in more]
-    command = ["compress", "--teacher", teacher, "--data", data, "--out", tmp_path / "run", *QUICK, *more]
+    command = [
+        "compress",
+        "--teacher",
+        teacher,
+        "--data",
+        data,
+        "--out",
+        tmp_path / "run",
+        *QUICK_ANY_WAY,
+        *more,
+    ]
     assert main([str(word) for word in command]) == 2
     assert said in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "run").exists()
@@ -199,7 +209,7 @@ def test_other_classes_are_refused(data, teacher, tmp_path, fails):
         out = tmp_path / "-".join(classes)
         command = ("--model", TIMM, *MODEL, "--no-pretrained", "--data", images, "--out", out)
         stepwell("train", *command, "--epochs", 0.1, "--batch-size", 4)
-        said = fails("compress", *words(teacher, data, tmp_path / "run", "--teachers", out, *QUICK))
+        said = fails("compress", *words(teacher, data, tmp_path / "run", "--teachers", out, *QUICK_ANY_WAY))
         assert str(out) in said
         assert "class" in said
 
@@ -231,7 +241,7 @@ def test_minutes_are_for_all_teachers(data, teacher, cnn, tmp_path, quick, monke
 
     monkeypatch.setattr(plan, "seconds_per_step", seconds)
     out = tmp_path / "out"
-    stepwell("compress", *words(teacher, data, out, "--teachers", cnn, *SMALL, "--minutes", 0.2))
+    stepwell("compress", *words(teacher, data, out, "--teachers", cnn, *SIZES, "--minutes", 0.2))
     result = result_of(out)
     assert len(seen) == 2
     left = 12 - result.seconds["arrange"]

@@ -67,7 +67,9 @@ def test_a_module_with_much_around_it_is_compressed(data, source, tmp_path, quic
     """DataParallel, bfloat16, a dict from forward(*args), the stem registered last, a file beside."""
     pytest.importorskip("torch_pruning")
     run = tmp_path / "run"
-    stepwell("compress", "--teacher", source, "--data", data, "--out", run, *FEW, "--round-to", 4)
+    stepwell(
+        "compress", "--teacher", source, "--data", data, "--out", run, *FEW, "--round-to", 4, "--path", "amd"
+    )
     told = " ".join(capsys.readouterr().err.split())
     assert "mine.py:build: taken out of its DataParallel; bfloat16 weights are taken in float32" in told
     student = package.load(run, factory=load_factory(source))

@@ -87,7 +87,7 @@ def stacks(teacher, data, tmp_path_factory) -> dict[str, set[Stack]]:
         (str(SOURCE / "stages" / "select.py"), "rule_values"): "rule",
         (str(SOURCE / "stages" / "score.py"), "gate_gradients"): "gate",
     }
-    words = {"num_candidates": 3, "epochs": 1, "batch_size": 16, "feature_loss": f"{own}:own"}
+    words = {"path": "amd", "num_candidates": 3, "epochs": 1, "batch_size": 16, "feature_loss": f"{own}:own"}
     with pytest.MonkeyPatch.context() as monkeypatch, stacks_at(targets, "slice") as found:
         without_files(monkeypatch)
         package.compress(teacher, data=data, keep_ratio=KEEP, out_dir=folder / "run", **words)

@@ -149,7 +149,7 @@ def test_a_student_of_one_logit(tmp_path, quick):
     source = reader(tmp_path, 2, end="z[:, 1] - z[:, 0]")
     few = ("--keep", 0.3, "--num-candidates", 2, "--epochs", 1, "--batch-size", 16, "--augment", "none")
     run = tmp_path / "run"
-    stepwell("compress", "--teacher", source, "--data", data, *few, "--out", run)
+    stepwell("compress", "--teacher", source, "--data", data, *few, "--path", "amd", "--out", run)
     assert result_of(run).teacher.quality == 100
     assert any("returns one number" in note for note in result_of(run).notes)
     student = package.load(run, factory=load_factory(source))

@@ -88,7 +88,10 @@ def test_a_probed_teacher_teaches_another_architecture(data, tower, tmp_path, qu
 
 def test_a_probed_teacher_is_cut(data, tower, tmp_path, quick):
     run = tmp_path / "run"
-    stepwell("compress", *words(tower, data, run, "--keep", 0.1, "--num-candidates", 3, "--epochs", 1))
+    stepwell(
+        "compress",
+        *words(tower, data, run, "--keep", 0.1, "--num-candidates", 3, "--epochs", 1, "--path", "amd"),
+    )
     result = result_of(run)
     assert next(iter(result.teacher_passes)) == "probe"
     assert result.assistant is not None

@@ -12,6 +12,7 @@ from small_world import (
     Stopped,
     all_test_images,
     assert_same_run,
+    assert_same_weights,
     config_of,
     result_of,
     stepwell,
@@ -216,9 +217,13 @@ def test_what_cannot_be_looked_at(data, teacher, tmp_path, quick, capsys, monkey
 
 def test_there_is_no_ladder_to_export(data, teacher, tmp_path, quick, capsys):
     stepwell("compress", *words(teacher, data, tmp_path / "run", "--path", "scalekd"))
+    out = tmp_path / "run"
     for more in (["--all"], ["--keep", "0.5"]):
-        assert main(["export", str(tmp_path / "run"), *more]) == 2
-        assert "went down without a shared ladder (--path)" in capsys.readouterr().err
+        assert main(["export", str(out), *more]) == 2
+        assert "trained its student alone, and no ladder (--path)" in capsys.readouterr().err
+    # Its student there is, in any format.
+    stepwell("export", out, "--format", "safetensors")
+    assert_same_weights(student_weights(out), load_file(out / "exports/student/model.safetensors"))
 
 
 def test_the_doctor_names_the_stages_and_wants_no_cut(capsys):

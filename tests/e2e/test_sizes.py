@@ -206,7 +206,7 @@ def test_what_is_refused(compress_fails):
     assert "--student resnet10t is none: make two runs" in compress_fails(
         "--ladder", 0.3, "--student", "resnet10t"
     )
-    assert "--path takd has none" in compress_fails("--ladder", 0.3, "--path", "takd")
+    assert "--path takd trains none" in compress_fails("--ladder", 0.3, "--path", "takd")
     assert "name it with --baseline" in compress_fails("--baseline-pretrained")
     assert "did you mean vit_tiny_patch16_224?" in compress_fails("--baseline", "vit_tiny_patch16_242")
     line = compress_fails("--baseline", "vit_tiny_patch16_224", "--baseline-args", "num_classes=7")

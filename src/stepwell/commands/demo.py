@@ -49,6 +49,7 @@ def run(config: DemoConfig) -> Compressed:
             {
                 "teacher": str(config.out_dir / "teacher"),
                 "keep_ratio": 0.1,
+                "path": "amd",  # all of it, to be seen
                 "control": "equal_compute",
                 "budget_epochs": 80 * config.effort,
                 "batch_size": 64,

@@ -1,4 +1,4 @@
-"""`stepwell export`: any rung of the ladder of a finished run."""
+"""`stepwell export`: the student of a finished run, or any rung of its ladder, in another format."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from stepwell.config.commands import ExportConfig
 from stepwell.errors import ConfigError, ModelError
 from stepwell.measure.size import num_params, short_number
-from stepwell.models.card import example_images, save_model
+from stepwell.models.card import example_images, load_with_card, save_model
 from stepwell.models.export import export_onnx, export_program
 from stepwell.models.factory import Factory, load_factory
 from stepwell.models.ladder import load_rung, rungs, why_no_ladder
@@ -17,20 +17,20 @@ from stepwell.run.progress import progress
 
 
 def run(config: ExportConfig) -> str:
-    """Write the rungs that were asked for; returns a line per file.
+    """Write the student, or the rungs that were asked for; returns a line per file.
 
     ONNX and torch.export files are checked by running them. The run's images may be gone by now, so the
     check uses noise of the images' scale; `compress` checks its student on real ones.
     """
-    available = rungs(config.run)
-    if not available:
-        raise ModelError(why_no_ladder(config.run))
-    if config.all == (config.keep_ratio is not None):
-        listed = ", ".join(f"{ratio:g}" for ratio in available)
-        raise ConfigError(f"export needs --keep RATIO or --all; the rungs are {listed}")
+    if config.all and config.keep_ratio is not None:
+        raise ConfigError(
+            "--keep is one rung and --all are all: give one of them, or neither for the student"
+        )
     if config.opset is not None and config.format != "onnx":
         raise ConfigError(f"--opset is for --format onnx, not for {config.format}")
-    wanted = available if config.all else [config.keep_ratio or 0.0]
+    wanted = rungs(config.run) if config.all else [config.keep_ratio]
+    if not wanted:
+        raise ModelError(why_no_ladder(config.run))
     factory = load_factory(config.teacher) if config.teacher else None
     out = config.out_dir or config.run / "exports"
     lines = []
@@ -41,12 +41,14 @@ def run(config: ExportConfig) -> str:
     return "\n".join(lines)
 
 
-def _export_one(config: ExportConfig, keep_ratio: float, out: Path, factory: Factory | None) -> str:
-    model, card = load_rung(config.run, keep_ratio, factory)
+def _export_one(config: ExportConfig, keep_ratio: float | None, out: Path, factory: Factory | None) -> str:
+    if keep_ratio is None:
+        stem, (model, card) = out / "student", load_with_card(config.run, factory)
+    else:
+        stem, (model, card) = out / f"keep-{keep_ratio:g}", load_rung(config.run, keep_ratio, factory)
     images = example_images(card.input, 4)
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
-    stem = out / f"keep-{keep_ratio:g}"
     match config.format:
         case "onnx":
             target = stem.with_name(f"{stem.name}.onnx")

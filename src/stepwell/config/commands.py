@@ -298,9 +298,9 @@ class ExportConfig(Options):
     """Options of `stepwell export`."""
 
     run: Path
-    """Directory of a run with a trained ladder."""
+    """Directory of a finished run; --keep and --all want one with a trained ladder."""
     keep_ratio: Fraction | None = None
-    """Which rung of the ladder to hand out."""
+    """Which rung of the ladder to hand out; the student, if neither this nor --all is given."""
     all: bool = False
     """Hand out every rung."""
     format: Literal["onnx", "safetensors", "torch-export"] = "onnx"

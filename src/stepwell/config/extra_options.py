@@ -65,7 +65,8 @@ def check_extras(options: ExtraOptions, path: Way, keep_ratio: float | None, stu
     """
     if options.ladder and path not in LADDER_PATHS:
         raise ValueError(
-            f"--ladder needs candidates that are trained together, as in --path amd; --path {path} has none"
+            f"--ladder needs candidates that are trained together to the end, as with --path amd; "
+            f"--path {path} trains none, or not always"
         )
     if options.ladder and student is not None:
         raise ValueError(

@@ -20,6 +20,7 @@ PRESETS: dict[str, dict[str, object]] = {
     "long": {"budget_epochs": 240.0},
     # What Algorithm 1 of the supplementary prints, with our readings where it is silent (docs/method.md).
     "paper": {
+        "path": "amd",
         "cut": "heads,neurons",
         "sampling": "all",
         "feature_scale": "raw",
@@ -33,6 +34,16 @@ PATHS: dict[str, dict[str, object]] = {
     "scalekd": {"feature_loss": "scalekd"},
 }
 """What comes with a path."""
+
+ONLY_AMD: dict[str, object] = {
+    "assistant": None,
+    "num_assistants": 1,
+    "assistant_share": 0.0,
+    "snapshots": 0,
+    "ladder": (),
+    "student": None,
+}
+"""What `--path auto` does not take, and without which value: who gives another asks for an assistant."""
 
 ConfigT = TypeVar("ConfigT", bound=Options)
 
@@ -61,9 +72,17 @@ def implied(values: Mapping[str, object]) -> dict[str, object]:
     """What the preset, the path and the losses among `values` set, where `values` do not."""
     preset = PRESETS.get(str(values.get("preset", "default")), {})
     path = PATHS.get(str(values.get("path", "")), {})
+    if "path" not in values and asks_for_amd(values):
+        path = {"path": "amd"}
     named = {**preset, **path, **values}
     losses = logit_facts(str(named.get("logit_loss", ""))), feature_facts(str(named.get("feature_loss", "")))
     return {**preset, **path, **losses[0].implied, **losses[1].implied}
+
+
+def asks_for_amd(values: Mapping[str, object]) -> bool:
+    """Whether an option is given that has a meaning with AMD alone, or a loss that `auto` cannot take."""
+    begins = feature_facts(str(values.get("feature_loss", ""))).pretraining is not None
+    return begins or any(values.get(name) not in (None, without, []) for name, without in ONLY_AMD.items())
 
 
 def over(values: Mapping[str, object], given: Mapping[str, object]) -> dict[str, object]:

@@ -35,7 +35,7 @@ _COMPRESS: Groups = {
         ("--control NAME", "equal_compute: also without an assistant; the better is kept"),
         ("--student MODEL", "a student of another architecture"),
         ("--baseline MODEL", "also a stock network, to compare the student with"),
-        ("--path NAME", "auto: try what pays; or single-step, takd and others"),
+        ("--path NAME", "way down: with an assistant where one pays (auto)"),
         ("--tune", "try three learning rates first, and take the best"),
         *_BUDGET,
     ),

@@ -127,6 +127,11 @@ def load(path: str | Path, factory: Factory | str | None = None) -> nn.Module:
     Raises:
         ModelError: Nothing is there, the card is damaged, the weights do not fit, or a factory is needed.
     """
+    return load_with_card(path, factory)[0]
+
+
+def load_with_card(path: str | Path, factory: Factory | str | None = None) -> tuple[nn.Module, Card]:
+    """The same, and what is known of it."""
     folder = find_model_dir(Path(path))
     if folder is None:
         raise ModelError(f"{path} holds no model: no {CARD} in it, in its student/ or in its teacher/")
@@ -134,7 +139,7 @@ def load(path: str | Path, factory: Factory | str | None = None) -> nn.Module:
     model = build(card.architecture, factory, folder)
     model = narrow_and_load(model, card.widths, folder / WEIGHTS, card.input)
     check_answers(model, card, folder)
-    return model
+    return model, card
 
 
 def check_answers(model: nn.Module, card: Card, folder: Path) -> None:

@@ -91,7 +91,8 @@ def why_no_ladder(run: Path) -> str:
     """A line on a run that has no trained ladder: it is not finished, or went another way."""
     if (run / "result.json").exists():
         return (
-            f"{run} went down without a shared ladder (--path): {run / 'student'} is all there is to hand out"
+            f"{run} trained its student alone, and no ladder (--path): leave --keep and --all out for the "
+            f"student; several sizes come from stepwell compress --ladder"
         )
     return f"{run} has no trained ladder (yet): run stepwell compress on it until it is finished"
 
