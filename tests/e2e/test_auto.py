@@ -295,10 +295,11 @@ def test_the_gap_of_a_run_is_that_of_its_candidates(run_words):
     assert bool(finished.assistants) == (gap >= 1)
 
 
-def test_a_single_step_has_no_control_beside_it(run_words, monkeypatch):
+def test_a_single_step_has_no_control_beside_it(run_words, monkeypatch, capsys):
     monkeypatch.setattr(auto, "why_no_pilot", lambda *_words: "this is why")
     _, finished = descended(run_words(*AUTO, "--control", "equal_compute"))
     assert finished.control is None
+    assert "auto: a single step, for this is why; it is its own control" in capsys.readouterr().err
 
 
 # --- tune

@@ -110,7 +110,7 @@ def gap_between(student_s: CandidateResult, largest: CandidateResult) -> float:
 
 def _single_step(s: Setting, ladder: Ladder, why: str) -> Finished:
     """The whole budget for a student of the teacher itself, which is its own control."""
-    say(f"auto: a single step, for {why}")
+    say(f"auto: a single step, for {why}{'; it is its own control' if s.config.control != 'none' else ''}")
     with s.run.stage("plan steps", Epochs) as stage:
         if stage.is_new:
             stage.result = expected_epochs(s, ladder, single_step.bill)
