@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-import shlex
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import yaml
 from small_world import QUICK, stepwell, student_weights
 
-from stepwell.cli import main, parse
+from stepwell.cli import main
 from stepwell.config.commands import CompressConfig
 from stepwell.config.files import make_config
 from stepwell.config.loss_facts import FEATURE_LOSSES, LOGIT_LOSSES
@@ -27,6 +24,7 @@ COSINE = f"{ROOT / 'examples' / 'cosine_loss.py'}:CosineLoss"
 PAGES = [
     "README.md",
     "CONTRIBUTING.md",
+    "examples/cluster/README.md",
     *(str(p.relative_to(ROOT)) for p in sorted(ROOT.glob("docs/**/*.md"))),
 ]
 NUM_IMAGES = 6
@@ -130,26 +128,3 @@ def test_links_lead_somewhere(page):
     text = (ROOT / page).read_text()
     for link in re.findall(r"\]\((?!https?:)([^)#]+)", text):
         assert ((ROOT / page).parent / link).exists(), link
-
-
-def test_the_files_for_clusters():
-    """Both start the same command, with options that exist, on as many processes as divide the batch."""
-    folder = ROOT / "examples" / "cluster"
-    script = (folder / "slurm.sh").read_text()
-    subprocess.run(["bash", "-n", folder / "slurm.sh"], check=True)
-    service, job = yaml.safe_load_all((folder / "kubernetes.yaml").read_text())
-    (container,) = job["spec"]["template"]["spec"]["containers"]
-    pod = container["command"]
-    in_script = re.search(r"-m stepwell (compress .*?)\n'", script, re.DOTALL)
-    assert in_script is not None
-    for words in (pod[pod.index("compress") :], shlex.split(in_script[1].replace("\\\n", " "))):
-        config = parse(words[0], CompressConfig, words[1:])
-        assert isinstance(config, CompressConfig)
-        assert config.batch_size % (4 * 8) == 0
-    assert service["spec"]["clusterIP"] == "None"
-    assert (
-        f"--master-addr={service['metadata']['name']}-0.{job['spec']['template']['spec']['subdomain']}" in pod
-    )
-    assert f"--nnodes={job['spec']['completions']}" in pod
-    assert f"--nproc-per-node={container['resources']['limits']['nvidia.com/gpu']}" in pod
-    assert {"#SBATCH --nodes=4", "#SBATCH --gpus-per-node=8"} <= set(script.splitlines())
