@@ -64,14 +64,21 @@ def main() -> None:
     print(save(options.name, cells, hardware, images=options.images, effort=options.effort))
 
 
-def plan(model: str, data: Path, folder: Path, values: dict[str, Any]) -> dict[str, float]:
+def plan(
+    model: str,
+    data: Path,
+    folder: Path,
+    values: dict[str, Any],
+    devices: int = 1,
+    bytes_per_second: float = 1e10,
+) -> dict[str, float]:
     """Seconds of each stage as planned, now or before."""
     file = folder / "plan.json"
     if not file.exists():
         options = {**COMMON, **values, "teacher": model, "data": str(data), "out_dir": folder / "planned"}
         s = begin(make_config(CompressConfig, options), teacher(model), exports=False)
         given = Images(len(s.data.train), len(s.data.selection), len(s.data.test))
-        found = forecast(s, ladder_of(s, path_of(s.config.path)), given)
+        found = forecast(s, ladder_of(s, path_of(s.config.path)), given, devices, bytes_per_second)
         seconds = {name: float(price) for name, price in found.stages.items()}
         write_atomically(file, json.dumps(seconds, indent=1) + "\n")
     return json.loads(file.read_text(encoding="utf-8"))

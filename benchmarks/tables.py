@@ -12,12 +12,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ahead import table as ahead_table
 from cost import table as cost_table
 from experiment_tables import tables_of
 from plan import table as plan_table
 from record import RESULTS
 from scalekd import table as scalekd_table
 from scalekd_cost import table as scalekd_cost_table
+from scaling import table as scaling_table
 from speed import table as speed_table
 from stepwell.compare.table import spread
 from stepwell.measure.size import short_number
@@ -170,8 +172,9 @@ def main() -> None:
     parts |= {f"suite-{name}": suite_table(record) for name, record in suites.items()}
     parts["speed"] = speed_table(records["speed"]["runs"])
     parts["throughput"] = throughput_table(records["throughput"])
-    for name, table in (("cost", cost_table), ("plan", plan_table)):
-        if name in records:
+    made_by = {"cost": cost_table, "plan": plan_table, "scaling": scaling_table, "ahead": ahead_table}
+    for name, table in made_by.items():
+        if name in records:  # not all have been run yet
             parts[name] = table(records[name])
     parts["scalekd-cost"] = scalekd_cost_table(records["scalekd-cost"])
     parts |= tables_of(RESULTS / "experiments")

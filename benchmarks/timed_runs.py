@@ -38,6 +38,20 @@ MODELS: dict[str, dict[str, Any]] = {
         },
     },
 }
+# From the first to the last three hundred times as many parameters; images are 65 tokens for all.
+VITS: dict[str, dict[str, Any]] = {
+    f"ViT, {millions} M": {
+        "model": "vit_tiny_patch16_224",
+        "args": {
+            "img_size": "32",
+            "patch_size": "4",
+            "embed_dim": str(64 * heads),
+            "depth": str(depth),
+            "num_heads": str(heads),
+        },
+    }
+    for millions, heads, depth in ((1, 2, 5), (5, 3, 12), (21, 6, 12), (85, 12, 12), (303, 16, 24))
+}
 SIZE, NUM_CLASSES = 32, 10
 COMMON: dict[str, Any] = {"batch_size": 64, "threads": 1, "augment": "crop", "keep_ratio": 0.1}
 
@@ -45,7 +59,7 @@ COMMON: dict[str, Any] = {"batch_size": 64, "threads": 1, "augment": "crop", "ke
 def teacher(name: str) -> nn.Module:
     """The model with the same random weights each time."""
     torch.manual_seed(0)
-    its = MODELS[name]
+    its = (MODELS | VITS)[name]
     return timm.create_model(its["model"], num_classes=NUM_CLASSES, **parse_model_args(its["args"])).eval()
 
 
