@@ -4,7 +4,7 @@
     python benchmarks/ahead.py --rate 400e12 --joint 0.2 --distill 0.25     # of your GPU: throughput.py
 
 The path's own bill is added up, as in `stepwell doctor --plan`, with a clock that knows a GPU by its matrix
-rate alone. A step ends when the slowest of three has ended, which go on side by side; then come the gradients:
+rate alone. A step ends when the slowest of three has ended, which go on side by side; then come gradients:
 
     arithmetic   its operations, counted, at the share of the matrix rate that steps reach
     decoding     a GPU's images, by the workers beside it
@@ -292,8 +292,8 @@ def table(record: dict[str, Any]) -> str:
     rows += [
         "",
         f"AMD to a tenth, 9 candidates; hours of the parts are of joint training and distillation, where "
-        f"arithmetic, decoding and reading go on side by side. Distilling, the largest reads {read:.0f} GB/s. "
-        f"Commit {record['commit']}.",
+        f"arithmetic, decoding and reading go side by side. Distilling, the largest reads {read:.0f} GB/s; "
+        f"commit {record['commit']}.",
     ]
     return "\n".join(rows)
 
