@@ -145,7 +145,9 @@ def measured(cell: Cell, out: Path) -> None:
     path_of(s.config.path).descend(s, lambda *_: None)
     if is_main():
         seconds = {name: stage.seconds for name, stage in s.run.stages.items()}
-        text = json.dumps({"measured": seconds, "bytes_per_second": rate}, indent=1)
+        passes = {name: stage.passes for name, stage in s.run.stages.items()}
+        found = {"measured": seconds, "passes": passes, "bytes_per_second": rate}
+        text = json.dumps(found, indent=1)
         write_atomically(folder / "measured.json", text + "\n")
 
 

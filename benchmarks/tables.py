@@ -15,6 +15,7 @@ from typing import Any
 from ahead import table as ahead_table
 from cost import table as cost_table
 from experiment_tables import tables_of
+from peers_tables import table as peers_table
 from plan import table as plan_table
 from record import RESULTS
 from scalekd import table as scalekd_table
@@ -172,7 +173,13 @@ def main() -> None:
     parts |= {f"suite-{name}": suite_table(record) for name, record in suites.items()}
     parts["speed"] = speed_table(records["speed"]["runs"])
     parts["throughput"] = throughput_table(records["throughput"])
-    made_by = {"cost": cost_table, "plan": plan_table, "scaling": scaling_table, "ahead": ahead_table}
+    made_by = {
+        "cost": cost_table,
+        "plan": plan_table,
+        "scaling": scaling_table,
+        "ahead": ahead_table,
+        "peers": peers_table,
+    }
     for name, table in made_by.items():
         if name in records:  # not all have been run yet
             parts[name] = table(records[name])

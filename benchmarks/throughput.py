@@ -107,13 +107,7 @@ def cells_of(
     """Every kind of step of one model."""
     with tempfile.TemporaryDirectory() as folder:
         s = setting(Path(folder), name, precision, batch_size, device)
-        torch.manual_seed(0)
-        images = torch.randn(batch_size, 3, *s.spec.size, device=device)
-        batch = Batch(
-            images.contiguous(memory_format=torch.channels_last),
-            torch.randint(10, (batch_size,), device=device),
-            torch.arange(batch_size, device=device),
-        )
+        batch = random_batch(s, batch_size, device)
         ladder = grid(s, score(s), keep_ratios)
         steps: dict[str, tuple[Callable[[Batch, int], object], list[nn.Parameter], float]] = {}
         shared = store_of(s, ladder)
@@ -137,6 +131,17 @@ def cells_of(
                 | {"gflop": round(flops / 1e9, 1), "share": round(1e3 * flops / found["ms"] / rate, 4)}
             )
         return cells
+
+
+def random_batch(s: Setting, batch_size: int, device: torch.device) -> Batch:
+    """Noise, as a run hands it to a step."""
+    torch.manual_seed(0)
+    images = torch.randn(batch_size, 3, *s.spec.size, device=device)
+    return Batch(
+        images.contiguous(memory_format=torch.channels_last),
+        torch.randint(10, (batch_size,), device=device),
+        torch.arange(batch_size, device=device),
+    )
 
 
 def timed(
