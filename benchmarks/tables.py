@@ -17,6 +17,7 @@ from cost import table as cost_table
 from experiment_tables import tables_of
 from peers_tables import table as peers_table
 from plan import table as plan_table
+from profiled import table as profiled_table
 from record import RESULTS
 from scalekd import table as scalekd_table
 from scalekd_cost import table as scalekd_cost_table
@@ -179,6 +180,7 @@ def main() -> None:
         "scaling": scaling_table,
         "ahead": ahead_table,
         "peers": peers_table,
+        "profiled": profiled_table,
     }
     for name, table in made_by.items():
         if name in records:  # not all have been run yet
