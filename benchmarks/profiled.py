@@ -4,9 +4,9 @@
     python benchmarks/profiled.py --models vit_tiny_patch16_224 --batch 2 --steps 2 --name profiled-try
 
 Steps of joint training and of distillation, each with its update, as in throughput.py: timed as they are, and
-then under torch.profiler. `share` is their operations over their time, as a part of what a product of matrices
-reaches in the same run. Time is that of operators alone, without what they call: on a GPU of their kernels, and
-in what is left of the step the GPU waits; on a CPU what is left is Python, autograd's bookkeeping, and the
+then under torch.profiler. `share` is their operations over their time, as a part of what a matrix product
+reaches in the same run. Time is that of operators alone, without what they call: on a GPU of their kernels;
+in what is left of the step the GPU waits. On a CPU what is left is Python, autograd's bookkeeping, and the
 profiler itself. Writes benchmarks/results/profiled.json, of which `python benchmarks/tables.py` makes a table
 of docs/performance.md.
 """
