@@ -221,7 +221,7 @@ def decoded_per_second() -> float:
 
 def reckoned(plan: Plan, machines: Machines) -> dict[str, Any]:
     """Hours of a plan by stage, and what its training steps wait for."""
-    values = {"budget_epochs": plan.budget, "batch_size": plan.share * plan.gpus, "keep_ratio": 0.1}
+    values = {"path": "amd", "budget_epochs": plan.budget, "batch_size": plan.share * plan.gpus}
     config = make_config(CompressConfig, {"teacher": plan.teacher, "data": plan.name, **values})
     macs, scales, sizes = anatomy(plan.teacher, config)
     costs = Costs(config, scales, scales[0], plan.images, num_beside(plan.images))

@@ -53,7 +53,13 @@ VITS: dict[str, dict[str, Any]] = {
     for millions, heads, depth in ((1, 2, 5), (5, 3, 12), (21, 6, 12), (85, 12, 12), (303, 16, 24))
 }
 SIZE, NUM_CLASSES = 32, 10
-COMMON: dict[str, Any] = {"batch_size": 64, "threads": 1, "augment": "crop", "keep_ratio": 0.1}
+COMMON: dict[str, Any] = {
+    "path": "amd",
+    "batch_size": 64,
+    "threads": 1,
+    "augment": "crop",
+    "keep_ratio": 0.1,
+}
 
 
 def teacher(name: str) -> nn.Module:
