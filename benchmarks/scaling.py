@@ -39,6 +39,8 @@ from stepwell.run.processes import is_main, world
 from timed_runs import COMMON, NUM_CLASSES, SIZE, VITS, images, teacher
 
 *MEASURED, PREDICTED = VITS
+EPOCHS = (8.0, 4.0, 2.0, 1.0)
+"""Of each of these: what comes once, however long a training is, would be most of a small one's."""
 
 
 @dataclass(frozen=True)
@@ -75,10 +77,14 @@ def cells(quick: bool) -> list[Cell]:
     return [
         *(Cell("images", f"{n // few:,}", images=n // few) for n in (320, 640, 1280, 2560)[:most]),
         *(
-            Cell("candidates", str(m), images=640 // few, options={"num_candidates": m})
+            # Nine are the default, and one of the runs above.
+            Cell("candidates", str(m), images=640 // few, options={} if m == 9 else {"num_candidates": m})
             for m in (5, 9, 15)[:most]
         ),
-        *(Cell("parameters", name, name, images=80 // few, options=large) for name in MEASURED[:most]),
+        *(
+            Cell("parameters", name, name, images=80 // few, options={**large, "epochs": epochs})
+            for name, epochs in zip(MEASURED[:most], EPOCHS, strict=False)
+        ),
         *(Cell("processes", str(n), MEASURED[1 - quick], 320 // few, n, {"batch_size": 32}) for n in (1, 2)),
     ]
 
@@ -184,7 +190,7 @@ def compared(cell: dict[str, Any]) -> tuple[dict[str, float], dict[str, float]]:
 
 
 def row(cell: dict[str, Any], before: dict[str, Any] | None = None) -> str:
-    """Of one run; growth is from the run before on the same axis."""
+    """Of one run; growth is that of an epoch from the run before on the same axis."""
     value = f"{cell['params'] / 1e6:.1f} M" if cell["axis"] == "parameters" else cell["value"]
     head = f"| {cell['axis']} | {value} |"
     if cell["measured"] is None:
@@ -218,9 +224,10 @@ def table(record: dict[str, Any]) -> str:
         [
             *rows,
             "",
-            f"AMD, scores to student, an epoch of each training; {NUM_CLASSES} classes, images of {SIZE} x "
-            f"{SIZE}; growth from the row above; {between}{machine['processor']}, {record['cores']} cores, "
-            f"one thread a process, torch {machine['torch']}; commit {record['commit']}.",
+            f"AMD, scores to student, an epoch of each training (eight to one for parameters); {NUM_CLASSES} "
+            f"classes, images of {SIZE} x {SIZE}; growth of an epoch from the row above; {between}"
+            f"{machine['processor']}, {record['cores']} cores, one thread a process, torch "
+            f"{machine['torch']}; commit {record['commit']}.",
         ]
     )
 
