@@ -130,6 +130,10 @@ class TrainingOptions(Options):
     """Let torch.compile make code of each model's passes in training: of each candidate, student and teacher
     once, when it first runs, which takes up to minutes for each. Weights differ by rounding. Needs a C++
     compiler, on a GPU Triton."""
+    gradient_checkpointing: bool = False
+    """Keep of each block of what is trained (candidates, students, or the model of `train`) its input alone,
+    and compute the rest a second time for the gradients: less memory for about a third more time, and the
+    same result."""
     device: str = "auto"
     """cpu, cuda, cuda:1, mps, ...; `auto` takes a CUDA GPU if there is one. Never mps, which lacks double
     precision and is untried: name it."""
@@ -142,6 +146,14 @@ class TrainingOptions(Options):
         if len(given) > 1:
             flags = " and ".join(flag_of(name) for name in given)
             raise ValueError(f"{flags} each say how long the run is: give one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _one_way_to_keep_less(self) -> Self:
+        if self.compile and self.gradient_checkpointing:
+            raise ValueError(
+                "--compile decides by itself what is computed again: leave out --gradient-checkpointing"
+            )
         return self
 
     @model_validator(mode="after")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from stepwell.data.spec import InputSpec
 from stepwell.losses.choose import memory_bytes
 from stepwell.measure.size import num_params, shadow_of
 from stepwell.pruning.skeleton import build_skeleton
+from stepwell.training.recomputed import recomputed_blocks
 
 EFFICIENCY = 0.4
 """Of what a large matrix product reaches, small layers reach about this share."""
@@ -59,7 +61,7 @@ def footprint(
     """What the training of a model takes, counted on shapes.
 
     Args:
-        config: Loss, and whether weights are averaged.
+        config: Loss, whether weights are averaged, and whether blocks are computed again.
         num_frozen: Parameters of its teachers, and of what else lies there.
         trained: The model; of several in one store of weights the largest, which has them all.
         spec: Input of both.
@@ -69,7 +71,9 @@ def footprint(
     """
     store, averages = num_params(trained), 1 if config.ema else 0
     banks, read = memory_bytes(config, num_train, batch_size)
-    activations = activation_bytes(trained, spec, batch_size * config.views)
+    activations = activation_bytes(
+        trained, spec, batch_size * config.views, recomputed=config.gradient_checkpointing
+    )
     # Of every trained parameter: weight, gradient, two moments, the average.
     weights = 4 * num_frozen + (16 + 4 * averages) * store
     return Footprint(
@@ -116,28 +120,66 @@ def macs_per_second(device: torch.device) -> float:
     return 4 * size**3 / seconds
 
 
-def activation_bytes(model: nn.Module, spec: InputSpec, batch_size: int) -> int:
+def activation_bytes(model: nn.Module, spec: InputSpec, batch_size: int, *, recomputed: bool = False) -> int:
     """Bytes that autograd keeps between forward and backward, counted on the meta device.
 
     A forward pass that wants the values of tensors, which have none there, runs on the CPU, on two images.
+
+    Args:
+        model: What is trained.
+        spec: Its input.
+        batch_size: Images.
+        recomputed: Whether of each block the input alone is kept, and the rest of one block at a time.
     """
     try:
-        return _kept_bytes(build_skeleton(model, [], {}).to("meta"), spec, batch_size)
+        return _kept_bytes(build_skeleton(model, [], {}).to("meta"), spec, batch_size, recomputed)
     except Exception:  # whatever it raises where it finds no values
-        return _kept_bytes(shadow_of(model, "cpu"), spec, 2) * batch_size // 2
+        return _kept_bytes(shadow_of(model, "cpu"), spec, 2, recomputed) * batch_size // 2
 
 
-def _kept_bytes(model: nn.Module, spec: InputSpec, batch_size: int) -> int:
-    kept: dict[int, int] = {}
+class _Kept:
+    """Bytes of memory behind tensors, each counted once."""
 
-    def pack(tensor: Tensor) -> Tensor:
+    def __init__(self) -> None:
+        self._found: dict[int, int] = {}
+
+    def add(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        kept[storage._cdata] = storage.nbytes()
+        self._found[storage._cdata] = storage.nbytes()
         return tensor
 
+    @property
+    def total(self) -> int:
+        return sum(self._found.values())
+
+    def hooks(self) -> torch.autograd.graph.saved_tensors_hooks:
+        return torch.autograd.graph.saved_tensors_hooks(self.add, lambda tensor: tensor)
+
+
+def _kept_bytes(model: nn.Module, spec: InputSpec, batch_size: int, recomputed: bool) -> int:
+    kept, of_blocks = _Kept(), [0]
+    if recomputed:
+        for block in recomputed_blocks(model).values():
+            block.forward = _counted_apart(block.forward, kept, of_blocks)
     parameters = [p.requires_grad_() for p in model.train().parameters()]
     images = torch.zeros(batch_size, spec.channels, *spec.size, device=parameters[0].device)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with kept.hooks():
         output = model(images)
     del output
-    return sum(kept.values())
+    return kept.total + max(of_blocks)
+
+
+def _counted_apart(forward: Callable[..., Any], kept: _Kept, of_blocks: list[int]) -> Callable[..., Any]:
+    """A block's forward pass, of which `kept` gets the input alone; the rest is added to `of_blocks`."""
+
+    def run(*args: Any, **options: Any) -> Any:  # noqa: ANN401
+        for value in (*args, *options.values()):
+            if isinstance(value, Tensor):
+                kept.add(value)
+        own = _Kept()
+        with own.hooks():
+            output = forward(*args, **options)
+        of_blocks.append(own.total)
+        return output
+
+    return run

@@ -36,6 +36,7 @@ from stepwell.training.handed_on import performance_of
 from stepwell.training.lesson import Lesson
 from stepwell.training.loop import Course, Trained, fit
 from stepwell.training.optimizer import no_decay_of
+from stepwell.training.recomputed import Recomputed
 
 
 def distill(
@@ -235,6 +236,8 @@ def distill_step(
     if s.config.compile:  # as they are now: teachers in eval mode, the student in training mode
         observed = [Compiled(teacher, f"teacher {index + 1}") for index, teacher in enumerate(observed)]
         learner = Compiled(learner, "the student")
+    elif s.config.gradient_checkpointing:
+        learner = Recomputed(learner, "the student")
     return DistillStep(Lesson(observed, losses, s.autocast, known, s.scaler), learner, s.config.seed, drop)
 
 

@@ -30,6 +30,7 @@ from stepwell.training.answers import Answers
 from stepwell.training.compiled import Compiled
 from stepwell.training.lesson import Lesson
 from stepwell.training.loop import Course, Trained, fit
+from stepwell.training.recomputed import Recomputed
 from stepwell.training.snapshots import read_snapshots, snapshot_files, with_snapshots
 from stepwell.training.statistics import recalibrate
 
@@ -168,6 +169,8 @@ def joint_step(
     if s.config.compile:  # as they are now: the teacher in eval mode, the students in training mode
         teacher = Compiled(teacher, "the teacher")
         students = [Compiled(student, f"candidate {index + 1}") for index, student in enumerate(students)]
+    elif s.config.gradient_checkpointing:
+        students = [Recomputed(student, f"candidate {index + 1}") for index, student in enumerate(students)]
     return JointStep(
         Lesson([teacher], losses, s.autocast, [known], s.scaler), shared, students, s.config, s.config.seed
     )

@@ -18,6 +18,7 @@ from stepwell.run.device import autocast_of, scaler_of
 from stepwell.tasks.task import Task, loss_of
 from stepwell.training.compiled import Compiled
 from stepwell.training.loop import no_scaling
+from stepwell.training.recomputed import Recomputed
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def label_step(
     Args:
         task: What the model is for.
         model: What is trained, on its device, in the mode that it is trained in.
-        options: Number format, and whether the model is compiled.
+        options: Number format, and whether the model is compiled or computed again.
         label_smoothing: Share of the target that is spread over all classes.
         class_weights: What each class counts; nothing for 1.
         auxiliary: Name of a second head of the model, and the weight of its loss.
@@ -82,6 +83,8 @@ def label_step(
     observed = Observed(model, (name,) if auxiliary else ())
     if options.compile:
         observed = Compiled(observed, "the model")
+    elif options.gradient_checkpointing:
+        observed = Recomputed(observed, "the model")
     device = next(model.parameters()).device
     return LabelStep(
         task,
