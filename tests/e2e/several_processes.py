@@ -23,7 +23,7 @@ import conftest
 from stepwell.cli import main
 from stepwell.config.commands import CompressConfig, TrainConfig
 from stepwell.config.files import make_config
-from stepwell.data.batches import EvalBatches, TrainBatches, images_per_process, part_of_batch
+from stepwell.data.batches import Batch, EvalBatches, TrainBatches, images_per_process, part_of_batch
 from stepwell.data.images import ImageSet
 from stepwell.data.splits import resolve_data
 from stepwell.errors import ConfigError, DataError
@@ -285,6 +285,30 @@ def check_a_model_with_batchnorm_stays_the_same_in_all(out: Path, teacher: Path,
     trained = fit(
         Course("test", parameters, 2.0, 0.01, modules=[model], judge=judge), step, batches, config, config
     )
+    first, second = joined([(model.state_dict(), trained.losses)])
+    assert first[1] == second[1]
+    assert all(torch.equal(first[0][name], second[0][name]) for name in first[0])
+
+
+def check_an_overflow_of_one_is_one_of_all(out: Path, teacher: Path, data: Path) -> None:
+    """In fp16 a move is left out, or the training ended, by all or by none."""
+    config = make_config(TrainConfig, {"batch_size": 8})
+    batches = TrainBatches(_images(data, 24), read_card(teacher / "teacher").input, config, 0, CPU)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 3), nn.BatchNorm1d(3))
+    scaler, before = torch.amp.GradScaler("cpu"), []
+
+    def step(batch: Batch, number: int, progress: float) -> dict[str, Tensor]:
+        before.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        images = batch.images * (torch.inf if (number, rank()) == (1, 1) else 1)
+        loss = nn.functional.cross_entropy(model(images), batch.labels)
+        scaler.scale(loss).backward()
+        return {"loss": loss.detach()}
+
+    course = Course("test", dict(model.named_parameters()), 1.0, 0.01, modules=[model], scaler=scaler)
+    trained = fit(course, step, batches, config)
+    for name, tensor in before[1].items():
+        assert torch.equal(tensor, before[2][name]), name
+        assert tensor.isfinite().all()
     first, second = joined([(model.state_dict(), trained.losses)])
     assert first[1] == second[1]
     assert all(torch.equal(first[0][name], second[0][name]) for name in first[0])

@@ -1,6 +1,9 @@
-"""fp16: losses are scaled so that no gradient is lost, and nothing else of a training knows of it."""
+"""fp16: losses are scaled so that no gradient is lost, and a step that overflows is left out."""
 
 from __future__ import annotations
+
+import copy
+import math
 
 import pytest
 import torch
@@ -8,10 +11,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from stepwell.config.options import LossOptions, TrainingOptions
+from stepwell.config.recipe_options import RecipeOptions
+from stepwell.errors import DivergedError
 from stepwell.losses.observe import Observed
 from stepwell.run import checkpoint
 from stepwell.run.device import autocast_of, scaler_of
 from stepwell.stages.distill import DistillStep
+from stepwell.tasks.task import task_of
+from stepwell.training.from_labels import label_step
 from stepwell.training.lesson import Lesson
 from stepwell.training.loop import Course, no_scaling
 from stepwell.training.loop import fit as run
@@ -117,3 +124,149 @@ def test_gradients_below_the_smallest_number_of_fp16_are_not_lost():
     lost = (found["plain"] - found["exact"]).norm() / found["exact"].norm()
     assert error < 0.02
     assert lost > 5 * error
+
+
+# --- what overflows in the forward pass
+
+
+class Normed(nn.Module):
+    """Products in fp16, and statistics; inf where an image is too bright."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc, self.norm, self.head = nn.Linear(3 * 16 * 16, 8), nn.BatchNorm1d(8), nn.Linear(8, 5)
+
+    def forward(self, images):
+        return self.head(self.norm(self.fc(images.flatten(1))).relu())
+
+
+class Watched:
+    """A step in fp16 that notes what the model is made of before it, and its loss."""
+
+    def __init__(self, model: nn.Module) -> None:
+        options = TrainingOptions(precision="fp16")
+        self.step = label_step(task_of("classification"), model.train(), options, 0.0)
+        self.model, self.scaler = model, self.step.scaler
+        self.states: list[dict[str, torch.Tensor]] = []
+        self.losses: list[float] = []
+
+    def __call__(self, batch, number, progress):
+        self.states.append(copy.deepcopy(self.model.state_dict()))
+        losses = self.step(batch, number, progress)
+        self.losses.append(float(losses["loss"]))
+        return losses
+
+
+def bright(batches, numbers):
+    """Batches of which some have pixels that fp16 cannot multiply."""
+    return [
+        batch._replace(images=batch.images * 1e6) if number in numbers else batch
+        for number, batch in enumerate(batches)
+    ]
+
+
+def watched_fit(numbers, num_steps: int = 12, accumulate: int = 1, ema: float = 0.0, model=None, file=None):
+    """A training in which the losses of steps with these numbers are not finite."""
+    step = Watched(model or Normed())
+    course = Course(
+        "joint", dict(step.model.named_parameters()), 1.0, 0.01,
+        modules=[step.model], scaler=step.scaler, checkpoint=file,
+    )  # fmt: skip
+    batches = FixedTrain(bright(random_batches(num_steps, 32), numbers))
+    recipe = RecipeOptions(accumulate=accumulate, ema=ema)
+    trained = run(course, step, batches, TrainingOptions(warmup=0.0, precision="fp16"), recipe)
+    return step, trained
+
+
+def test_a_loss_that_overflows_is_a_step_left_out():
+    """Weights and statistics stay, the scale is halved, the log has the mean of the others."""
+    step, trained = watched_fit((3, 11))
+    finite = [math.isfinite(loss) for loss in step.losses]
+    assert finite == [number not in (3, 11) for number in range(12)]
+    states = [*step.states, step.model.state_dict()]
+    for number in range(12):
+        moved = [n for n in states[0] if not torch.equal(states[number][n], states[number + 1][n])]
+        expected = {"fc.weight", "norm.running_mean", "norm.num_batches_tracked", "head.bias"}
+        assert not moved if number in (3, 11) else expected <= set(moved), number
+    assert step.scaler.get_scale() == FIRST_SCALE / 4
+    assert trained.step == [10, 12]
+    first = [loss for loss in step.losses[:10] if math.isfinite(loss)]
+    assert trained.losses["loss"] == pytest.approx([sum(first) / 9, step.losses[10]])
+
+
+def test_a_move_of_several_batches_is_left_out_whole():
+    step, _ = watched_fit((4,), accumulate=3, ema=0.9)
+    states = [*step.states, step.model.state_dict()]
+    for name in states[0]:
+        assert torch.equal(states[3][name], states[6][name])
+        assert not torch.equal(states[6][name], states[9][name])
+    assert all(tensor.isfinite().all() for tensor in step.model.state_dict().values())
+
+
+def test_a_memory_of_a_loss_is_as_before():
+    """Also counts, and where a gradient would have stayed finite."""
+    memory = nn.Module()
+    memory.register_buffer("rows", torch.zeros(4))
+    memory.register_buffer("number", torch.zeros((), dtype=torch.int64))
+    layer = nn.Linear(2, 2)
+    scaler, weights = fp16_scaler(), []
+
+    def step(batch, number, progress):
+        weights.append(layer.weight.detach().clone())
+        memory.rows += 1
+        memory.number += 1
+        scaler.scale(layer(torch.ones(1, 2)).square().sum()).backward()
+        return {"loss": torch.tensor(math.inf if number == 1 else 1.0)}
+
+    course = Course("test", dict(layer.named_parameters()), 1.0, 0.01, aids=[memory], scaler=scaler)
+    run(course, step, FixedTrain(random_batches(4, 2)), TrainingOptions())
+    assert (memory.number.item(), memory.rows.tolist()) == (3, [3.0] * 4)
+    assert torch.equal(weights[1], weights[2])
+    assert not torch.equal(weights[2], weights[3])
+
+
+@pytest.mark.parametrize(
+    ("numbers", "num_steps", "what"),
+    [
+        (range(10, 20), 30, "loss became nan between steps 11 and 20 of 30"),
+        (range(1), 1, "loss became nan between steps 1 and 1 of 1"),
+        (range(0, 60, 2), 60, "the scale of the loss fell below 1 by step 40 of 60"),
+    ],
+)
+def test_what_overflows_again_and_again_ends_the_run(numbers, num_steps, what):
+    with pytest.raises(DivergedError) as caught:
+        watched_fit(numbers, num_steps)
+    assert str(caught.value) == (
+        f"joint: {what}; finished stages are kept; --precision bf16 or fp32, or a lower --lr than 0.01 needs "
+        f"another --out"
+    )
+
+
+def test_last_steps_that_are_left_out_say_nothing():
+    step, trained = watched_fit((10, 11))
+    assert trained.step == [10]
+    assert trained.num_steps == 12
+    assert trained.losses["loss"] == pytest.approx([sum(step.losses[:10]) / 10])
+
+
+def test_a_log_that_resumes_knows_what_was_left_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "SECONDS_BETWEEN", 0.0)
+    monkeypatch.setattr(checkpoint, "TIMES_AS_LONG", 0)
+    _, undisturbed = watched_fit((3, 6))
+    step = Watched.__call__
+
+    def stops(self, batch, number, progress):
+        if number == 5:
+            raise Stopped
+        return step(self, batch, number, progress)
+
+    file = tmp_path / "stage" / "main.safetensors"
+    with monkeypatch.context() as patched:
+        patched.setattr(Watched, "__call__", stops)
+        with pytest.raises(Stopped):
+            watched_fit((3, 6), file=file)
+    second, trained = watched_fit((3, 6), file=file)
+    assert len(second.losses) == 7
+    assert (trained.losses, trained.step) == (undisturbed.losses, undisturbed.step)
+    assert all(torch.equal(trained.tensors[name], t) for name, t in undisturbed.tensors.items())

@@ -19,6 +19,7 @@ from stepwell.data.batches import Batch
 from stepwell.losses.observe import Observed
 from stepwell.models.ladder import Ladder
 from stepwell.pruning.units import Candidate
+from stepwell.run.device import scaler_of
 from stepwell.setting.rungs import store_of
 from stepwell.stages.distill import DistillStep
 from stepwell.stages.joint import JointStep, joint_step
@@ -109,23 +110,27 @@ class Reads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_the_loop_reads_its_losses_every_ten_steps(optimizer):
-    """Two losses each time; and at the end whether each of the two parameters is finite."""
+@pytest.mark.parametrize(("optimizer", "precision"), [("adamw", "fp32"), ("sgd", "fp32"), ("adamw", "fp16")])
+def test_the_loop_reads_its_losses_every_ten_steps(optimizer, precision):
+    """Two losses each time, in fp16 of how many steps they are and the scale, too; and at the end whether
+    each of the two parameters is finite."""
 
     def reads(num_steps: int) -> int:
         layer = nn.Linear(3, 2)
+        options = TrainingOptions(optimizer=optimizer, precision=precision)
+        scaler = scaler_of(options, torch.device("cpu"))
 
         def step(_batch: Batch, _number: int, _progress: float) -> dict[str, Tensor]:
             loss = layer(torch.ones(4, 3)).square().mean()
-            loss.backward()
+            scaler.scale(loss).backward()
             return {"loss": loss.detach(), "task": loss.detach()}
 
-        options = TrainingOptions(optimizer=optimizer)
         with Reads() as counted:
-            course = Course("test", dict(layer.named_parameters()), epochs=float(num_steps), lr=0.01)
+            parameters = dict(layer.named_parameters())
+            course = Course("test", parameters, epochs=float(num_steps), lr=0.01, scaler=scaler)
             fit(course, step, FixedTrain(random_batches(1, 4)), options)
         return counted.count
 
-    assert reads(20) - reads(10) == 2
-    assert reads(10) == 2 + 2
+    each_time = 4 if precision == "fp16" else 2
+    assert reads(20) - reads(10) == each_time
+    assert reads(10) == each_time + 2

@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 from zlib import crc32
 
 import torch
@@ -24,14 +23,15 @@ from torch import Tensor, nn
 from stepwell.config.options import TrainingOptions
 from stepwell.config.recipe_options import PLAIN, RecipeOptions
 from stepwell.data.batches import Batch, TrainBatches
-from stepwell.errors import DivergedError
 from stepwell.run.checkpoint import Checkpoint, changed_by_training
-from stepwell.run.distributed import copy_from_main, mean_, mean_gradients
+from stepwell.run.distributed import copy_from_main, mean_gradients
 from stepwell.run.processes import rank, world
 from stepwell.run.progress import progress, say
 from stepwell.run.run_dir import StageResult
 from stepwell.training.handed_on import HandedOn, Judge
+from stepwell.training.log import Log
 from stepwell.training.optimizer import make_optimizer, make_scheduler
+from stepwell.training.overflow import Overflow
 from stepwell.training.statistics import statistics_of
 
 Step = Callable[[Batch, int, float], Mapping[str, Tensor]]
@@ -126,18 +126,20 @@ def fit(
         their average or the best, which are then in the models.
 
     Raises:
-        DivergedError: A loss is NaN or infinite.
+        DivergedError: A loss is NaN or infinite; with fp16, where a step that overflows is left out, in ten
+            steps one after another, or so often that the scale falls below 1.
         RunDirError: The checkpoint is damaged.
     """
     parameters, num_steps = course.parameters, max(1, round(course.epochs * batches.steps_per_epoch))
     # What draws numbers (dropout) draws the same ones whichever stages this process has been through.
     torch.manual_seed(crc32(f"{batches.seed}:{course.name}".encode()))
     optimizer = make_optimizer(parameters, course.lr, options, course.no_decay, course.lr_scales)
-    log = _Log(course.name, num_steps, course.lr)
+    log = Log(course.name, num_steps, course.lr, course.scaler)
     handed_on = HandedOn(course.handed_on, course.modules, recipe, batches.steps_per_epoch, course.judge)
     changing = [*course.modules, *course.aids, *handed_on.modules]
     copy_from_main(changed_by_training(parameters, changing).values())
     statistics = statistics_of([*course.modules, *course.aids])
+    overflow = Overflow(course.scaler, parameters, [*course.modules, *course.aids])
     keep = Checkpoint(course.checkpoint, parameters, changing) if course.checkpoint else None
     done, scaler = 0, course.scaler
     scaler.load_state_dict(torch.amp.GradScaler("cpu").state_dict())
@@ -158,18 +160,21 @@ def fit(
             if place == 0:
                 scheduler.step_update(move)
                 optimizer.zero_grad(set_to_none=True)
+                overflow.begin()
             if world() > 1:  # dropout differs between parts, and is the same in a training that resumes
                 torch.manual_seed(crc32(f"{batches.seed}:{course.name}:{number}:{rank()}".encode()))
-            log.add(step(batch, number, number / num_steps))
+            losses = step(batch, number, number / num_steps)
+            log.add(losses, overflow.look_at(losses))
             moves = place + 1 == recipe.accumulate or is_last
             if moves:
-                mean_gradients(parameters.values(), [*statistics(), *log.sums])
+                mean_gradients(parameters.values(), [*statistics(), *log.sums, *overflow.finite])
+                overflow.undo()
                 _divide_gradients(parameters.values(), place + 1)
                 scaler.unscale_(optimizer)
                 if options.clip_norm:
                     nn.utils.clip_grad_norm_(parameters.values(), options.clip_norm)
             if (number + 1) % _CHECK_EVERY == 0 or is_last:
-                log.close_stretch(number + 1, _base_lr(optimizer))
+                log.close_stretch(number + 1, _base_lr(optimizer), is_short=(number + 1) % _CHECK_EVERY != 0)
             if moves:
                 scaler.step(optimizer)  # not where a gradient is infinite; the scale is halved then
                 scaler.update()
@@ -223,64 +228,3 @@ def seconds_per_step(step: Step, batches: TrainBatches, parameters: Iterable[nn.
         float(loss)  # waits for the device
         seconds.append(time.monotonic() - start)
     return sum(seconds[TIMED_STEPS.start :]) / len(TIMED_STEPS)
-
-
-class _Log:
-    """Sums losses on the device and looks at them once per stretch of steps."""
-
-    def __init__(self, stage: str, num_steps: int, lr: float) -> None:
-        self.stage, self.num_steps, self.peak_lr = stage, num_steps, lr
-        self.steps: list[int] = []
-        self.losses: dict[str, list[float]] = {}
-        self.lr: list[float] = []
-        self.note = ""
-        self._sums: dict[str, Tensor] = {}
-        self._count = 0
-
-    def add(self, losses: Mapping[str, Tensor]) -> None:
-        for name, value in losses.items():
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
-        self._count += 1
-
-    @property
-    def sums(self) -> list[Tensor]:
-        """Of the stretch that is open."""
-        return list(self._sums.values())
-
-    def state(self, step: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """What a training that resumes after `step` has to know of the one before."""
-        known = {"step": step, "num_steps": self.num_steps, "count": self._count}
-        return {**known, "steps": self.steps, "losses": self.losses, "lr": self.lr}, self._sums
-
-    def restore(self, known: Mapping[str, Any], sums: dict[str, Tensor]) -> tuple[int, int]:
-        """Take over what `state` gave; return the last step, and the number of all."""
-        self.num_steps, self._count = known["num_steps"], known["count"]
-        self.steps, self.losses, self.lr = known["steps"], known["losses"], known["lr"]
-        self._sums = sums
-        return known["step"], self.num_steps
-
-    def check_weights(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """A gradient can overflow in the last step of all, where no loss comes after it."""
-        for name, parameter in parameters.items():
-            if not torch.isfinite(parameter).all():
-                raise DivergedError(
-                    f"{self.stage}: {name} is not finite after step {self.num_steps}; finished stages are "
-                    f"kept; a lower --lr than {self.peak_lr:g} needs another --out"
-                )
-
-    def close_stretch(self, step: int, lr: float) -> None:
-        """Take the means, and stop a run that has diverged before its weights are updated once more."""
-        mean_(self.sums)  # so that all processes stop, or none
-        for name, total in self._sums.items():
-            mean = float(total) / self._count
-            if not math.isfinite(mean):
-                raise DivergedError(
-                    f"{self.stage}: {name} became {mean} between steps {step - self._count + 1} and {step} "
-                    f"of {self.num_steps}; finished stages are kept; a lower --lr than "
-                    f"{self.peak_lr:g} needs another --out"
-                )
-            self.losses.setdefault(name, []).append(mean)
-        self.steps.append(step)
-        self.lr.append(lr)
-        self.note = f"loss {self.losses['loss'][-1]:.3f}"
-        self._sums, self._count = {}, 0
