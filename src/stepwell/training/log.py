@@ -95,8 +95,8 @@ class Log:
     def _diverged(self, what: str) -> DivergedError:
         precision = "--precision bf16 or fp32, or " if self.scaler.is_enabled() else ""
         return DivergedError(
-            f"{self.stage}: {what} of {self.num_steps}; finished stages are kept; {precision}a lower --lr than "
-            f"{self.peak_lr:g} needs another --out"
+            f"{self.stage}: {what} of {self.num_steps}; finished stages are kept; {precision}a lower --lr "
+            f"than {self.peak_lr:g} needs another --out"
         )
 
     def check_weights(self, parameters: Mapping[str, nn.Parameter]) -> None:

@@ -1,7 +1,7 @@
 """fp16: a move of the optimizer in which a number overflows is left out, as if its batches had not come.
 
-`torch.amp.GradScaler` leaves out an update whose gradients are not finite, and halves its scale. By then more
-has been changed than gradients: BatchNorm has taken in the infinite activations, memories of losses have, too.
+`torch.amp.GradScaler` leaves out an update whose gradients are not finite, and halves its scale. By then
+more has changed than gradients: BatchNorm and memories of losses have taken in the infinite activations.
 What is not finite is looked at on the device, and nobody waits for it.
 """
 
