@@ -36,6 +36,7 @@ from stepwell.models.timm_models import create_timm
 from stepwell.paths.from_labels import LabelStep
 from stepwell.pruning.families import find_groups
 from stepwell.run import checkpoint, graphs, processes
+from stepwell.run.device import scaler_of
 from stepwell.run.distributed import (
     from_main,
     from_main_with_tensors,
@@ -45,24 +46,32 @@ from stepwell.run.distributed import (
 )
 from stepwell.run.observer import Observer
 from stepwell.run.processes import alone, is_main, rank, world
+from stepwell.run.sharded import Sharded
 from stepwell.stages.score import importance_by_gradient
 from stepwell.tasks import classification, embedding
 from stepwell.tasks.task import task_of
 from stepwell.training.handed_on import performance_of
 from stepwell.training.loop import Course, fit
+from stepwell.training.optimizer import make_optimizer, make_scheduler
 from stepwell.training.statistics import recalibrate
 
 CPU = torch.device("cpu")
 SGD = ("--optimizer", "sgd", "--lr", 0.05, "--weight-decay", 0.01)
+SHARD = ("--shard-optimizer",)  # in a single process it does nothing
 # What two processes must come to as one does.
 RUNS: dict[str, tuple[object, ...]] = {
     "amd": (*QUICK, *SGD, "--control", "equal_epochs"),
+    "mmd": (*QUICK, *SGD, "--path", "mmd"),
     "memory": (*QUICK, *SGD, "--path", "single-step", "--feature-loss", "crd", "--logit-loss", "dist"),
-    "relations": (*QUICK, *SGD, "--path", "single-step", "--feature-loss", "rkd", "--keep-best", 0.5),
+    "relations": (
+        *QUICK, *SGD, "--path", "single-step", "--feature-loss", "rkd", "--keep-best", 0.5, *SHARD
+    ),
     "answers": (*QUICK, *SGD, "--feature-weight", 0, "--cache-teacher", 1, "--cache-top", 2),
-}
+}  # fmt: skip
 TRAIN = ("--model", TIMM, *MODEL, "--no-pretrained", "--epochs", 3, "--batch-size", 16, *SGD)
-MIXED = (*TRAIN, "--mixup", 0.8, "--cutmix", 1.0, "--accumulate", 2, "--ema", 0.9, "--random-erasing", 0.5)
+MIXED = (
+    *TRAIN, "--mixup", 0.8, "--cutmix", 1.0, "--accumulate", 2, "--ema", 0.9, "--random-erasing", 0.5, *SHARD
+)  # fmt: skip
 STOPPED_AT = ("distill", 4)
 
 
@@ -314,6 +323,45 @@ def check_an_overflow_of_one_is_one_of_all(out: Path, teacher: Path, data: Path)
     assert all(torch.equal(first[0][name], second[0][name]) for name in first[0])
 
 
+def check_an_optimizer_in_parts_moves_as_a_whole_one(out: Path, teacher: Path, data: Path) -> None:
+    """To the bit: groups with rates of their own, parameters that rest, fp16; and a part is about a half."""
+    for precision in ("fp32", "fp16"):
+        (plain, all_moments), (ours, part) = (_five_moves(precision, shard=shard) for shard in (False, True))
+        assert all(torch.equal(ours[name], tensor) for name, tensor in plain.items())
+        assert sum(joined([part])) == all_moments
+        assert 0.4 < part / all_moments < 0.6
+
+
+def _five_moves(precision: str, *, shard: bool) -> tuple[dict[str, Tensor], int]:
+    """The parameters, and how many of them have moments in this process."""
+    options = make_config(TrainConfig, {"shard_optimizer": shard, "precision": precision})
+    torch.manual_seed(0)
+    model = create_timm(TIMM, {"depth": 2, "embed_dim": 24, "num_heads": 2}, pretrained=False)
+    parameters = dict(model.named_parameters())
+    scales = {name: 0.5 for name in parameters if "blocks.0" in name}
+    optimizer = make_optimizer(parameters, 0.01, options, frozenset({"pos_embed"}), scales)
+    scheduler, scaler = make_scheduler(optimizer, 5, options), scaler_of(options, CPU)
+    for step in range(5):
+        scheduler.step_update(step)
+        for number, parameter in enumerate(parameters.values()):
+            gradient = torch.randn_like(parameter)
+            parameter.grad = None if (number + step) % 5 == 0 else scaler.scale(gradient)
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+    held = optimizer.optim if isinstance(optimizer, Sharded) else optimizer
+    moments = sum(state["exp_avg"].numel() for state in held.state.values())
+    return {name: p.detach().clone() for name, p in parameters.items()}, moments
+
+
+def check_fewer_parameters_than_processes(out: Path, teacher: Path, data: Path) -> None:
+    weight, options = nn.Parameter(torch.zeros(2, 2)), make_config(TrainConfig, {"shard_optimizer": True})
+    optimizer = make_optimizer({"weight": weight}, 0.1, options, frozenset())
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    assert joined(weight.flatten().tolist()) == pytest.approx([-0.1] * 8)
+
+
 def check_a_cnn_is_compressed(out: Path, teacher: Path, data: Path) -> None:
     words = ("--data", data, "--epochs", 1, "--batch-size", 16)
     stepwell("train", "--model", "cifar_resnet8", "--no-pretrained", *words, "--out", out / "cnn")
@@ -322,15 +370,16 @@ def check_a_cnn_is_compressed(out: Path, teacher: Path, data: Path) -> None:
 
 
 def check_resuming(out: Path, teacher: Path, data: Path) -> None:
-    """One run is left by two processes; the other was begun by one, and ends here."""
+    """One run is left by two processes; the other was begun by one, and ends here. Each of the two holds a
+    part of the optimizer."""
     words = ("--teacher", teacher, "--data", data, *RUNS["amd"])
     try:
-        watched(StopAt(*STOPPED_AT), *words, "--out", out / "left")
+        watched(StopAt(*STOPPED_AT), *words, *SHARD, "--out", out / "left")
     except Stopped:
         pass
     else:
         raise AssertionError("it was not stopped")
-    stepwell("compress", *words, "--out", out / "found")
+    stepwell("compress", *words, *SHARD, "--out", out / "found")
 
 
 def check_shards_are_looked_into_by_all(out: Path, teacher: Path, data: Path) -> None:
@@ -371,7 +420,7 @@ def run_checks(out: Path, teacher: Path, data: Path) -> dict[str, str]:
 if __name__ == "__main__":
     out, teacher, data = map(Path, sys.argv[1:])
     torch.set_num_threads(1)
-    checkpoint.SECONDS_BETWEEN, checkpoint.TIMES_AS_LONG = 0.0, 0
+    checkpoint.SECONDS_BETWEEN, checkpoint.TIMES_AS_LONG, checkpoint.MOVES_BETWEEN = 0.0, 0, 1
     processes.PATIENCE = 0.5
     with pytest.MonkeyPatch.context() as monkeypatch:
         conftest.without_files(monkeypatch)

@@ -36,7 +36,7 @@ TRAINING = {
     "--augment", "--batch-size", "--clip-norm", "--data", "--data-root", "--device", "--epochs",
     "--image-column", "--image-size", "--mean", "--std", "--label-column", "--lr",
     "--skip-names", "--task", "--white-level",
-    "--gradient-checkpointing",
+    "--gradient-checkpointing", "--shard-optimizer",
     "--compile", "--minutes", "--model-args", "--optimizer", "--out", "--precision", "--schedule", "--seed",
     "--class-order", "--selection-data",
     "--accumulate", "--cutmix", "--ema", "--keep-best", "--label-smoothing", "--mix-prob", "--mixup",

@@ -17,7 +17,7 @@ from stepwell.data.splits import resolve_data
 from stepwell.errors import ConfigError
 from stepwell.losses.choose import memory_bytes
 from stepwell.losses.crd import CRD
-from stepwell.measure.estimate import Losses, memory_and_disk
+from stepwell.measure.estimate import Losses, footprint, memory_and_disk
 from stepwell.measure.size import num_params
 from stepwell.paths import path_of
 from stepwell.setting import looked_at
@@ -94,6 +94,18 @@ def test_an_average_is_one_more_copy_of_the_store():
     )
     store = 4 * num_params(model)
     assert (ours[0] - theirs[0], ours[1] - theirs[1]) == (store, 2 * store)  # in two checkpoints
+
+
+def test_devices_share_the_moments_where_that_is_asked_for():
+    model, config = tiny_vit(), CompressConfig()
+    sharded = config.model_copy(update={"shard_optimizer": True})
+
+    def memory(config: CompressConfig, devices: int) -> float:
+        return footprint(config, 0, model, SPEC, 8, 500, Losses(), devices).memory
+
+    alone = memory(config, 1)
+    assert memory(sharded, 1) == memory(config, 4) == alone
+    assert memory(sharded, 4) == alone - 8 * num_params(model) * 3 / 4
 
 
 @pytest.mark.parametrize(

@@ -163,6 +163,7 @@ def _assumed(config: DoctorConfig, images: Images, alone: Forecast, shared: Fore
             f"on {config.devices} devices each has {shared.share} images of a batch and {config.workers} "
             f"workers of its own, and a step ends with one all-reduce of the gradients, "
             f"2 (N - 1) / N of their bytes at {config.bandwidth:g} GB/s"
+            + (", and half as much for the parameters" if config.shard_optimizer else "")
         )
     parts.append(
         "memory and disk are counted, with checkpoints; not in it: loading and checks before the first "

@@ -134,6 +134,9 @@ class TrainingOptions(Options):
     """Keep of each block of what is trained (candidates, students, or the model of `train`) its input alone,
     and compute the rest a second time for the gradients: less memory for about a third more time, and the
     same result."""
+    shard_optimizer: bool = False
+    """Of several processes let each hold a part of the optimizer's state (ZeRO, stage 1) and not all of it:
+    less memory for one more exchange in each step, and the same result. Does nothing in a single one."""
     device: str = "auto"
     """cpu, cuda, cuda:1, mps, ...; `auto` takes a CUDA GPU if there is one. Never mps, which lacks double
     precision and is untried: name it."""

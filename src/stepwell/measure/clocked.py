@@ -156,14 +156,14 @@ def _values(costs: Costs) -> dict[str, Any]:
 
 
 def price_of_step(
-    seconds: float, found: Footprint, num_trained: int, devices: int, bytes_per_second: float
+    seconds: float, found: Footprint, num_trained: float, devices: int, bytes_per_second: float
 ) -> Price:
     """A training step on one of `devices`, with the exchange that ends it.
 
     Args:
         seconds: Of the step alone.
         found: What its training takes besides.
-        num_trained: Parameters with a gradient, of 4 bytes each.
+        num_trained: Parameters with a gradient, of 4 bytes each, as often as each is summed over devices.
         devices: How many.
         bytes_per_second: What each sends, while it receives as much.
     """

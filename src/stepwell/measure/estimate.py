@@ -57,8 +57,9 @@ def footprint(
     batch_size: int,
     num_train: int,
     losses: Losses,
+    devices: int = 1,
 ) -> Footprint:
-    """What the training of a model takes, counted on shapes.
+    """What the training of a model takes on one device, counted on shapes.
 
     Args:
         config: Loss, whether weights are averaged, and whether blocks are computed again.
@@ -68,14 +69,16 @@ def footprint(
         batch_size: Images of a step on one device.
         num_train: Training images.
         losses: How many there are.
+        devices: How many share the optimizer's state, if that is asked for.
     """
     store, averages = num_params(trained), 1 if config.ema else 0
     banks, read = memory_bytes(config, num_train, batch_size)
     activations = activation_bytes(
         trained, spec, batch_size * config.views, recomputed=config.gradient_checkpointing
     )
-    # Of every trained parameter: weight, gradient, two moments, the average.
-    weights = 4 * num_frozen + (16 + 4 * averages) * store
+    # Of every trained parameter: weight, gradient, the average, and of a part, or of all, two moments.
+    moments = 8 / (devices if config.shard_optimizer else 1)
+    weights = 4 * num_frozen + (8 + 4 * averages + moments) * store
     return Footprint(
         memory=weights + activations + losses.kept * banks + losses.in_a_step * read,
         kept=4 * store,

@@ -158,9 +158,13 @@ class Calibration:
 
     def _price(self, seconds: float, trained: nn.Module, num_frozen: int, losses: Losses) -> Price:
         s = self.s
-        found = footprint(s.config, num_frozen, trained, s.spec, self.share, self.num_train, losses)
+        found = footprint(
+            s.config, num_frozen, trained, s.spec, self.share, self.num_train, losses, self.devices
+        )
         seconds *= self.share / s.train.batch_size
-        return price_of_step(seconds, found, num_params(trained), self.devices, self.bytes_per_second)
+        # Parameters that have been moved are sent once more, which is half of a sum over all devices.
+        sent = num_params(trained) * (1.5 if s.config.shard_optimizer else 1.0)
+        return price_of_step(seconds, found, sent, self.devices, self.bytes_per_second)
 
     def _rung(self, scale: float) -> Rung:
         """A fresh model of that scale, or the nearest; a timed one is not what it was."""

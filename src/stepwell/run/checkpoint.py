@@ -15,7 +15,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,12 +24,17 @@ from torch import Tensor, nn
 
 from stepwell.errors import RunDirError
 from stepwell.run.atomic import plain_tensors, writing
-from stepwell.run.distributed import from_main_with_tensors
+from stepwell.run.distributed import from_main, from_main_with_tensors
 from stepwell.run.processes import is_main, world
+
+if TYPE_CHECKING:
+    from stepwell.run.sharded import Sharded
 
 SECONDS_BETWEEN = 60.0
 TIMES_AS_LONG = 20
 """A checkpoint is written this often, or so seldom that training takes this many times as long as writing."""
+MOVES_BETWEEN = 10
+"""So seldom do several processes ask the first one whether it is time, where all have to give their part."""
 
 
 @dataclass
@@ -41,11 +46,13 @@ class Checkpoint:
         parameters: What it trains, by name.
         modules: What changes beside. They are asked each time: a module may put another tensor in a buffer's
             place.
+        is_sharded: Whether the optimizer is a `Sharded`, of which each process holds a part.
     """
 
     file: Path
     parameters: Mapping[str, nn.Parameter]
     modules: Sequence[nn.Module]
+    is_sharded: bool = False
     _before: float = 0.0
     _start: float = field(default_factory=time.monotonic)
     _next: float = field(default_factory=lambda: time.monotonic() + SECONDS_BETWEEN)
@@ -55,13 +62,14 @@ class Checkpoint:
         """Duration of the training so far, with what earlier calls have done."""
         return self._before + time.monotonic() - self._start
 
-    @property
-    def is_due(self) -> bool:
-        """Whether it is time to write the state."""
+    def is_due(self, move: int = 0) -> bool:
+        """Whether it is time for this process to `save` the state, after this move of the optimizer."""
+        if self.is_sharded:
+            return move % MOVES_BETWEEN == 0 and from_main(lambda: time.monotonic() >= self._next)
         return time.monotonic() >= self._next and is_main()
 
     def restore(self, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-        """Put everything back; return what `save_if_due` was given as `record` and `more`.
+        """Put everything back; return what `save` was given as `record` and `more`.
 
         Raises:
             RunDirError: The file is damaged, or of another version.
@@ -74,7 +82,8 @@ class Checkpoint:
         with torch.no_grad():
             for name, tensor in changing.items():
                 tensor.copy_(tensors[f"state/{name}"])
-        _restore_optimizer(optimizer, _under("optimizer/", tensors))
+        held = cast("Sharded", optimizer).optim if self.is_sharded else optimizer
+        _restore_optimizer(optimizer, _under("optimizer/", tensors), held)
         if world() == 1:  # several draw by the number of the step
             _restore_random(_under("random/", tensors))
         return record, _under("more/", tensors)
@@ -98,10 +107,10 @@ class Checkpoint:
             ) from None
         return record, tensors
 
-    def save_if_due(
+    def save(
         self, optimizer: torch.optim.Optimizer, record: Mapping[str, Any], more: Mapping[str, Tensor]
     ) -> None:
-        """Write the state after a step, unless that was done a short time ago.
+        """Write the state after a step, if it `is_due`.
 
         Args:
             optimizer: Of this training.
@@ -111,9 +120,11 @@ class Checkpoint:
         Raises:
             RunDirError: It cannot be written (no permission, no space).
         """
-        if not self.is_due:
-            return
         start = time.monotonic()
+        if self.is_sharded:
+            cast("Sharded", optimizer).gather()
+            if not is_main():
+                return
         changing = changed_by_training(self.parameters, self.modules)
         tensors = {
             **{f"state/{name}": tensor for name, tensor in changing.items()},
@@ -178,17 +189,28 @@ def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> list[tuple[str, Tens
     ]
 
 
-def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+def _restore_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], held: torch.optim.Optimizer
+) -> None:
+    """Give the parameters of `held`, this process's part of the optimizer or all of it, their state."""
+    parameters = _parameters_of(optimizer)
+    place = {id(parameter): number for number, parameter in enumerate(_parameters_of(held))}
     state: dict[int, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         number, name = key.split("/")
         like = parameters[int(number)]
+        if id(like) not in place:
+            continue
         if tensor.shape == like.shape:
             # Fused optimizers on a GPU refuse a state whose strides are not the parameter's.
             tensor = torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
-        state.setdefault(int(number), {})[name] = tensor
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+        state.setdefault(place[id(like)], {})[name] = tensor
+    held.load_state_dict({**held.state_dict(), "state": state})
+
+
+def _parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """In the order in which its state is numbered."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def _random_tensors() -> list[tuple[str, Tensor]]:

@@ -48,15 +48,26 @@ def _group(tensor: Tensor) -> dist.ProcessGroup | None:
 
 
 @contextmanager
-def _talking() -> Iterator[None]:
-    """Where another process has ended, gloo and nccl raise whatever their sockets do."""
+def talking() -> Iterator[None]:
+    """Where another process has ended, gloo and nccl raise whatever their sockets do.
+
+    Raises:
+        LostProcessError: That has happened inside.
+    """
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:120]
         raise LostProcessError(
             f"process {rank()} of {world()}: another one has ended, and has said why ({reason})"
         ) from None
+
+
+def join() -> None:
+    """Meet the others, who do so at the same place; all that is exchanged here does it by itself."""
+    _host()
 
 
 def leave() -> None:
@@ -80,7 +91,7 @@ def from_main(function: Callable[[], T]) -> T:
                 outcome[0] = function()
         except StepwellError as error:
             outcome[1] = error
-    with _talking():
+    with talking():
         dist.broadcast_object_list(outcome, src=0, group=_host())
     value, error = outcome
     if error is not None:
@@ -119,7 +130,7 @@ def copy_from_main(tensors: Iterable[Tensor]) -> None:
     for tensor in tensors:
         plain = tensor.detach().contiguous()
         if plain.numel():
-            with _talking():  # as bytes: not every kind of number can be sent
+            with talking():  # as bytes: not every kind of number can be sent
                 dist.broadcast(plain.view(-1).view(torch.uint8), src=0, group=_group(plain))
         if plain.data_ptr() != tensor.data_ptr():
             tensor.detach().copy_(plain)
@@ -134,7 +145,7 @@ def sum_(tensors: Iterable[Tensor]) -> None:
         kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor.detach())
     for alike in kinds.values():
         flat = torch.cat([tensor.reshape(-1) for tensor in alike])
-        with _talking():
+        with talking():
             dist.all_reduce(flat, group=_group(flat))
         parts = flat.split([tensor.numel() for tensor in alike])
         torch._foreach_copy_(alike, [part.view(t.shape) for part, t in zip(parts, alike, strict=True)])
@@ -163,7 +174,7 @@ def mean_gradients(parameters: Iterable[nn.Parameter], others: Iterable[Tensor] 
         return
     parameters = list(parameters)
     has_gradient = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.uint8)
-    with _talking():
+    with talking():
         dist.all_reduce(has_gradient, dist.ReduceOp.MAX, group=_host())
     gradients = []
     for parameter, has in zip(parameters, has_gradient.tolist(), strict=True):
@@ -178,7 +189,7 @@ def joined(items: list[T]) -> list[T]:
     if world() == 1:
         return items
     lists: list[Any] = [None] * world()
-    with _talking():
+    with talking():
         dist.all_gather_object(lists, items, group=_host())
     return [item for each in lists for item in each]
 
@@ -205,7 +216,7 @@ class _Gather(torch.autograd.Function):
     def forward(ctx: Any, part: Tensor) -> Tensor:  # noqa: ANN401
         part = part.contiguous()
         parts = [torch.empty_like(part) for _ in range(world())]
-        with _talking():
+        with talking():
             dist.all_gather(parts, part, group=_group(part))
         return torch.cat(parts)
 

@@ -30,7 +30,7 @@ from stepwell.run.progress import progress, say
 from stepwell.run.run_dir import StageResult
 from stepwell.training.handed_on import HandedOn, Judge
 from stepwell.training.log import Log
-from stepwell.training.optimizer import make_optimizer, make_scheduler
+from stepwell.training.optimizer import give_own_memory, is_sharded, make_optimizer, make_scheduler
 from stepwell.training.overflow import Overflow
 from stepwell.training.statistics import statistics_of
 
@@ -140,7 +140,9 @@ def fit(
     copy_from_main(changed_by_training(parameters, changing).values())
     statistics = statistics_of([*course.modules, *course.aids])
     overflow = Overflow(course.scaler, parameters, [*course.modules, *course.aids])
-    keep = Checkpoint(course.checkpoint, parameters, changing) if course.checkpoint else None
+    keep = None
+    if course.checkpoint:
+        keep = Checkpoint(course.checkpoint, parameters, changing, is_sharded(options))
     done, scaler = 0, course.scaler
     scaler.load_state_dict(torch.amp.GradScaler("cpu").state_dict())
     if keep and (saved := keep.restore(optimizer)):
@@ -180,11 +182,14 @@ def fit(
                 scaler.update()
                 handed_on.after_update(move, range(number - place, number + 1), is_last)
             advance(log.note)
-            if keep and moves and keep.is_due:  # between two moves there are gradients, which are not kept
+            # Between two moves there are gradients, which are not kept.
+            if keep and moves and keep.is_due(move):
                 known, sums = log.state(number + 1)
-                keep.save_if_due(optimizer, {**known, "loss_scale": scaler.state_dict()}, sums)
+                keep.save(optimizer, {**known, "loss_scale": scaler.state_dict()}, sums)
     seconds = keep.seconds if keep else time.monotonic() - start
     log.check_weights(parameters)
+    if is_sharded(options):
+        give_own_memory(parameters.values())
     handed_on.hand_over(course.name)
     return Trained(
         step=log.steps,

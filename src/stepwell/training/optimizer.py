@@ -16,6 +16,7 @@ from torch import nn
 
 from stepwell.config.options import TrainingOptions
 from stepwell.errors import ConfigError
+from stepwell.run.processes import world
 
 POSITIONS = re.compile(
     r"(^|[._])(rel(ative)?_pos|abs(olute)?_pos|pos(ition(al)?)?_?(emb|enc|bias|table))"
@@ -91,11 +92,28 @@ def make_optimizer(
         {"params": found[key], "weight_decay": 0.0 if key[0] else options.weight_decay, "lr_scale": key[1]}
         for key in sorted(found)  # the same order in a training that resumes, by which the state is kept
     ]
+    kind: type[torch.optim.Optimizer]
     match options.optimizer:
         case "adamw":
-            return torch.optim.AdamW(groups, lr=lr, fused=True)
+            kind, more = torch.optim.AdamW, {"fused": True}
         case "sgd":
-            return torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True)
+            kind, more = torch.optim.SGD, {"momentum": 0.9, "nesterov": True}
+    if is_sharded(options):
+        from stepwell.run.sharded import Sharded  # late: a plain run has no need of it
+
+        return Sharded(kind, groups, lr=lr, **more)
+    return kind(groups, lr=lr, **more)
+
+
+def is_sharded(options: TrainingOptions) -> bool:
+    """Whether each of several processes holds a part of the optimizer's state."""
+    return options.shard_optimizer and world() > 1
+
+
+def give_own_memory(parameters: Iterable[nn.Parameter]) -> None:
+    """A sharded optimizer makes parameters views of one tensor, and exporters look at what shares memory."""
+    for parameter in parameters:
+        parameter.data = parameter.data.clone()
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, num_steps: int, options: TrainingOptions) -> Scheduler:
