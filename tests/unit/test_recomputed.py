@@ -31,6 +31,7 @@ from stepwell.pruning.units import Candidate
 from stepwell.setting.rungs import store_of
 from stepwell.stages.distill import DistillStep
 from stepwell.stages.joint import JointStep, joint_step
+from stepwell.tasks.outputs import as_logits
 from stepwell.tasks.task import task_of
 from stepwell.training.from_labels import label_step
 from stepwell.training.recomputed import Recomputed, recomputed_blocks
@@ -121,6 +122,31 @@ def test_every_family_learns_the_same(name):
     }[name]  # fmt: skip
     model = make()
     assert_same(lambda: copy.deepcopy(model))
+
+
+@pytest.mark.parametrize("name", ["swin", "dense"])
+def test_what_is_read_inside_of_a_block_is_the_first_passs(name):
+    """A classifier in a head that is computed again; of masks the map that the last convolution reads."""
+    torch.manual_seed(0)
+    if name == "swin":
+        model = timm.create_model(
+            "swin_tiny_patch4_window7_224", img_size=16, patch_size=2, window_size=2, embed_dim=8,
+            depths=(2, 2), num_heads=(1, 2), num_classes=NUM_CLASSES,
+        )  # fmt: skip
+    else:
+        model = as_logits(
+            torchvision.models.segmentation.lraspp_mobilenet_v3_large(weights_backbone=None), "maps"
+        )
+    found = []
+    for again in (False, True):
+        observed = Observed(copy.deepcopy(model).train(), ())
+        assert observed.is_dense == (name == "dense")
+        observed = Recomputed(observed, "it") if again else observed
+        out = observed(random_images(2, size=16 if name == "swin" else 64))
+        (out.features.square().mean() + out.logits.mean()).backward()
+        found.append({n: p.grad for n, p in observed.model.named_parameters()})
+        found[-1] |= dict(observed.model.named_buffers())
+    assert_close(found[1], found[0])
 
 
 class Block(nn.Module):

@@ -142,13 +142,19 @@ class Cell:
         return result
 
 
+_NOT_PART = (
+    "out_dir", "device", "workers", "threads", "gradient_checkpointing", "shard_optimizer",
+    "data", "teacher", "class_order", "task",
+)  # fmt: skip
+
+
 def options_of(config: CompressConfig) -> dict[str, Any]:
-    """What says what a cell computes; where it lies and on which device is not part of it.
+    """What says what a cell computes; where it lies, and on what and in how much memory, is not part of it.
 
     What teacher, images and their classes are is held by the comparison's own identity.
     """
     options = config.model_dump(mode="json")
-    for name in ("out_dir", "device", "workers", "threads", "data", "teacher", "class_order", "task"):
+    for name in _NOT_PART:
         del options[name]
     for name, value in config:
         if isinstance(value, Path) and name in options:

@@ -25,18 +25,29 @@ class Sharded(ZeroRedundancyOptimizer):
     """
 
     def __init__(
-        self, kind: type[torch.optim.Optimizer], groups: Sequence[Mapping[str, Any]], **options: float | bool
+        self,
+        kind: type[torch.optim.Optimizer],
+        groups: Sequence[Mapping[str, Any]],
+        **options: Any,  # noqa: ANN401  (whatever that optimizer takes)
     ) -> None:
         join()
         # As views of one tensor for each process, parameters are sent in one piece.
         super().__init__([dict(g) for g in groups], kind, parameters_as_bucket_view=True, **options)
 
-    def step(self, closure: Callable[[], float] | None = None, **options: Any) -> float | None:  # noqa: ANN401
-        """Move this process's parameters, send them, and receive the others'."""
+    def step(self, closure: Callable[[], float] | None = None, **options: Any) -> Any:  # noqa: ANN401
+        """Move this process's parameters, send them, and receive the others'.
+
+        Raises:
+            LostProcessError: Another process has ended.
+        """
         with talking():
             return super().step(closure, **options)
 
     def gather(self) -> None:
-        """Bring all parts to the first process, whose `state_dict` then is that of a whole optimizer."""
+        """Bring all parts to the first process, whose `state_dict` then is that of a whole optimizer.
+
+        Raises:
+            LostProcessError: Another process has ended.
+        """
         with talking():
             self.consolidate_state_dict(to=0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
-from typing import cast
+from typing import Any, cast
 
 import torch
 from timm.optim import param_groups_layer_decay
@@ -93,6 +93,7 @@ def make_optimizer(
         for key in sorted(found)  # the same order in a training that resumes, by which the state is kept
     ]
     kind: type[torch.optim.Optimizer]
+    more: dict[str, Any]
     match options.optimizer:
         case "adamw":
             kind, more = torch.optim.AdamW, {"fused": True}
