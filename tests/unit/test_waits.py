@@ -85,6 +85,13 @@ def test_a_joint_step_does_not_wait(tmp_path, name, autocast_of_meta):
     assert all(p.grad is not None for p in step.shared.parameters.values())
 
 
+def test_a_second_forward_pass_does_not_wait(tmp_path, autocast_of_meta):
+    step = joint_step_of(tmp_path, gradient_checkpointing=True)
+    (batch,) = random_batches(1, 4)
+    assert step(of_meta(batch), 0, 0.5)["loss"].is_meta
+    assert all(p.grad is not None for p in step.shared.parameters.values())
+
+
 def test_a_step_of_distillation_does_not_wait():
     teacher, student = tiny_vit().to("meta").requires_grad_(False), tiny_vit(seed=1).to("meta")
     blocks = ("blocks.0",)
