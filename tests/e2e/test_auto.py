@@ -97,7 +97,7 @@ def test_the_gap_says_who_teaches_and_the_bill_is_the_budget(run_words, monkeypa
     expected = path_of("auto").bill(costs, s.run.stages["plan"], s.config)
     assert sum(expected.values()) - expected["score"] == pytest.approx(budget)
     assert len(finished.assistants) == (gap > 0)
-    assert f"was {gap:.2f} nats behind the largest" in finished.way
+    assert f"was {gap:.2f} nats behind the better of the two largest" in finished.way
 
 
 def test_a_pilot_is_short_and_no_warning(run_words, monkeypatch, capsys):
@@ -148,11 +148,18 @@ def test_the_gap_is_nats_between_the_students_rung_and_the_largest():
     def candidate(log_likelihood, quality=50.0):
         return CandidateResult.model_construct(log_likelihood=log_likelihood, quality=quality)
 
-    assert auto.gap_between(candidate(-1.5), candidate(-0.9)) == pytest.approx(0.6)
-    assert auto.gap_between(candidate(-0.5), candidate(-0.9)) == pytest.approx(-0.4)
+    assert auto.gap_between(candidate(-1.5), [candidate(-0.9)]) == pytest.approx(0.6)
+    assert auto.gap_between(candidate(-1.5), [candidate(-0.8), candidate(-0.9)]) == pytest.approx(0.7)
+    assert auto.gap_between(candidate(-0.5), [candidate(-0.9)]) == pytest.approx(-0.4)
     # Embeddings have no likelihood; one that answers at random may have a cosine below 0.
-    assert auto.gap_between(candidate(None, 40.0), candidate(None, 80.0)) == pytest.approx(0.6931, abs=1e-4)
-    assert auto.gap_between(candidate(None, -3.0), candidate(None, 80.0)) > 20
+    assert auto.gap_between(candidate(None, 40.0), [candidate(None, 80.0)]) == pytest.approx(0.6931, abs=1e-4)
+    assert auto.gap_between(candidate(None, -3.0), [candidate(None, 80.0)]) > 20
+
+
+def test_the_students_rung_and_the_two_largest_are_looked_at():
+    assert auto.looked_at(9) == [0, 7, 8]
+    assert auto.looked_at(3) == [0, 1, 2]
+    assert auto.looked_at(2) == [0, 1]
 
 
 @pytest.mark.parametrize("length", [("--budget-epochs", BUDGET), ("--epochs", BUDGET)])
@@ -287,11 +294,11 @@ def test_all_others_get_what_pays(words):
 
 def test_the_gap_of_a_run_is_that_of_its_candidates(run_words):
     s, finished = descended(run_words(*AUTO))
-    first, last = s.run.finished("pilot look", Look).candidates
-    smallest, *_, largest = finished.ladder.candidates
-    assert (first.keep_ratio, last.keep_ratio) == (smallest.keep_ratio, largest.keep_ratio)
-    gap = auto.gap_between(first, last)
-    assert f"was {gap:.2f} nats behind the largest" in finished.way
+    first, *largest = s.run.finished("pilot look", Look).candidates
+    ladder = [candidate.keep_ratio for candidate in finished.ladder.candidates]
+    assert [c.keep_ratio for c in (first, *largest)] == [ladder[i] for i in auto.looked_at(len(ladder))]
+    gap = auto.gap_between(first, largest)
+    assert f"was {gap:.2f} nats behind the better of the two largest" in finished.way
     assert bool(finished.assistants) == (gap >= 1)
 
 
