@@ -128,8 +128,8 @@ def claims(digits: dict[str, Any], speed: list[dict[str, Any]], support: dict[st
             f"{teacher['latency_ms'] / student['latency_ms']:.1f}x faster** on scikit-learn's digits, with "
             f"{top1['student']} % instead of {top1['teacher']} % right (the same student without "
             f"an assistant, for the same compute: {top1['control']} %). [Figures](docs/results.md#digits)",
-            f"- **{gained:.1f} points more than a single step of the same cost** where a student is far behind: "
-            f"a published ResNet-44 to 10 %, with 200 images a class of CIFAR-10, "
+            f"- **{gained:.1f} points more than a single step of the same cost** where a student is far "
+            f"behind: a published ResNet-44 to 10 %, with 200 images a class of CIFAR-10, "
             f"{spread(ways['auto'], 1)} % against {spread(ways['single-step'], 1)} % "
             f"({len(ways['auto'])} seeds). Elsewhere a run finds that out, and takes the single step. "
             f"[Figures](docs/results.md#methods-at-equal-cost)",
