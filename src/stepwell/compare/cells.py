@@ -143,7 +143,7 @@ class Cell:
 
 
 _NOT_PART = (
-    "out_dir", "device", "workers", "threads", "gradient_checkpointing", "shard_optimizer",
+    "out_dir", "device", "workers", "threads", "gradient_checkpointing", "shard_optimizer", "shard_teacher",
     "data", "teacher", "class_order", "task",
 )  # fmt: skip
 
@@ -269,7 +269,7 @@ def _result(cell: Cell, s: Setting, student: nn.Module, figures: Mapping[str, An
         seed=cell.config.seed,
         options=options_of(cell.config),
         measure=s.task.MEASURE,
-        teacher_top1=s.task.evaluate(s.model, s.test, "teacher").quality,
+        teacher_top1=s.task.evaluate(s.teacher.answering, s.test, "teacher").quality,
         num_params=num_params(student),
         macs=count_macs(student, s.spec),
         teacher_macs=s.teacher_macs,

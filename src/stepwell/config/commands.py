@@ -33,6 +33,7 @@ from stepwell.config.path_options import (
     Way,
 )
 from stepwell.config.recipe_options import RecipeOptions, check_recipe, check_recipe_with_losses
+from stepwell.config.shard_options import ShardOptions, check_sharding
 
 DEFAULT_BUDGET = 60.0
 MOST_SHARED = 0.95
@@ -47,6 +48,7 @@ DEFAULT_EPOCHS = 30.0
 # Fields come in the order of the bases from last to first: in the help, and in config.yaml.
 class CompressConfig(
     CacheOptions,
+    ShardOptions,
     ExtraOptions,
     PathOptions,
     SelectOptions,
@@ -181,6 +183,7 @@ class CompressConfig(
         check_recipe(self, self.batch_size)
         check_recipe_with_losses(self, self)
         check_cache(self)
+        check_sharding(self)
         return self
 
 

@@ -119,8 +119,8 @@ class TrainBatches:
 
     def blank(self, like: torch.nn.Module) -> Tensor:
         """Two images of nothing, in the number format of `like`: enough to see the shapes of its outputs."""
-        parameter = next(like.parameters())
-        return parameter.new_zeros(2, self.spec.channels, *self.spec.size)
+        dtype = next(like.parameters()).dtype
+        return torch.zeros(2, self.spec.channels, *self.spec.size, dtype=dtype, device=self.device)
 
     def epoch(self, epoch: int, first_step: int = 0, training: str = "") -> Iterator[Batch]:
         """The batches of one epoch of a training, from `first_step` on; equal arguments give equal batches.
@@ -223,6 +223,7 @@ class EvalBatches:
         on_batch: OnBatch | None = None,
     ) -> None:
         self.spec, self.batch_size, self._on_batch = spec, options.batch_size, on_batch
+        self.device = device
         labels = images.labels if labels is None else labels
         assert len(labels) == len(images)
         self.labels = labels if isinstance(labels, Tensor) else as_tensor(labels)
@@ -236,6 +237,12 @@ class EvalBatches:
         part, number = copy.copy(self), len(self._steps)
         part._steps = self._steps[number * rank() // world() : number * (rank() + 1) // world()]
         return part
+
+    def to(self, device: torch.device) -> EvalBatches:
+        """The same batches, elsewhere."""
+        moved = copy.copy(self)
+        moved.device = device
+        return moved
 
     def first(self, number: int) -> EvalBatches:
         """The first so many of the batches, as they are fed when all are."""
@@ -251,7 +258,7 @@ class EvalBatches:
         for pixels, indices in self._feed.batches(chunks, seed="", epoch=0):
             if self._on_batch is not None:
                 self._on_batch(indices)
-            yield _batch(pixels, self.labels, indices, self.spec, self._has_masks)
+            yield _batch(pixels.to(self.device), self.labels, indices, self.spec, self._has_masks)
 
 
 def _batch(pixels: Tensor, labels: Tensor, indices: Tensor, spec: InputSpec, has_masks: bool) -> Batch:

@@ -53,6 +53,7 @@ class Teacher:
         notes: What was found out about it that a careful reader should be told.
         task: What it was trained for, where something says that.
         own_spec: The images that it was trained on, where those of `spec` are brought to them on the way in.
+        sharded: What answers in place of `model`, where each of several processes holds a part of it.
     """
 
     model: nn.Module
@@ -66,6 +67,12 @@ class Teacher:
     notes: tuple[str, ...] = ()
     task: TaskName | None = None
     own_spec: InputSpec | None = None
+    sharded: nn.Module | None = None
+
+    @property
+    def answering(self) -> nn.Module:
+        """What answers, on the device of a run: the model itself, or that in parts."""
+        return self.model if self.sharded is None else self.sharded
 
     @property
     def is_own_module(self) -> bool:

@@ -20,6 +20,7 @@ from stepwell.paths.path import say_what_is_not_read
 from stepwell.paths.probe import probe, with_head
 from stepwell.run.distributed import from_main
 from stepwell.run.observer import Observer
+from stepwell.run.processes import world
 from stepwell.run.progress import say
 from stepwell.run.run_dir import RunDir
 from stepwell.setting.baseline import with_baseline
@@ -50,6 +51,8 @@ def begin(
     assert config.out_dir is not None
     path = checked_path(config)
     say_what_is_not_read(config)
+    if config.shard_teacher and world() == 1:
+        say("--shard-teacher does nothing in a single process: start several, with torchrun")
     data = resolve_data(config)
     if module is not None:
         teacher = teacher_from_module(module, None)

@@ -87,6 +87,16 @@ class SharedWeights:
                     part.detach().clone(memory_format=torch.contiguous_format)
                 )
 
+    def to(self, device: torch.device) -> SharedWeights:
+        """Move all of it, in place."""
+        for parameter in self.parameters.values():
+            parameter.data = parameter.data.to(device)
+        for skeleton in self.skeletons:  # their parameters hold nothing that could be moved
+            for module in skeleton.modules():
+                for name, buffer in module._buffers.items():
+                    module._buffers[name] = None if buffer is None else buffer.to(device)
+        return self
+
     def weights(self, index: int) -> dict[str, Float[Tensor, "..."]]:
         """The parameters of candidate `index` by name, each in the shape that it has in its skeleton.
 

@@ -70,7 +70,7 @@ def pictures_of(
     """A few test images as both models see them.
 
     Args:
-        teacher: On the device of the images, in eval mode.
+        teacher: In eval mode.
         student: Likewise.
         images: The test images.
         keys: Their names.
@@ -85,7 +85,12 @@ def pictures_of(
         few = Batch(batch.images[rows], batch.labels[rows], batch.indices[rows])
         with torch.no_grad():
             said = [
-                model(few.images).argmax(dim=1).to(torch.uint8).cpu().numpy() for model in (teacher, student)
+                model(few.images.to(next(model.parameters()).device))
+                .argmax(dim=1)
+                .to(torch.uint8)
+                .cpu()
+                .numpy()
+                for model in (teacher, student)
             ]
         for row, index in enumerate(few.indices.tolist()):
             image = _shown(few.images[row], images.spec)

@@ -16,7 +16,9 @@ from stepwell.run.distributed import joined
 
 # These change where and how fast a run computes, not what; a folder may be moved, or named from elsewhere.
 # The task is found out where it is not given; what it came to is part of a run's identity.
-_MAY_CHANGE = frozenset({"device", "workers", "out_dir", "task", "gradient_checkpointing", "shard_optimizer"})
+_MAY_CHANGE = frozenset(
+    {"device", "workers", "out_dir", "task", "gradient_checkpointing", "shard_optimizer", "shard_teacher"}
+)
 
 
 def open_folder(path: Path, config: Options) -> None:

@@ -41,6 +41,14 @@ def _host() -> dist.ProcessGroup:
     return group
 
 
+def group_of(device: torch.device) -> dist.ProcessGroup:
+    """All processes, as they exchange what lies on `device`."""
+    host = _host()
+    everyone = dist.group.WORLD
+    assert everyone is not None, "joined above"
+    return host if device.type == "cpu" else everyone
+
+
 def _group(tensor: Tensor) -> dist.ProcessGroup | None:
     """The group that takes tensors of this one's device; None is the default one."""
     host = _host()

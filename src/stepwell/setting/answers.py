@@ -65,7 +65,8 @@ def _computed(s: Setting, teacher: Rung, name: str) -> Answered:
     teacher.model.eval()
     with torch.no_grad():
         num_classes = teacher.model(s.train.blank(teacher.model)).shape[1]
-    answered = Answered(folder=digest(teacher.model)[:16], num_classes=num_classes)
+    weights = s.model if teacher.candidate is None else teacher.model  # a teacher may answer in parts
+    answered = Answered(folder=digest(weights)[:16], num_classes=num_classes)
     answers, num_views = _answers(s, answered), s.config.cache_teacher
     size = num_views * answers.num_bytes
     top = s.config.cache_top

@@ -45,8 +45,9 @@ def with_baseline(s: Setting) -> Setting:
     """
     if s.config.baseline is None:
         return s
+    blank = torch.zeros(2, s.spec.channels, *s.spec.size, device=s.device)
     with torch.no_grad():
-        num_classes = s.model(torch.zeros(2, s.spec.channels, *s.spec.size, device=s.device)).shape[1]
+        num_classes = s.teacher.answering(blank).shape[1]
     network = build_baseline(s.config, s.config.baseline, num_classes, s.spec, s.data.task)
     name = f"--baseline {network.name}"
     check_trains(network.model, s.spec, name, images_per_process(s.config, len(s.data.train)))

@@ -45,7 +45,7 @@ def check_all_is_trained(s: Setting) -> None:
     assert model is not None
     images = example_images(s.spec, 4).to(s.device)
     with torch.enable_grad():
-        learner, teacher = Observed(model.eval(), ours), Observed(s.model, theirs)
+        learner, teacher = Observed(model.eval(), ours), Observed(s.teacher.answering, theirs)
         student, answer = learner(images), teacher(images)
         pair = Pair(student, answer, teacher, images, s.training_images, True, s.data.task, s.stages)
         indices = torch.zeros(len(images), dtype=torch.int64, device=s.device)

@@ -39,6 +39,7 @@ from stepwell.run.run_dir import RunDir
 from stepwell.setting.agreed_task import teacher_task
 from stepwell.setting.channels import check_cut, halved, with_channels
 from stepwell.setting.classes import settle
+from stepwell.setting.placed import placed, whole_on
 from stepwell.setting.rungs import kept_channels
 from stepwell.setting.setting import Setting
 from stepwell.setting.suits_task import check_no_labels_needed, check_suits_task
@@ -76,7 +77,7 @@ def prepare(
         check_no_labels_needed(config, data.source)
     # A classifier that is still to be trained has the order of the images' classes.
     options = config.model_copy(update={"class_order": None}) if config.probe else config
-    teacher, data = settle(teacher, data, options, find_device(config.device))
+    teacher, data = settle(teacher, data, options, whole_on(config, find_device(config.device)))
     check_suits_task(config, data)
     teacher.model.cpu()
     dense = data.task == "segmentation"
@@ -120,7 +121,7 @@ def put_together(
         ConfigError: There is no such device, or nothing is to be learnt.
     """
     device = set_up_torch(config)
-    teacher.model.to(device).eval().requires_grad_(False)
+    teacher = placed(teacher, config, device)
     names = data.classes or teacher.classes or tuple(placeholders(num_classes))
     names = () if data.task == "features" else names
     s = Setting(config, run, teacher, groups, other_student, data, names, device)
@@ -197,7 +198,7 @@ def try_losses(s: Setting, *, is_other: bool) -> dict[Phase, float]:
     or states that it cannot compare, show now. Returns what it computes by itself for one image, in
     multiply-accumulates."""
     ours, theirs = s.compared(is_other)
-    teacher = Observed(s.model, theirs)
+    teacher = Observed(s.teacher.answering, theirs)
     images = torch.zeros(2, s.spec.channels, *s.spec.size, device=s.device)
     with torch.no_grad():
         answer = example = teacher(images)

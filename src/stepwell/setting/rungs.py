@@ -47,13 +47,13 @@ class Rung:
 
 def teacher_of(s: Setting) -> Rung:
     """The top of the ladder."""
-    return Rung(s.model, 1.0)
+    return Rung(s.teacher.answering, 1.0)
 
 
 def store_of(s: Setting, ladder: Ladder) -> SharedWeights:
     """All candidates in one store of weights, as slices of the teacher."""
     weights = sort_units(tensors_of(s.model), s.groups, ladder.order)
-    return SharedWeights(s.model, s.groups, weights, ladder.candidates)
+    return SharedWeights(s.model, s.groups, weights, ladder.candidates).to(s.device)
 
 
 def slice_of_teacher(s: Setting, ladder: Ladder, index: int) -> Rung:
@@ -61,7 +61,7 @@ def slice_of_teacher(s: Setting, ladder: Ladder, index: int) -> Rung:
     weights = sort_units(tensors_of(s.model), s.groups, ladder.order)
     widths = ladder.candidates[index].widths
     skeleton = build_skeleton(s.model, s.groups, widths)
-    model = fill(skeleton, leading_units(weights, skeleton, s.groups, widths))
+    model = fill(skeleton, leading_units(weights, skeleton, s.groups, widths)).to(s.device)
     return replace(_rung(model, ladder, index), cut_from=teacher_of(s))
 
 
@@ -101,7 +101,7 @@ def student_below(s: Setting, ladder: Ladder, above: Rung | SharedWeights) -> Ru
 def under_other(s: Setting, other: Setting, student: Rung) -> tuple[Setting, Rung, Rung]:
     """What a step from one of `s.other_teachers` works with, that teacher, and the student, which is no slice
     of it."""
-    teacher = Rung(other.model, other.as_other_teacher.scale)
+    teacher = Rung(other.teacher.answering, other.as_other_teacher.scale)
     return s.under(other), teacher, replace(student, is_other=True)
 
 

@@ -43,7 +43,7 @@ class Setting:
     Attributes:
         config: All options; a function further down takes the group that it needs.
         run: Where results are kept.
-        teacher: What is compressed; its model is on the device of the run, in eval mode, frozen.
+        teacher: What is compressed, in eval mode, frozen, and lies where `placed` puts it.
         groups: The units that may be cut.
         other_student: The student, where it is of another architecture than the teacher.
         data: The images.
@@ -73,7 +73,7 @@ class Setting:
 
     @property
     def model(self) -> nn.Module:
-        """The teacher's module."""
+        """The teacher's module, whole: what is cut."""
         return self.teacher.model
 
     @property
@@ -301,7 +301,7 @@ class Setting:
         batches = EvalBatches(images, self.spec, self.config, self.device, on_batch=shown)
         if self.has_labels:
             return batches
-        answers = self.task.predict(self.model, batches, "teacher's answers").decided
+        answers = self.task.predict(self.teacher.answering, batches, "teacher's answers").decided
         if not isinstance(answers, Tensor) and not any(map(classes_of, answers)):
             raise DataError(
                 f"{self.teacher.name} finds no class more probable than not in any of {len(images)} images "

@@ -20,6 +20,7 @@ from stepwell.pruning.skeleton import build_skeleton
 from stepwell.setting.channels import halved
 from stepwell.setting.classes import NUMBERED, settle
 from stepwell.setting.other_models import check_same_classes
+from stepwell.setting.placed import placed, whole_on
 from stepwell.setting.prepare import known_groups, try_losses
 from stepwell.setting.setting import Setting
 
@@ -62,18 +63,18 @@ def _understood(s: Setting, name: str) -> Teacher:
         )
     # What says the order of the last one's classes says nothing of one that has names of its own.
     options = s.config.model_copy(update={"class_order": None}) if teacher.classes else s.config
-    teacher, data = settle(replace(teacher, spec=own), s.data, options, s.device)
+    teacher, data = settle(replace(teacher, spec=own), s.data, options, whole_on(s.config, s.device))
     num_outputs = check_runs(teacher.model, own, name, "--teachers")
     check_same_classes(name, num_outputs, s.teacher.name, num_classes)
     is_ours = teacher.trained_on == data.fingerprint
     return_in_order(teacher.model, _names(s, teacher, data.classes), s.classes)
-    teacher.model.to(s.device).eval().requires_grad_(False)
     take_images_of(teacher.model, s.spec, own)
     notes = tuple(note for note in teacher.notes if not note.startswith(NUMBERED))
     if data.classes != s.classes:
         notes = (*notes, f"{teacher.name}: its outputs are put into the order of {s.teacher.name}'s classes")
     trained_on = s.data.fingerprint if is_ours else None
-    return replace(teacher, spec=s.spec, own_spec=own, trained_on=trained_on, classes=s.classes, notes=notes)
+    found = replace(teacher, spec=s.spec, own_spec=own, trained_on=trained_on, classes=s.classes, notes=notes)
+    return placed(found, s.config, s.device)
 
 
 def _names(s: Setting, teacher: Teacher, ordered: tuple[str, ...]) -> tuple[str, ...]:

@@ -45,9 +45,12 @@ def arrange(s: Setting) -> Arrangement:
     with s.run.stage("arrange", Arrangement) as stage:
         if stage.is_new:
             teachers = [*(s.under(other) for other in s.other_teachers), s]
-            models = [Observed(t.model, t.blocks[-1:]) for t in teachers]
+            models = [Observed(t.teacher.answering, t.blocks[-1:]) for t in teachers]
             costs = adaptation_costs(features_of(models, s.scored))
-            measured = [s.task.evaluate(t.model, s.selection, f"arrange: {t.teacher.name}") for t in teachers]
+            measured = [
+                s.task.evaluate(t.teacher.answering, s.selection, f"arrange: {t.teacher.name}")
+                for t in teachers
+            ]
             stage.result = Arrangement(
                 names=[t.teacher.name for t in teachers],
                 order=backwards(costs, last=len(teachers) - 1),

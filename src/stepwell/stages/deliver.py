@@ -151,9 +151,9 @@ def _not_loaded(s: Setting, finished: Finished, model: nn.Module) -> list[str]:
     if candidate is None or finished.student.is_other:
         return []
     skeleton = build_skeleton(s.model, s.groups, candidate.widths)
-    images = next(iter(s.test)).images[:8]
+    again, images = fill(skeleton, model.state_dict()).to(s.device), next(iter(s.test)).images[:8]
     with torch.no_grad():
-        loaded, student = (m.eval()(images) for m in (fill(skeleton, model.state_dict()), model))
+        loaded, student = (m.eval()(images) for m in (again, model))
     if (loaded - student).abs().max() <= SAME * student.abs().max():
         return []
     return [
@@ -216,7 +216,9 @@ def _measure_all(s: Setting, finished: Finished) -> Delivered:
                 teacher_macs=s.teacher_macs,
                 keep_ratio=keep_ratio,
                 threads=s.config.latency_threads,
-                measured=measured(s, model, is_other=student.is_other and role in ("student", "control")),
+                measured=s.teacher.answering
+                if role == "teacher"
+                else measured(s, model, is_other=student.is_other and role in ("student", "control")),
             )
             if s.data.task == "features" and s.data.labelled and not s.data.train.is_multi_label:
                 truth = as_tensor(s.data.test.labels)

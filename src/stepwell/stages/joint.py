@@ -152,10 +152,10 @@ def joint_step(
 ) -> JointStep:
     """The step of a run; its losses are new. `order` is that of the store's units in the teacher, whose
     answers may be known."""
-    teacher = Observed(s.model, s.blocks)
+    teacher = Observed(s.teacher.answering, s.blocks)
     # In eval mode, so that blank images do not move BatchNorm statistics.
     students = [Observed(skeleton.eval(), s.blocks) for skeleton in shared.skeletons]
-    images, losses = s.train.blank(s.model), []
+    images, losses = s.train.blank(s.teacher.answering), []
     with torch.no_grad():
         answer = teacher(images)
         for index, student in enumerate(students):

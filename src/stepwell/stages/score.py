@@ -30,6 +30,7 @@ from stepwell.pruning.layout import Layout, gate_inputs, layouts_or_refuse
 from stepwell.pruning.ranking import Importance, l2_normalised, uniform_scores
 from stepwell.pruning.skeleton import build_skeleton
 from stepwell.pruning.units import Group, cuts_by_tensor, tensors_of
+from stepwell.run.device import autocast_of
 from stepwell.run.distributed import from_main, sum_
 from stepwell.run.processes import rank
 from stepwell.run.progress import progress
@@ -56,12 +57,13 @@ def _scores(s: Setting) -> Importance:
     others = [group for group in s.groups if group.name not in norms]
     if not others:
         return Importance(raw=norms, normalised=l2_normalised(norms), num_images=0)
+    device = next(s.model.parameters()).device  # not the run's, where the teacher answers in parts
     found = importance_by_gradient(
         s.model,
         others,
-        s.scored,
+        s.scored.to(device),
         reduction=s.config.score_reduction,
-        autocast=s.autocast,
+        autocast=autocast_of(s.config, device),
         loss_per_image=loss_of(s.task, s.config.class_weights),
     )
     raw = {**found.raw, **norms}

@@ -48,7 +48,8 @@ def select(s: Setting, ladder: Ladder, models: Iterable[nn.Module]) -> Choice:
         if stage.is_new:
             rungs = zip(ladder.candidates, ladder.scales, models, strict=True)
             candidates = [candidate_result(s, *rung) for rung in rungs]
-            teacher = s.task.evaluate(s.model, s.selection, "select: teacher").performance(s.metric)
+            found = s.task.evaluate(s.teacher.answering, s.selection, "select: teacher")
+            teacher = found.performance(s.metric)
             index, selection = choose(
                 candidates, teacher, s.config, s.metric, len(s.data.selection), s.other_scale
             )

@@ -23,9 +23,8 @@ from stepwell.data.labels import Label
 from stepwell.data.splits import Data
 from stepwell.errors import DataError
 from stepwell.run.distributed import joined
-from stepwell.run.progress import progress
 from stepwell.tasks import measures
-from stepwell.tasks.measures import NUM_BINS, Forward, Metric, PairedTest
+from stepwell.tasks.measures import NUM_BINS, Forward, Metric, PairedTest, outputs_of
 
 NAME = "classification"
 MEASURE = "top1"
@@ -157,13 +156,8 @@ def predict(forward: Forward, batches: EvalBatches, description: str = "predict"
 
 
 def _answers(forward: Forward, batches: EvalBatches, description: str) -> Iterator[tuple[Tensor, Tensor]]:
-    share = batches.share()
-    with progress(description, len(share)) as advance:
-        for batch in share:
-            with torch.no_grad():
-                probabilities = forward(batch.images).float().softmax(dim=1).cpu()
-            yield probabilities, batch.labels.cpu()
-            advance("")
+    for logits, batch in outputs_of(forward, batches, description):
+        yield logits.float().softmax(dim=1).cpu(), batch.labels.cpu()
 
 
 def resolve_metric(metric: MetricOption, num_images: int) -> Metric:

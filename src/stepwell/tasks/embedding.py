@@ -20,9 +20,8 @@ from stepwell.config.options import MetricOption
 from stepwell.data.batches import EvalBatches
 from stepwell.data.splits import Data
 from stepwell.run.distributed import joined
-from stepwell.run.progress import progress
 from stepwell.tasks import measures
-from stepwell.tasks.measures import Forward, Metric
+from stepwell.tasks.measures import Forward, Metric, outputs_of
 
 NAME = "features"
 MEASURE = "cosine"
@@ -100,12 +99,7 @@ Meter = Answers
 
 def evaluate(forward: Forward, batches: EvalBatches, description: str = "evaluate") -> Meter:
     """Run `forward` over all batches, in fp32, and keep every embedding, on the CPU."""
-    found, share = [], batches.share()
-    with progress(description, len(share)) as advance:
-        for batch in share:
-            with torch.no_grad():
-                found.append(forward(batch.images).float().cpu())
-            advance("")
+    found = [outputs.float().cpu() for outputs, _ in outputs_of(forward, batches, description)]
     return Answers(torch.cat(joined(found)), batches.labels)
 
 

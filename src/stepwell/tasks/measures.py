@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -17,8 +17,12 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from stepwell.config.options import MetricOption
+from stepwell.data.batches import Batch, EvalBatches
 from stepwell.data.labels import Label
 from stepwell.errors import ConfigError
+from stepwell.run.processes import world
+from stepwell.run.progress import progress
+from stepwell.run.sharded_model import keep_up
 
 Measure = Literal["top1", "mAP", "mIoU", "cosine"]
 """What `quality` is in a task."""
@@ -88,6 +92,19 @@ class Meter(ABC):
     def performance(self, metric: Metric) -> float:
         """One number in [0, 1], larger is better."""
         return performance(self.quality, self.log_likelihood, metric)
+
+
+def outputs_of(forward: Forward, batches: EvalBatches, description: str) -> Iterator[tuple[Tensor, Batch]]:
+    """What a model returns for this process's share of the batches, and each batch."""
+    share = batches.share()
+    with progress(description, len(share)) as advance:
+        for batch in share:
+            with torch.no_grad():
+                outputs = forward(batch.images)
+            yield outputs, batch
+            advance("")
+    blank = torch.zeros(1, batches.spec.channels, *batches.spec.size, device=batches.device)
+    keep_up(forward, len(share), math.ceil(len(batches) / world()), blank)
 
 
 class Answers(ABC):

@@ -25,9 +25,8 @@ from stepwell.data.labels import Label
 from stepwell.data.splits import Data
 from stepwell.errors import DataError
 from stepwell.run.distributed import joined
-from stepwell.run.progress import progress
 from stepwell.tasks import measures
-from stepwell.tasks.measures import NUM_BINS, Forward, Metric, PairedBootstrap
+from stepwell.tasks.measures import NUM_BINS, Forward, Metric, PairedBootstrap, outputs_of
 
 NAME = "multi-label"
 MEASURE = "mAP"
@@ -122,13 +121,8 @@ predict = evaluate
 
 
 def _answers(forward: Forward, batches: EvalBatches, description: str) -> Iterator[tuple[Tensor, Tensor]]:
-    share = batches.share()
-    with progress(description, len(share)) as advance:
-        for batch in share:
-            with torch.no_grad():
-                probabilities = forward(batch.images).cpu().double().sigmoid()
-            yield probabilities, batch.labels.cpu()
-            advance("")
+    for logits, batch in outputs_of(forward, batches, description):
+        yield logits.cpu().double().sigmoid(), batch.labels.cpu()
 
 
 def compare(teacher: Answers, student: Answers) -> PairedBootstrap:

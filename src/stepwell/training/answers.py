@@ -12,6 +12,7 @@ process alone reads and writes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +30,7 @@ from stepwell.run.atomic import plain_tensors, write_atomically, writing
 from stepwell.run.distributed import copy_from_main, from_main, joined, whole
 from stepwell.run.processes import is_main, rank, world
 from stepwell.run.progress import progress
+from stepwell.run.sharded_model import keep_up
 
 PART = 2**14
 """Images in a file."""
@@ -122,11 +124,13 @@ class Answers:
         """Each process computes a stretch; all of it is joined."""
         number = len(images)
         mine = images[number * rank() // world() : number * (rank() + 1) // world()]
-        stretch = []
+        size, stretch = batches.batch_size, []
         for batch in batches.of_view(view, mine):
             with autocast:
                 logits = model(batch.images)
             stretch.append(packed(logits.float().cpu(), self.top))
+        blank, largest = batches.blank(model)[:1], math.ceil(number / world())
+        keep_up(model, len(stretch), math.ceil(largest / size), blank)
         whole_part = joined(stretch)
         return {name: torch.cat([each[name] for each in whole_part]) for name in whole_part[0]}
 
