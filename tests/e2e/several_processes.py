@@ -31,6 +31,7 @@ from stepwell.losses.choose import Pair
 from stepwell.losses.distillation import make_distillation
 from stepwell.losses.observe import Observed
 from stepwell.losses.output import Output, Target, TrainingImages
+from stepwell.measure.size import num_params
 from stepwell.models.card import load, read_card
 from stepwell.models.timm_models import create_timm
 from stepwell.paths.from_labels import LabelStep
@@ -38,6 +39,7 @@ from stepwell.pruning.families import find_groups
 from stepwell.run import checkpoint, graphs, processes
 from stepwell.run.device import scaler_of
 from stepwell.run.distributed import (
+    copy_from_main,
     from_main,
     from_main_with_tensors,
     joined,
@@ -47,26 +49,32 @@ from stepwell.run.distributed import (
 from stepwell.run.observer import Observer
 from stepwell.run.processes import alone, is_main, rank, world
 from stepwell.run.sharded import Sharded
+from stepwell.run.sharded_model import guard, in_parts, num_held
 from stepwell.stages.score import importance_by_gradient
-from stepwell.tasks import classification, embedding
+from stepwell.tasks import classification, embedding, multilabel
 from stepwell.tasks.task import task_of
 from stepwell.training.handed_on import performance_of
 from stepwell.training.loop import Course, fit
 from stepwell.training.optimizer import make_optimizer, make_scheduler
+from stepwell.training.recomputed import recomputed_blocks
 from stepwell.training.statistics import recalibrate
 
 CPU = torch.device("cpu")
 SGD = ("--optimizer", "sgd", "--lr", 0.05, "--weight-decay", 0.01)
 SHARD = ("--shard-optimizer",)  # in a single process it does nothing
+PARTS = ("--shard-teacher",)  # likewise
 # What two processes must come to as one does.
 RUNS: dict[str, tuple[object, ...]] = {
     "amd": (*QUICK, *SGD, "--control", "equal_epochs"),
-    "mmd": (*QUICK, *SGD, "--path", "mmd"),
+    "mmd": (*QUICK, *SGD, "--path", "mmd", *PARTS),
     "memory": (*QUICK, *SGD, "--path", "single-step", "--feature-loss", "crd", "--logit-loss", "dist"),
     "relations": (
-        *QUICK, *SGD, "--path", "single-step", "--feature-loss", "rkd", "--keep-best", 0.5, *SHARD
+        *QUICK, *SGD, "--path", "single-step", "--feature-loss", "rkd", "--keep-best", 0.5, *SHARD, *PARTS
     ),
-    "answers": (*QUICK, *SGD, "--feature-weight", 0, "--cache-teacher", 1, "--cache-top", 2),
+    "answers": (
+        *QUICK, *SGD, "--feature-weight", 0, "--cache-teacher", 1, "--cache-top", 2, *PARTS,
+        "--control", "equal_epochs",
+    ),
 }  # fmt: skip
 TRAIN = ("--model", TIMM, *MODEL, "--no-pretrained", "--epochs", 3, "--batch-size", 16, *SGD)
 MIXED = (
@@ -352,6 +360,43 @@ def _five_moves(precision: str, *, shard: bool) -> tuple[dict[str, Tensor], int]
     held = optimizer.optim if isinstance(optimizer, Sharded) else optimizer
     moments = sum(state["exp_avg"].numel() for state in held.state.values())
     return {name: p.detach().clone() for name, p in parameters.items()}, moments
+
+
+def check_a_teacher_in_parts_answers_as_a_whole_one(out: Path, teacher: Path, data: Path) -> None:
+    """Logits, hidden states and features, of other images in each process; and each holds about a half."""
+    sizes = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3}
+    vit = create_timm(TIMM, sizes, pretrained=False)
+    vit.register_parameter("number", nn.Parameter(torch.tensor(2.0)))  # which cannot be divided
+    cnn = create_timm("cifar_resnet8", {}, pretrained=False).to(memory_format=torch.channels_last)
+    for model, blocks in ((vit, ("blocks.0", "blocks.2")), (cnn, ("layer1", "layer3"))):
+        model.eval().requires_grad_(False)
+        copy_from_main(model.state_dict().values())
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        parts = in_parts(model, recomputed_blocks(model), CPU)
+        size = 16 if model is vit else 32
+        for autocast in (False, True):
+            images = torch.randn(3 + rank(), 3, size, size, generator=torch.Generator().manual_seed(rank()))
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                ours, theirs = Observed(parts, blocks)(images), Observed(model, blocks)(images)
+            assert torch.equal(ours.logits, theirs.logits)
+            assert torch.equal(ours.features, theirs.features)
+            assert len(ours.states) == 2
+            assert all(map(torch.equal, ours.states, theirs.states))
+        assert 0.45 < num_held(parts) / num_params(model) < 0.55
+        for name, tensor in model.state_dict().items():  # it is whole, and lies where it lay
+            assert torch.equal(tensor, before[name])
+
+
+def check_a_teacher_in_parts_waits_for_who_has_more_images(out: Path, teacher: Path, data: Path) -> None:
+    model, spec = load(teacher / "teacher").requires_grad_(False), read_card(teacher / "teacher").input
+    parts = in_parts(model, recomputed_blocks(model), CPU)
+    guard(parts)
+    for number, batch_size in ((20, 8), (5, 8)):  # three batches, and one
+        config = make_config(CompressConfig, {"batch_size": batch_size})
+        batches = EvalBatches(_images(data, number), spec, config, CPU)
+        for task in (classification, embedding, multilabel):
+            ours, theirs = (task.predict(each, batches).probabilities for each in (parts, model))
+            assert torch.equal(ours, theirs)
 
 
 def check_fewer_parameters_than_processes(out: Path, teacher: Path, data: Path) -> None:

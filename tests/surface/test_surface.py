@@ -59,7 +59,7 @@ COMPRESS = TRAINING | {
     "--first-epochs", "--budget-epochs", "--joint-share",
     "--ladder", "--baseline", "--baseline-args", "--baseline-pretrained", "--baseline-weights",
     "--baseline-weights-key",
-    "--tune", "--tune-lrs", "--cache-teacher", "--cache-top",
+    "--tune", "--tune-lrs", "--cache-teacher", "--cache-top", "--shard-teacher",
 }  # fmt: skip
 FLAGS = {
     "train": TRAINING | {"--layer-decay", "--model", "--pretrained", "--probe", "--weights", "--weights-key",

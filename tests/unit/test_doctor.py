@@ -17,7 +17,7 @@ from stepwell.data.splits import resolve_data
 from stepwell.errors import ConfigError
 from stepwell.losses.choose import memory_bytes
 from stepwell.losses.crd import CRD
-from stepwell.measure.estimate import Losses, footprint, memory_and_disk
+from stepwell.measure.estimate import Losses, footprint, memory_and_disk, num_answering
 from stepwell.measure.size import num_params
 from stepwell.paths import path_of
 from stepwell.setting import looked_at
@@ -106,6 +106,16 @@ def test_devices_share_the_moments_where_that_is_asked_for():
     alone = memory(config, 1)
     assert memory(sharded, 1) == memory(config, 4) == alone
     assert memory(sharded, 4) == alone - 8 * num_params(model) * 3 / 4
+
+
+def test_devices_share_the_teacher_where_that_is_asked_for():
+    model, config = tiny_vit(), CompressConfig()
+    sharded = config.model_copy(update={"shard_teacher": True})
+    whole = num_params(model)
+    assert num_answering(sharded, model, 1) == num_answering(config, model, 4) == whole
+    blocks = [num_params(block) for block in model.blocks]
+    beside = whole - sum(blocks) - num_params(model.patch_embed)
+    assert num_answering(sharded, model, 4) == whole / 4 + beside + 2 * max(blocks)
 
 
 @pytest.mark.parametrize(

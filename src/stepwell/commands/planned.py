@@ -165,6 +165,11 @@ def _assumed(config: DoctorConfig, images: Images, alone: Forecast, shared: Fore
             f"2 (N - 1) / N of their bytes at {config.bandwidth:g} GB/s"
             + (", and half as much for the parameters" if config.shard_optimizer else "")
         )
+    if shared is not None and config.shard_teacher:
+        parts.append(
+            "the teacher in parts: its weights are gathered in each step that asks it, at the same rate; "
+            "scoring, which the whole one does on the CPU, was timed on this device"
+        )
     parts.append(
         "memory and disk are counted, with checkpoints; not in it: loading and checks before the first "
         "stage, the report after the last, other programs"

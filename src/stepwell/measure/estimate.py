@@ -51,7 +51,7 @@ class Footprint:
 
 def footprint(
     config: CompressConfig,
-    num_frozen: int,
+    num_frozen: float,
     trained: nn.Module,
     spec: InputSpec,
     batch_size: int,
@@ -84,6 +84,22 @@ def footprint(
         kept=4 * store,
         passing=2 * ((12 + 4 * averages) * store + losses.kept * banks),
     )
+
+
+def num_answering(config: CompressConfig, teacher: nn.Module, devices: int = 1) -> float:
+    """Parameters of a frozen teacher that lie on each device while it answers.
+
+    Args:
+        config: Whether it lies in parts.
+        teacher: Whole.
+        devices: How many have a part each.
+    """
+    whole = num_params(teacher)
+    if not config.shard_teacher or devices == 1:
+        return whole
+    blocks = [num_params(block) for block in recomputed_blocks(teacher).values()]
+    # What lies beside the blocks is gathered for all of a pass; a block runs while the next one comes.
+    return whole / devices + max(0, whole - sum(blocks)) + 2 * max(blocks, default=0)
 
 
 def memory_and_disk(

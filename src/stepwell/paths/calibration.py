@@ -21,7 +21,7 @@ from stepwell.data.images import ImageSet
 from stepwell.errors import ExportError
 from stepwell.measure.clock import seconds_to_time
 from stepwell.measure.clocked import Price, price_of_step
-from stepwell.measure.estimate import Losses, activation_bytes, footprint, seconds_of
+from stepwell.measure.estimate import Losses, activation_bytes, footprint, num_answering, seconds_of
 from stepwell.measure.size import count_macs, num_params
 from stepwell.models.card import ONNX, example_images
 from stepwell.models.export import export_onnx, temporary_folder
@@ -133,7 +133,7 @@ class Calibration:
 
         seconds = seconds_of_all(run, len(batches), s.device)
         beside = 0 if model is s.model else num_params(model)
-        return Price(seconds / len(batches.labels), 4 * (num_params(s.model) + beside))
+        return Price(seconds / len(batches.labels), 4 * (self._num_answering + beside))
 
     def _joint_step(self) -> Price:
         s, ladder = self.s, self.ladder
@@ -143,7 +143,7 @@ class Calibration:
         seconds, timed = seconds_of_training_step(course, step, s.train, s.config, s.config)
         seconds *= usual_step(s, ladder, timed)
         losses = self.way.losses(len(ladder.candidates), s.config)
-        return self._price(seconds, shared.skeletons[-1], num_params(s.model), losses)
+        return self._price(seconds, shared.skeletons[-1], self._num_answering, losses)
 
     def _step(self, student: float, teachers: Sequence[float], drop: int) -> Price:
         s, lower = self.s, self._rung(student)
@@ -152,11 +152,19 @@ class Calibration:
         *_, course = distill.courses_of(s, _no_stage("distill"), step, lower, 1.0)
         seconds, _ = seconds_of_training_step(course, step, s.train, s.config, s.config)
         # The teacher lies there, whether it teaches or not.
-        frozen = num_params(s.model) + sum(num_params(r.model) for r in uppers if r.candidate is not None)
+        frozen = self._num_answering + sum(num_params(r.model) for r in uppers if r.candidate is not None)
         losses = Losses(len(uppers), max(1, len(uppers) - drop))
-        return self._price(seconds, lower.model, frozen, losses)
+        return self._price(seconds, lower.model, frozen, losses, asks_teacher=1.0 in teachers)
 
-    def _price(self, seconds: float, trained: nn.Module, num_frozen: int, losses: Losses) -> Price:
+    def _price(
+        self,
+        seconds: float,
+        trained: nn.Module,
+        num_frozen: float,
+        losses: Losses,
+        *,
+        asks_teacher: bool = True,
+    ) -> Price:
         s = self.s
         found = footprint(
             s.config, num_frozen, trained, s.spec, self.share, self.num_train, losses, self.devices
@@ -164,7 +172,14 @@ class Calibration:
         seconds *= self.share / s.train.batch_size
         # Parameters that have been moved are sent once more, which is half of a sum over all devices.
         sent = num_params(trained) * (1.5 if s.config.shard_optimizer else 1.0)
+        if s.config.shard_teacher and asks_teacher:  # and its weights are gathered, which is half, too
+            sent += num_params(s.model) / 2
         return price_of_step(seconds, found, sent, self.devices, self.bytes_per_second)
+
+    @property
+    def _num_answering(self) -> float:
+        """Parameters of the teacher on a device."""
+        return num_answering(self.s.config, self.s.model, self.devices)
 
     def _rung(self, scale: float) -> Rung:
         """A fresh model of that scale, or the nearest; a timed one is not what it was."""
