@@ -378,13 +378,17 @@ def check_a_teacher_in_parts_answers_as_a_whole_one(out: Path, teacher: Path, da
             images = torch.randn(3 + rank(), 3, size, size, generator=torch.Generator().manual_seed(rank()))
             with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                 ours, theirs = Observed(parts, blocks)(images), Observed(model, blocks)(images)
-            assert torch.equal(ours.logits, theirs.logits)
-            assert torch.equal(ours.features, theirs.features)
             assert len(ours.states) == 2
-            assert all(map(torch.equal, ours.states, theirs.states))
+            near = 1e-2 if autocast else 1e-5  # FSDP makes weights contiguous, and a layout has its rounding
+            for one, other in zip(_tensors(ours), _tensors(theirs), strict=True):
+                torch.testing.assert_close(one, other, rtol=near, atol=near)
         assert 0.45 < num_held(parts) / num_params(model) < 0.55
         for name, tensor in model.state_dict().items():  # it is whole, and lies where it lay
             assert torch.equal(tensor, before[name])
+
+
+def _tensors(output: Output) -> list[Tensor]:
+    return [output.logits, output.features, *output.states]
 
 
 def check_a_teacher_in_parts_waits_for_who_has_more_images(out: Path, teacher: Path, data: Path) -> None:
