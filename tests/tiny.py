@@ -150,7 +150,7 @@ class FixedTrain(TrainBatches):
         self.steps_per_epoch = len(self._fixed)
         self.epochs_begun: list[int] = []
         self.trainings: set[str] = set()
-        self.seed = 0
+        self.seed, self.device = 0, batches[0].images.device
 
     def epoch(self, epoch: int, first_step: int = 0, training: str = "") -> Iterator[Batch]:
         self.epochs_begun.append(epoch)

@@ -78,7 +78,8 @@ def main(argv: Sequence[str]) -> int:
         ):
             raise
         line = " ".join(str(error).split())[:160]
-        print(f"stepwell: out of memory ({line}): a smaller --batch-size in another --out", file=sys.stderr)
+        way_out = "go on with --gradient-checkpointing, or with a smaller --batch-size in another --out"
+        print(f"stepwell: out of memory ({line}): {way_out}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         if is_main():

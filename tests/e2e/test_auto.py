@@ -302,6 +302,13 @@ def test_the_gap_of_a_run_is_that_of_its_candidates(run_words):
     assert bool(finished.assistants) == (gap >= 1)
 
 
+def test_the_minutes_of_a_control_that_is_none_are_the_students(run_words, monkeypatch):
+    monkeypatch.setattr(plan, "seconds_per_step", lambda *_words: 0.01)
+    monkeypatch.setattr(auto, "why_no_pilot", lambda *_words: "this is why")
+    s, _ = descended(run_words(*AUTO, "--control", "equal_compute", length=("--minutes", 0.1)))
+    assert s.run.stages["plan steps"].distill == pytest.approx(6 / (0.01 * s.train.steps_per_epoch))
+
+
 def test_a_single_step_has_no_control_beside_it(run_words, monkeypatch, capsys):
     monkeypatch.setattr(auto, "why_no_pilot", lambda *_words: "this is why")
     _, finished = descended(run_words(*AUTO, "--control", "equal_compute"))

@@ -39,6 +39,19 @@ def test_a_run_without_a_student(fails, reference, data, tmp_path):
     assert not (tmp_path / "gone").exists()
 
 
+def test_there_is_no_student_to_export(fails, teacher, reference, tmp_path):
+    """The teacher of a training is none; and the student of a run is not written over."""
+    line = fails("export", teacher, "--out", tmp_path / "out")
+    assert line == (
+        f"stepwell: {teacher} has no student (yet): run stepwell compress on it until it is finished"
+    )
+    before = contents(reference)
+    line = fails("export", reference, "--format", "safetensors", "--out", reference)
+    assert f"would write over {reference / 'student'}: choose another" in line
+    assert contents(reference) == before
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_rung_that_is_not_there(fails, reference, tmp_path):
     before = contents(reference)
     for words, said in ((("--keep", "0.5"), "0.1, 0.4, 0.7"), (("--keep", "0.1", "--all"), "give one of")):

@@ -355,6 +355,17 @@ def test_minutes_make_no_comparison():
         check(config_of("--minutes", "3"))
 
 
+@pytest.mark.parametrize(
+    "words",
+    [("--student", "resnet18"), ("--assistant", "0.4"), ("--snapshots", "1"), ("--feature-loss", "ft")],
+)
+def test_what_only_amd_reads_is_for_its_rows(words):
+    config = config_of("--paths", "single-step", "amd", *words)
+    check(config)
+    rows = {arm.name: cell_of(arm, config, Path("out"), 0, None).config for arm in arms_of(config)}
+    assert {row.path for row in rows.values()} == {"single-step", "amd"}
+
+
 def test_a_preset_is_no_contradiction():
     check(config_of("--preset", "paper", "--lrs", "1e-3", "3e-3"))
     with pytest.raises(ConfigError, match="give one of them"):

@@ -188,7 +188,7 @@ def test_auto_costs_what_amd_does_and_a_second_look_at_the_candidates(length):
         {
             "score": found.scoring,
             "pilot": 0.2 * found.joint(2),
-            "pilot look": 100 * 1.0,
+            "pilot look": 100 * (0.1 + 0.8 + 0.9),
             "joint": 0.8 * found.joint(2),
             "select": 100 * 5.5,
             "distill": 10 * 1000 * 0.8,

@@ -263,7 +263,7 @@ def test_a_bridge_is_never_emptied():
 
 
 def test_sizes_are_rungs_among_the_usual_ones():
-    config = CompressConfig(num_candidates=3, ladder=(0.3, 0.1, 0.702))
+    config = CompressConfig(path="amd", num_candidates=3, ladder=(0.3, 0.1, 0.702))
     # 0.7 makes room for 0.702: export could not tell them apart.
     assert with_sizes(0.1, config) == [0.1, 0.3, 0.4, 0.702]
     with pytest.raises(ConfigError, match=r"--ladder 0\.1 is smaller than the student, which keeps 0\.2"):

@@ -190,6 +190,65 @@ def test_a_block_that_changes_itself():
     assert [block.calls for block in ours.blocks] == [3, 6]
 
 
+class Adds(nn.Module):
+    """Sums up all that came before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.act, self.fc = nn.GELU(), nn.Linear(8, 8)
+
+    def forward(self, before: list[Tensor]) -> Tensor:
+        return self.fc(self.act(torch.stack(before).sum(0)))
+
+
+class Grows(nn.Module):
+    """Its blocks are given a list that the model goes on to fill."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(3 * 16 * 16, 8)
+        self.blocks = nn.ModuleList(Adds() for _ in range(3))
+        self.fc = nn.Linear(8, NUM_CLASSES)
+
+    def forward(self, images: Tensor) -> Tensor:
+        found = [self.stem(images.flatten(1))]
+        for block in self.blocks:
+            found.append(block(found))
+        return self.fc(found[-1])
+
+
+def test_a_list_that_grows_is_what_it_was_then():
+    torch.manual_seed(0)
+    net = Grows()
+    assert_same(lambda: copy.deepcopy(net), blocks=("blocks.0",))
+
+
+def test_a_densenet():
+    torch.manual_seed(0)
+    net = torchvision.models.DenseNet(4, (2, 2), 8, num_classes=NUM_CLASSES)
+    assert recomputed_blocks(net)
+    assert_same(lambda: copy.deepcopy(net), blocks=("features.denseblock1",))
+
+
+class ListInPlace(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.act, self.fc = nn.ReLU(inplace=True), nn.Linear(8, 8)
+
+    def forward(self, parts: list[Tensor]) -> Tensor:
+        return self.fc(self.act(parts[0]))
+
+
+def test_what_is_changed_in_a_list_is_seen_too():
+    class Net(Grows):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList([ListInPlace(), ListInPlace()])
+
+    with pytest.raises(ConfigError, match="changes its input in place"):
+        Recomputed(Observed(Net(), ()), "it")(random_images(2))
+
+
 class InPlace(nn.Module):
     def __init__(self) -> None:
         super().__init__()

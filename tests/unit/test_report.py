@@ -329,7 +329,7 @@ def test_every_path_says_how_it_went():
     assert amd.words(9, 3) == f"{ladder}of which 3 were chosen as assistants in a row."
     seen = (
         "After a short joint training of 9 nested candidates the student's own was {} nats behind the "
-        "largest, on the selection images: "
+        "better of the two largest, on the selection images: "
     )
     near, far = seen.format("0.99"), seen.format("1.30")
     assert auto.words(9, 0.994) == f"{near}less than 1, so the teacher itself went on to teach it."

@@ -7,7 +7,7 @@ from pathlib import Path
 from stepwell.config.commands import ExportConfig
 from stepwell.errors import ConfigError, ModelError
 from stepwell.measure.size import num_params, short_number
-from stepwell.models.card import example_images, load_with_card, save_model
+from stepwell.models.card import CARD, example_images, load_with_card, save_model
 from stepwell.models.export import export_onnx, export_program
 from stepwell.models.factory import Factory, load_factory
 from stepwell.models.ladder import load_rung, rungs, why_no_ladder
@@ -41,9 +41,20 @@ def run(config: ExportConfig) -> str:
     return "\n".join(lines)
 
 
+def _student_of(config: ExportConfig) -> Path:
+    """The folder of a run's student, or the folder itself, which is not written over."""
+    run = config.run
+    for folder in (run / "student", run):
+        if (folder / CARD).is_file():
+            if config.out_dir is not None and (config.out_dir / "student").resolve() == folder.resolve():
+                raise ConfigError(f"--out {config.out_dir} would write over {folder}: choose another")
+            return folder
+    raise ModelError(f"{run} has no student (yet): run stepwell compress on it until it is finished")
+
+
 def _export_one(config: ExportConfig, keep_ratio: float | None, out: Path, factory: Factory | None) -> str:
     if keep_ratio is None:
-        stem, (model, card) = out / "student", load_with_card(config.run, factory)
+        stem, (model, card) = out / "student", load_with_card(_student_of(config), factory)
     else:
         stem, (model, card) = out / f"keep-{keep_ratio:g}", load_rung(config.run, keep_ratio, factory)
     images = example_images(card.input, 4)

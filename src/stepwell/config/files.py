@@ -57,6 +57,8 @@ def make_config(kind: type[ConfigT], values: Mapping[str, object]) -> ConfigT:
     for name in values:
         if name not in kind.model_fields:
             raise ConfigError(f"unknown option {name!r}{did_you_mean(name, kind.model_fields)}")
+    if is_of_one_path(kind) and "path" not in values and asks_for_amd(values):
+        values = {**values, "path": "amd"}
     try:
         return kind.model_validate(over(implied(values), values))
     except ValidationError as error:
@@ -72,11 +74,14 @@ def implied(values: Mapping[str, object]) -> dict[str, object]:
     """What the preset, the path and the losses among `values` set, where `values` do not."""
     preset = PRESETS.get(str(values.get("preset", "default")), {})
     path = PATHS.get(str(values.get("path", "")), {})
-    if "path" not in values and asks_for_amd(values):
-        path = {"path": "amd"}
     named = {**preset, **path, **values}
     losses = logit_facts(str(named.get("logit_loss", ""))), feature_facts(str(named.get("feature_loss", "")))
     return {**preset, **path, **losses[0].implied, **losses[1].implied}
+
+
+def is_of_one_path(kind: type[Options]) -> bool:
+    """Whether the options are of one run down; a comparison has several, and names them."""
+    return "path" in kind.model_fields and "paths" not in kind.model_fields
 
 
 def asks_for_amd(values: Mapping[str, object]) -> bool:

@@ -120,13 +120,13 @@ def gap_between(student_s: CandidateResult, largest: Sequence[CandidateResult]) 
 def _single_step(s: Setting, ladder: Ladder, why: str) -> Finished:
     """The whole budget for a student of the teacher itself, which is its own control."""
     say(f"auto: a single step, for {why}{'; it is its own control' if s.config.control != 'none' else ''}")
+    s = replace(s, config=s.config.model_copy(update={"control": "none"}))  # whose minutes are its own, too
     with s.run.stage("plan steps", Epochs) as stage:
         if stage.is_new:
             stage.result = expected_epochs(s, ladder, single_step.bill)
     epochs, teacher = stage.result.distill, teacher_of(s)
     student = distill(s, ladder, "distill", [teacher], student_below(s, ladder, teacher), epochs)
-    alone = replace(s, config=s.config.model_copy(update={"control": "none"}))
-    return finish(alone, ladder, epochs, student, [], f"{single_step.WAY[:-1]}, for {why}.")
+    return finish(s, ladder, epochs, student, [], f"{single_step.WAY[:-1]}, for {why}.")
 
 
 def check(options: CompressConfig) -> None:

@@ -170,7 +170,8 @@ TOGETHER = frozenset({"amd", "amd-manual", "auto"})
 READ_BY = {
     **dict.fromkeys(("snapshots", "assistant_share", "num_assistants"), frozenset({"amd"})),
     **dict.fromkeys(("sampling", "num_random", "joint_epochs", "joint_share", "joint_lr"), TOGETHER),
-    **dict.fromkeys(("rule", "assistant"), frozenset({"amd", "auto", "mmd-os"})),
+    "rule": frozenset({"amd", "auto", "mmd-os"}),
+    "assistant": frozenset({"amd", "mmd-os"}),
     "assistants": frozenset({"takd", "dgkd"}),
     "drop": frozenset({"dgkd"}),
 }

@@ -103,8 +103,9 @@ def outputs_of(forward: Forward, batches: EvalBatches, description: str) -> Iter
                 outputs = forward(batch.images)
             yield outputs, batch
             advance("")
-    blank = torch.zeros(1, batches.spec.channels, *batches.spec.size, device=batches.device)
-    keep_up(forward, len(share), math.ceil(len(batches) / world()), blank)
+    if world() > 1:
+        blank = torch.zeros(1, batches.spec.channels, *batches.spec.size, device=batches.device)
+        keep_up(forward, len(share), math.ceil(len(batches) / world()), blank)
 
 
 class Answers(ABC):

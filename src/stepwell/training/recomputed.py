@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
 from stepwell.errors import ConfigError
@@ -102,8 +103,10 @@ def _keeping_its_input(name: str, block: nn.Module) -> Iterator[None]:
     def run(*args: Any, **options: Any) -> object:  # noqa: ANN401
         if not torch.is_grad_enabled():
             return forward(*args, **options)
-        passes = _Passes(name, block, forward)
-        return checkpoint(passes, *args, use_reentrant=False, **options)
+        passes = _Passes(name, block, forward, (args, options))
+        # Lists and dicts as they are now: what the model adds to them later is not the block's input.
+        then_args, then_options = tree_map(lambda value: value, (args, options))
+        return checkpoint(passes, *then_args, use_reentrant=False, **then_options)
 
     block.forward = run
     try:
@@ -117,19 +120,26 @@ def _keeping_its_input(name: str, block: nn.Module) -> Iterator[None]:
 class _Passes:
     """A block's first pass, and the same again with what it was made of then."""
 
-    def __init__(self, name: str, block: nn.Module, forward: Callable[..., object]) -> None:
+    def __init__(
+        self,
+        name: str,
+        block: nn.Module,
+        forward: Callable[..., object],
+        given: tuple[tuple[Any, ...], dict[str, Any]],
+    ) -> None:
         self.name, self.block, self.forward = name, block, forward
-        self.is_first = True
+        self.given: tuple[tuple[Any, ...], dict[str, Any]] | None = given
+        """What the model gave the block, for the first pass; nothing afterwards."""
         # In a candidate's pass these are its slices; its skeleton has lost them when gradients come.
         self.weights = dict(block.named_parameters())
         self.buffers = {name: buffer.clone() for name, buffer in block.named_buffers()}
         self.state = _state_of(block.modules())
 
     def __call__(self, *args: Any, **options: Any) -> object:  # noqa: ANN401
-        if not self.is_first:
+        if self.given is None:
             return self._again(args, options)
-        self.is_first = False
-        inputs = [value for value in (*args, *options.values()) if isinstance(value, Tensor)]
+        (args, options), self.given = self.given, None
+        inputs = [value for value in tree_leaves((args, options)) if isinstance(value, Tensor)]
         versions = [value._version for value in inputs]
         output = self.forward(*args, **options)
         if versions != [value._version for value in inputs]:
