@@ -212,10 +212,11 @@ class CompareConfig(CompressConfig):
     """Size of a suite: hours on two cores, on one GPU, or the published recipe."""
 
     @model_validator(mode="after")
-    def _alone(self) -> Self:
+    def _extras(self) -> Self:  # in place of a run's
         for flag, given in (("--ladder", self.ladder), ("--baseline", self.baseline)):
             if given:
                 raise ValueError(f"{flag} is for compress: a comparison trains students alone")
+        check_extras(self, self.path, self.keep_ratio, self.student)
         return self
 
     @model_validator(mode="after")
