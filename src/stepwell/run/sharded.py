@@ -6,13 +6,17 @@ each moves its own parameters and sends them to the others, so a training comes 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from stepwell.run.distributed import join, talking
+
+with warnings.catch_warnings():  # torch 2.10 makes its own optimizers by what it says is deprecated
+    warnings.simplefilter("ignore", DeprecationWarning)
+    from torch.distributed.optim import ZeroRedundancyOptimizer
 
 
 class Sharded(ZeroRedundancyOptimizer):
