@@ -74,7 +74,7 @@ def test_doctor_says_what_can_be_cut(folder, weights, capsys):
 def test_from_a_teacher_to_masks(folder, weights, tmp_path, capsys):
     run = tmp_path / "run"
     words = ("compress", "--teacher", FACTORY, "--teacher-weights", weights, "--data", folder, "--out", run)
-    words = (*words, *QUICK, "--num-candidates", "3", "--epochs", "2")
+    words = (*words, *QUICK, "--num-candidates", "3", "--epochs", "2", "--path", "amd")
     stepwell(*words)
     result = result_of(run)
     assert result.measure == result.decided_by == "mIoU"
