@@ -53,7 +53,7 @@ from stepwell.setting.setting import Setting
 from stepwell.stages.distill import distill_step
 from stepwell.stages.grid import grid, keep_ratios
 from stepwell.stages.score import importance_by_gradient, score
-from throughput import random_batch, setting, timm_step, wait
+from throughput import random_batch, setting, timm_step, updated, wait
 from timed_runs import images
 
 PARTS = {"training": "torchdistill", "cutting": "torch-pruning", "brute force": None}
@@ -156,26 +156,15 @@ def training_steps(s: Setting, batch_size: int, device: torch.device) -> dict[st
     def student() -> nn.Module:
         return slice_of_teacher(s, ladder, 0).model.train()
 
-    def updated(model: nn.Module, step: Step) -> Step:
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-
-        def run() -> None:
-            optimizer.zero_grad(set_to_none=True)
-            step()
-            optimizer.step()
-
-        return run
-
     steps: dict[str, Step] = {}
     for kind, weight in (("logits", 0.0), ("states", s.config.feature_weight)):
         config = s.config.model_copy(update={"feature_weight": weight})
         rung = slice_of_teacher(s, ladder, 0)
         ours = distill_step(replace(s, config=config), [teacher_of(s)], rung)
         rung.model.train()
-        steps[kind] = updated(rung.model, lambda ours=ours: ours(batch, 0, 0.0))
+        steps[kind] = updated(ours, rung.model.parameters(), batch)
     timms = student()
-    of_timm = timm_step(s, timms)
-    steps["timm"] = updated(timms, lambda: of_timm(batch, 0))
+    steps["timm"] = updated(timm_step(s, timms), timms.parameters(), batch)
     box = torchdistill_box(s.model, student(), device)
 
     def of_torchdistill() -> None:

@@ -18,12 +18,11 @@ import itertools
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch.autograd.profiler_util import FunctionEventAvg
 from torch.profiler import ProfilerActivity, profile
 
@@ -37,7 +36,7 @@ from stepwell.stages.distill import distill_step
 from stepwell.stages.grid import grid, keep_ratios
 from stepwell.stages.joint import candidates_of_step, joint_step
 from stepwell.stages.score import score
-from throughput import MODELS, matrix_rate, random_batch, setting, wait
+from throughput import MODELS, matrix_rate, random_batch, setting, updated, wait
 
 WARM_UP = 2
 TOP = 4
@@ -86,20 +85,10 @@ def steps_of(s: Setting, batch_size: int, num_steps: int) -> dict[str, tuple[Run
     ]
     joint_scale = statistics.mean(sum(ladder.scales[i] for i in ones) for ones in drawn)
 
-    def updated(step: Callable[..., object], parameters: Iterable[nn.Parameter]) -> Run:
-        optimizer, numbers = torch.optim.AdamW(parameters, lr=1e-4, fused=True), itertools.count()
-
-        def run() -> None:
-            optimizer.zero_grad(set_to_none=True)
-            step(batch, next(numbers), 0.0)
-            optimizer.step()
-
-        return run
-
     joint, distill = joint_step(s, shared), distill_step(s, [teacher_of(s)], student)
     return {
-        "joint": (updated(joint, shared.parameters.values()), 1 + 3 * joint_scale),
-        "distill": (updated(distill, student.model.parameters()), 1 + 3 * student.scale),
+        "joint": (updated(joint, shared.parameters.values(), batch), 1 + 3 * joint_scale),
+        "distill": (updated(distill, student.model.parameters(), batch), 1 + 3 * student.scale),
     }
 
 

@@ -7,7 +7,7 @@ Each run is AMD on random images of 32 x 32, from the scores to the student, wit
 its plan is that of `stepwell doctor --plan`. The largest vision transformer is not run: operations predict it
 from the one before. Two processes are started by torchrun; the bandwidth between them, which their plan is
 made with, is measured at their beginning. Writes benchmarks/results/scaling.json, of which
-`python benchmarks/tables.py` makes a table of docs/performance.md. What far larger runs take: ahead.py.
+`python benchmarks/tables.py` makes a table of docs/performance.md. What far larger runs take: predicted.py.
 """
 
 from __future__ import annotations

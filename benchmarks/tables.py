@@ -13,11 +13,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from ahead import table as ahead_table
 from cost import table as cost_table
 from experiment_tables import cells_by_arm, tables_of
 from peers_tables import table as peers_table
 from plan import table as plan_table
+from predicted import table as predicted_table
 from profiled import table as profiled_table
 from record import RESULTS
 from scalekd import table as scalekd_table
@@ -108,9 +108,14 @@ def suite_table(record: dict[str, Any]) -> str:
     )
 
 
-def claims(digits: dict[str, Any], speed: list[dict[str, Any]], support: dict[str, Any]) -> str:
+def claims(
+    digits: dict[str, Any],
+    far: dict[str, list[dict[str, Any]]],
+    speed: list[dict[str, Any]],
+    support: dict[str, Any],
+) -> str:
     """Four lines of measured figures, each with a link to its table, for the README's first screen."""
-    runs, far = digits["runs"], cells_by_arm(RESULTS / "experiments" / "resnet44-few")
+    runs = digits["runs"]
     teacher, student = (runs[0]["models"][role] for role in ("teacher", "student"))
     top1 = {role: spread([run["models"][role]["top1"] for run in runs], 1) for role in runs[0]["models"]}
     vit = next(run for run in speed if run["model"].startswith("vit") and run["keep"] == 0.1)
@@ -176,7 +181,8 @@ def main() -> None:
     records = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files}
     runs = {name: record for name, record in records.items() if name.startswith(("digits", "cifar10"))}
     parts = {name: results_table(record) for name, record in runs.items()}
-    parts["claims"] = claims(records["digits"], records["speed"]["runs"], records["support"])
+    far = cells_by_arm(RESULTS / "experiments" / "resnet44-few")
+    parts["claims"] = claims(records["digits"], far, records["speed"]["runs"], records["support"])
     parts["demo-output"] = f"```\n{records['digits']['runs'][0]['table']}\n```"
     suites = {file.stem: json.loads(file.read_text("utf-8")) for file in (RESULTS / "suites").glob("*.json")}
     parts |= {f"suite-{name}": suite_table(record) for name, record in suites.items()}
@@ -186,7 +192,7 @@ def main() -> None:
         "cost": cost_table,
         "plan": plan_table,
         "scaling": scaling_table,
-        "ahead": ahead_table,
+        "predicted": predicted_table,
         "peers": peers_table,
         "profiled": profiled_table,
     }

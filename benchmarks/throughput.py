@@ -20,7 +20,7 @@ import itertools
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -144,19 +144,27 @@ def random_batch(s: Setting, batch_size: int, device: torch.device) -> Batch:
     )
 
 
-def timed(
-    step: Callable[[Batch, int], object], parameters: list[nn.Parameter], batch: Batch, device: torch.device
-) -> dict[str, Any]:
-    """Milliseconds of a step with its update, and the most memory that it took."""
+def updated(
+    step: Callable[[Batch, int], object], parameters: Iterable[nn.Parameter], batch: Batch
+) -> Callable[[], None]:
+    """A step, on the same images each time, with the update that follows it."""
     optimizer, numbers = torch.optim.AdamW(parameters, lr=1e-4, fused=True), itertools.count()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
 
     def run() -> None:
         optimizer.zero_grad(set_to_none=True)
         step(batch, next(numbers))
         optimizer.step()
 
+    return run
+
+
+def timed(
+    step: Callable[[Batch, int], object], parameters: list[nn.Parameter], batch: Batch, device: torch.device
+) -> dict[str, Any]:
+    """Milliseconds of a step with its update, and the most memory that it took."""
+    run = updated(step, parameters, batch)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     taken = seconds(run, device)
     peak = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None
     images_per_second = len(batch.images) / taken

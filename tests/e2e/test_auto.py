@@ -57,6 +57,7 @@ def few_steps_make_an_assistant(monkeypatch):
     """In so small a world; and a rate can be judged."""
     monkeypatch.setattr(auto, "why_no_pilot", lambda *_words: "")
     monkeypatch.setattr(auto, "saves_nothing", lambda _costs: False)
+    monkeypatch.setattr(auto, "why_nothing_is_saved", lambda _costs: "")
     for module in (tune, cost):
         monkeypatch.setattr(module, "FEW_STEPS", 0)
 
@@ -171,6 +172,16 @@ def test_where_something_speaks_against_an_assistant_all_of_it_is_a_single_step(
     assert list(s.run.stages) == ["score", "grid", "plan", "plan steps", "distill"]
     assert spent_but_scores(s) == pytest.approx(s.costs(finished.ladder.scales).single_step(BUDGET))
     assert finished.assistants == []
+    assert finished.way.endswith("without an assistant, for this is why.")
+
+
+def test_nothing_is_timed_where_the_operations_say_it_all(run_words, monkeypatch):
+    timed = []
+    monkeypatch.setattr(plan, "seconds_per_step", lambda *_words: timed.append(1) or 0.01)
+    monkeypatch.setattr(auto, "why_nothing_is_saved", lambda _costs: "this is why")
+    s, finished = descended(run_words(*AUTO, length=("--minutes", 0.1)))
+    assert list(s.run.stages) == ["score", "grid", "plan steps", "distill"]
+    assert len(timed) == 1  # a step of the single step's
     assert finished.way.endswith("without an assistant, for this is why.")
 
 

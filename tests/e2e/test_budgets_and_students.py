@@ -39,20 +39,8 @@ def taught(tmp_path_factory, data, teacher):
 
 
 def test_a_run_meets_its_budget(data, teacher, tmp_path, quick):
-    stepwell(
-        "compress",
-        "--teacher",
-        teacher,
-        "--data",
-        data,
-        "--out",
-        tmp_path / "run",
-        *SMALLER,
-        "--macs",
-        "40%",
-        "--path",
-        "amd",
-    )
+    words = ("--teacher", teacher, "--data", data, "--out", tmp_path / "run", "--path", "amd")
+    stepwell("compress", *words, *SMALLER, "--macs", "40%")
     result = Result.load(tmp_path / "run" / "result.json")
     assert abs(result.student.macs - 0.4 * result.teacher.macs) <= 0.03 * 0.4 * result.teacher.macs
     assert result.student.macs == result.candidates[0].macs < result.candidates[1].macs

@@ -186,17 +186,8 @@ def test_its_control_cuts_nothing_where_the_path_cuts_nothing(more, expected):
 )
 def test_what_cannot_be_is_said_before_anything_is_begun(data, teacher, cnn, tmp_path, capsys, more, said):
     more = [word.format(teacher=teacher, cnn=cnn) for word in more]
-    command = [
-        "compress",
-        "--teacher",
-        teacher,
-        "--data",
-        data,
-        "--out",
-        tmp_path / "run",
-        *QUICK_ANY_WAY,
-        *more,
-    ]
+    place = ("--teacher", teacher, "--data", data, "--out", tmp_path / "run")
+    command = ("compress", *place, *QUICK_ANY_WAY, *more)
     assert main([str(word) for word in command]) == 2
     assert said in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "run").exists()

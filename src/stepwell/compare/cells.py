@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
 
+from stepwell.config.base import SAVING_MEMORY
 from stepwell.config.commands import CompressConfig
 from stepwell.config.own_code import file_digest, is_own_code
 from stepwell.errors import DivergedError, RunDirError
@@ -143,9 +144,9 @@ class Cell:
 
 
 _NOT_PART = (
-    "out_dir", "device", "workers", "threads", "gradient_checkpointing", "shard_optimizer", "shard_teacher",
-    "data", "teacher", "class_order", "task",
-)  # fmt: skip
+    *("out_dir", "device", "workers", "threads", "data", "teacher", "class_order", "task"),
+    *SAVING_MEMORY,
+)
 
 
 def options_of(config: CompressConfig) -> dict[str, Any]:

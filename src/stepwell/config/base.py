@@ -12,6 +12,9 @@ FLAGS = {"keep_ratio": "keep", "out_dir": "out", "json_": "json"}
 LENGTHS = ("epochs", "minutes", "budget_epochs")
 """What says how long a run is: at most one of them is given."""
 
+SAVING_MEMORY = ("gradient_checkpointing", "shard_optimizer", "shard_teacher")
+"""Options that say in how much memory a run computes, and not what: a begun run may be given another."""
+
 
 def flag_of(name: str) -> str:
     """How a field is written on the command line."""

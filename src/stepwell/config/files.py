@@ -35,15 +35,8 @@ PATHS: dict[str, dict[str, object]] = {
 }
 """What comes with a path."""
 
-ONLY_AMD: dict[str, object] = {
-    "assistant": None,
-    "num_assistants": 1,
-    "assistant_share": 0.0,
-    "snapshots": 0,
-    "ladder": (),
-    "student": None,
-}
-"""What `--path auto` does not take, and without which value: who gives another asks for an assistant."""
+ONLY_AMD = ("assistant", "num_assistants", "assistant_share", "snapshots", "ladder", "student")
+"""What `--path auto` does not take: who gives one of these asks for an assistant."""
 
 ConfigT = TypeVar("ConfigT", bound=Options)
 
@@ -57,7 +50,7 @@ def make_config(kind: type[ConfigT], values: Mapping[str, object]) -> ConfigT:
     for name in values:
         if name not in kind.model_fields:
             raise ConfigError(f"unknown option {name!r}{did_you_mean(name, kind.model_fields)}")
-    if is_of_one_path(kind) and "path" not in values and asks_for_amd(values):
+    if is_of_one_path(kind) and "path" not in values and asks_for_amd(kind, values):
         values = {**values, "path": "amd"}
     try:
         return kind.model_validate(over(implied(values), values))
@@ -84,10 +77,12 @@ def is_of_one_path(kind: type[Options]) -> bool:
     return "path" in kind.model_fields and "paths" not in kind.model_fields
 
 
-def asks_for_amd(values: Mapping[str, object]) -> bool:
+def asks_for_amd(kind: type[Options], values: Mapping[str, object]) -> bool:
     """Whether an option is given that has a meaning with AMD alone, or a loss that `auto` cannot take."""
-    begins = feature_facts(str(values.get("feature_loss", ""))).pretraining is not None
-    return begins or any(values.get(name) not in (None, without, []) for name, without in ONLY_AMD.items())
+    if feature_facts(str(values.get("feature_loss", ""))).pretraining is not None:
+        return True
+    usual = {name: kind.model_fields[name].get_default() for name in ONLY_AMD}
+    return any(values.get(name) and values[name] != usual[name] for name in ONLY_AMD)
 
 
 def over(values: Mapping[str, object], given: Mapping[str, object]) -> dict[str, object]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from stepwell.config.commands import CompressConfig
 from stepwell.data.spec import InputSpec
@@ -192,7 +193,7 @@ def _counted_apart(forward: Callable[..., Any], kept: _Kept, of_blocks: list[int
     """A block's forward pass, of which `kept` gets the input alone; the rest is added to `of_blocks`."""
 
     def run(*args: Any, **options: Any) -> Any:  # noqa: ANN401
-        for value in (*args, *options.values()):
+        for value in tree_leaves((args, options)):
             if isinstance(value, Tensor):
                 kept.add(value)
         own = _Kept()

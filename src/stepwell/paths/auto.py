@@ -33,6 +33,7 @@ from stepwell.paths.plan import (
     plan_with_joint,
     saves_nothing,
     why_no_assistant,
+    why_nothing_is_saved,
 )
 from stepwell.paths.tune import tune
 from stepwell.report.result import CandidateResult
@@ -56,11 +57,14 @@ WIDE = 1.0
 
 def descend(s: Setting, deliver: Deliver[R]) -> R:
     """Walk down as AMD does, or straight from the teacher where that is better."""
-    # 1. As AMD: a ladder. If an assistant has no time to learn or nothing to save, that was all.
+    # 1. As AMD: a ladder. If an assistant has nothing to save or no time to learn, that was all.
     ladder = grid(s, score(s), keep_ratios)
     s = tune(s, ladder)
+    costs = s.costs(ladder.scales)
+    if why := why_nothing_is_saved(costs):  # by operations alone: no joint training need be timed
+        return deliver(s, _single_step(s, ladder, why))
     epochs = plan_with_joint(s, ladder, bill)
-    if why := why_no_pilot(s.costs(ladder.scales), epochs, s.train.steps_per_epoch):
+    if why := why_no_pilot(costs, epochs, s.train.steps_per_epoch):
         return deliver(s, _single_step(s, ladder, why))
 
     # 2. All candidates are trained together, for a short while. How far is the student's own behind?

@@ -119,12 +119,17 @@ def why_no_assistant(costs: Costs, epochs: Epochs, steps_per_epoch: int) -> str:
     """
     if (steps := round(epochs.joint * steps_per_epoch)) < FEW_JOINT_STEPS:
         return f"{plural(steps, 'step')} of joint training make no assistant worth a look"
-    if saves_nothing(costs):
-        return (
-            f"the student has {100 * costs.student:.0f} % of the teacher's operations, so that an assistant "
-            f"of {CAPACITY_GAP:g} times as many would not save the epochs which the joint training takes"
-        )
-    return ""
+    return why_nothing_is_saved(costs)
+
+
+def why_nothing_is_saved(costs: Costs) -> str:
+    """`saves_nothing` in words; empty where an assistant saves something."""
+    if not saves_nothing(costs):
+        return ""
+    return (
+        f"the student has {100 * costs.student:.0f} % of the teacher's operations, so that an assistant "
+        f"of {CAPACITY_GAP:g} times as many would not save the epochs which the joint training takes"
+    )
 
 
 def saves_nothing(costs: Costs) -> bool:

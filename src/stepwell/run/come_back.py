@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
+from stepwell.config.base import SAVING_MEMORY
 from stepwell.config.files import read_yaml, to_yaml
 from stepwell.config.options import Options
 from stepwell.errors import DataError, RunDirError
@@ -16,9 +17,7 @@ from stepwell.run.distributed import joined
 
 # These change where and how fast a run computes, not what; a folder may be moved, or named from elsewhere.
 # The task is found out where it is not given; what it came to is part of a run's identity.
-_MAY_CHANGE = frozenset(
-    {"device", "workers", "out_dir", "task", "gradient_checkpointing", "shard_optimizer", "shard_teacher"}
-)
+_MAY_CHANGE = frozenset({"device", "workers", "out_dir", "task", *SAVING_MEMORY})
 
 
 def open_folder(path: Path, config: Options) -> None:

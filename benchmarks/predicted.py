@@ -1,7 +1,7 @@
 """What runs take that are too large to be run here: ImageNet-21k, and a billion images on 1,024 GPUs.
 
-    python benchmarks/ahead.py                  # seconds; trains nothing
-    python benchmarks/ahead.py --rate 400e12 --joint 0.2 --distill 0.25     # of your GPU: throughput.py
+    python benchmarks/predicted.py                  # seconds; trains nothing
+    python benchmarks/predicted.py --rate 400e12 --joint 0.2 --distill 0.25     # of your GPU: throughput.py
 
 The path's own bill is added up, as in `stepwell doctor --plan`, with a clock that knows a GPU by its matrix
 rate alone. A step ends when the slowest of three has ended, which go on side by side; then come gradients:
@@ -12,8 +12,7 @@ rate alone. A step ends when the slowest of three has ended, which go on side by
     exchange     a flat ring all-reduce of 4 bytes for each trained parameter: 2 (N - 1) / N of them at the
                  bandwidth, and 2 (N - 1) times the latency of a message; nothing else is done meanwhile
 
-Writes benchmarks/results/ahead.json with all that is assumed, of which `python benchmarks/tables.py` makes
-two tables of docs/performance.md.
+Writes benchmarks/results/predicted.json, assumptions included, for `python benchmarks/tables.py`.
 """
 
 from __future__ import annotations
@@ -192,7 +191,7 @@ def main() -> None:
         ("latency", 10e-6, "seconds of a message between two"),
     ):
         parser.add_argument(f"--{name}", type=float, default=default, help=of)
-    parser.add_argument("--name", default="ahead")
+    parser.add_argument("--name", default="predicted")
     values = vars(parser.parse_args())
     file = values.pop("name")
     timed = values["decoded"] is None
