@@ -122,24 +122,34 @@ def test_a_killed_run_goes_on(kept, teacher, data, tmp_path, quick, monkeypatch,
 
 @pytest.mark.parametrize("path", ["single-step", "takd", "mmd", "amd-manual"])
 def test_a_path_costs_what_was_expected_of_it(data, teacher, tmp_path, path):
-    bill, expected, _ = _bills(data, teacher, tmp_path, "--epochs", 3, "--path", path)
+    def expected(s, costs):
+        return path_of(path).bill(costs, s.run.stages["plan"], s.config)
+
+    bill, expected_bill = _bill(data, teacher, tmp_path, expected, "--epochs", 3, "--path", path)
     assert bill.pop("answers") > 0
-    assert sum(bill.values()) == pytest.approx(sum(expected.values()))
+    assert sum(bill.values()) == pytest.approx(sum(expected_bill.values()))
 
 
 @pytest.mark.parametrize("words", [("--path", "auto"), ("--ladder", 0.1, 0.6), ("--tune", "--lr", 0.01)])
 def test_a_budget_is_met(data, teacher, tmp_path, words):
     """That of a single step whose teacher has answered before."""
-    bill, _, budget = _bills(data, teacher, tmp_path, "--budget-epochs", 40, *words)
+    budget_epochs = 40
+    bill, budget = _bill(
+        data,
+        teacher,
+        tmp_path,
+        lambda _, costs: costs.single_step(budget_epochs),
+        *("--budget-epochs", budget_epochs, *words),
+    )
     assert "answers" in bill
     assert charged(bill) == pytest.approx(budget)
 
 
-def _bills(data, teacher, tmp_path, *words):
+def _bill(data, teacher, tmp_path, expected, *words):
+    """What a run with kept answers was charged, and what is expected of its setting and costs."""
+
     def look(s, finished):
-        costs = s.costs(finished.ladder.scales)
-        expected = path_of(s.config.path).bill(costs, s.run.stages["plan"], s.config)
-        return bill_of(s.run), expected, costs.single_step(s.config.budget or 1)
+        return bill_of(s.run), expected(s, s.costs(finished.ladder.scales))
 
     kept = (*SMALL, "--feature-weight", 0, "--cache-teacher", 2)
     config = config_of("--teacher", teacher, "--data", data, "--out", tmp_path / "run", *kept, *words)
