@@ -23,6 +23,8 @@ def tables_of(folders: Path) -> dict[str, str]:
         "kept": methods_table(folders, ALL_OF_IT, of="single-step-kept"),
         "lengths": variants_table(folders, LENGTHS),
         "of-assistant": variants_table(folders, OF_ASSISTANT),
+        "rates": variants_table(folders, RATES),
+        "dearer": methods_table(folders, DEARER, of="single-step-dearer"),
         "ladder": ladder_table(folders),
         "auto": auto_table(folders),
     }
@@ -140,6 +142,8 @@ ALL_OF_IT = {
     "labels-long": "labels, the same cost",
 }
 LENGTHS = {"-quick": "quick: a quarter", "": "the usual", "-long": "long: four times"}
+RATES = {"-rate-0.5": "half the rate", "": "the usual", "-rate-2": "twice", "-rate-4": "four times"}
+DEARER = {"amd": "AMD", "single-step": "single step", "single-step-dearer": "single step, half as dear again"}
 OF_ASSISTANT = {"": "AMD", "-trained-on": "trained on by itself", "-snapshots": "two snapshots first"}
 
 

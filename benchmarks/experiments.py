@@ -11,6 +11,7 @@ of docs/experiments.md of them, which has the questions, and what was expected b
 from __future__ import annotations
 
 import argparse
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +116,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "teacher": "cifar_resnet44",
         "compress": {**CIFAR, **IMAGENET, "lr": 8e-3, "keep_ratio": 0.05, "budget_epochs": 20},
         "images_per_class": 200,
-        "methods": ("amd", "auto", "single-step"),
+        "methods": ("amd", "auto", "single-step", "single-step-dearer"),
     },
     "clothing": CLOTHING,
     "clothing-keep-0.1": {
@@ -199,11 +200,14 @@ BUDGETS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 # As --preset quick and long: with another budget than the others of a setting.
 LENGTHS = {"quick": 0.25, "long": 4.0}
+# Is the single step behind for want of operations, or of a better rate?
+DEARER = 1.5
+RATES = (0.5, 2.0, 4.0)
 
 
 def arms() -> dict[str, dict[str, Any]]:
-    """What is compared: methods; the two main ones with another recipe; and AMD by length of the joint
-    training and size of the assistant."""
+    """What is compared: methods; the two main ones with another recipe, rate or budget; and AMD by length of
+    the joint training and size of the assistant."""
     found = dict(METHODS)
     for method in ("amd", "single-step"):
         for name, recipe in RECIPES_TRIED.items():
@@ -212,6 +216,9 @@ def arms() -> dict[str, dict[str, Any]]:
         found[f"amd-{name}"] = {**METHODS["amd"], **options}
     for name, factor in LENGTHS.items():
         found[f"amd-{name}"] = {**METHODS["amd"], "budgets": factor}
+    found["single-step-dearer"] = {**METHODS["single-step"], "budgets": DEARER}
+    for method, factor in itertools.product(("amd", "single-step"), RATES):
+        found[f"{method}-rate-{factor:g}"] = {**METHODS[method], "rates": factor}
     found |= {name: options for name, (_, options) in BUDGETS.items()}
     for share in SHARES:
         for assistant in ASSISTANTS:
@@ -311,6 +318,7 @@ def cell(
         **SETTINGS[name]["compress"],
         **teacher,
         "budget_epochs": round(budget, 2),
+        "lr": options_of_arm.pop("rates", 1) * SETTINGS[name]["compress"]["lr"],
         **options_of_arm,
         "data": str(data),
         "seed": seed,
