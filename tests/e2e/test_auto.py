@@ -26,8 +26,8 @@ from stepwell.config.commands import CompareConfig, CompressConfig
 from stepwell.config.files import make_config, to_yaml
 from stepwell.errors import ConfigError
 from stepwell.measure import cost
-from stepwell.measure.cost import Costs, Epochs
-from stepwell.paths import auto, path_of, plan, tune
+from stepwell.measure.cost import Costs, Epochs, Seconds
+from stepwell.paths import auto, path_of, plan, tune, worth
 from stepwell.paths.begin import begin
 from stepwell.report.result import CandidateResult
 from stepwell.setting.bill import bill_of
@@ -58,6 +58,7 @@ def few_steps_make_an_assistant(monkeypatch):
     monkeypatch.setattr(auto, "why_no_pilot", lambda *_words: "")
     monkeypatch.setattr(auto, "saves_nothing", lambda _costs: False)
     monkeypatch.setattr(auto, "why_nothing_is_saved", lambda _costs: "")
+    monkeypatch.setattr(auto, "why_no_time_is_saved", lambda *_words: "")
     for module in (tune, cost):
         monkeypatch.setattr(module, "FEW_STEPS", 0)
 
@@ -185,15 +186,40 @@ def test_nothing_is_timed_where_the_operations_say_it_all(run_words, monkeypatch
     assert finished.way.endswith("without an assistant, for this is why.")
 
 
+@pytest.mark.parametrize("share", [0.4, 0.6])
+def test_the_clock_decides_where_there_are_minutes(run_words, monkeypatch, share):
+    """Half of the time is left for the last step, so an assistant has to halve it."""
+    timed = []
+
+    def seconds(_s, upper, _lower):
+        timed.append(upper.scale)
+        return Seconds(10.0 if upper.scale == 1 else 10 * share)
+
+    monkeypatch.setattr(auto, "why_no_time_is_saved", worth.why_no_time_is_saved)
+    monkeypatch.setattr(auto, "gap_between", lambda *_candidates: 0.0)
+    monkeypatch.setattr(worth, "seconds_of_step", seconds)
+    monkeypatch.setattr(plan, "seconds_per_step", lambda *_words: 0.01)
+    words = run_words(*AUTO, length=("--minutes", 0.1))
+    s, finished = descended(words)
+    alone = list(s.run.stages) == ["score", "grid", "plan last steps", "plan steps", "distill"]
+    assert alone == (share > 0.5)
+    assert ("takes 60 % of the time of one by the teacher" in finished.way) == alone
+    scales = finished.ladder.scales
+    assert timed == [1, min(scales, key=lambda scale: abs(scale - 2.5 * scales[0]))]
+    descended(words)  # what the clock said is kept
+    assert len(timed) == 2
+
+
 def why_no_assistant(student: float, joint: float = 1.0, **options: object) -> str:
     config = CompressConfig(**{"budget_epochs": 20.0, "feature_weight": 0.0, **options})
     costs = Costs(config, [student, 0.5], student, num_train=1000, num_selection=100)
-    return plan.why_no_assistant(costs, Epochs(joint=joint, distill=10), 50)
+    return worth.why_no_assistant(costs, Epochs(joint=joint, distill=10), 50)
 
 
 def test_fifty_steps_of_joint_training_are_the_least():
     assert why_no_assistant(0.1) == ""
     assert why_no_assistant(0.1, joint=0.98) == "49 steps of joint training make no assistant worth a look"
+    assert why_no_assistant(0.1, joint=1.5, accumulate=2).startswith("38 steps of joint training")
 
 
 def test_a_pilot_has_twenty_steps(monkeypatch):

@@ -114,6 +114,7 @@ def test_inspect_tells_what_the_run_found(says, finished):
     for role in ("teacher", "assistant", "student", "control"):
         assert re.search(rf"^{role}", text, re.MULTILINE)
     assert f"{result.selection.num_images} selection images" in text
+    assert result.way in text
     assert all(note in text for note in result.notes)
 
 

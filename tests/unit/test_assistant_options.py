@@ -37,6 +37,23 @@ def test_allowed(given):
     make_config(CompressConfig, given)
 
 
+@pytest.mark.parametrize(
+    ("given", "rule"),
+    [
+        ({}, "thrift"),
+        ({"budget_epochs": 5.0}, "thrift"),
+        ({"minutes": 5.0}, "thrift"),
+        ({"epochs": 5.0}, "performance"),
+        ({"epochs": 5.0, "rule": "thrift"}, "thrift"),
+        ({"epochs": 5.0, "preset": "paper"}, "npsd"),
+        ({"preset": "paper"}, "npsd"),
+    ],
+)
+def test_the_rule_fits_the_length(given, rule):
+    """A cheap assistant saves epochs of a budget, and none where all trainings have as many."""
+    assert make_config(CompressConfig, given).rule == rule
+
+
 def test_a_last_step_has_stretches_on_the_path_that_reads_snapshots():
     assert make_config(CompressConfig, {"snapshots": 2}).stretches == 3
     assert make_config(CompressConfig, {"snapshots": 2, "path": "auto"}).stretches == 1

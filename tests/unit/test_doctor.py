@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import timm
 import torch
@@ -190,6 +192,16 @@ def test_doctor_says_that_four_views_take_the_memory_of_four_times_as_many_image
         return float(line.split(" GiB of memory")[0].split()[-1])
 
     assert said(feature_loss="sskd", batch_size=512) == said(batch_size=2048) > 2 * said(batch_size=512)
+
+
+def test_doctor_says_what_the_operations_decide():
+    """A stem and a classifier that stay whole leave more than an eighth."""
+    words = {"teacher": "resnet18", "keep_ratio": 0.1, "budget_epochs": 20.0}
+    auto, amd = (doctor.run(DoctorConfig(**words, path=path)) for path in ("auto", "amd"))
+    assert "--path auto: a single step, for the student has 18 % of the teacher's operations" in auto
+    assert ": 20 epochs of 1,000 training images" in auto
+    assert "a single step" not in amd
+    assert re.search(r": [\d.]+ \+ [\d.]+ epochs of 1,000 training images", amd)
 
 
 @pytest.mark.slow

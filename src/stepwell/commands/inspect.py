@@ -40,6 +40,7 @@ def run(config: InspectConfig) -> str:
     kept = f"keep {result.keep_ratio:g}" if result.group_kinds else "nothing cut"
     parts = [
         f"{result.teacher_name} on {result.data.source}, {kept}, path {result.path}",
+        *([result.way] if result.way else []),
         "",
         *(_selection(result, result.selection, latencies) if result.selection else []),
         *(_tried(result) if result.tried else []),
@@ -65,7 +66,7 @@ def _selection(result: Result, selection: SelectionResult, latencies: list[Laten
             else []
         ),
         "",
-        _why(selection) + (" It was tried; the teacher did better." if result.assistant is None else ""),
+        _why(selection),
         "",
         _rules_table(result, selection),
         "",
@@ -159,8 +160,7 @@ def _ladder_table(result: Result, selection: SelectionResult, latencies: list[La
         if latencies:
             row += [f"{milliseconds:.2f} ms" for milliseconds in _milliseconds(latencies)[i].values()]
         student = i == 0 and result.student_name is None
-        picked = "tried as assistant" if result.assistant is None else "assistant"
-        role = picked if c.keep_ratio == selection.pick else "student" if student else ""
+        role = "assistant" if c.keep_ratio == selection.pick else "student" if student else ""
         table.add_row(*row, role)
     return render(table)
 

@@ -68,10 +68,12 @@ def roughly(
         num_classes = len(data.classes) if data else 1000
         disk += config.cache_teacher * num_train * bytes_of(num_classes, config.cache_top)
     images = f"{num_train} training images" if data else "1,000 training images (give --data for yours)"
+    length = f"{epochs.joint:.3g} + {epochs.distill:.3g}" if "joint" in bill else f"{epochs.distill:.3g}"
     return [
-        f"roughly, on this {device.type}: {in_hours(seconds)}: {epochs.joint:.3g} + {epochs.distill:.3g} "
+        f"roughly, on this {device.type}: {in_hours(seconds)}: {length} "
         f"epochs of {images}, {memory / 2**30:.2g} GiB of memory at batch {config.batch_size}, "
         f"{disk / 2**20:.3g} MiB on disk",
+        *([f"--path {config.path}: {foreseen}"] if (foreseen := path.foreseen(costs)) else []),
         *probe_line(config),
     ]
 

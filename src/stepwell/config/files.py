@@ -52,8 +52,12 @@ def make_config(kind: type[ConfigT], values: Mapping[str, object]) -> ConfigT:
             raise ConfigError(f"unknown option {name!r}{did_you_mean(name, kind.model_fields)}")
     if is_of_one_path(kind) and "path" not in values and asks_for_amd(kind, values):
         values = {**values, "path": "amd"}
+    under = implied(values)
+    if "rule" in kind.model_fields and values.get("epochs") is not None:
+        # Where all trainings have the same epochs a cheap assistant saves none: docs/selection.md.
+        under = {"rule": "performance", **under}
     try:
-        return kind.model_validate(over(implied(values), values))
+        return kind.model_validate(over(under, values))
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"]) or "options"

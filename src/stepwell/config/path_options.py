@@ -74,10 +74,10 @@ class SelectOptions(Options):
     """How the assistant is chosen."""
 
     rule: Rule = "thrift"
-    """performance: the candidate that performs best; npsd: just before the steepest fall (our reading of
-    AMD's NPSD); npsd-chord-*: minus the slope to teacher or student; lambda: MiniDisc's P + 0.2 (1 - S);
-    thrift: P - 0.3 log(S + 3 S_student), since a smaller assistant leaves more of a budget for the student;
-    nearest-2.5: nearest to 2.5 times the student. Every run computes all."""
+    """performance: the candidate that performs best (the default with --epochs); npsd: just before the
+    steepest fall (our reading of AMD's NPSD); npsd-chord-*: minus the slope to teacher or student; lambda:
+    MiniDisc's P + 0.2 (1 - S); thrift: P - 0.3 log(S + 3 S_student), since a smaller assistant leaves more of
+    a budget for the student; nearest-2.5: nearest to 2.5 times the student. Every run computes all."""
     metric: MetricOption = "auto"
     """Performance P of a candidate on the selection images: `top1` / 100 (with several classes an image,
     `mAP` / 100), or `likelihood` (geometric mean of the probability given to the truth); `auto` is likelihood

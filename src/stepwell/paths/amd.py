@@ -14,9 +14,10 @@ from stepwell.measure.cost import Costs, Epochs
 from stepwell.measure.estimate import Losses
 from stepwell.paths.assistant import bill_of_assistant, taught_by_snapshots, trained_on
 from stepwell.paths.path import Deliver, Path, R, check_no_repair, finish, middle
-from stepwell.paths.plan import plan_steps, plan_with_joint, say_why_no_assistant
+from stepwell.paths.plan import plan_steps, plan_with_joint
 from stepwell.paths.sizes import more_sizes
 from stepwell.paths.tune import tune
+from stepwell.paths.worth import say_what_speaks_against
 from stepwell.setting.rungs import slice_of_store, student_below
 from stepwell.setting.setting import Setting
 from stepwell.stages.distill import distill
@@ -40,7 +41,7 @@ def descend(s: Setting, deliver: Deliver[R]) -> R:
     ladder = grid(s, scores, with_sizes)
     s = tune(s, ladder)  # nothing, unless learning rates are to be tried
     epochs = plan_with_joint(s, ladder, bill, num_steps=s.config.num_assistants)
-    say_why_no_assistant(s, ladder, epochs)
+    say_what_speaks_against(s, ladder, bill, epochs)
 
     # 3. Joint: train all candidates in one shared store of weights, against the frozen teacher.
     shared = joint(s, ladder, epochs.joint)

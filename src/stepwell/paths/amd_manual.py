@@ -6,8 +6,9 @@ from stepwell.config.commands import CompressConfig
 from stepwell.measure.cost import Costs, Epochs
 from stepwell.paths import amd
 from stepwell.paths.path import Deliver, Path, R, candidates_above, check_no_repair, finish
-from stepwell.paths.plan import plan_with_joint, say_why_no_assistant
+from stepwell.paths.plan import plan_with_joint
 from stepwell.paths.tune import tune
+from stepwell.paths.worth import say_what_speaks_against
 from stepwell.setting.rungs import slice_of_store, student_below
 from stepwell.setting.setting import Setting
 from stepwell.stages.distill import distill
@@ -23,7 +24,7 @@ def descend(s: Setting, deliver: Deliver[R]) -> R:
     ladder = grid(s, scores, keep_ratios)
     s = tune(s, ladder)
     epochs = plan_with_joint(s, ladder, bill, num_steps=len(ladder.candidates) - 1)
-    say_why_no_assistant(s, ladder, epochs)
+    say_what_speaks_against(s, ladder, bill, epochs)
     shared = joint(s, ladder, epochs.joint)
     choice = select(s, ladder, (shared.extract(index) for index in range(len(ladder.candidates))))
     tried = []

@@ -27,15 +27,14 @@ from stepwell.models.ladder import Ladder
 from stepwell.paths import single_step
 from stepwell.paths.amd import losses
 from stepwell.paths.path import Deliver, Path, R, check_no_repair, finish, middle
-from stepwell.paths.plan import (
-    expected_epochs,
-    plan_steps,
-    plan_with_joint,
+from stepwell.paths.plan import expected_epochs, plan_steps, plan_with_joint, say_if_dearer
+from stepwell.paths.tune import tune
+from stepwell.paths.worth import (
     saves_nothing,
     why_no_assistant,
+    why_no_time_is_saved,
     why_nothing_is_saved,
 )
-from stepwell.paths.tune import tune
 from stepwell.report.result import CandidateResult
 from stepwell.report.wording import plural
 from stepwell.run.progress import say
@@ -61,11 +60,12 @@ def descend(s: Setting, deliver: Deliver[R]) -> R:
     ladder = grid(s, score(s), keep_ratios)
     s = tune(s, ladder)
     costs = s.costs(ladder.scales)
-    if why := why_nothing_is_saved(costs):  # by operations alone: no joint training need be timed
+    if why := why_nothing_is_saved(costs) or why_no_time_is_saved(s, ladder):
         return deliver(s, _single_step(s, ladder, why))
     epochs = plan_with_joint(s, ladder, bill)
     if why := why_no_pilot(costs, epochs, s.train.steps_per_epoch):
         return deliver(s, _single_step(s, ladder, why))
+    say_if_dearer(s, ladder, bill, epochs)
 
     # 2. All candidates are trained together, for a short while. How far is the student's own behind?
     ends = looked_at(len(ladder.candidates))
@@ -94,7 +94,7 @@ def descend(s: Setting, deliver: Deliver[R]) -> R:
 def why_no_pilot(costs: Costs, epochs: Epochs, steps_per_epoch: int) -> str:
     """What speaks against an assistant before anything is trained, or against asking; empty where nothing
     does. The arguments are those of `why_no_assistant`."""
-    steps = round(PILOT * epochs.joint * steps_per_epoch)
+    steps = round(PILOT * epochs.joint * steps_per_epoch / costs.options.accumulate)
     if why := why_no_assistant(costs, epochs, steps_per_epoch):
         return why
     return f"a pilot of {plural(steps, 'step')} would say little" if steps < FEW_STEPS else ""
@@ -183,4 +183,10 @@ def words(num_rungs: int, gap: float) -> str:
     return f"{seen}: {WIDE:g} or more, so an assistant was trained, with all the others, and taught it."
 
 
-PATH = Path(rungs=keep_ratios, bill=bill, descend=descend, losses=losses, check=check)
+def foreseen(costs: Costs) -> str:
+    """A single step, where operations alone say so."""
+    why = why_nothing_is_saved(costs)
+    return f"a single step, for {why}" if why else ""
+
+
+PATH = Path(rungs=keep_ratios, bill=bill, descend=descend, losses=losses, check=check, foreseen=foreseen)

@@ -52,6 +52,7 @@ class Path:
         check: Refuses options that it does not take, with a ConfigError.
         cuts: Whether slices of the teacher are made on it; if not, any teacher will do.
         is_one_step: Whether it is a single step from the teacher, so that it is its own control.
+        foreseen: What it will do, as far as operations alone decide that, in words; empty where they do not.
     """
 
     rungs: Rungs
@@ -61,6 +62,7 @@ class Path:
     check: Callable[[CompressConfig], None] = lambda _options: None
     cuts: Callable[[CompressConfig], bool] = lambda _options: True
     is_one_step: bool = False
+    foreseen: Callable[[Costs], str] = lambda _costs: ""
 
 
 def ladder_of(s: Setting, path: Path) -> Ladder:

@@ -18,7 +18,6 @@ from dataclasses import replace
 
 from stepwell.config.commands import CompressConfig
 from stepwell.measure.cost import (
-    FEW_JOINT_STEPS,
     NEEDED_BY_ALL,
     Costs,
     Epochs,
@@ -30,7 +29,6 @@ from stepwell.measure.cost import (
 )
 from stepwell.models.ladder import Ladder
 from stepwell.paths.path import Bill
-from stepwell.report.wording import plural
 from stepwell.run.progress import say
 from stepwell.setting.bill import bill_of
 from stepwell.setting.rungs import Rung, slice_of_store, store_of, student_below, teacher_of, under_other
@@ -38,7 +36,6 @@ from stepwell.setting.setting import Setting
 from stepwell.stages.distill import distill_step
 from stepwell.stages.grid import size_indices
 from stepwell.stages.joint import candidates_of_step, joint_step
-from stepwell.stages.select import CAPACITY_GAP
 from stepwell.training.loop import TIMED_STEPS, seconds_per_step
 
 
@@ -48,7 +45,7 @@ def plan(s: Setting, ladder: Ladder, bill: Bill) -> Epochs:
     with s.run.stage("plan", Epochs) as stage:
         if stage.is_new:
             stage.result = expected_epochs(s, ladder, bill)
-            _say_if_dearer(s, ladder, bill, stage.result)
+            say_if_dearer(s, ladder, bill, stage.result)
     return stage.result
 
 
@@ -99,54 +96,10 @@ def plan_with_joint(s: Setting, ladder: Ladder, bill: Bill, num_steps: int = 1) 
     with s.run.stage("plan", Epochs) as stage:
         if stage.is_new:
             stage.result = _with_joint(s, ladder, bill, num_steps)
-            _say_if_dearer(s, ladder, bill, stage.result)
     return stage.result
 
 
-def say_why_no_assistant(s: Setting, ladder: Ladder, epochs: Epochs) -> None:
-    """A warning, where an assistant is taken and something speaks against one."""
-    if why := why_no_assistant(s.costs(ladder.scales), epochs, s.train.steps_per_epoch):
-        say(f"warning: {why}; a single step is mostly better then, and --path auto takes one")
-
-
-def why_no_assistant(costs: Costs, epochs: Epochs, steps_per_epoch: int) -> str:
-    """What speaks against an assistant before anything is trained; empty where nothing does.
-
-    Args:
-        costs: Of the run.
-        epochs: Those of its joint training.
-        steps_per_epoch: Batches in a pass over the images.
-    """
-    if (steps := round(epochs.joint * steps_per_epoch)) < FEW_JOINT_STEPS:
-        return f"{plural(steps, 'step')} of joint training make no assistant worth a look"
-    return why_nothing_is_saved(costs)
-
-
-def why_nothing_is_saved(costs: Costs) -> str:
-    """`saves_nothing` in words; empty where an assistant saves something."""
-    if not saves_nothing(costs):
-        return ""
-    return (
-        f"the student has {100 * costs.student:.0f} % of the teacher's operations, so that an assistant "
-        f"of {CAPACITY_GAP:g} times as many would not save the epochs which the joint training takes"
-    )
-
-
-def saves_nothing(costs: Costs) -> bool:
-    """Whether an assistant of `CAPACITY_GAP` times the student leaves it fewer epochs than a single step has.
-
-    By the operations of the models alone, so that it is known before anything is built.
-    """
-    if costs.options.epochs is not None:
-        return False  # every training has as many, whatever that costs
-    teacher, assistant = 1.0, min(1.0, CAPACITY_GAP * costs.student)
-    if costs.options.cache_teacher:  # each answers once, so nobody costs anything
-        teacher = assistant = 0.0
-    left = 1 - costs.options.joint_share
-    return left * (teacher + 3 * costs.student) < assistant + 3 * costs.student
-
-
-def _say_if_dearer(s: Setting, ladder: Ladder, bill: Bill, epochs: Epochs) -> None:
+def say_if_dearer(s: Setting, ladder: Ladder, bill: Bill, epochs: Epochs) -> None:
     """Some stages have a price whatever the budget: of a tiny one they leave less than nothing."""
     if s.config.budget is None:
         return

@@ -1,9 +1,10 @@
 """Stage 4, select: which candidate becomes the teacher-assistant, on images that nothing was trained on.
 
 Each rule gives every allowed candidate a value and takes the largest. P is a candidate's performance in
-[0, 1] on the selection images, S its scale (share of the teacher's MACs). The default, `thrift`, is the one
-that the evidence is for (docs/experiments.md). The exact NPSD formula of the AMD paper is not known to us;
-`npsd` is our reading of its name (docs/method.md).
+[0, 1] on the selection images, S its scale (share of the teacher's MACs). The defaults, `thrift` of a budget
+and `performance` with --epochs, are those that the evidence is for (docs/experiments.md, docs/selection.md).
+The exact NPSD formula of the AMD paper is not known to us; `npsd` is our reading of its name
+(docs/method.md).
 """
 
 from __future__ import annotations
