@@ -19,6 +19,7 @@ def tables_of(folders: Path) -> dict[str, str]:
         **{f"experiment-{folder.name}": experiment_table(folder) for folder in folders.iterdir()},
         "methods": methods_table(folders),
         "methods-seconds": seconds_table(folders),
+        "methods-paired": paired_table(folders),
         "recipes": variants_table(folders, RECIPES),
         "kept": methods_table(folders, ALL_OF_IT, of="single-step-kept"),
         "lengths": variants_table(folders, LENGTHS),
@@ -83,6 +84,8 @@ STUDENTS = {
     "digits": "ViT to 10 %, digits",
     "digits-keep-0.05": "ViT to 5 %, digits",
 }
+OTHER_TEACHERS = ("vit-few-keep-0.05-other-teacher", "digits-keep-0.05-other-teachers")
+"""The same settings, their teachers trained on another processor."""
 
 
 def methods_table(folders: Path, methods: dict[str, str] = METHODS, of: str = "single-step") -> str:
@@ -102,6 +105,23 @@ def methods_table(folders: Path, methods: dict[str, str] = METHODS, of: str = "s
             cells = arms.get(arm, [])
             values.append(of_seeds([cell["top1"] for cell in cells]))
         rows.append(f"| {words} | {teacher:.1f} | {' | '.join(values)} |")
+    return "\n".join(rows)
+
+
+def paired_table(folders: Path, of: str = "single-step") -> str:
+    """A row for each setting, a column for each other method: points more than the single step with the same
+    seed, their mean and spread."""
+    by_setting = {setting: cells_by_arm(folders / setting) for setting in (*STUDENTS, *OTHER_TEACHERS)}
+    columns = [arm for arm in METHODS if arm != of and any(arm in arms for arms in by_setting.values())]
+    rows = [f"| | {' | '.join(METHODS[arm] for arm in columns)} |", "|---|" + "---:|" * len(columns)]
+    for setting, arms in by_setting.items():
+        alone = {cell["seed"]: cell["top1"] for cell in arms.get(of, [])}
+        values = []
+        for arm in columns:
+            pairs = [c["top1"] - alone[c["seed"]] for c in arms.get(arm, []) if c["seed"] in alone]
+            values.append(("+" if sum(pairs) > 0 else "") + of_seeds(pairs))
+        if alone:
+            rows.append(f"| `{setting}` | {' | '.join(values)} |")
     return "\n".join(rows)
 
 

@@ -133,10 +133,10 @@ def claims(
             f"{teacher['latency_ms'] / student['latency_ms']:.1f}x faster** on scikit-learn's digits, with "
             f"{top1['student']} % instead of {top1['teacher']} % right (the same student without "
             f"an assistant, for the same compute: {top1['control']} %). [Figures](docs/results.md#digits)",
-            f"- **{gained:.1f} points more than a single step of the same cost** where a student is far "
+            f"- **{gained:.1f} points more than a single step of as many operations** where a student is far "
             f"behind: a published ResNet-44 to 10 %, with 200 images a class of CIFAR-10, "
             f"{spread(ways['auto'], 1)} % against {spread(ways['single-step'], 1)} % "
-            f"({len(ways['auto'])} seeds). Elsewhere a run finds that out, and takes the single step. "
+            f"({len(ways['auto'])} seeds). Elsewhere it takes the single step, or is within a point of it. "
             f"[Figures](docs/results.md#methods-at-equal-cost)",
             f"- **Small is fast**: a tenth of a ViT-S has {macs:.1f} % of its operations and takes "
             f"{ms:.1f} % of its time. [Figures](docs/results.md#what-a-cut-buys-in-milliseconds)",
