@@ -60,8 +60,8 @@ def saves_nothing(costs: Costs) -> bool:
 
 
 def saves_too_little(costs: Costs, student: float) -> bool:
-    """Whether an assistant of `CAPACITY_GAP` times a student of this scale cheapens its last step by less than
-    the share of the joint training: with the usual half, from an eighth of the teacher on."""
+    """Whether an assistant of `CAPACITY_GAP` times a student of this scale saves its last step less than the
+    share of the joint training: with the usual half, from an eighth of the teacher's operations on."""
     teacher, assistant = 1.0, min(1.0, CAPACITY_GAP * student)
     if costs.options.cache_teacher:  # each answers once, so nobody costs anything
         teacher = assistant = 0.0
