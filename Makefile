@@ -31,6 +31,7 @@ test: install  ## the fast tests
 
 support-table: install  ## docs/supported.md; resumes where it stopped
 	.venv/bin/python benchmarks/support.py --jobs 2
+	.venv/bin/python benchmarks/support_channels.py --jobs 2
 	.venv/bin/python benchmarks/support_masks.py
 
 pairs-table: install  ## docs/pairs.md; some minutes

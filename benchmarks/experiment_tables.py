@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from stepwell.compare.table import spread
+from stepwell.measure.size import short_number
 
 
 def tables_of(folders: Path) -> dict[str, str]:
@@ -28,6 +30,7 @@ def tables_of(folders: Path) -> dict[str, str]:
         "dearer": methods_table(folders, DEARER, of="single-step-dearer"),
         "ladder": ladder_table(folders),
         "auto": auto_table(folders),
+        "cuts": cuts_table(folders, folders.parent / "cut-students.json"),
     }
 
 
@@ -216,6 +219,52 @@ def auto_table(folders: Path) -> str:
             taken = sum(bool(cell["assistants"]) for cell in arms["auto"])
             rows.append(f"| `{setting}` | {' | '.join(tops)} | {taken} of {len(arms['auto'])} |")
     return "\n".join(rows)
+
+
+PLAIN = "single-step"
+CUTS = {
+    PLAIN: "heads and neurons, or filters",
+    "single-step-repair": "the same, `--repair`",
+    "cut-all": "`--cut all`",
+    "cut-all-repair": "`--cut all --repair`",
+    "cut-all-search": "`--cut all --shares search`",
+    "cut-all-drop": "`--cut all --shares search --drop-blocks`",
+    "cut-all-last": "`--cut all --whole-last`",
+    "cut-all-uniform": "`--cut all --uniform`",
+}
+
+
+def cuts_table(folders: Path, clock: Path) -> str:
+    """A row for each setting and cut: accuracy, and points more than the plain cut with the same seed; size,
+    operations, and milliseconds in `clock`."""
+    runs = json.loads(clock.read_text(encoding="utf-8"))["runs"] if clock.exists() else []
+    timed = {run["setting"]: run for run in runs}
+    rows = []
+    for setting in STUDENTS:
+        arms = cells_by_arm(folders / setting)
+        if len(arms.keys() & CUTS.keys()) < 2:
+            continue
+        plain = {cell["seed"]: cell["top1"] for cell in arms[PLAIN]}
+        for arm in [arm for arm in CUTS if arm in arms]:
+            cells = arms[arm]
+            more = [cell["top1"] - plain[cell["seed"]] for cell in cells if cell["seed"] in plain]
+            of_plain = "" if arm == PLAIN else ("+" if sum(more) > 0 else "") + of_seeds(more)
+            values = [CUTS[arm], of_seeds([cell["top1"] for cell in cells]), of_plain]
+            values.append(f"{fmean(cell['selection_performance'] for cell in cells):.3f}")
+            values.append(short_number(round(fmean(cell["num_params"] for cell in cells))))
+            values.append(f"{100 * fmean(cell['macs'] / cell['teacher_macs'] for cell in cells):.1f} %")
+            values.append(milliseconds(timed.get(setting), arm))
+            rows.append(f"| `{setting}` | {' | '.join(values)} |")
+    if not rows:
+        return "Not run yet."
+    head = "| | what is cut | top1 % | more than the first | selection images | parameters | MACs | ms |"
+    return "\n".join([head, "|---|---|" + "---:|" * 6, *rows])
+
+
+def milliseconds(timed: dict[str, Any] | None, arm: str) -> str:
+    """Of the student, and those of its teacher over it. Plain and repaired students have the same widths."""
+    ms = (timed or {"ms": {}})["ms"].get("single-step-repair" if arm == PLAIN else arm)
+    return "" if timed is None or ms is None else f"{ms:.3f} ({timed['whole_ms'] / ms:.1f}x)"
 
 
 def cells_by_arm(folder: Path) -> dict[str, list[dict[str, Any]]]:

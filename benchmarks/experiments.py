@@ -61,6 +61,8 @@ CLOTHING: dict[str, Any] = {
         "keep_ratio": 0.3,
         "budget_epochs": 10,
     },
+    "macs": "39%",
+    "cannot": ("cut-all-uniform",),
     "stock": {"student": "mobilenetv2_050", "budget_epochs": 10.9},
 }
 
@@ -74,6 +76,7 @@ DIGITS: dict[str, Any] = {
         "keep_ratio": 0.1,
         "budget_epochs": 60,
     },
+    "macs": "10.9%",
     "stock": {
         **narrower(TEACHERS["digits"]["train"], embed_dim="16", num_heads="2"),
         "budget_epochs": 56.7,
@@ -86,12 +89,14 @@ VIT_FEW: dict[str, Any] = {
     "teacher_saw_all": True,
     "train": {**TEACHERS["cifar10-vit"]["train"], **CIFAR, "batch_size": 128},
     "compress": {**CIFAR, "lr": 2e-3, "batch_size": 128, "keep_ratio": 0.1, "budget_epochs": 40},
+    "macs": "12.8%",
     "stock": {**narrower(RECIPES["vit"], embed_dim="32", num_heads="2"), "budget_epochs": 38},
     "kept": 132.1,
     "alone": 145.3,
     "images_per_class": 500,
 }
 
+# `macs` is what the plain student has (the mean of the seeds' cells), for arms that are cut otherwise.
 # `stock` is a network of about the student's operations, with the epochs that make its single step cost what
 # the others cost. `kept` and `alone` are such epochs too: where the teacher answers each of 5 views once
 # (which a run's own bill charges nobody with), and where no teacher is asked.
@@ -100,6 +105,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "resnet44-few": {
         "teacher": "cifar_resnet44",
         "compress": {**CIFAR, **IMAGENET, "lr": 8e-3, "keep_ratio": 0.1, "budget_epochs": 20},
+        "macs": "9.4%",
+        "cannot": ("cut-all-last", "cut-all-uniform"),  # its last stage alone is a third; it is no ViT
         "stock": {"student": "cifar_resnet8", "budget_epochs": 17.9},
         "kept": 73.1,
         "alone": 90.9,
@@ -129,6 +136,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "one_teacher": True,
         "train": {**TEACHERS["cifar10-vit"]["train"], "batch_size": 128},
         "compress": {**CIFAR, "lr": 2e-3, "batch_size": 128, "keep_ratio": 0.1, "budget_epochs": 20},
+        "macs": "12.7%",
         "stock": {**narrower(RECIPES["vit"], embed_dim="32", num_heads="2"), "budget_epochs": 19},
         "images_per_class": 1000,
     },
@@ -203,11 +211,21 @@ LENGTHS = {"quick": 0.25, "long": 4.0}
 # Is the single step behind for want of operations, or of a better rate?
 DEARER = 1.5
 RATES = (0.5, 2.0, 4.0)
+# A student of the plain one's size, repaired, or of the plain one's MACs, cut otherwise.
+REPAIRED = "single-step-repair"
+CUTS: dict[str, dict[str, Any]] = {
+    "cut-all": {},
+    "cut-all-search": {"shares": "search"},
+    "cut-all-drop": {"shares": "search", "drop_blocks": True},
+    "cut-all-last": {"whole_last": True},
+    "cut-all-uniform": {"uniform": True},
+    "cut-all-repair": {"repair": True},
+}
 
 
 def arms() -> dict[str, dict[str, Any]]:
-    """What is compared: methods; the two main ones with another recipe, rate or budget; and AMD by length of
-    the joint training and size of the assistant."""
+    """What is compared: methods; the two main ones with another recipe, rate or budget; single steps that are
+    cut otherwise; and AMD by length of the joint training and size of the assistant."""
     found = dict(METHODS)
     for method in ("amd", "single-step"):
         for name, recipe in RECIPES_TRIED.items():
@@ -220,6 +238,8 @@ def arms() -> dict[str, dict[str, Any]]:
     for method, factor in itertools.product(("amd", "single-step"), RATES):
         found[f"{method}-rate-{factor:g}"] = {**METHODS[method], "rates": factor}
     found |= {name: options for name, (_, options) in BUDGETS.items()}
+    found[REPAIRED] = {**METHODS["single-step"], "repair": True}
+    found |= {name: {**METHODS["single-step"], "cut": "all", **options} for name, options in CUTS.items()}
     for share in SHARES:
         for assistant in ASSISTANTS:
             options = {"path": "amd", "joint_share": share, "assistant": assistant}
@@ -236,11 +256,13 @@ def arms() -> dict[str, dict[str, Any]]:
 
 def suits(name: str, arm: str) -> bool:
     """Whether a setting has the arm: some have few, ladders begin with their smallest size, and some arms
-    need a budget of the setting's own."""
+    need a budget of the setting's own, or cannot meet it."""
     if arm not in SETTINGS[name].get("methods", arms()):
         return False
     if arm in BUDGETS:
         return BUDGETS[arm][0] in SETTINGS[name]
+    if arm == REPAIRED or arm in CUTS:
+        return "macs" in SETTINGS[name] and arm not in SETTINGS[name].get("cannot", ())
     of_ladder = arm == "ladder" or arm.startswith(("single-step-0", "third-"))
     return SETTINGS[name]["compress"]["keep_ratio"] == LADDER[0] or not of_ladder
 
@@ -319,6 +341,7 @@ def cell(
         **teacher,
         "budget_epochs": round(budget, 2),
         "lr": options_of_arm.pop("rates", 1) * SETTINGS[name]["compress"]["lr"],
+        **({"keep_ratio": None, "macs": SETTINGS[name]["macs"]} if arm in CUTS else {}),
         **options_of_arm,
         "data": str(data),
         "seed": seed,

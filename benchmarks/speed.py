@@ -49,6 +49,7 @@ from torch import nn
 from record import RESULTS, save
 from stepwell.config.commands import CompressConfig
 from stepwell.config.path_options import GridOptions
+from stepwell.data.spec import InputSpec
 from stepwell.errors import ConfigError
 from stepwell.measure.budget import student_widths
 from stepwell.measure.hardware import processor
@@ -307,24 +308,30 @@ def whole_session(name: str) -> onnxruntime.InferenceSession:
     return session(build(name))
 
 
-def session(model: nn.Module) -> onnxruntime.InferenceSession:
-    """A model in onnxruntime, on one thread."""
-    spec = input_spec(model)
+def session(model: nn.Module, spec: InputSpec | None = None) -> onnxruntime.InferenceSession:
+    """A model in onnxruntime, on one thread; of images as it takes them, if they are not given."""
+    spec = spec or input_spec(model)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.onnx"
         # Looser than for a student: with random weights the logits are next to nothing.
-        export_onnx(model, spec, file, torch.randn(2, 3, *spec.size), tolerance=1e-3)
+        export_onnx(model, spec, file, torch.randn(2, spec.channels, *spec.size), tolerance=1e-3)
         return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
 
 
-def best_times(sessions: Sequence[onnxruntime.InferenceSession], batch: int) -> list[float]:
-    """Milliseconds of the fastest run of each, in turns after a first one, for about three seconds."""
-    images = np.random.default_rng(0).standard_normal((batch, 3, 224, 224), np.float32)
+def best_times(
+    sessions: Sequence[onnxruntime.InferenceSession],
+    batch: int,
+    shape: tuple[int, int, int] = (3, 224, 224),
+    most: int = 50,
+) -> list[float]:
+    """Milliseconds of the fastest run of each, in at most so many turns after a first one, for about three
+    seconds."""
+    images = np.random.default_rng(0).standard_normal((batch, *shape), np.float32)
     best = [math.inf] * len(sessions)
     begun, rounds = time.perf_counter(), 0
-    while rounds < 4 or (time.perf_counter() - begun < 3 and rounds < 50):
+    while rounds < 4 or (time.perf_counter() - begun < 3 and rounds < most):
         for i, one in enumerate(sessions):
             start = time.perf_counter()
             one.run(None, {"images": images})

@@ -12,7 +12,8 @@ Every model has random weights and a random ranking. For each keep ratio:
     export     torch.export with a dynamic batch, agrees to 1e-5
     compile    torch.compile(fullgraph=True, backend="aot_eager"), one graph, agrees to 1e-5
 
-Writes benchmarks/results/support.json and docs/supported.md; the section on masks is support_masks.py's.
+Writes benchmarks/results/support.json and docs/supported.md. What channels of the residual stream add to
+both is support_channels.py's, the section on masks support_masks.py's.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import random
 import re
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
@@ -37,24 +38,23 @@ from torch import nn
 from record import RESULTS, commit
 from stepwell.config.options import DataOptions
 from stepwell.config.path_options import GridOptions
-from stepwell.errors import UnsupportedModelError
 from stepwell.measure.size import count_macs, num_params
 from stepwell.models.card import Card, load, save_model
 from stepwell.models.export import export_onnx, export_program
 from stepwell.models.input import with_image_size
 from stepwell.models.teacher import Teacher, teacher_from_module
 from stepwell.pruning.prove import difference
-from stepwell.pruning.ranking import uniform_scores
 from stepwell.pruning.skeleton import build_skeleton, fill, leading_units, sort_units
-from stepwell.pruning.units import tensors_of
+from stepwell.pruning.units import Group, tensors_of
 from stepwell.run.atomic import write_atomically
-from stepwell.setting.channels import with_channels
 from stepwell.setting.prepare import groups_of
 from stepwell.stages.grid import make_grid
 from stepwell.tasks.outputs import is_dense
 
 RATIOS = (0.1, 0.3, 0.5, 0.7, 0.9)
 CHECKS = ("exact", "backward", "reload", "onnx", "export", "compile")
+CHANNEL_RATIOS = (0.1, 0.3, 0.7)
+COLUMNS = (*CHECKS, "--cut all", "params at 0.1", "MACs at 0.1", "MACs at 0.1, --cut all")
 PAGE = Path(__file__).parent.parent / "docs" / "supported.md"
 FILE = RESULTS / "support.json"
 NUM_CLASSES = 10
@@ -151,26 +151,44 @@ CONVOLUTIONAL = ("timm", "torchvision/r", "torchvision/m")
 
 def main() -> None:
     """Check all models that are not checked yet, then write the page."""
+    options = options_of(__doc__)
+    done = recorded()
+    todo = [n for n in models() if re.search(options.only, n) and (options.again or n not in done)]
+    for name, found in checked(check, todo, options.jobs):
+        done[name] = {"family": models()[name], "commit": commit(), **found}
+        write(done)
+        print(f"{name}: {summary(done[name])}", flush=True)
+    write(done)
+
+
+def options_of(description: str | None) -> argparse.Namespace:
+    """Of the command line, for the table's own script and that of channels."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", default="", help="a regular expression of names")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--again", action="store_true", help="also those that are checked")
-    options = parser.parse_args()
-    done: dict[str, Any] = json.loads(FILE.read_text()) if FILE.exists() else {}
-    todo = {
-        name: family
-        for name, family in models().items()
-        if re.search(options.only, name) and (options.again or name not in done)
-    }
-    with ProcessPoolExecutor(options.jobs, max_tasks_per_child=1) as pool:
-        waiting = {pool.submit(check, name): name for name in todo}
+    return parser.parse_args()
+
+
+def recorded() -> dict[str, Any]:
+    """What is checked already, by name."""
+    return json.loads(FILE.read_text()) if FILE.exists() else {}
+
+
+def checked(check: Callable[[str], Any], names: Collection[str], jobs: int) -> Iterator[tuple[str, Any]]:
+    """Names and what `check` says of them, each in a process of its own, as they are done."""
+    with ProcessPoolExecutor(jobs, max_tasks_per_child=1) as pool:
+        waiting = {pool.submit(check, name): name for name in names}
         for number, future in enumerate(as_completed(waiting), 1):
-            name = waiting[future]
-            done[name] = {"family": todo[name], "commit": commit(), **future.result()}
-            write_atomically(FILE, json.dumps(dict(sorted(done.items())), indent=1) + "\n")
-            print(f"{number}/{len(todo)} {name}: {summary(done[name])}", flush=True)
+            print(f"{number}/{len(names)} ", end="")
+            yield waiting[future], future.result()
+
+
+def write(done: Mapping[str, Any]) -> None:
+    """The file, and the page down to its section on masks."""
+    write_atomically(FILE, json.dumps(dict(sorted(done.items())), indent=1) + "\n")
     _, masks, its = PAGE.read_text().partition(MASKS)
     write_atomically(PAGE, page(done) + ("\n" + masks + its if masks else ""))
 
@@ -258,12 +276,7 @@ class Checked:
     @classmethod
     def of_classes(cls, name: str) -> Checked:
         """A classifier by its name in the table."""
-        original = build(name)
-        teacher = teacher_from_module(original, None)
-        if not hasattr(teacher.model, "patch_embed") and name.startswith(CONVOLUTIONAL):
-            small = with_image_size(teacher.spec, teacher.model, min(64, teacher.spec.size[0]))
-            teacher = replace(teacher, spec=small)
-        return cls(teacher, original, groups_of(teacher.model, teacher.spec, False, None, DataOptions()))
+        return cls(*classifier(name))
 
     def record(self) -> dict[str, Any]:
         """Sizes, and the checks of every candidate."""
@@ -271,18 +284,8 @@ class Checked:
             "num_params": num_params(self.model),
             "macs": count_macs(self.model, self.spec),
             "input": list(self.spec.size),
-            "narrow": self.narrow(),
             "ratios": {f"{c.keep_ratio:g}": self.candidate(c.widths) for c in self.candidates},
         }
-
-    def narrow(self) -> int | None:
-        """MACs at 0.1 with `--cut all`; None where the residual stream stays whole."""
-        try:
-            groups = with_channels(self.model, self.groups, self.images)
-        except UnsupportedModelError:
-            return None
-        (smallest,) = make_grid(groups, uniform_scores(groups), RATIOS[:1], GridOptions())
-        return count_macs(build_skeleton(self.model, groups, smallest.widths), self.spec)
 
     def candidate(self, widths: Mapping[str, int]) -> dict[str, Any]:
         """Sizes of one slice, and what works with it."""
@@ -311,6 +314,16 @@ class Checked:
             "export": lambda: export_program(small, spec, folder / "model.pt2", images),
             "compile": lambda: compiled(small, images),
         }
+
+
+def classifier(name: str) -> tuple[Teacher, nn.Module, list[Group]]:
+    """A model by its name in the table, as it was built too, and what may be cut inside of its blocks."""
+    original = build(name)
+    teacher = teacher_from_module(original, None)
+    if not hasattr(teacher.model, "patch_embed") and name.startswith(CONVOLUTIONAL):
+        small = with_image_size(teacher.spec, teacher.model, min(64, teacher.spec.size[0]))
+        teacher = replace(teacher, spec=small)
+    return teacher, original, groups_of(teacher.model, teacher.spec, False, None, DataOptions())
 
 
 def passed(run: Callable[[], object]) -> str:
@@ -381,38 +394,67 @@ def page(done: Mapping[str, Any]) -> str:
         "`exact`: the slice equals the masked model. `onnx`: onnxruntime agrees to 1e-5. `compile`: one",
         "graph, `torch.compile(fullgraph=True)`. *At 0.1*: what is left of parameters and of MACs when a",
         "tenth of the units is kept; what is never cut (stem, classifier, residual width) is part of it.",
-        "*All*: MACs at 0.1 where the channels of the residual stream are cut too (`--cut all`).",
         "",
-        "| model | " + " | ".join(CHECKS) + " | params at 0.1 | MACs at 0.1 | all |",
-        "|---|" + "---|" * len(CHECKS) + "---:|---:|---:|",
+        "`--cut all`: channels of the residual stream are cut too, and `exact`, `backward`, `reload` and",
+        f"`onnx` pass at {', '.join(f'{r:g}' for r in CHANNEL_RATIOS)}; `–`: they stay whole",
+        "([which families have them](guide/width.md)); empty: not tried yet.",
+        "",
+        f"| model | {' | '.join(COLUMNS)} |",
+        "|---|" + "---|" * (len(CHECKS) + 1) + "---:|---:|---:|",
     ]
     notes: list[str] = []
-    total = len(RATIOS)
     for family in dict.fromkeys(models().values()):
         members = [name for name, its in models().items() if its == family and name in done]
         if members:
-            lines.append(f"| **{family}** |" + " |" * (len(CHECKS) + 3))
+            lines.append(f"| **{family}** |" + " |" * len(COLUMNS))
         for name in members:
-            record = done[name]
-            if "error" in record:
-                lines.append(f"| {name} | refused |" + " |" * (len(CHECKS) + 2))
-                notes.append(f"- {name}: {record['error']}")
-                continue
-            ratios = record["ratios"]
-            cells = []
-            for one in CHECKS:
-                count = sum(r[one] == "ok" for r in ratios.values())
-                cells.append("✓" if count == total else f"{count} of {total}")
-                reasons = sorted({r[one] for r in ratios.values() if r[one] != "ok"})
-                notes += [f"- {name}, {one}: {reason}" for reason in reasons]
-            least = ratios["0.1"]
-            shares = [f"{100 * least[k] / record[k]:.1f} %" for k in ("num_params", "macs")]
-            narrow = record.get("narrow")
-            shares.append("-" if narrow is None else f"{100 * narrow / record['macs']:.1f} %")
-            lines.append(f"| {name} | {' | '.join(cells + shares)} |")
+            row, told = row_of(name, done[name])
+            lines.append(row)
+            notes += told
     if notes:
         lines += ["", "What does not pass:", "", *notes]
     return "\n".join(lines) + "\n"
+
+
+def row_of(name: str, record: Mapping[str, Any]) -> tuple[str, list[str]]:
+    """The row of a model, and what does not pass."""
+    if "error" in record:
+        return f"| {name} | refused |" + " |" * (len(COLUMNS) - 1), [f"- {name}: {record['error']}"]
+    ratios = record["ratios"].values()
+    cells = [count([r[one] == "ok" for r in ratios]) for one in CHECKS]
+    notes = [f"- {name}, {one}: {reason}" for one in CHECKS for reason in sorted({r[one] for r in ratios})]
+    least = record["ratios"]["0.1"]
+    shares = [f"{100 * least[k] / record[k]:.1f} %" for k in ("num_params", "macs")]
+    cell, share, told = channel_cells(name, record)
+    row = f"| {name} | {' | '.join([*cells, cell, *shares, share])} |"
+    return row, [note for note in notes + told if not note.endswith(": ok")]
+
+
+def channel_cells(name: str, record: Mapping[str, Any]) -> tuple[str, str, list[str]]:
+    """Whether `--cut all` works with a model, what it leaves of the MACs, and what does not pass."""
+    channels = record.get("channels", {})
+    if not channels:
+        return "" if channels is not None else "–", "", []
+    if "error" in channels:
+        return "refused", "", [f"- {name}, --cut all: {channels['error']}"]
+    ratios = channels["ratios"]
+    tried = [checks_of(candidate) for candidate in ratios.values()]
+    told = sorted({pair for checks in tried for pair in checks.items()})
+    return (
+        count([set(checks.values()) == {"ok"} for checks in tried]),
+        f"{100 * ratios['0.1']['macs'] / record['macs']:.1f} %",
+        [f"- {name}, --cut all, {one}: {reason}" for one, reason in told],
+    )
+
+
+def checks_of(candidate: Mapping[str, Any]) -> dict[str, str]:
+    """What was tried with one candidate, without its sizes."""
+    return {name: found for name, found in candidate.items() if isinstance(found, str)}
+
+
+def count(passed: Collection[bool]) -> str:
+    """A check mark, or how many of them passed."""
+    return "✓" if all(passed) else f"{sum(passed)} of {len(passed)}"
 
 
 if __name__ == "__main__":

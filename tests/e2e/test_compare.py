@@ -15,6 +15,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from small_world import QUICK_ANY_WAY, stepwell, write_images
 
+import stepwell as package
 from conftest import InThisProcess
 from stepwell.cli import main, parse
 from stepwell.commands.compare import check
@@ -26,7 +27,8 @@ from stepwell.config.commands import CompareConfig, CompressConfig
 from stepwell.config.files import make_config
 from stepwell.config.loss_facts import FEATURE_LOSSES, LOGIT_LOSSES
 from stepwell.errors import ConfigError
-from stepwell.measure.size import count_macs
+from stepwell.measure.size import count_macs, num_params
+from stepwell.models.card import named_groups
 from stepwell.pruning.families import find_groups
 from stepwell.pruning.ranking import uniform_scores
 from stepwell.pruning.skeleton import build_skeleton
@@ -125,6 +127,13 @@ def test_the_figures_are_those_of_the_cells(compared, teacher, data, here, capsy
         (line,) = [x for x in printed.splitlines() if x.startswith(f"{name} ") and figures in x][:1]
         assert f" {cost:.1f}x " in line
     assert all(len(line) <= 118 for line in printed.splitlines()[:10])
+
+
+def test_a_cell_has_the_widths_that_its_student_is_made_of(compared, teacher):
+    whole = package.load(teacher)
+    for cell in results(compared).values():
+        student = build_skeleton(whole, named_groups(whole, cell.widths, None), cell.widths)
+        assert num_params(student) == cell.num_params < num_params(whole)
 
 
 def test_a_control_computes_as_much_as_its_arm(compared):
@@ -594,6 +603,7 @@ def test_the_pairs_of_cnns_run_on_digits(tmp_path, here, monkeypatch, capsys):
     # ResNet-20 for gray images.
     assert cell.num_params == 269_434
     assert cell.options["student"] == "cifar_resnet20"
+    assert cell.widths == {}  # of another architecture
     assert cell.options["feature_weight"] == 100
     assert cell.options["epochs"] == 0.1
     line = output.out.splitlines()[1]

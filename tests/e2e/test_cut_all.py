@@ -136,7 +136,7 @@ def test_every_path_and_losses_on_states_of_other_widths(teacher, data, tmp_path
 @pytest.mark.parametrize(
     "model",
     [
-        ("--model", "cifar_resnet20", "--image-size", "16", "--model-args", "shortcut=B"),
+        ("--model", "cifar_resnet20", "--image-size", "16"),
         ("--model", "swin_tiny_patch4_window7_224", "--model-args", "img_size=16", "patch_size=2",
          "window_size=4", "embed_dim=24", "depths=(2,2)", "num_heads=(2,4)"),
     ],
@@ -156,9 +156,9 @@ def test_a_pyramid_is_narrower_in_every_stage(model, data, tmp_path, untimed):
 
 
 def test_a_model_whose_stream_stays_whole_is_refused(data, fails, tmp_path):
-    words = ("--teacher", "cifar_resnet20", "--data", data, "--cut", "all", "--image-size", "16")
+    words = ("--teacher", "cifar_vgg8", "--data", data, "--cut", "all", "--image-size", "16")
     line = fails("doctor", *words)
-    assert "--cut all: the residual stream of this CifarResNet cannot be cut, but that of timm's ViT" in line
+    assert "--cut all: the residual stream of this CifarVgg cannot be cut, but that of timm's ViT" in line
     assert "--cut heads,neurons cuts what lies inside of blocks" in line
 
 

@@ -105,6 +105,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     ),
     "torchvision's resnet": torchvision_resnet,
     "cifar resnet": lambda: CifarResNet(14, "B", num_classes=5),
+    "cifar resnet, zeros": lambda: CifarResNet(14, "A", num_classes=5),
     "cifar wide resnet": lambda: CifarWideResNet(16, 1, num_classes=5),
     "regnet": regnet,
     "efficientnet": lambda: EfficientNet(
@@ -138,8 +139,8 @@ def all_groups(model: nn.Module) -> list[Group]:
     return [*others, *channel_groups(model, others)]
 
 
-QUICK = ("vit", "deit, distilled", "eva02", "beit", "cait", "swin", "convnext v2", "resnext", "regnet",
-         "efficientnet", "mobilenet v3")  # fmt: skip
+QUICK = ("vit", "deit, distilled", "eva02", "beit", "cait", "swin", "convnext v2", "resnext",
+         "cifar resnet, zeros", "regnet", "efficientnet", "mobilenet v3")  # fmt: skip
 """The others differ from these by a layer or two, and are slow tests."""
 EVERY = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in MODELS]
 
@@ -203,7 +204,8 @@ def test_a_student_is_saved_loaded_and_cut_again(name: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    "name", ["vit", "beit", "cait", "eva02", "swin", "convnext v2", "regnet", "mobilenet v3"]
+    "name",
+    ["vit", "beit", "cait", "eva02", "swin", "convnext v2", "cifar resnet, zeros", "regnet", "mobilenet v3"],
 )
 @pytest.mark.slow
 def test_a_student_is_exported(name: str, tmp_path: Path) -> None:
@@ -215,7 +217,17 @@ def test_a_student_is_exported(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["vit", "eva, post-norm, plain FFN", "cait", "swin", "convnext", "resnext", "efficientnet"]
+    "name",
+    [
+        "vit",
+        "eva, post-norm, plain FFN",
+        "cait",
+        "swin",
+        "convnext",
+        "resnext",
+        "cifar resnet, zeros",
+        "efficientnet",
+    ],
 )
 def test_importance_is_the_gradient_of_one_gate_wherever_the_stream_is_read(name: str) -> None:
     """Against differences of the loss: a channel's gates moved together, a little up and down."""
@@ -269,7 +281,7 @@ def test_a_group_of_channels_has_a_slice_of_every_tensor_that_is_as_wide() -> No
         vit(class_token=False, global_pool="map"),
         vit(num_classes=0),
         vit(attn_layer="diff"),
-        lambda: CifarResNet(8, "A"),
+        lambda: type("Other", (CifarResNet,), {})(8),
     ],
     ids=["attention pooling", "no classifier", "attention that no family knows", "another class"],
 )

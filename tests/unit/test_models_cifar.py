@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Mapping
 from functools import cache
 
@@ -24,9 +25,10 @@ from stepwell.models.card import Architecture, Card, check_fit, narrow_and_load,
 from stepwell.models.export import export_onnx
 from stepwell.models.input import input_spec
 from stepwell.models.teacher import create_timm, teacher_from_module
+from stepwell.pruning.channels import channel_groups
 from stepwell.pruning.families import find_groups
 from stepwell.pruning.shared import SharedWeights
-from stepwell.pruning.skeleton import build_skeleton, fill
+from stepwell.pruning.skeleton import build_skeleton, fill, leading_units, sort_units
 from stepwell.pruning.units import Candidate, tensors_of
 from stepwell.stages.grid import make_grid
 from stepwell.zoo.cifar_nets import (
@@ -173,7 +175,33 @@ def test_shortcut_a_takes_every_other_pixel_and_adds_channels_of_0_on_both_sides
     for row in range(3):
         for column in range(3):
             expected[:, 2:6, row, column] = x[:, :, 2 * row, 2 * column]
-    assert SubsampleShortcut(4, 2)(torch.from_numpy(x)).numpy().tolist() == expected.tolist()
+    assert SubsampleShortcut(4, 8, 2)(torch.from_numpy(x)).numpy().tolist() == expected.tolist()
+
+
+def test_of_shortcut_a_the_kept_channels_are_left_wherever_they_lie():
+    """Channels of both sides in any order, and some of each: by the rule, number by number."""
+    model = CifarResNet(8, "A")
+    others = find_groups(model)
+    groups = [*others, *channel_groups(model, others)]
+    rng = random.Random(0)
+    order = {g.name: rng.sample(range(g.num_units), g.num_units) for g in groups}
+    widths = {**{g.name: g.num_units for g in groups}, "channels.0": 7, "channels.1": 13}
+    skeleton = build_skeleton(model, groups, widths)
+    weights = leading_units(sort_units(tensors_of(model), groups, order), skeleton, groups, widths)
+    student = fill(skeleton, weights)
+    x = np.random.default_rng(0).standard_normal((2, 7, 6, 6), np.float32)
+    expected = np.zeros((2, 13, 3, 3), np.float32)
+    for to, wide in enumerate(order["channels.1"][:13]):
+        for source, narrow in enumerate(order["channels.0"][:7]):
+            if wide == narrow + 8:
+                expected[:, to] = x[:, source, ::2, ::2]
+    assert 0 < np.count_nonzero(expected.any(axis=(0, 2, 3))) < 7
+    found = student.get_submodule("layer2.0.shortcut")(torch.from_numpy(x))
+    assert found.numpy().tolist() == expected.tolist()
+    # Files hold where the channels lie once they are cut, and never before.
+    assert "layer2.0.shortcut.weight" in student.state_dict()
+    inside = build_skeleton(model, others, {g.name: 1 for g in others})
+    assert not [name for name in (*model.state_dict(), *inside.state_dict()) if "shortcut" in name]
 
 
 def in_words(block: nn.Module, *layers: str) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -46,7 +46,7 @@ def built(name: str, **args):
         ("convnext_atto", "stages.3.", {"channels.3"}),
         ("resnet18", "layer4.", {"channels.3"}),
         ("regnetx_002", "s4.", {"channels.4"}),
-        ("cifar_resnet20", "layer3.", set()),  # whose streams stay whole anyway
+        ("cifar_resnet20", "layer3.", {"channels.2"}),
     ],
 )
 def test_the_last_block_or_stage_is_all_that_stays(name, blocks, streams):

@@ -65,6 +65,8 @@ class CellResult(BaseModel):
     num_params: int
     macs: int
     teacher_macs: int
+    widths: dict[str, int] = {}
+    """Units that the student keeps, by group; none of one of another architecture, or in older cells."""
     assistants: list[float]
     """Keep ratios, from the largest down."""
     candidates: list[CandidateResult]
@@ -209,6 +211,7 @@ def _begin(cell: Cell) -> Setting:
 
 def _look(cell: Cell, s: Setting, finished: Finished) -> CellResult:
     student, choice, bill = finished.student.model, finished.choice, bill_of(s.run)
+    candidate = finished.student.candidate
     selection = s.task.evaluate(student, s.selection, "selection images")
     test = s.task.evaluate(student, s.test, "test")
     return _result(
@@ -220,6 +223,7 @@ def _look(cell: Cell, s: Setting, finished: Finished) -> CellResult:
             "top1_interval": test.quality_interval,
             "selection_top1": selection.quality,
             "selection_performance": selection.performance(s.metric),
+            "widths": {} if candidate is None or finished.student.is_other else candidate.widths,
             "assistants": [assistant.keep_ratio for assistant in finished.assistants],
             "candidates": choice.candidates if choice else [],
             "selection": choice.selection if choice else None,

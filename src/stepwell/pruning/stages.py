@@ -3,8 +3,9 @@
     stem | block + shortcut | block + shortcut |   block + projection   | block + shortcut | classifier
     '------------- channels.0 -----------------' '---------------- channels.1 ------------------'
 
-A block whose shortcut is a projection, or that has none, begins another stream. In between a block is what
-families know already (`PATHS`): its first convolution reads the stream and its last one writes it.
+A block whose shortcut is a projection, or that has none, begins another stream; padding with zeros is a
+projection, of weights that are known. In between a block is what families know already (`PATHS`): its first
+convolution reads the stream and its last one writes it.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from stepwell.pruning.constant import ConstantConv
 from stepwell.pruning.families import cifar, inverted, resnet
 from stepwell.pruning.filters import NORMS, SQUEEZE_EXCITES, is_conv, is_elementwise, leaves_of
 from stepwell.pruning.streams import Stream, UnclearError, find_module
-from stepwell.zoo.cifar_nets import BasicBlock, PreActBlock
+from stepwell.zoo.cifar_nets import BasicBlock, PreActBlock, SubsampleShortcut
 
 Shortcut = Literal["none", "plain", "projection"]
 POOLS = (nn.MaxPool2d, nn.AvgPool2d, MaxPool2dSame, AvgPool2dSame)
@@ -192,7 +193,7 @@ def _shortcut(name: str, block: nn.Module) -> tuple[Shortcut, str]:
 
 def _project(before: Stream, after: Stream, name: str) -> None:
     leaves = list(leaves_of(name, before.model.get_submodule(name)))
-    convs = [n for n, module in leaves if is_conv(module)]
+    convs = [n for n, module in leaves if is_conv(module) or type(module) is SubsampleShortcut]
     if len(convs) != 1:
         raise UnclearError(f"{name} is no projection that we know")
     before.gates.append(name)

@@ -133,6 +133,7 @@ def _group(stream: Stream, views: Mapping[str, Parts]) -> Group:
     layers = {name.rpartition(".")[0] for name, dim, _ in stream.cuts if dim == 0}
     constants = [n for n in stream.layers if isinstance(find_module(stream.model, n), ConstantConv)]
     depthwise = [n for n in layers if getattr(find_module(stream.model, n), "groups", 1) == stream.size > 1]
+    fixed = [n for n in stream.layers if f"{n}.weight" in dict(stream.model.named_buffers())]
     gate, *more_gates = stream.gates
     return Group(
         stream.name,
@@ -141,7 +142,9 @@ def _group(stream: Stream, views: Mapping[str, Parts]) -> Group:
         tuple(slices),
         gate=gate,
         block="",
-        narrow=partial(_narrow, size=stream.size, norms=norms, depthwise=depthwise, constants=constants),
+        narrow=partial(
+            _narrow, size=stream.size, norms=norms, depthwise=depthwise, constants=constants, fixed=fixed
+        ),
         gate_dim=stream.gate_dim,
         more_gates=tuple(more_gates),
         norms=tuple(stream.norms),
@@ -158,6 +161,7 @@ def _narrow(
     norms: Mapping[str, int],
     depthwise: Sequence[str],
     constants: Sequence[str],
+    fixed: Sequence[str],
 ) -> None:
     if width == 0:
         raise ModelError(f"{name}: a residual stream cannot lose all of its channels: nothing would be left")
@@ -167,6 +171,9 @@ def _narrow(
         cast(nn.Conv2d, skeleton.get_submodule(conv)).groups = width
     for conv in constants:  # of a block that was emptied before
         cast(ConstantConv, skeleton.get_submodule(conv)).out_channels = width
+    for layer in fixed:  # whose weight is now up to the ranking, so files have to hold it
+        module = skeleton.get_submodule(layer)
+        module.register_buffer("weight", module.get_buffer("weight"), persistent=True)
     # For whoever puts another head on the model.
     for leaf in ("embed_dim", "num_features", "head_hidden_size"):
         if getattr(skeleton, leaf, None) == size:
