@@ -208,6 +208,8 @@ BUDGETS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 # As --preset quick and long: with another budget than the others of a setting.
 LENGTHS = {"quick": 0.25, "long": 4.0}
+# Without a joint training: the teacher trains the first of these slices, that one the next, and so on.
+CHAINS = ((0.3,), (0.5, 0.2))
 # Is the single step behind for want of operations, or of a better rate?
 DEARER = 1.5
 RATES = (0.5, 2.0, 4.0)
@@ -234,6 +236,8 @@ def arms() -> dict[str, dict[str, Any]]:
         found[f"amd-{name}"] = {**METHODS["amd"], **options}
     for name, factor in LENGTHS.items():
         found[f"amd-{name}"] = {**METHODS["amd"], "budgets": factor}
+    for chain in CHAINS:
+        found[f"chain-{'-'.join(map(str, chain))}"] = {"path": "takd", "assistants": chain}
     found["single-step-dearer"] = {**METHODS["single-step"], "budgets": DEARER}
     for method, factor in itertools.product(("amd", "single-step"), RATES):
         found[f"{method}-rate-{factor:g}"] = {**METHODS[method], "rates": factor}
