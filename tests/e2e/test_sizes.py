@@ -47,11 +47,6 @@ BASELINE = (
 LADDER = ("--ladder", "0.1", "0.4", "0.7")  # the usual rungs: so the student can be compared
 
 
-def let_an_assistant_save(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So small models keep too many operations for that."""
-    monkeypatch.setattr(sizes_of_ladder, "saves_too_little", lambda _costs, _scale: False)
-
-
 @pytest.fixture(scope="module")
 def sizes(tmp_path_factory, data, teacher) -> Path:
     """A run that hands out three sizes and a baseline."""
@@ -59,7 +54,6 @@ def sizes(tmp_path_factory, data, teacher) -> Path:
     def compress(run: Path) -> None:
         with pytest.MonkeyPatch.context() as monkeypatch:
             without_files(monkeypatch)
-            let_an_assistant_save(monkeypatch)
             stepwell(
                 "compress", "--teacher", teacher, "--data", data, "--out", run, *QUICK, *LADDER, *BASELINE
             )
@@ -170,9 +164,8 @@ def test_inspect_says_which_to_take(sizes, capsys):
 
 
 @pytest.mark.parametrize("stage", ["plan sizes", "size 0.7", "size 0.4", "plan baseline", "baseline"])
-def test_stopped_in_between(stage, sizes, data, teacher, tmp_path, quick, monkeypatch):
+def test_stopped_in_between(stage, sizes, data, teacher, tmp_path, quick):
     """What is finished is not computed again, and the end is the same."""
-    let_an_assistant_save(monkeypatch)
     out = shutil.copytree(sizes, tmp_path / "out")
     for left in ("student", "ladder", "baseline"):
         shutil.rmtree(out / left)
@@ -205,8 +198,6 @@ def test_a_budget_is_for_all_sizes(data, teacher, tmp_path, quick):
     assert spent == pytest.approx(6 * result.data.num_train * (1 + 3 * result.student.scale), rel=1e-6)
     assert passes["size 0.3"] == pytest.approx(passes["distill"])
     assert passes["size 0.5"] == pytest.approx(passes["distill"])
-    # From an eighth of the teacher's operations on, which is what all of these have, it teaches itself.
-    assert [size.taught_by for size in result.sizes] == [1, 1]
 
 
 def test_what_is_refused(compress_fails):

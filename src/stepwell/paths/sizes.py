@@ -4,9 +4,8 @@ Joint training is paid once for all of them. What it leaves of a budget is divid
 as much as the student's last step, so that a larger one, which lost less and is dearer to train, gets a
 shorter polish. They come from the largest down, after the student, which for a given number of epochs is what
 it is without them: each is taught by the candidate above it that the assistant's rule picks among those, in
-its finished form where that is a size too. The teacher itself teaches where no assistant would save much
-(`worth.saves_too_little`), and where the rule has nothing to pick from. A size that its last step did harm,
-on the selection images, is handed out as the joint training left it.
+its finished form where that is a size too, or by the teacher where the rule has nothing to pick from. A size
+that its last step did harm, on the selection images, is handed out as the joint training left it.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from stepwell.measure.cost import Epochs, epochs_for
 from stepwell.models.ladder import Ladder
 from stepwell.paths.plan import seconds_of_step
-from stepwell.paths.worth import saves_too_little
 from stepwell.pruning.shared import SharedWeights
 from stepwell.report.result import Choice
 from stepwell.run.progress import say
@@ -53,7 +51,7 @@ def more_sizes(
     indices = size_indices([c.keep_ratio for c in ladder.candidates], s.config)[::-1]
     if not indices:
         return []
-    teachers = {index: _above(s, ladder, choice, index) for index in indices}
+    teachers = {index: teacher_among(s, choice, index) for index in indices}
     plan = _plan(s, ladder, shared, teachers, step, epochs)
     finished: dict[int, Rung] = {}
     sizes = []
@@ -70,14 +68,6 @@ def more_sizes(
             finished[index] = slice_of_store(shared, ladder, index)
         sizes.append(Size(finished[index], teacher.keep_ratio, is_as_joint=not is_better))
     return sizes
-
-
-def _above(s: Setting, ladder: Ladder, choice: Choice, index: int) -> int | None:
-    """The candidate that teaches a size; None for the teacher."""
-    by_hand = s.config.assistant is not None
-    if not by_hand and saves_too_little(s.costs(ladder.scales), ladder.scales[index]):
-        return None
-    return teacher_among(s, choice, index)
 
 
 def _plan(

@@ -50,23 +50,17 @@ def why_nothing_is_saved(costs: Costs) -> str:
 
 
 def saves_nothing(costs: Costs) -> bool:
-    """Whether an assistant leaves the student fewer epochs than a single step has.
+    """Whether an assistant of `CAPACITY_GAP` times the student leaves it fewer epochs than a single step has.
 
     By the operations of the models alone, so that it is known before anything is built.
     """
     if costs.options.epochs is not None:
         return False  # every training has as many, whatever that costs
-    return saves_too_little(costs, costs.student)
-
-
-def saves_too_little(costs: Costs, student: float) -> bool:
-    """Whether an assistant of `CAPACITY_GAP` times a student of this scale saves its last step less than the
-    share of the joint training: with the usual half, from an eighth of the teacher's operations on."""
-    teacher, assistant = 1.0, min(1.0, CAPACITY_GAP * student)
+    teacher, assistant = 1.0, min(1.0, CAPACITY_GAP * costs.student)
     if costs.options.cache_teacher:  # each answers once, so nobody costs anything
         teacher = assistant = 0.0
     left = 1 - costs.options.joint_share
-    return left * (teacher + 3 * student) < assistant + 3 * student
+    return left * (teacher + 3 * costs.student) < assistant + 3 * costs.student
 
 
 class LastSteps(StageResult):
