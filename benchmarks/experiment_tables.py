@@ -27,6 +27,7 @@ def tables_of(folders: Path) -> dict[str, str]:
         "lengths": variants_table(folders, LENGTHS),
         "of-assistant": variants_table(folders, OF_ASSISTANT),
         "rates": variants_table(folders, RATES),
+        "chains": methods_table(folders, CHAINS, of="chain-0.3"),
         "dearer": methods_table(folders, DEARER, of="single-step-dearer"),
         "ladder": ladder_table(folders),
         "auto": auto_table(folders),
@@ -167,6 +168,12 @@ ALL_OF_IT = {
 LENGTHS = {"-quick": "quick: a quarter", "": "the usual", "-long": "long: four times"}
 RATES = {"-rate-0.5": "half the rate", "": "the usual", "-rate-2": "twice", "-rate-4": "four times"}
 DEARER = {"amd": "AMD", "single-step": "single step", "single-step-dearer": "single step, half as dear again"}
+CHAINS = {
+    "amd": "AMD",
+    "single-step": "single step",
+    "chain-0.3": "chain by 0.3",
+    "chain-0.5-0.2": "chain by 0.5 and 0.2",
+}
 OF_ASSISTANT = {"": "AMD", "-trained-on": "trained on by itself", "-snapshots": "two snapshots first"}
 
 
