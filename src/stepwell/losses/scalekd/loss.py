@@ -27,6 +27,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from stepwell.losses.networks import LossWithNetworks
+from stepwell.losses.output import full
 from stepwell.losses.scalekd.projector import PUBLISHED_SCALE, CrossAttentionProjector
 from stepwell.losses.scalekd.stages import Layout, Stage, Stages
 from stepwell.losses.scalekd.views import FEWEST_IN_A_ROW, alternative_view, original_view
@@ -79,7 +81,7 @@ class Parts:
         )
 
 
-class ScaleKD(nn.Module):
+class ScaleKD(LossWithNetworks):
     """The loss between a student and a teacher of another architecture.
 
     Args:
@@ -135,16 +137,15 @@ class ScaleKD(nn.Module):
             ours.fourth.layout.as_map(student_states[1]),
         )
         target_4 = theirs.fourth.layout.as_tokens(teacher_states[1].detach())
-        predicted_3 = {view: project(map_3) for view, project in self.third.items()}
-        target_3 = target_4
-        if self.tail is None:
-            target_3 = theirs.third.layout.as_tokens(teacher_states[0].detach())
-        elif predicted_3:
-            predicted_3 = self._completed(predicted_3, teacher_states[0].detach())
-        queries = predicted_3 if self.given_queries else {}
-        predicted_4 = {view: project(map_4, queries.get(view)) for view, project in self.fourth.items()}
+        target_3 = target_4 if self.tail else theirs.third.layout.as_tokens(teacher_states[0].detach())
+        with self.autocast:
+            predicted_3 = {view: project(map_3) for view, project in self.third.items()}
+            if self.tail and predicted_3:
+                predicted_3 = self._completed(predicted_3, teacher_states[0].detach())
+            queries = predicted_3 if self.given_queries else {}
+            predicted_4 = {view: project(map_4, queries.get(view)) for view, project in self.fourth.items()}
         terms = [
-            weight * VIEWS[view](predicted[view], target)
+            weight * VIEWS[view](full(predicted[view]), target)
             for predicted, target, weights in (
                 (predicted_3, target_3, self.weights_3),
                 (predicted_4, target_4, self.weights_4),
