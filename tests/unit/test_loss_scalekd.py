@@ -311,6 +311,9 @@ def test_without_tpp_stage_3_is_compared_with_the_teachers_stage_3(lesson):
         ({"num_heads_3": 5}, "5 heads do not divide the teacher's 12 channels"),
         ({"num_heads_4": 5}, "5 heads do not divide the teacher's 24 channels"),
         ({"beta": 0.5}, "--feature-args beta: the loss scalekd takes original, alternative, alternative_4,"),
+        ({"tpp": 0.5}, "--feature-args tpp=0.5: the loss scalekd takes 0 or 1 there"),
+        ({"own_queries": 2}, "--feature-args own_queries=2: the loss scalekd takes 0 or 1 there"),
+        ({"num_heads_3": 2.5}, "--feature-args num_heads_3=2.5: the loss scalekd takes a whole number there"),
     ],
 )
 def test_what_it_does_not_take(lesson, given, said):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from stepwell.compare.pairs import PAIRS, PublishedPair
 from stepwell.data.spec import InputSpec
+from stepwell.losses.choose import parts_of
 from stepwell.losses.scalekd.loss import Parts, ScaleKD
 from stepwell.losses.scalekd.stages import Layout, Stages, find_stages
 from stepwell.measure.size import count_macs, macs_by_module
@@ -81,9 +81,7 @@ def loss_macs_of(student: Counted, teacher: Counted, parts: Parts) -> float:
 def loss_passes(student: str, teacher: str, feature_args: Mapping[str, float]) -> float:
     """What the loss computes for one image of 224 x 224, in forward passes of the teacher."""
     above, below = _model(teacher, (), 224), _model(student, (), 224)
-    default = Parts()
-    given = {name: type(getattr(default, name))(value) for name, value in feature_args.items()}
-    return loss_macs_of(below, above, replace(default, **given)) / above.macs
+    return loss_macs_of(below, above, parts_of(feature_args)) / above.macs
 
 
 def counted(pair: str) -> tuple[Counted, Counted]:
@@ -103,10 +101,7 @@ def _model(name: str, args: tuple[tuple[str, object], ...], size: int) -> Counte
 def gpu_hours(pair: PublishedPair) -> tuple[float, float]:
     """GPU-hours of the pair's published recipe on ImageNet, and the share of them that the loss takes."""
     student, teacher = counted(pair.name)
-    args = pair.feature_args()
-    heads = int(args["num_heads_3"]), int(args["num_heads_4"])
-    parts = Parts(num_heads_3=heads[0], num_heads_4=heads[1], own_queries=pair.is_pilot)
-    loss = loss_macs_of(student, teacher, parts)
+    loss = loss_macs_of(student, teacher, parts_of(pair.feature_args()))
     macs = teacher.macs + 3 * student.macs + loss
     return macs * NUM_IMAGES * EPOCHS[pair.strategy] / _MACS_PER_SECOND / 3600, loss / macs
 

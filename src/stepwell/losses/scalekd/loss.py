@@ -27,6 +27,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from stepwell.errors import ConfigError
 from stepwell.losses.networks import LossWithNetworks
 from stepwell.losses.output import full
 from stepwell.losses.scalekd.projector import PUBLISHED_SCALE, CrossAttentionProjector
@@ -92,7 +93,7 @@ class ScaleKD(LossWithNetworks):
         notes: What is to be said of it already; `notes` has more.
 
     Raises:
-        ValueError: Nothing is left of it, or the heads do not divide the teacher's width.
+        ConfigError: Nothing is left of it, or the heads do not divide the teacher's width.
     """
 
     def __init__(
@@ -106,7 +107,7 @@ class ScaleKD(LossWithNetworks):
         self.weights_3 = self._weights(3, student.third, target)
         self.weights_4 = self._weights(4, student.fourth, teacher.fourth)
         if not any((*self.weights_3, *self.weights_4)):
-            raise ValueError("nothing of it is left: leave a view and a stage")
+            raise ConfigError("--feature-args: scalekd: nothing of it is left: leave a view and a stage")
         self.given_queries = parts.tpp and not parts.own_queries
         # A view that stage 4 alone has needs stage 3's projector all the same, where that makes its queries.
         needed_3 = [
@@ -180,7 +181,9 @@ class ScaleKD(LossWithNetworks):
     ) -> nn.ModuleDict:
         channels = theirs.layout.channels
         if channels % num_heads:
-            raise ValueError(f"{num_heads} heads do not divide the teacher's {channels} channels")
+            raise ConfigError(
+                f"--feature-args: scalekd: {num_heads} heads do not divide the teacher's {channels} channels"
+            )
         return nn.ModuleDict(
             {
                 view: CrossAttentionProjector(
