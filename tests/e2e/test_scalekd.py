@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import timm
 import torch
@@ -21,7 +23,7 @@ from small_world import (
 )
 
 from stepwell.cli import main, parse
-from stepwell.commands import inspect_features
+from stepwell.commands import inspect_features, roughly
 from stepwell.compare.arms import arms_of, cell_of
 from stepwell.config.commands import CompareConfig, CompressConfig
 from stepwell.config.files import read_yaml
@@ -233,6 +235,28 @@ def test_the_doctor_names_the_stages_and_wants_no_cut(capsys):
     assert said.startswith("test_mambaout: stays whole, and teaches\n  input 160 x 160 x 3, ")
     assert "stage 3 of teacher ends with stages.2: 48 channels on 10 x 10" in said
     assert "stage 4 of resnet18 ends with layer4: 512 channels on 5 x 5" in said
+
+
+def test_the_doctor_counts_the_loss_and_its_projectors(capsys, monkeypatch):
+    monkeypatch.setattr(roughly, "seconds_of", lambda macs, _device: macs / 1e9)
+    words = ("--teacher", "test_vit", "--path", "scalekd", "--student", "test_resnet")
+
+    def said(*more: str) -> tuple[float, float]:
+        """Epochs that fit into a minute, and MiB on disk."""
+        assert main(["doctor", "--minutes", "1", *words, *more]) == 0
+        (line,) = [line for line in capsys.readouterr().out.splitlines() if "GiB of memory" in line]
+        epochs, disk = re.findall(r"[\d.]+(?= (?:epochs|MiB))", line)
+        return float(epochs), float(disk)
+
+    whole, part, none = (
+        said(),
+        said("--feature-args", "alternative=0", "tpp=0"),
+        said("--feature-weight", "0"),
+    )
+    assert whole[0] < 0.8 * part[0] < 0.8 * 0.8 * none[0]
+    assert whole[1] > part[1] > none[1]
+    assert main(["doctor", *words, "--feature-args", "heads=2"]) == 2
+    assert "--feature-args heads: the loss scalekd takes original," in capsys.readouterr().err
 
 
 def test_the_doctor_knows_a_teacher_without_classes(capsys):

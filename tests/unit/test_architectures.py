@@ -10,7 +10,7 @@ from stepwell.compare.architectures import Counted, gpu_hours, loss_macs_of, los
 from stepwell.compare.pairs import PAIRS
 from stepwell.config.options import LossOptions
 from stepwell.errors import ConfigError
-from stepwell.losses.choose import Pair, parts_of
+from stepwell.losses.choose import Pair
 from stepwell.losses.distillation import loss_macs, make_distillation
 from stepwell.losses.observe import Observed
 from stepwell.losses.output import TrainingImages
@@ -47,7 +47,7 @@ def test_the_loss_is_counted_on_shapes_as_on_tensors(name, given):
     options = LossOptions(feature_loss="scalekd", logit_weight=0, feature_args=given)
     real = loss_macs(make_distillation(options, pair, 0), pair, 2)["main"]
     models = Counted("resnet18", args, 64), Counted(name, TEACHERS[name], 64)
-    counted = loss_macs_of(*models, parts_of(given))
+    counted = loss_macs_of(*models, given)
     # Backward, products of attention count double: in the tail that is left out.
     assert counted == pytest.approx(real, rel=0.05)
 
