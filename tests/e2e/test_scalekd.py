@@ -135,7 +135,12 @@ def test_a_teacher_that_cannot_be_cut_teaches_all_the_same(data, tmp_path, quick
     assert "--keep does nothing with --path scalekd: the student is resnet18, whatever its size" in said
     # Its last map is of one position.
     assert "at stage 4 the view without the mean is left out, of which maps below 2 x 2 have nothing" in said
-    assert result_of(tmp_path / "run").student_name == STUDENT
+    result = result_of(tmp_path / "run")
+    assert result.student_name == STUDENT
+    notes = [note for note in result.notes if "the view without the mean is left out" in note]
+    assert [note.partition(" the view")[0] for note in notes] == [
+        f"--feature-loss scalekd: at stage {number}" for number in (3, 4)
+    ]
     assert read_yaml(tmp_path / "run" / "config.yaml")["task_weight"] == 0.5
 
 

@@ -99,13 +99,14 @@ def test_a_pilot_has_no_logits_and_takes_its_queries_of_the_tail():
     options = pilot.options()
     assert options["feature_args"] == {**second.feature_args(), "alternative_4": 0.0}
     assert parts_of(pilot.feature_args()).own_queries is False
-    losses = make_config(CompressConfig, {**options, "student": pilot.student})
+    losses = make_config(CompressConfig, {**options, "path": "scalekd", "student": pilot.student})
     assert (losses.task_weight, losses.logit_weight, losses.feature_loss) == (1.0, 0.0, "scalekd")
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: pair.name)
 def test_every_published_configuration_can_be_asked_for(pair: PublishedPair):
-    config = make_config(CompressConfig, {**pair.options(), "student": pair.student or "mixer_b16_224"})
+    values = {**pair.options(), "path": "scalekd", "student": pair.student or "mixer_b16_224"}
+    config = make_config(CompressConfig, values)
     parts = parts_of(config.feature_args)
     assert parts.layer_norm == (pair.name == "Swin-L -> Swin-T")
     share = PUBLISHED_POSITIONS / pair.grids[1] ** 2

@@ -83,9 +83,9 @@ class PublishedPair:
         return args
 
     def options(self) -> dict[str, object]:
-        """The configuration as options of `compress`."""
+        """The configuration as options of `compress`, beside the path."""
         weights = {"task_weight": 1.0, "logit_weight": 0.0} if self.is_pilot else {}
-        return {"path": "scalekd", **weights, "feature_args": self.feature_args()}
+        return {**weights, "feature_args": self.feature_args()}
 
 
 _S, _B, SWIN_L = (f"swin_{size}_patch4_window7_224" for size in ("small", "base", "large"))
