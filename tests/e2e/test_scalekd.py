@@ -312,3 +312,37 @@ def test_in_a_comparison_the_path_brings_its_loss_and_is_its_own_control(tmp_pat
     assert (configs["scalekd"].feature_loss, configs["scalekd"].task_weight) == ("scalekd", 0.5)
     assert {config.feature_loss for config in made("--feature-losses", "at").values()} == {"at"}
     assert {config.feature_loss for config in made("--feature-loss", "states").values()} == {"states"}
+
+
+@pytest.mark.brings(
+    "model",
+    "A student for images of another size than the teacher's: --path scalekd --student-size N",
+    "The teacher sees the same images, resized to its own size; the student is delivered for its own",
+)
+def test_a_student_of_another_size_than_its_teacher(data, teacher, tmp_path, quick, capsys):
+    """Of 24 x 40 pixels, where the teacher was trained on 16 x 16."""
+    run = tmp_path / "run"
+    student = ("--student", "vit_tiny_patch16_224", "--student-args", "patch_size=8", "embed_dim=12")
+    more = (*student, "depth=2", "num_heads=2", "--student-size", "24x40", "--path", "scalekd")
+    options = [str(word) for word in ("--teacher", teacher, "--data", data, *more)]
+    assert main(["doctor", *options]) == 0
+    said = capsys.readouterr().out
+    assert "ends with blocks.0: 12 channels on 3 x 5" in said
+    assert "the student's images are of 24 x 40; the teacher sees the same, resized to 16 x 16" in said
+    stepwell("compress", *options, "--out", run, "--epochs", 0.5, "--batch-size", 8)
+    result = result_of(run)
+    assert [note for note in result.notes if "resized to 16 x 16" in note]
+    assert not [note for note in result.notes if "tpp" in note]
+    assert student_weights(run)["pos_embed"].shape == (1, 1 + 3 * 5, 12)
+    assert load(run / "student")(torch.zeros(1, 3, 24, 40)).shape == (1, 3)
+    s = begin(config_of(*options, "--out", run, "--epochs", 0.5, "--batch-size", 8))
+    images = torch.rand(2, 3, 24, 40)
+    resized = torch.nn.functional.interpolate(images, (16, 16), mode="bilinear", antialias=True)
+    with torch.no_grad():
+        assert torch.equal(s.teacher.model(images), load(teacher / "teacher")(resized))
+
+
+def test_slices_have_the_teachers_size(data, teacher, tmp_path, capsys):
+    more = ("--path", "amd", "--student-size", 32)
+    assert main(["compress", *words(teacher, data, tmp_path / "run", *more)]) == 2
+    assert "--student-size: with --path amd slices of the teacher see the same" in capsys.readouterr().err

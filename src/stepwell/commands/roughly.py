@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from torch import nn
 
 from stepwell.config.commands import CompressConfig
-from stepwell.data.spec import InputSpec
 from stepwell.data.splits import Data
 from stepwell.measure.cost import Costs, OtherTeacher
 from stepwell.measure.estimate import memory_and_disk, seconds_of
@@ -25,10 +24,9 @@ from stepwell.training.answers import bytes_of
 def roughly(
     config: CompressConfig,
     data: Data | None,
-    model: nn.Module,
+    teacher: Teacher,
     skeletons: Sequence[nn.Module],
     student: OtherStudent | None,
-    spec: InputSpec,
     beside: Sequence[nn.Module],
     before: Sequence[Teacher],
 ) -> list[str]:
@@ -40,13 +38,13 @@ def roughly(
     Args:
         config: All options.
         data: The images, if they are known.
-        model: The teacher; shapes will do.
+        teacher: Shapes will do.
         skeletons: Of the candidates.
         student: Of another architecture, if there is one.
-        spec: Input of all.
         beside: What else is handed out.
         before: Further teachers.
     """
+    model, spec = teacher.model, teacher.spec
     device, path, total = find_device(config.device), path_of(config.path), count_macs(model, spec)
     scales = [count_macs(skeleton, spec) / total for skeleton in skeletons]
     num_train, num_selection = (len(data.train), len(data.selection)) if data else (1000, 100)
@@ -54,7 +52,7 @@ def roughly(
     others = [OtherTeacher(count_macs(t.model, t.spec) / total) for t in before]
     loss = LossOnShapes()
     if student is not None:
-        loss = loss_between(config, model, student.model, student.blocks, spec)
+        loss = loss_between(config, model, student.model, student.blocks, spec, teacher.seen_size)
     costs = Costs(
         config,
         scales,

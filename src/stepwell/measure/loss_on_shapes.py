@@ -37,6 +37,7 @@ def loss_between(
     student: nn.Module,
     blocks: tuple[str, ...],
     spec: InputSpec,
+    teacher_size: tuple[int, int],
 ) -> LossOnShapes:
     """Of ScaleKD between two models; other losses, which are counted on outputs alone, take nothing here.
 
@@ -46,6 +47,7 @@ def loss_between(
         student: Of another architecture.
         blocks: The student's, for a model that does not name its stages.
         spec: Input of both.
+        teacher_size: Height and width to which the teacher resizes it.
 
     Raises:
         ConfigError: The loss has no such part, or none is left.
@@ -53,9 +55,8 @@ def loss_between(
     if not options.feature_weight or not options.feature_facts.reads_stages:
         return LossOnShapes()
     parts = parts_of(options.feature_args)
-    theirs, ours = (
-        find_stages(model, _blank(model, spec), named) for model, named in ((teacher, ()), (student, blocks))
-    )
+    theirs = find_stages(teacher, _blank(teacher, spec.channels, teacher_size))
+    ours = find_stages(student, _blank(student, spec.channels, spec.size), blocks)
     if ours is None or theirs is None:
         return LossOnShapes()
     return scalekd_on_shapes(ours, theirs, tail_macs(teacher, theirs, spec), parts)
@@ -88,8 +89,8 @@ def tail_macs(teacher: nn.Module, stages: Stages, spec: InputSpec) -> int:
     return sum(macs for match, macs in found if match and int(match[1]) > int(number))
 
 
-def _blank(model: nn.Module, spec: InputSpec) -> Tensor:
-    return torch.zeros(1, spec.channels, *spec.size, device=next(model.parameters()).device)
+def _blank(model: nn.Module, channels: int, size: tuple[int, int]) -> Tensor:
+    return torch.zeros(1, channels, *size, device=next(model.parameters()).device)
 
 
 def _states(stages: Stages) -> list[Tensor]:
