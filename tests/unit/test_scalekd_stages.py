@@ -17,7 +17,7 @@ from stepwell.config.files import make_config
 from stepwell.losses.choose import parts_of
 from stepwell.losses.observe import Observed
 from stepwell.losses.scalekd.loss import PUBLISHED_POSITIONS
-from stepwell.losses.scalekd.stages import Layout, Stages, find_stages
+from stepwell.losses.scalekd.stages import Layout, Stages, find_stages, layouts_of
 from stepwell.pruning.blocks import compared_blocks
 from stepwell.pruning.families import find_groups
 from stepwell.zoo import cifar  # noqa: F401  (its names become names of timm)
@@ -199,6 +199,15 @@ class Returned(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         x = self.blocks[0](images.unflatten(2, (8, -1)).mean((1, 3)).unflatten(2, (8, -1))[..., :4])
         return self.head(self.blocks[1](x[:, ::2, ::2])).mean((1, 2))
+
+
+@pytest.mark.parametrize("size", [(64, 96), (96, 64), (64, 64)], ids=str)
+@pytest.mark.parametrize("kind", ["map", "channels-last"])
+def test_a_model_that_does_not_say_how_its_maps_lie_is_told_by_the_images_sides(size, kind):
+    """As torchvision's Swin, whose maps have their channels last."""
+    grids = [(96, size[0] // 8, size[1] // 8), (192, size[0] // 16, size[1] // 16)]
+    shapes = [(1, *grid) if kind == "map" else (1, *grid[1:], grid[0]) for grid in grids]
+    assert list(layouts_of(nn.Identity(), shapes, size)) == [Layout(kind, *grid) for grid in grids]
 
 
 def test_a_map_of_equal_sides_lies_as_the_others_of_its_model():
