@@ -121,7 +121,7 @@ def main() -> None:
             cell(student, arm, seed, data, teacher, options)
             for student in options.only
             for arm in options.arms
-            if arm in EQUAL_COMPUTE and has_bills(student, EQUAL_COMPUTE[arm])
+            if arm in EQUAL_COMPUTE and is_priced(student, arm)
         ]
         told(run_all(longer, options.jobs, f"seed {seed}, equal compute"))
 
@@ -164,6 +164,14 @@ def slug(arm: str) -> str:
     return arm.lower().replace(", ", "-").replace(" ", "-")
 
 
+def is_priced(student: str, arm: str) -> bool:
+    """Whether it is known how long an arm of equal compute is; says so where it is not."""
+    if has_bills(student, EQUAL_COMPUTE[arm]):
+        return True
+    say(f"{student}, {arm}: left out, for it needs the bills of ScaleKD and {EQUAL_COMPUTE[arm]} first")
+    return False
+
+
 def has_bills(student: str, arm: str) -> bool:
     """Whether it is known what ScaleKD and `arm` cost."""
     return all(any((CELLS / student).glob(f"{slug(name)}-[0-9]*.json")) for name in ("ScaleKD", arm))
@@ -182,15 +190,17 @@ def told(results: list[CellResult]) -> None:
 
 
 def table(folder: Path) -> str:
-    """One row per arm, in the order of the arms: accuracy, what it costs, how long it took."""
+    """One row per arm, in the order of the arms: accuracy, that less KD's with the same seed, what it costs,
+    how long it took."""
     cells: dict[str, list[dict[str, Any]]] = {}
     for file in sorted(folder.glob("*.json")):
         one = json.loads(file.read_text(encoding="utf-8"))
         cells.setdefault(one["arm"], []).append(one)
     rows = [
-        "| | top1 % | selection images | epochs | cost | seconds | seeds |",
-        "|---|---:|---:|---:|---:|---:|---:|",
+        "| | top1 % | minus KD | selection images | epochs | cost | seconds | seeds |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
+    of_kd = {c["seed"]: c["top1"] for c in cells.get("KD", [])}
     kd = cells["KD"][0]["teacher_passes"]["distill"] if "KD" in cells else None
     for arm in (arm for arm in (*ARMS, *EQUAL_COMPUTE) if arm in cells):
         of_arm = cells[arm]
@@ -198,8 +208,10 @@ def table(folder: Path) -> str:
         selection = sum(c["selection_performance"] for c in of_arm) / len(of_arm)
         seconds = sum(c["seconds"]["distill"] for c in of_arm) / len(of_arm)
         cost = "" if kd is None else f"{one['teacher_passes']['distill'] / kd:.2f}x"
+        more = [c["top1"] - of_kd[c["seed"]] for c in of_arm if c["seed"] in of_kd]
+        beside = spread(more, 1) if more and arm != "KD" else ""
         rows.append(
-            f"| {arm} | {spread([c['top1'] for c in of_arm], 1)} | {selection:.3f} "
+            f"| {arm} | {spread([c['top1'] for c in of_arm], 1)} | {beside} | {selection:.3f} "
             f"| {one['epochs']['distill']:.1f} | {cost} | {seconds:.0f} | {len(of_arm)} |"
         )
     some = next(iter(cells.values()))[0]

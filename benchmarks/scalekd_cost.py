@@ -37,7 +37,7 @@ from stepwell.losses.distillation import loss_parameters
 from stepwell.measure.hardware import hardware
 from stepwell.models.timm_models import parse_model_args
 from stepwell.paths.begin import begin
-from stepwell.paths.scalekd import no_ladder
+from stepwell.paths.path import no_ladder
 from stepwell.run.device import find_device
 from stepwell.setting.rungs import student_below, teacher_of
 from stepwell.setting.setting import Setting

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import timm
 import torch
@@ -21,7 +23,7 @@ from small_world import (
 )
 
 from stepwell.cli import main, parse
-from stepwell.commands import inspect_features
+from stepwell.commands import inspect_features, roughly
 from stepwell.compare.arms import arms_of, cell_of
 from stepwell.config.commands import CompareConfig, CompressConfig
 from stepwell.config.files import read_yaml
@@ -133,7 +135,12 @@ def test_a_teacher_that_cannot_be_cut_teaches_all_the_same(data, tmp_path, quick
     assert "--keep does nothing with --path scalekd: the student is resnet18, whatever its size" in said
     # Its last map is of one position.
     assert "at stage 4 the view without the mean is left out, of which maps below 2 x 2 have nothing" in said
-    assert result_of(tmp_path / "run").student_name == STUDENT
+    result = result_of(tmp_path / "run")
+    assert result.student_name == STUDENT
+    notes = [note for note in result.notes if "the view without the mean is left out" in note]
+    assert [note.partition(" the view")[0] for note in notes] == [
+        f"--feature-loss scalekd: at stage {number}" for number in (3, 4)
+    ]
     assert read_yaml(tmp_path / "run" / "config.yaml")["task_weight"] == 0.5
 
 
@@ -235,6 +242,28 @@ def test_the_doctor_names_the_stages_and_wants_no_cut(capsys):
     assert "stage 4 of resnet18 ends with layer4: 512 channels on 5 x 5" in said
 
 
+def test_the_doctor_counts_the_loss_and_its_projectors(capsys, monkeypatch):
+    monkeypatch.setattr(roughly, "seconds_of", lambda macs, _device: macs / 1e9)
+    words = ("--teacher", "test_vit", "--path", "scalekd", "--student", "test_resnet")
+
+    def said(*more: str) -> tuple[float, float]:
+        """Epochs that fit into a minute, and MiB on disk."""
+        assert main(["doctor", "--minutes", "1", *words, *more]) == 0
+        (line,) = [line for line in capsys.readouterr().out.splitlines() if "GiB of memory" in line]
+        epochs, disk = re.findall(r"[\d.]+(?= (?:epochs|MiB))", line)
+        return float(epochs), float(disk)
+
+    whole, part, none = (
+        said(),
+        said("--feature-args", "alternative=0", "tpp=0"),
+        said("--feature-weight", "0"),
+    )
+    assert whole[0] < 0.8 * part[0] < 0.8 * 0.8 * none[0]
+    assert whole[1] > part[1] > none[1]
+    assert main(["doctor", *words, "--feature-args", "heads=2"]) == 2
+    assert "--feature-args heads: the loss scalekd takes original," in capsys.readouterr().err
+
+
 def test_the_doctor_knows_a_teacher_without_classes(capsys):
     """By its name, and so without weights; the student then has its width, or one of its own."""
     words = ("--teacher", "test_vit", "--model-args", "num_classes=0", "--path", "scalekd", "--student")
@@ -283,3 +312,37 @@ def test_in_a_comparison_the_path_brings_its_loss_and_is_its_own_control(tmp_pat
     assert (configs["scalekd"].feature_loss, configs["scalekd"].task_weight) == ("scalekd", 0.5)
     assert {config.feature_loss for config in made("--feature-losses", "at").values()} == {"at"}
     assert {config.feature_loss for config in made("--feature-loss", "states").values()} == {"states"}
+
+
+@pytest.mark.brings(
+    "model",
+    "A student for images of another size than the teacher's: --path scalekd --student-size N",
+    "The teacher sees the same images, resized to its own size; the student is delivered for its own",
+)
+def test_a_student_of_another_size_than_its_teacher(data, teacher, tmp_path, quick, capsys):
+    """Of 24 x 40 pixels, where the teacher was trained on 16 x 16."""
+    run = tmp_path / "run"
+    student = ("--student", "vit_tiny_patch16_224", "--student-args", "patch_size=8", "embed_dim=12")
+    more = (*student, "depth=2", "num_heads=2", "--student-size", "24x40", "--path", "scalekd")
+    options = [str(word) for word in ("--teacher", teacher, "--data", data, *more)]
+    assert main(["doctor", *options]) == 0
+    said = capsys.readouterr().out
+    assert "ends with blocks.0: 12 channels on 3 x 5" in said
+    assert "the student's images are of 24 x 40; the teacher sees the same, resized to 16 x 16" in said
+    stepwell("compress", *options, "--out", run, "--epochs", 0.5, "--batch-size", 8)
+    result = result_of(run)
+    assert [note for note in result.notes if "resized to 16 x 16" in note]
+    assert not [note for note in result.notes if "tpp" in note]
+    assert student_weights(run)["pos_embed"].shape == (1, 1 + 3 * 5, 12)
+    assert load(run / "student")(torch.zeros(1, 3, 24, 40)).shape == (1, 3)
+    s = begin(config_of(*options, "--out", run, "--epochs", 0.5, "--batch-size", 8))
+    images = torch.rand(2, 3, 24, 40)
+    resized = torch.nn.functional.interpolate(images, (16, 16), mode="bilinear", antialias=True)
+    with torch.no_grad():
+        assert torch.equal(s.teacher.model(images), load(teacher / "teacher")(resized))
+
+
+def test_slices_have_the_teachers_size(data, teacher, tmp_path, capsys):
+    more = ("--path", "amd", "--student-size", 32)
+    assert main(["compress", *words(teacher, data, tmp_path / "run", *more)]) == 2
+    assert "--student-size: with --path amd slices of the teacher see the same" in capsys.readouterr().err

@@ -6,14 +6,14 @@ import pytest
 import torch
 from timm.models.mlp_mixer import MlpMixer
 
-from stepwell.compare.architectures import Counted, gpu_hours, loss_macs_of
+from stepwell.compare.architectures import Counted, gpu_hours, loss_macs_of, loss_passes
 from stepwell.compare.pairs import PAIRS
 from stepwell.config.options import LossOptions
+from stepwell.errors import ConfigError
 from stepwell.losses.choose import Pair
 from stepwell.losses.distillation import loss_macs, make_distillation
 from stepwell.losses.observe import Observed
 from stepwell.losses.output import TrainingImages
-from stepwell.losses.scalekd.loss import Parts
 from stepwell.losses.scalekd.stages import find_stages
 from stepwell.models.timm_models import create_timm
 
@@ -46,10 +46,27 @@ def test_the_loss_is_counted_on_shapes_as_on_tensors(name, given):
     pair = Pair(*outputs, observed, images, TrainingImages(None, 1), True, stages=(ours, theirs))
     options = LossOptions(feature_loss="scalekd", logit_weight=0, feature_args=given)
     real = loss_macs(make_distillation(options, pair, 0), pair, 2)["main"]
-    parts = Parts(**{part: type(getattr(Parts(), part))(value) for part, value in given.items()})
-    counted = loss_macs_of(Counted("resnet18", args, 64), Counted(name, TEACHERS[name], 64), parts)
+    models = Counted("resnet18", args, 64), Counted(name, TEACHERS[name], 64)
+    counted = loss_macs_of(*models, given)
     # Backward, products of attention count double: in the tail that is left out.
     assert counted == pytest.approx(real, rel=0.05)
+
+
+def test_the_printed_loss_is_made_of_what_is_asked_for():
+    """As a run's is, with its errors."""
+    models = "resnet18", "vit_tiny_patch16_224"
+    whole, one_view, no_tail = (
+        loss_passes(*models, given) for given in ({}, {"alternative_4": 0.0}, {"tpp": 0.0})
+    )
+    assert 0 < one_view < whole
+    assert 0 < no_tail < whole
+    for given, said in (
+        ({"heads": 2.0}, "--feature-args heads: the loss scalekd takes original,"),
+        ({"num_heads_3": 5.0}, "5 heads do not divide the teacher's 192 channels"),
+        ({"original": 0.0, "alternative": 0.0}, "nothing of it is left"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            loss_passes(*models, given)
 
 
 def test_the_mixer_that_has_no_name():

@@ -89,6 +89,23 @@ def test_the_projector_equals_its_attention_by_loop(given):
         assert found[i] == pytest.approx(projected(cap, array(maps)[i], asked, 2, 5.0), abs=1e-9)
 
 
+def test_with_layer_norm_each_position_of_the_students_map_is_normalised_over_its_channels():
+    cap = shaken(lambda: CrossAttentionProjector((3, 4, 2), (6, 2, 3), 2, layer_norm=True))
+    seen: list[Tensor] = []
+    conv, norm, _ = cap.student
+    conv.register_forward_hook(lambda _m, _i, y: seen.append(y))
+    norm.register_forward_hook(lambda _m, _i, y: seen.append(y))
+    cap.train()(random(1, 3, 4, 2))  # of one image, whose statistics it does not need
+    before, after = (array(tensor)[0] for tensor in seen)
+    weight, bias = array(norm.weight), array(norm.bias)
+    for row in range(4):
+        for column in range(2):
+            x = before[:, row, column]
+            expected = weight * (x - x.mean()) / np.sqrt(x.var() + 1e-6) + bias
+            assert after[:, row, column] == pytest.approx(expected, rel=1e-6)
+    assert not list(cap.buffers())  # a BatchNorm would have kept statistics
+
+
 def test_the_views_equal_loops_over_positions_and_over_a_dct():
     for height, width in [(2, 2), (3, 4), (7, 7)]:
         ours, theirs = random(2, height * width, 5), 3 * random(2, height * width, 5, seed=1) + 1
@@ -311,6 +328,9 @@ def test_without_tpp_stage_3_is_compared_with_the_teachers_stage_3(lesson):
         ({"num_heads_3": 5}, "5 heads do not divide the teacher's 12 channels"),
         ({"num_heads_4": 5}, "5 heads do not divide the teacher's 24 channels"),
         ({"beta": 0.5}, "--feature-args beta: the loss scalekd takes original, alternative, alternative_4,"),
+        ({"tpp": 0.5}, "--feature-args tpp=0.5: the loss scalekd takes 0 or 1 there"),
+        ({"own_queries": 2}, "--feature-args own_queries=2: the loss scalekd takes 0 or 1 there"),
+        ({"num_heads_3": 2.5}, "--feature-args num_heads_3=2.5: the loss scalekd takes a whole number there"),
     ],
 )
 def test_what_it_does_not_take(lesson, given, said):

@@ -12,8 +12,12 @@ from timm.models.mlp_mixer import MlpMixer
 from torch import Tensor, nn
 
 from stepwell.compare.pairs import PAIRS, PublishedPair
+from stepwell.config.commands import CompressConfig
+from stepwell.config.files import make_config
+from stepwell.losses.choose import parts_of
 from stepwell.losses.observe import Observed
-from stepwell.losses.scalekd.stages import Layout, Stages, find_stages
+from stepwell.losses.scalekd.loss import PUBLISHED_POSITIONS
+from stepwell.losses.scalekd.stages import Layout, Stages, find_stages, layouts_of
 from stepwell.pruning.blocks import compared_blocks
 from stepwell.pruning.families import find_groups
 from stepwell.zoo import cifar  # noqa: F401  (its names become names of timm)
@@ -85,7 +89,34 @@ def test_the_published_weights_as_arguments():
     }
     eva = by_name["BEiT-L/14 -> ViT-B/14"].feature_args()
     assert eva["original"] * 49 / 256 == pytest.approx(0.016)
-    assert by_name["Swin-S -> ResNet-50"].feature_args()["alternative_4"] == 0
+    assert by_name["Swin-L -> Swin-T"].feature_args()["layer_norm"] == 1
+
+
+def test_a_pilot_has_no_logits_and_takes_its_queries_of_the_tail():
+    """Its file asks for others, which the authors' code makes and does not read."""
+    pilot, second = (pair for pair in PAIRS if pair.is_pilot)
+    assert (pilot.student, pilot.strategy) == (second.student, second.strategy) == ("resnet50", "traditional")
+    options = pilot.options()
+    assert options["feature_args"] == {**second.feature_args(), "alternative_4": 0.0}
+    assert parts_of(pilot.feature_args()).own_queries is False
+    losses = make_config(CompressConfig, {**options, "path": "scalekd", "student": pilot.student})
+    assert (losses.task_weight, losses.logit_weight, losses.feature_loss) == (1.0, 0.0, "scalekd")
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: pair.name)
+def test_every_published_configuration_can_be_asked_for(pair: PublishedPair):
+    values = {**pair.options(), "path": "scalekd", "student": pair.student or "mixer_b16_224"}
+    config = make_config(CompressConfig, values)
+    parts = parts_of(config.feature_args)
+    assert parts.layer_norm == (pair.name == "Swin-L -> Swin-T")
+    share = PUBLISHED_POSITIONS / pair.grids[1] ** 2
+    assert (parts.original * share, parts.alternative * share) == pytest.approx(pair.weights)
+    assert (config.task_weight, config.logit_weight) == ((1, 0) if pair.is_pilot else (0.5, 0.5))
+
+
+def test_what_is_wrong_in_published_files_is_told():
+    troubled = {pair.name for pair in PAIRS if pair.trouble}
+    assert troubled == {"Swin-B -> ResNet-50", "Swin-S -> ResNet-50, again", "BEiT-L/14 -> ViT-B/14"}
 
 
 @pytest.mark.parametrize(
@@ -168,6 +199,15 @@ class Returned(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         x = self.blocks[0](images.unflatten(2, (8, -1)).mean((1, 3)).unflatten(2, (8, -1))[..., :4])
         return self.head(self.blocks[1](x[:, ::2, ::2])).mean((1, 2))
+
+
+@pytest.mark.parametrize("size", [(64, 96), (96, 64), (64, 64)], ids=str)
+@pytest.mark.parametrize("kind", ["map", "channels-last"])
+def test_a_model_that_does_not_say_how_its_maps_lie_is_told_by_the_images_sides(size, kind):
+    """As torchvision's Swin, whose maps have their channels last."""
+    grids = [(96, size[0] // 8, size[1] // 8), (192, size[0] // 16, size[1] // 16)]
+    shapes = [(1, *grid) if kind == "map" else (1, *grid[1:], grid[0]) for grid in grids]
+    assert list(layouts_of(nn.Identity(), shapes, size)) == [Layout(kind, *grid) for grid in grids]
 
 
 def test_a_map_of_equal_sides_lies_as_the_others_of_its_model():

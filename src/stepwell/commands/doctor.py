@@ -16,6 +16,7 @@ from torch import nn
 from stepwell.commands.images_in_words import images_in_words
 from stepwell.commands.planned import Asked, plan_lines
 from stepwell.commands.roughly import roughly
+from stepwell.config.base import height_and_width
 from stepwell.config.commands import CompressConfig
 from stepwell.config.doctor_options import DoctorConfig
 from stepwell.data.folders import join
@@ -64,7 +65,9 @@ def run(config: DoctorConfig) -> str:
         has_size = teacher.task == "segmentation" or has_one_size(teacher.model)
         spec = for_masks(spec, data.train, config, has_size=has_size)
     teacher, class_lines = _classes(replace(teacher, spec=spec), data, config)
-    model = teacher.model
+    if config.student_size is not None:
+        teacher = teacher.at_size(height_and_width(config.student_size))
+    model, spec = teacher.model, teacher.spec
     if teacher.is_own_module:
         check_runs(model, spec, config.teacher, "--image-size", dense=task == "segmentation")
         check_trains(model, spec, config.teacher, config.batch_size)
@@ -81,7 +84,7 @@ def run(config: DoctorConfig) -> str:
         if config.plan:
             takes = plan_lines(Asked(config, teacher, known_groups(model), [], student, data, task))
         else:
-            takes = roughly(config, data, model, [student.model], student, spec, beside, before)
+            takes = roughly(config, data, teacher, [student.model], student, beside, before)
         return "\n".join([*lines, *takes, *others[1:], *class_lines])
     if is_dense(model):
         teacher = with_parts(teacher)
@@ -104,7 +107,7 @@ def run(config: DoctorConfig) -> str:
     if config.plan:
         takes = plan_lines(Asked(config, teacher, groups, candidates, student, data, task))
     else:
-        takes = roughly(config, data, model, skeletons, student, spec, [*sizes, *beside], before)
+        takes = roughly(config, data, teacher, skeletons, student, [*sizes, *beside], before)
     lines = [
         f"{config.teacher}: supported ({'; '.join(_found_by(model, groups))})",
         *_sizes(model, spec),
@@ -134,9 +137,10 @@ def _uncut(
     model, spec = teacher.model, teacher.spec
     return [
         f"{config.teacher}: stays whole, and teaches",
-        *_sizes(model, spec),
+        *_sizes(model, teacher.own_spec or spec),
         *size_line("student", student, model, spec),
-        *stage_lines(config, model, student, spec),
+        *(f"  {words}" for words in teacher.resized),
+        *stage_lines(config, teacher, student),
         *images_in_words(data),
         "",
     ]

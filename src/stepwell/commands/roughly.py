@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from torch import nn
 
 from stepwell.config.commands import CompressConfig
-from stepwell.data.spec import InputSpec
 from stepwell.data.splits import Data
 from stepwell.measure.cost import Costs, OtherTeacher
 from stepwell.measure.estimate import memory_and_disk, seconds_of
+from stepwell.measure.loss_on_shapes import LossOnShapes, loss_between
 from stepwell.measure.size import count_macs, num_params
 from stepwell.models.student import OtherStudent
 from stepwell.models.teacher import Teacher
@@ -24,32 +24,45 @@ from stepwell.training.answers import bytes_of
 def roughly(
     config: CompressConfig,
     data: Data | None,
-    model: nn.Module,
+    teacher: Teacher,
     skeletons: Sequence[nn.Module],
     student: OtherStudent | None,
-    spec: InputSpec,
     beside: Sequence[nn.Module],
     before: Sequence[Teacher],
 ) -> list[str]:
     """Seconds, epochs, memory and disk, within a factor of two.
 
+    What a loss computes by itself is counted where shapes alone tell it: ScaleKD, which is more than half of
+    a step.
+
     Args:
         config: All options.
         data: The images, if they are known.
-        model: The teacher; shapes will do.
+        teacher: Shapes will do.
         skeletons: Of the candidates.
         student: Of another architecture, if there is one.
-        spec: Input of all.
         beside: What else is handed out.
         before: Further teachers.
     """
+    model, spec = teacher.model, teacher.spec
     device, path, total = find_device(config.device), path_of(config.path), count_macs(model, spec)
     scales = [count_macs(skeleton, spec) / total for skeleton in skeletons]
     num_train, num_selection = (len(data.train), len(data.selection)) if data else (1000, 100)
-    # What a loss computes by itself is left out: it is counted on outputs, and nothing runs here.
     student_scale = scales[0] if student is None else count_macs(student.model, spec) / total
     others = [OtherTeacher(count_macs(t.model, t.spec) / total) for t in before]
-    costs = Costs(config, scales, student_scale, num_train, num_selection, other_teachers=others)
+    loss = LossOnShapes()
+    if student is not None:
+        loss = loss_between(config, model, student.model, student.blocks, spec, teacher.seen_size)
+    costs = Costs(
+        config,
+        scales,
+        student_scale,
+        num_train,
+        num_selection,
+        loss=loss.macs / total,
+        slice_loss=0.0 if loss.macs else None,
+        other_teachers=others,
+    )
     if (minutes := config.minutes_of_path) is not None:  # as many operations as this device is good for
         fitting = 60 * minutes / seconds_of(costs.single_step(1) * total, device)
         config = config.model_copy(update={"minutes": None, "budget_epochs": fitting})
@@ -62,7 +75,8 @@ def roughly(
     seconds = seconds_of(passes * total, device)
     losses = path.losses(len(scales), config)
     memory, disk = memory_and_disk(config, model, skeletons, spec, num_train, losses)
-    memory += 4 * sum(num_params(t.model) for t in before)
+    memory += 4 * sum(num_params(t.model) for t in before) + 16 * loss.num_params
+    disk += 24 * loss.num_params  # in two checkpoints of which one is being written
     disk += 16 * sum(map(num_params, beside))  # further sizes and the baseline, as the student
     if config.cache_teacher:
         num_classes = len(data.classes) if data else 1000

@@ -68,7 +68,8 @@ def paper(suite: Suite, config: CompareConfig) -> str:
         paths = [hours[arm.name] for arm in arms if not arm.is_single_step]
         rows.append(("controls of equal compute", [sum(column) for column in zip(*paths, strict=True)], None))
     rows.append(("all", [sum(column) for column in zip(*(row[1] for row in rows), strict=True)], None))
-    head = f"  {'GPU-hours for one seed':<30}" + "".join(f"{name:>11}" for name in [*sets, "published"])
+    columns = [*sets, *(["published"] if any(arm.published for arm in arms) else [])]
+    head = f"  {'GPU-hours for one seed':<30}" + "".join(f"{name:>11}" for name in columns)
     lines = [f"suite {suite}, the published recipe: {size.model}, {_words(values)}", "", head]
     for name, figures, published in rows:
         numbers = "".join(f"{figure:>11.2f}" for figure in figures)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from stepwell.compare.arms import Arm, given
+from stepwell.compare.pairs import SWIN_L, TEACHER_TOP1
 from stepwell.compare.sizes import SIZES_OF_MASKS, Size
 from stepwell.compare.suites import ARMS, OF_MASKS, PAIRS, SEVERAL_TEACHERS, TEACHER_SIZE, TO_OTHERS
 from stepwell.compare.teacher_sizes import MODELS
@@ -100,9 +101,9 @@ _OTHER_ARCHITECTURE = {
     # The traditional recipe, with a cosine instead of three steps.
     "paper": replace(
         _IMAGENET,
-        model="swin_large_patch4_window7_224",
+        model=SWIN_L,
         student="resnet50",
-        teacher_top1=86.24,
+        teacher_top1=TEACHER_TOP1[SWIN_L],
         macs_per_second=1e14,
     ),
 }

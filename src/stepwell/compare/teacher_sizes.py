@@ -12,7 +12,7 @@ from typing import Any
 
 from stepwell.compare.architectures import EPOCHS, NUM_IMAGES, counted, gpu_hours
 from stepwell.compare.arms import Arm
-from stepwell.compare.pairs import PAIRS, PublishedPair
+from stepwell.compare.pairs import PAIRS, TEACHER_TOP1, PublishedPair
 from stepwell.compare.suites import TEACHER_SIZES
 from stepwell.data.digits import MODEL, MODEL_ARGS
 from stepwell.measure.size import short_number
@@ -31,7 +31,6 @@ MODELS: dict[str, dict[str, tuple[str, dict[str, str]]]] = {
 """Models of timm and their arguments, by scale and size."""
 
 _PUBLISHED = dict(zip(TEACHER_SIZES, ("Swin-S", "Swin-B", "Swin-L"), strict=True))
-_TEACHER_TOP1 = {"Swin-L": 86.24, "BEiT-L/14": 88.58}
 
 
 def paper_of_sizes(arms: Sequence[Arm], values: Mapping[str, Any], macs_per_second: float) -> str:
@@ -77,18 +76,11 @@ def _hours(arm: Arm, epochs: float, macs_per_second: float) -> float:
 
 def _with_two_teachers() -> list[PublishedPair]:
     """Pairs whose student was taught by two teachers, with figures."""
-    told = [pair for pair in PAIRS if pair.top1 is not None]
-    students = [_student(pair) for pair in told]
-    again = [pair for pair, student in zip(told, students, strict=True) if students.count(student) > 1]
-    return sorted(again, key=lambda pair: (_student(pair), pair.top1))
-
-
-def _student(pair: PublishedPair) -> str:
-    """Without the size of its patches: 16 under Swin-L, 14 under BEiT-L."""
-    return pair.name.split(" -> ")[1].split("/")[0].removesuffix(", advanced")
+    again = [pair for pair in PAIRS if pair.taught_twice]
+    return sorted(again, key=lambda pair: (pair.taught_twice, pair.top1))
 
 
 def _line(pair: PublishedPair) -> str:
     macs = short_number(counted(pair.name)[1].macs)
-    figures = (_TEACHER_TOP1[pair.name.split(" -> ")[0]], pair.baseline, pair.top1)
+    figures = (TEACHER_TOP1[pair.teacher], pair.baseline, pair.top1)
     return f"  {pair.name:<36}{macs:>7}" + "".join(f"{figure:>9.2f} %" for figure in figures)

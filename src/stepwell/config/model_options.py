@@ -7,7 +7,7 @@ from typing import Literal, Self
 
 from pydantic import model_validator
 
-from stepwell.config.base import NotNegative, Positive
+from stepwell.config.base import ImageSize, NotNegative, Positive
 from stepwell.config.options import Options
 from stepwell.config.own_code import is_own_code
 
@@ -20,6 +20,9 @@ class StudentOptions(Options):
     assistant teaches it, its hidden states through learned projections."""
     student_args: dict[str, str] = {}  # noqa: RUF012  (pydantic copies it)
     """Arguments of timm's create_model for the student, as key=value."""
+    student_size: ImageSize | None = None
+    """Height and width of the student's images, as 192 or 192x256, where the teacher stays whole (--path
+    scalekd); by default the teacher's. The teacher sees the same images, resized to its own size."""
     student_pretrained: bool = False
     """Start the other student from timm's pretrained weights (downloaded) instead of random ones."""
     student_weights: Path | None = None
@@ -42,6 +45,10 @@ class StudentOptions(Options):
             raise ValueError(f"{' and '.join(given)} each say where the student starts: give one of them")
         if given and self.student is None:
             raise ValueError(f"{given[0]} is for a student of another architecture: name it with --student")
+        if self.student_size is not None and self.student is None:
+            raise ValueError(
+                "--student-size is for a student of another architecture: name one with --student"
+            )
         if self.student_weights_key is not None and self.student_weights is None:
             raise ValueError("--student-weights-key needs --student-weights")
         if self.student_pretrained and is_own_code(self.student):

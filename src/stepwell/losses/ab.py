@@ -19,9 +19,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from stepwell.losses.maps import at_smaller_size, conv_bn
+from stepwell.losses.networks import LossWithNetworks
 
 
-class AB(nn.Module):
+class AB(LossWithNetworks):
     """Squared hinge on the signs of the teacher's maps; weight 1 in RepDistiller.
 
     The literature compares maps before their ReLU. Behind it the teacher's signs are the same (t <= 0 is
@@ -52,7 +53,9 @@ class AB(nn.Module):
         total = []
         for connector, *pair in zip(self.connectors, student_maps, teacher_maps, strict=True):
             ours, theirs = at_smaller_size(*pair)
-            ours = connector(ours).float()
+            with self.autocast:
+                ours = connector(ours)
+            ours = ours.float()
             assert ours.shape == theirs.shape, f"{tuple(ours.shape)} against {tuple(theirs.shape)}"
             sign = torch.where(theirs > 0, 1.0, -1.0)
             total.append(F.relu(self.margin - sign * ours).square().sum() / len(ours))

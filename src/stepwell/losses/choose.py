@@ -9,7 +9,7 @@ arguments that were given; it returns what is then called as loss(student, teach
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -193,7 +193,7 @@ def feature_loss(options: LossOptions, pair: Pair) -> Call | None:
         case "cirkd":
             return made(CIRKD)(s_dim, t_dim, teacher.logits.shape[1])
         case "scalekd":
-            return _scalekd(made(Parts)(), pair)
+            return _scalekd(parts_of(options.feature_args), pair)
         case _:
             assert name not in FEATURE_LOSSES, f"{name} has a record, but no case here"
             return made(load_function(name, "--feature-loss"))(student, teacher)
@@ -209,10 +209,16 @@ def _scalekd(parts: Parts, pair: Pair) -> ScaleKD:
         except ValueError as error:
             notes.append(f"the teacher's own parameters (tpp) are left out: {error}")
             parts = replace(parts, tpp=False)
-    try:
-        return ScaleKD(student, teacher, tail, parts, notes)
-    except ValueError as error:
-        raise ConfigError(f"--feature-args: scalekd: {error}") from None
+    return ScaleKD(student, teacher, tail, parts, notes)
+
+
+def parts_of(feature_args: Mapping[str, float]) -> Parts:
+    """What `--feature-args` make of ScaleKD.
+
+    Raises:
+        ConfigError: It has no such part, or not with this value.
+    """
+    return _made("scalekd", "--feature-args", feature_args, Parts)()
 
 
 def _check_square(name: str, pair: Pair) -> None:
@@ -250,7 +256,7 @@ def _check_fsp(s_channels: list[int], t_channels: list[int]) -> None:
         )
 
 
-def _made(name: str, option: str, given: dict[str, float], loss: Callable[..., Any], **fixed: Any) -> Any:  # noqa: ANN401
+def _made(name: str, option: str, given: Mapping[str, float], loss: Callable[..., Any], **fixed: Any) -> Any:  # noqa: ANN401
     """`loss` with the arguments that the user gave; those with a default may be given."""
     parameters = inspect.signature(loss).parameters.values()
     known = {p.name: p.default for p in parameters if p.default is not p.empty and p.name not in fixed}
@@ -258,7 +264,11 @@ def _made(name: str, option: str, given: dict[str, float], loss: Callable[..., A
         if argument not in known:
             raise ConfigError(f"{option} {argument}: the loss {name} takes {', '.join(known) or 'none'}")
     values = {
-        argument: value if known[argument] is None else type(known[argument])(value)
+        argument: value if (default := known[argument]) is None else type(default)(value)
         for argument, value in given.items()
     }
+    for argument, value in given.items():
+        if values[argument] != value:
+            takes = "0 or 1" if isinstance(known[argument], bool) else "a whole number"
+            raise ConfigError(f"{option} {argument}={value:g}: the loss {name} takes {takes} there")
     return partial(loss, **fixed, **values)

@@ -19,6 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from stepwell.losses.dense import at_most, labels_at, matched, rows_of
+from stepwell.losses.networks import LossWithNetworks
 
 
 def pixel_relations(
@@ -90,7 +91,7 @@ class Queues(nn.Module):
         return torch.cat(rows) if rows else self.rows[0, :0]
 
 
-class CIRKD(nn.Module):
+class CIRKD(LossWithNetworks):
     """The three terms, of the maps that the classifiers read.
 
     Args:
@@ -137,7 +138,9 @@ class CIRKD(nn.Module):
         ours, theirs = (at_most(m, NUM_POSITIONS) for m in matched(student, teacher))
         their_rows = rows_of(theirs)
         terms = [pixel_relations(rows_of(ours), their_rows, self.tau)]
-        our_rows = rows_of(self.head(ours)).flatten(0, 1)
+        with self.autocast:
+            embedded = self.head(ours)
+        our_rows = rows_of(embedded.float()).flatten(0, 1)
         for queues, number in zip((self.pixels, self.regions), CONTRAST, strict=True):
             known = queues.drawn(number)
             if not len(known):  # the first batch of all

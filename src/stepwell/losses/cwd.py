@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from stepwell.losses.dense import matched, projection
+from stepwell.losses.networks import LossWithNetworks
 
 
 def cwd_loss(
@@ -34,7 +35,7 @@ def cwd_loss(
     return temperature**2 * divergence / (student.shape[0] * student.shape[1])
 
 
-class CWD(nn.Module):
+class CWD(LossWithNetworks):
     """Of the maps that the classifiers read.
 
     Args:
@@ -53,5 +54,7 @@ class CWD(nn.Module):
         teacher: Float[Tensor, "batch dim_t height_t width_t"],
     ) -> Float[Tensor, ""]:
         """See the module."""
-        ours, theirs = matched(self.project(student.float()), teacher)
+        with self.autocast:
+            projected = self.project(student.float())
+        ours, theirs = matched(projected, teacher)
         return cwd_loss(ours, theirs, self.temperature)

@@ -20,6 +20,7 @@ from stepwell.config.options import LossOptions, TaskName
 from stepwell.errors import ConfigError
 from stepwell.losses.choose import Call, Pair, feature_loss, logit_loss
 from stepwell.losses.kept import Kept, on_kept
+from stepwell.losses.networks import LossWithNetworks
 from stepwell.losses.output import Output, Target, arguments
 from stepwell.losses.sskd import rotations
 from stepwell.run.processes import alone
@@ -82,6 +83,11 @@ class Distillation(nn.Module):
     def runs_teacher(self) -> bool:
         """Whether any term needs the teacher's outputs."""
         return self.logit is not None or self.feature is not None
+
+    def run_networks_in(self, autocast: torch.autocast) -> None:
+        """Let the networks of the terms run in the number format of the models."""
+        if isinstance(self.feature, LossWithNetworks):
+            self.feature.autocast = autocast
 
     def views(
         self, images: Float[Tensor, "batch channels height width"]

@@ -16,9 +16,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from stepwell.losses.maps import at_smaller_size, conv_bn
+from stepwell.losses.networks import LossWithNetworks
 
 
-class FitNet(nn.Module):
+class FitNet(LossWithNetworks):
     """Mean squared distance of one pair of maps behind a regressor; weight 100 in RepDistiller.
 
     Args:
@@ -41,6 +42,8 @@ class FitNet(nn.Module):
     ) -> Float[Tensor, ""]:
         """The mean over images, channels and positions."""
         ours, theirs = at_smaller_size(student_map, teacher_map)
-        predicted = self.regressor(ours).float()
+        with self.autocast:
+            predicted = self.regressor(ours)
+        predicted = predicted.float()
         assert predicted.shape == theirs.shape, f"{tuple(predicted.shape)} against {tuple(theirs.shape)}"
         return F.mse_loss(predicted, theirs)

@@ -23,9 +23,10 @@ from torch import Tensor, nn
 
 from stepwell.losses.at import attention
 from stepwell.losses.maps import at_smaller_size
+from stepwell.losses.networks import LossWithNetworks
 
 
-class FT(nn.Module):
+class FT(LossWithNetworks):
     """Mean absolute distance of the factors of one pair of maps; weight 200 in RepDistiller.
 
     Args:
@@ -58,15 +59,19 @@ class FT(nn.Module):
         teacher_map: Float[Tensor, "batch teacher_channels _ _"],
     ) -> Float[Tensor, ""]:
         """The mean over images and positions; trains the student and the translator."""
-        with torch.no_grad():
-            theirs = self.encoder(teacher_map.float())
-        ours, theirs = at_smaller_size(self.translator(student_map.float()), theirs)
+        with self.autocast:
+            ours = self.translator(student_map.float())
+            with torch.no_grad():
+                theirs = self.encoder(teacher_map.float())
+        ours, theirs = at_smaller_size(ours, theirs)
         return F.l1_loss(attention(ours), attention(theirs))
 
     def pretraining_loss(self, teacher_map: Float[Tensor, "batch teacher_channels _ _"]) -> Float[Tensor, ""]:
         """Mean squared error of the reproduced map; trains the paraphraser."""
         wanted = teacher_map.detach().float()
-        return F.mse_loss(self.decoder(self.encoder(wanted)).float(), wanted)
+        with self.autocast:
+            found = self.decoder(self.encoder(wanted))
+        return F.mse_loss(found.float(), wanted)
 
 
 def _convs(channels: Sequence[int], *, batch_norm: bool) -> nn.Sequential:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from stepwell.losses.networks import LossWithNetworks
 from stepwell.losses.output import as_maps
 
 SMALLEST_GRID = 7
@@ -49,7 +50,7 @@ def ofa_term(
     return -(((teacher + is_label) ** epsilon - is_label) * log_student).sum(dim=1).mean()
 
 
-class OFA(nn.Module):
+class OFA(LossWithNetworks):
     """The sum of `ofa_term` over the student's logits and a head on each of its hidden states.
 
     Default weight 1 beside cross-entropy with weight 1; the paper takes four states, one of each stage. A
@@ -102,7 +103,8 @@ class OFA(nn.Module):
             teacher_logits: Logits of the model it learns from; no gradient flows there.
             labels: The target class of each image.
         """
-        exits = [head(m.float()) for head, m in zip(self.heads, as_maps(student_states), strict=True)]
+        with self.autocast:
+            exits = [head(m.float()) for head, m in zip(self.heads, as_maps(student_states), strict=True)]
         terms = [
             ofa_term(logits, teacher_logits, labels, self.epsilon, self.temperature)
             for logits in (*exits, student_logits)

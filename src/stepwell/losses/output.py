@@ -27,10 +27,11 @@ class Output(NamedTuple):
 
     def in_full_precision(self) -> Output:
         """The same in fp32 where it is bf16 or fp16: losses are small differences of large numbers."""
-        return Output(_full(self.logits), [_full(state) for state in self.states], _full(self.features))
+        return Output(full(self.logits), [full(state) for state in self.states], full(self.features))
 
 
-def _full(tensor: Tensor) -> Tensor:
+def full(tensor: Tensor) -> Tensor:
+    """In fp32 where it is bf16 or fp16."""
     return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from stepwell.losses.feature import state_loss
 from stepwell.losses.maps import at_smaller_size
+from stepwell.losses.networks import LossWithNetworks
 from stepwell.losses.output import as_maps
 
 
@@ -50,7 +51,7 @@ class Projections(nn.Module):
         return zip(ours[-self.num_pairs :], theirs[-self.num_pairs :], strict=True)
 
 
-class ProjectedStates(nn.Module):
+class ProjectedStates(LossWithNetworks):
     """`state_loss` of a student of another architecture: between its projected states and the teacher's.
 
     Args:
@@ -68,5 +69,6 @@ class ProjectedStates(nn.Module):
 
     def forward(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Float[Tensor, ""]:
         """The mean over the pairs of states."""
-        projected, targets = self.projections(student, teacher)
+        with self.autocast:
+            projected, targets = self.projections(student, teacher)
         return state_loss(projected, targets, self.scale)

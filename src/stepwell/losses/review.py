@@ -21,9 +21,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from stepwell.losses.maps import at_smaller_size, conv_bn
+from stepwell.losses.networks import LossWithNetworks
 
 
-class ReviewKD(nn.Module):
+class ReviewKD(LossWithNetworks):
     """Hierarchical context loss of fused maps; in training mode it needs at least two images.
 
     Args:
@@ -54,7 +55,8 @@ class ReviewKD(nn.Module):
         fused, total = None, []
         for fusion, *pair in reversed([*pairs, (self.deepest, *pooled)]):
             ours, theirs = at_smaller_size(*pair)
-            predicted, fused = fusion(ours, fused)
+            with self.autocast:
+                predicted, fused = fusion(ours, fused)
             total.append(hierarchical_distance(predicted.float(), theirs))
         return torch.stack(total).sum()
 

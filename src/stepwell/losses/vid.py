@@ -17,12 +17,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from stepwell.losses.maps import at_smaller_size
+from stepwell.losses.networks import LossWithNetworks
 
 FLOOR = 1e-5
 """Smallest variance: keeps the likelihood of a channel that is predicted exactly finite."""
 
 
-class VID(nn.Module):
+class VID(LossWithNetworks):
     """Negative log-likelihood of the teacher's maps, less a constant; weight 1 in RepDistiller.
 
     It may be negative: a channel that is predicted well costs 1/2 (1 + log of its variance).
@@ -55,7 +56,9 @@ class VID(nn.Module):
         terms = []
         for regressor, rho, *pair in zip(self.regressors, self.rho, student_maps, teacher_maps, strict=True):
             ours, theirs = at_smaller_size(*pair)
-            mean = regressor(ours).float()
+            with self.autocast:
+                mean = regressor(ours)
+            mean = mean.float()
             assert mean.shape == theirs.shape, f"{tuple(mean.shape)} against {tuple(theirs.shape)}"
             variance = (F.softplus(rho.float()) + FLOOR)[:, None, None]
             terms.append(0.5 * ((theirs - mean).square() / variance + variance.log()).mean())

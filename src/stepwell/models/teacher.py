@@ -25,6 +25,7 @@ from stepwell.models.card import (
     narrow_and_load,
     read_card,
 )
+from stepwell.models.converted import take_images_of
 from stepwell.models.factory import load_factory
 from stepwell.models.fitting import load_whole
 from stepwell.models.input import input_spec
@@ -73,6 +74,27 @@ class Teacher:
     def answering(self) -> nn.Module:
         """What answers, on the device of a run: the model itself, or that in parts."""
         return self.model if self.sharded is None else self.sharded
+
+    @property
+    def seen_size(self) -> tuple[int, int]:
+        """Height and width of the images as it sees them."""
+        return (self.own_spec or self.spec).size
+
+    def at_size(self, size: tuple[int, int]) -> Teacher:
+        """The same for images of another size, which are resized to its own on the way in."""
+        if size == self.spec.size:
+            return self
+        given = replace(self.spec, size=size)
+        take_images_of(self.model, given, self.spec)
+        return replace(self, spec=given, own_spec=self.spec)
+
+    @property
+    def resized(self) -> list[str]:
+        """That images are resized for it, in words; nothing where they are not."""
+        if self.seen_size == self.spec.size:
+            return []
+        ours, theirs = (f"{height} x {width}" for height, width in (self.spec.size, self.seen_size))
+        return [f"the student's images are of {ours}; the teacher sees the same, resized to {theirs}"]
 
     @property
     def is_own_module(self) -> bool:

@@ -57,6 +57,11 @@ def checked_path(options: CompressConfig) -> Path:
             f"--path {options.path} is a single step from the teacher, so it is its own control: leave "
             f"--control {options.control} out"
         )
+    if options.student_size is not None and path.cuts(options):
+        raise ConfigError(
+            f"--student-size: with --path {options.path} slices of the teacher see the same images as the "
+            f"student: leave it out, or take --path scalekd, where the teacher stays whole"
+        )
     if options.teachers and not takes_teachers(options.path):
         raise ConfigError(
             f"--teachers teach one after another with --path curriculum, and --path {options.path} has one: "

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from stepwell.config.base import flag_of
+from stepwell.config.base import flag_of, height_and_width
 from stepwell.config.commands import CompressConfig
 from stepwell.config.options import Options
 from stepwell.config.own_code import file_digest, is_own_code
@@ -70,6 +70,9 @@ def begin(
         has_size = teacher.task == "segmentation" or has_one_size(teacher.model)
         spec = for_masks(spec, data.train, config, has_size=has_size)
     teacher = replace(teacher, spec=spec)
+    if config.student_size is not None:
+        teacher = teacher.at_size(height_and_width(config.student_size))
+        teacher = replace(teacher, notes=(*teacher.notes, *teacher.resized))
     # Every check comes before the folder is made.
     cuts = path.cuts(config)
     s = with_baseline(prepare(config, RunDir(config.out_dir, observer), teacher, data, student, cuts))

@@ -13,7 +13,7 @@ from stepwell.data.batches import images_per_process
 from stepwell.data.spec import InputSpec
 from stepwell.models.input import check_trains
 from stepwell.models.student import OtherStudent, build_student
-from stepwell.setting.prepare import try_losses
+from stepwell.setting.prepare import with_loss_tried
 from stepwell.setting.setting import Setting
 from stepwell.setting.training_mode import check_training_mode
 
@@ -54,4 +54,7 @@ def with_baseline(s: Setting) -> Setting:
     taught = replace(s, other_student=network, slice_loss_macs=None)
     facts = s.config.feature_facts if s.config.feature_weight else None
     check_training_mode(network.model, taught.compared(True)[0], s.spec, name, facts, cut=False)
-    return replace(s, baseline=replace(taught, loss_macs=try_losses(taught, is_other=True)))
+    taught = with_loss_tried(taught, is_other=True)
+    for note in taught.teacher.notes[len(s.teacher.notes) :]:
+        s = s.with_note(f"{name}: {note}")
+    return replace(s, baseline=taught)

@@ -17,7 +17,7 @@ from stepwell.data.spec import InputSpec
 from stepwell.data.splits import Data
 from stepwell.errors import ConfigError, UnsupportedModelError
 from stepwell.losses.choose import Pair
-from stepwell.losses.distillation import Phase, loss_macs, make_distillation
+from stepwell.losses.distillation import loss_macs, make_distillation
 from stepwell.losses.kept import Kept
 from stepwell.losses.observe import Observed
 from stepwell.measure.budget import with_random_weights
@@ -134,10 +134,10 @@ def put_together(
             f"the student is a backbone that returns {width} numbers of its own: its cosine is that of the "
             f"best linear map of them, fitted on {fitted_on:,} training images, which is in no file"
         )
-    if other_student is None:
-        return replace(s, loss_macs=try_losses(s, is_other=False))
-    sliced = try_losses(s, is_other=False) if cuts else None
-    return replace(s, loss_macs=try_losses(s, is_other=True), slice_loss_macs=sliced)
+    if other_student is not None and cuts:
+        sliced = with_loss_tried(s, is_other=False)
+        s = replace(sliced, slice_loss_macs=sliced.loss_macs)
+    return with_loss_tried(s, is_other=other_student is not None)
 
 
 def _with_training_mode(s: Setting, cuts: bool) -> Setting:
@@ -193,10 +193,10 @@ def _check_something_to_learn(s: Setting) -> None:
         )
 
 
-def try_losses(s: Setting, *, is_other: bool) -> dict[Phase, float]:
+def with_loss_tried(s: Setting, *, is_other: bool) -> Setting:
     """Make the loss of the student, or that between slices, and run it once: arguments that it does not take,
-    or states that it cannot compare, show now. Returns what it computes by itself for one image, in
-    multiply-accumulates."""
+    or states that it cannot compare, show now. The setting then knows what the loss computes by itself, and
+    what is left out of it is among its notes."""
     ours, theirs = s.compared(is_other)
     teacher = Observed(s.teacher.answering, theirs)
     images = torch.zeros(2, s.spec.channels, *s.spec.size, device=s.device)
@@ -213,17 +213,20 @@ def try_losses(s: Setting, *, is_other: bool) -> dict[Phase, float]:
     pair = Pair(example, answer, teacher, images, s.training_images, is_other, s.data.task, s.stages, kept)
     loss = make_distillation(s.config, pair, s.config.seed)
     loss.views(images)
+    name = f"--feature-loss {s.config.feature_loss}"
+    notes = [f"{name}: {note}" for note in getattr(loss.feature, "notes", ())]
     if s.config.feature_weight and loss.feature is None:
-        say(f"--feature-loss {s.config.feature_loss} is left out: there are no hidden states to compare")
-    for note in getattr(loss.feature, "notes", ()):
-        say(f"warning: --feature-loss {s.config.feature_loss}: {note}")
+        notes = [f"{name} is left out: there are no hidden states to compare"]
+    for note in notes:
+        if note not in s.teacher.notes:  # of slices it has been told
+            s = s.with_note(note)
     try:
-        return loss_macs(loss, pair, min(s.config.batch_size, len(s.data.train)))
+        return replace(s, loss_macs=loss_macs(loss, pair, min(s.config.batch_size, len(s.data.train))))
     except ValueError as error:
         if not too_few(error):
             raise
         raise ConfigError(
-            f"--batch-size 1: --feature-loss {s.config.feature_loss} has a BatchNorm that sees maps of 1 x 1 "
+            f"--batch-size 1: {name} has a BatchNorm that sees maps of 1 x 1 "
             f"of one image, which have no variance; give --batch-size 2 or more"
         ) from None
 

@@ -133,7 +133,7 @@ class Setting:
         if not facts.reads_stages and self.groups:
             return None
         found = []
-        own_size = (self.teacher.own_spec or self.spec).size
+        own_size = self.teacher.seen_size
         for name, model, blocks, size in (
             (f"--student {other.name}", other.model, other.blocks, self.spec.size),
             (self.teacher.name, self.model, compared_blocks(self.groups), own_size),

@@ -21,7 +21,7 @@ from stepwell.setting.channels import halved
 from stepwell.setting.classes import NUMBERED, settle
 from stepwell.setting.other_models import check_same_classes
 from stepwell.setting.placed import placed, whole_on
-from stepwell.setting.prepare import known_groups, try_losses
+from stepwell.setting.prepare import known_groups, with_loss_tried
 from stepwell.setting.setting import Setting
 
 
@@ -103,6 +103,6 @@ def _under(s: Setting, teacher: Teacher) -> Setting:
         unit_macs=s.teacher_macs,
     )
     try:
-        return replace(taught, loss_macs=try_losses(taught, is_other=True))
+        return with_loss_tried(taught, is_other=True)
     except ConfigError as error:
         raise ConfigError(f"--teachers: {teacher.name}: {error}") from None

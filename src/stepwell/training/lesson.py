@@ -34,7 +34,7 @@ class Lesson:
     Attributes:
         teachers: Frozen, in eval mode.
         losses: One for each pair of teacher and student.
-        autocast: Number format of the forward passes.
+        autocast: Number format of the forward passes, and of the networks of the losses.
         known: The answers that teachers have given before; one, or None, for each, or none for all.
         scaler: What a loss is multiplied by before it goes backward.
     """
@@ -44,6 +44,10 @@ class Lesson:
     autocast: torch.autocast
     known: Sequence[Answers | None] = ()
     scaler: torch.amp.GradScaler = field(default_factory=no_scaling)
+
+    def __post_init__(self) -> None:
+        for loss in self.losses:
+            loss.run_networks_in(self.autocast)
 
     def material(
         self, batch: Batch, progress: float

@@ -27,6 +27,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from stepwell.errors import ConfigError
+from stepwell.losses.networks import LossWithNetworks
+from stepwell.losses.output import full
 from stepwell.losses.scalekd.projector import PUBLISHED_SCALE, CrossAttentionProjector
 from stepwell.losses.scalekd.stages import Layout, Stage, Stages
 from stepwell.losses.scalekd.views import FEWEST_IN_A_ROW, alternative_view, original_view
@@ -79,7 +82,7 @@ class Parts:
         )
 
 
-class ScaleKD(nn.Module):
+class ScaleKD(LossWithNetworks):
     """The loss between a student and a teacher of another architecture.
 
     Args:
@@ -90,7 +93,7 @@ class ScaleKD(nn.Module):
         notes: What is to be said of it already; `notes` has more.
 
     Raises:
-        ValueError: Nothing is left of it, or the heads do not divide the teacher's width.
+        ConfigError: Nothing is left of it, or the heads do not divide the teacher's width.
     """
 
     def __init__(
@@ -104,7 +107,7 @@ class ScaleKD(nn.Module):
         self.weights_3 = self._weights(3, student.third, target)
         self.weights_4 = self._weights(4, student.fourth, teacher.fourth)
         if not any((*self.weights_3, *self.weights_4)):
-            raise ValueError("nothing of it is left: leave a view and a stage")
+            raise ConfigError("--feature-args: scalekd: nothing of it is left: leave a view and a stage")
         self.given_queries = parts.tpp and not parts.own_queries
         # A view that stage 4 alone has needs stage 3's projector all the same, where that makes its queries.
         needed_3 = [
@@ -135,16 +138,15 @@ class ScaleKD(nn.Module):
             ours.fourth.layout.as_map(student_states[1]),
         )
         target_4 = theirs.fourth.layout.as_tokens(teacher_states[1].detach())
-        predicted_3 = {view: project(map_3) for view, project in self.third.items()}
-        target_3 = target_4
-        if self.tail is None:
-            target_3 = theirs.third.layout.as_tokens(teacher_states[0].detach())
-        elif predicted_3:
-            predicted_3 = self._completed(predicted_3, teacher_states[0].detach())
-        queries = predicted_3 if self.given_queries else {}
-        predicted_4 = {view: project(map_4, queries.get(view)) for view, project in self.fourth.items()}
+        target_3 = target_4 if self.tail else theirs.third.layout.as_tokens(teacher_states[0].detach())
+        with self.autocast:
+            predicted_3 = {view: project(map_3) for view, project in self.third.items()}
+            if self.tail and predicted_3:
+                predicted_3 = self._completed(predicted_3, teacher_states[0].detach())
+            queries = predicted_3 if self.given_queries else {}
+            predicted_4 = {view: project(map_4, queries.get(view)) for view, project in self.fourth.items()}
         terms = [
-            weight * VIEWS[view](predicted[view], target)
+            weight * VIEWS[view](full(predicted[view]), target)
             for predicted, target, weights in (
                 (predicted_3, target_3, self.weights_3),
                 (predicted_4, target_4, self.weights_4),
@@ -179,7 +181,9 @@ class ScaleKD(nn.Module):
     ) -> nn.ModuleDict:
         channels = theirs.layout.channels
         if channels % num_heads:
-            raise ValueError(f"{num_heads} heads do not divide the teacher's {channels} channels")
+            raise ConfigError(
+                f"--feature-args: scalekd: {num_heads} heads do not divide the teacher's {channels} channels"
+            )
         return nn.ModuleDict(
             {
                 view: CrossAttentionProjector(

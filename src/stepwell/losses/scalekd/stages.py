@@ -143,8 +143,9 @@ def layouts_of(
 ) -> Iterator[Layout]:
     """How states of these shapes lie, of images of `image_size`."""
     said = getattr(model, "output_fmt", None)
+    # Height and width are the two sides that are to each other as the image's; tiny maps may fit both ways.
     last = str(said) in ("NHWC", "Format.NHWC") or any(
-        len(s) == 4 and s[1] == s[2] != s[3] and image_size[0] == image_size[1] for s in shapes
+        _fit(s[1], s[2], image_size) and not _fit(s[2], s[3], image_size) for s in shapes if len(s) == 4
     )
     for shape in shapes:
         if len(shape) == 3:
@@ -154,6 +155,11 @@ def layouts_of(
             yield Layout("channels-last", shape[3], shape[1], shape[2])
         else:
             yield Layout("map", *shape[1:])
+
+
+def _fit(height: int, width: int, image_size: Sequence[int]) -> bool:
+    """Whether a map of these sides may be one of the image, by their ratio and within rounding."""
+    return abs(height - width * image_size[0] / image_size[1]) < 1
 
 
 def _grid(num_tokens: int, image_size: Sequence[int], num_prefix: int | None) -> tuple[int, int]:
