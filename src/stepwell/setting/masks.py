@@ -88,7 +88,8 @@ def _asked(teacher: Teacher, data: Data, options: DataOptions, device: torch.dev
     chosen = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))[:ASKED]
     images = data.train.subset(chosen.tolist())
     total: Meter | None = None
-    for batch in EvalBatches(images, teacher.spec, options, device):
+    batches = EvalBatches(images, teacher.spec, options, device)
+    for batch in batches:
         try:
             with torch.no_grad():
                 logits = teacher.model(batch.images)
@@ -103,7 +104,7 @@ def _asked(teacher: Teacher, data: Data, options: DataOptions, device: torch.dev
                 f"{images.keys[int(batch.indices[0])]}: it cannot teach; is there a division or a logarithm "
                 f"in its forward pass?"
             )
-        meter = Meter.of(logits, batch.labels, batch.indices)
+        meter = Meter.of(logits, batches.truths(batch), batch.indices)
         total = meter if total is None else total + meter
     assert total is not None, "there are images"
     return total

@@ -6,7 +6,8 @@ check_classes    teacher and masks must have as many classes
 in_words         how good a model is, for people
 
 The measure is mIoU: of each class the pixels that are it and are said to be, as a share of those that are it
-or are said to be; the mean over the classes that are there or are said to be. It is no mean over images, so
+or are said to be; the mean over the classes that are there or are said to be. Pixels are those of the masks
+as they lie on disk, to whose size the logits are scaled, as `predict` does. It is no mean over images, so
 its interval is by a bootstrap over them: each draw counts an image 0, 1, 2, ... times, by a Poisson
 distribution of mean 1 (Chamandy et al., 2012), which is drawn for the image by its number alone. So what is
 kept does not grow with the images, parts add up, and all models are drawn alike.
@@ -14,6 +15,7 @@ kept does not grow with the images, parts add up, and all models are drawn alike
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -31,6 +33,7 @@ from stepwell.errors import DataError
 from stepwell.run.progress import progress
 from stepwell.tasks import measures
 from stepwell.tasks.measures import NUM_BINS, Forward, Metric, PairedBootstrap
+from stepwell.tasks.outputs import in_strips
 
 NAME = "segmentation"
 MEASURE = "mIoU"
@@ -101,36 +104,46 @@ class Meter(measures.Meter):
     def of(
         cls,
         logits: Float[Tensor, "batch classes height width"],
-        labels: Int[Tensor, "batch height width"],
+        masks: Sequence[Shaped[Tensor, "_ _"]],
         indices: Int[Tensor, " batch"],
     ) -> Meter:
-        """The sums over a batch of images, which have these numbers among all."""
+        """The sums over a batch of images, which have these numbers among all.
+
+        Args:
+            logits: What the model returns.
+            masks: The class of each pixel at the mask's own size, to which the logits are scaled.
+            indices: Which images these are.
+        """
         num_images, num_classes = logits.shape[:2]
-        log_probabilities = logits.float().log_softmax(dim=1)
-        confidence, said = log_probabilities.max(dim=1)
-        known = labels != IGNORED
-        true = labels.where(known, 0)
-        # One number for image, class and answer; counted once.
-        image = torch.arange(num_images, device=logits.device)[:, None, None]
-        cells = ((image * num_classes + true) * num_classes + said)[known]
-        by_image = torch.bincount(cells, minlength=num_images * num_classes**2)
+        by_image = torch.zeros(num_images, num_classes**2, dtype=torch.int64, device=logits.device)
+        likelihood = torch.zeros((), dtype=torch.float64, device=logits.device)
+        gaps = torch.zeros(NUM_BINS, dtype=torch.float64, device=logits.device)
+        for table, image, mask in zip(by_image, logits, masks, strict=True):
+            size = (mask.shape[0], mask.shape[1])
+            for rows, strip in in_strips(image, size):
+                labels = mask[rows].to(logits.device).long()
+                known = labels != IGNORED
+                true, norm = labels.where(known, 0), strip.logsumexp(dim=0)
+                largest, said = strip.max(dim=0)
+                # One number for class and answer; counted once.
+                table += torch.bincount((true * num_classes + said)[known], minlength=num_classes**2)
+                log_probability = (strip.gather(0, true[None])[0] - norm)[known]
+                likelihood += log_probability.double().clamp_min(np.log(_LEAST)).sum()
+                confidence = (largest - norm)[known].double().exp()
+                bins = (confidence * NUM_BINS).long().clamp_max(NUM_BINS - 1)
+                gaps.index_add_(0, bins, confidence - (said == true)[known].double())
         by_image = by_image.view(num_images, num_classes, num_classes).cpu()
         counts = torch.stack(
             [by_image.diagonal(dim1=1, dim2=2), by_image.sum(dim=1), by_image.sum(dim=2)], dim=1
         )
         drawn = torch.stack([times_drawn(index) for index in indices.tolist()], dim=1)  # (draws, images)
         weights = torch.cat([torch.ones(1, num_images, dtype=torch.float64), drawn])
-        likelihood = log_probabilities.gather(1, true[:, None])[:, 0][known].double()
-        confidence = confidence[known].double().exp()
-        bins = (confidence * NUM_BINS).long().clamp_max(NUM_BINS - 1)
-        gaps = torch.zeros(NUM_BINS, dtype=torch.float64, device=logits.device)
-        correct = (said == true)[known].double()
         return cls(
             counts=(weights @ counts.double().flatten(1)).view(len(weights), 3, num_classes),
             confusion=by_image.sum(dim=0),
             num_images=num_images,
-            sum_log_likelihood=likelihood.clamp_min(np.log(_LEAST)).sum().item(),
-            gaps=gaps.index_add_(0, bins, confidence - correct).cpu(),
+            sum_log_likelihood=likelihood.item(),
+            gaps=gaps.cpu(),
         )
 
     def __add__(self, other: Meter) -> Meter:
@@ -214,7 +227,7 @@ def evaluate(forward: Forward, batches: EvalBatches, description: str = "evaluat
     with progress(description, len(batches)) as advance:
         for batch in batches:
             with torch.no_grad():
-                meter = Meter.of(forward(batch.images), batch.labels, batch.indices)
+                meter = Meter.of(forward(batch.images), batches.truths(batch), batch.indices)
             total = meter if total is None else total + meter
             advance("")
     assert total is not None, "there are images"
