@@ -46,7 +46,7 @@ _ON_THE_WAY = frozenset(
     | {"Clamp", "ClampMin", "ClampMax"}
 )
 """Operations that change no number, or hardly any."""
-_STRIP = 2**24
+_STRIP = 2**22
 """Logits in a strip of a photograph."""
 _WIDE = 0.5
 """Numbers between 0 and 1 that spread as far are no logits, which would be negative as well."""
@@ -125,8 +125,8 @@ def _of_size(output: object, images: Tensor) -> Tensor:
 def in_strips(
     logits: Float[Tensor, "classes height width"], size: tuple[int, int]
 ) -> Iterator[tuple[slice, Float[Tensor, "classes rows width"]]]:
-    """The logits of an image scaled to another size, as `F.interpolate` scales them (bilinear), a few rows at a
-    time: whole, those of a photograph would be gigabytes.
+    """The logits of an image scaled to another size, as `F.interpolate` scales them (bilinear), a few rows at
+    a time: whole, those of a photograph would be gigabytes.
 
     Args:
         logits: What a model says of each pixel that it has seen.
@@ -144,7 +144,8 @@ def in_strips(
     step = max(1, _STRIP // wide[:, 0].numel())
     for start in range(0, height, step):
         rows = slice(start, start + step)
-        yield rows, torch.lerp(wide[:, above[rows]], wide[:, below[rows]], share[rows])
+        one, other = (wide.index_select(1, each[rows]) for each in (above, below))
+        yield rows, torch.lerp(one, other, share[rows])
 
 
 def logits_of(numbers: Float[Tensor, "batch ..."], outputs: Outputs) -> Float[Tensor, "batch classes"]:

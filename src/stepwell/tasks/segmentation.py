@@ -17,7 +17,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, reduce
+from operator import add
 
 import numpy as np
 import torch
@@ -30,15 +31,15 @@ from stepwell.data.batches import EvalBatches
 from stepwell.data.mask_classes import IGNORED
 from stepwell.data.splits import Data
 from stepwell.errors import DataError
-from stepwell.run.progress import progress
+from stepwell.run.distributed import joined
 from stepwell.tasks import measures
-from stepwell.tasks.measures import NUM_BINS, Forward, Metric, PairedBootstrap
+from stepwell.tasks.measures import NUM_BINS, Forward, Metric, PairedBootstrap, outputs_of
 from stepwell.tasks.outputs import in_strips
 
 NAME = "segmentation"
 MEASURE = "mIoU"
 
-DRAWS = 200
+DRAWS = 1000
 """Of the images, for intervals and comparisons."""
 _LEAST = 1e-12
 """Probability below which none is counted, so that no pixel outweighs the rest."""
@@ -123,15 +124,17 @@ class Meter(measures.Meter):
             for rows, strip in in_strips(image, size):
                 labels = mask[rows].to(logits.device).long()
                 known = labels != IGNORED
-                true, norm = labels.where(known, 0), strip.logsumexp(dim=0)
+                norm = strip.logsumexp(dim=0)
                 largest, said = strip.max(dim=0)
-                # One number for class and answer; counted once.
-                table += torch.bincount((true * num_classes + said)[known], minlength=num_classes**2)
-                log_probability = (strip.gather(0, true[None])[0] - norm)[known]
-                likelihood += log_probability.double().clamp_min(np.log(_LEAST)).sum()
-                confidence = (largest - norm)[known].double().exp()
+                # One number for class and answer; the last row is of pixels without a class.
+                cells = labels.where(known, num_classes) * num_classes + said
+                table += torch.bincount(cells.flatten(), minlength=len(table) + num_classes)[: len(table)]
+                log_probability = strip.gather(0, labels.where(known, 0)[None])[0] - norm
+                likelihood += (log_probability.clamp_min(np.log(_LEAST)) * known).sum(dtype=torch.float64)
+                confidence = (largest - norm).exp()
                 bins = (confidence * NUM_BINS).long().clamp_max(NUM_BINS - 1)
-                gaps.index_add_(0, bins, confidence - (said == true)[known].double())
+                gap = (confidence.double() - (said == labels).double()) * known
+                gaps.index_add_(0, bins.flatten(), gap.flatten())
         by_image = by_image.view(num_images, num_classes, num_classes).cpu()
         counts = torch.stack(
             [by_image.diagonal(dim1=1, dim2=2), by_image.sum(dim=1), by_image.sum(dim=2)], dim=1
@@ -224,14 +227,10 @@ class Answers(measures.Answers):
 def evaluate(forward: Forward, batches: EvalBatches, description: str = "evaluate") -> Meter:
     """Run `forward` over all batches, in fp32, and sum up how good it is."""
     total: Meter | None = None
-    with progress(description, len(batches)) as advance:
-        for batch in batches:
-            with torch.no_grad():
-                meter = Meter.of(forward(batch.images), batches.truths(batch), batch.indices)
-            total = meter if total is None else total + meter
-            advance("")
-    assert total is not None, "there are images"
-    return total
+    for logits, batch in outputs_of(forward, batches, description):
+        meter = Meter.of(logits, batches.truths(batch), batch.indices)
+        total = meter if total is None else total + meter
+    return reduce(add, joined([] if total is None else [total]))
 
 
 def predict(forward: Forward, batches: EvalBatches, description: str = "predict") -> Answers:
