@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
@@ -19,6 +20,7 @@ from stepwell.errors import ConfigError, DataError, ModelError, printable
 from stepwell.models.card import Card
 from stepwell.report.pictures import in_colours, over
 from stepwell.run.atomic import writing
+from stepwell.tasks.outputs import in_strips
 
 
 def predict_masks(config: PredictConfig, model: nn.Module, card: Card) -> str:
@@ -26,31 +28,27 @@ def predict_masks(config: PredictConfig, model: nn.Module, card: Card) -> str:
 
     Raises:
         DataError: An image cannot be read.
-        ConfigError: Two images have one name.
+        ConfigError: What is written would replace an image, or another mask.
         ModelError: The model answers with NaN.
     """
     out = config.out_dir or Path("predictions")
-    stems = [file.stem for file in config.images]
-    if twice := next((stem for stem in stems if stems.count(stem) > 1), None):
-        raise ConfigError(
-            f"two images are called {twice}, and so would their masks in {out}: give them apart"
-        )
-    images = [_read(file, config, card) for file in config.images]
+    _check_files(config.images, out)
     colours = card.colours or palette(len(card.classes))
     transform = eval_transform(card.input)
     width = max(len(printable(readable(str(file)))) for file in config.images)
     lines = []
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
-    for file, image in zip(config.images, images, strict=True):
+    for file in config.images:
+        image = _read(file, config, card)
         with torch.no_grad():
             logits = model(normalise(transform(image)[None], card.input))
         if not logits.isfinite().all():
             raise ModelError(f"{config.model} answers with NaN: its weights are damaged")
         # At the size of the image, not of what the model saw.
         size = (image.size[1], image.size[0])
-        whole = F.interpolate(logits, size, mode="bilinear", align_corners=False)
-        classes = whole.argmax(dim=1)[0].to(torch.uint8).numpy()
+        said = [strip.argmax(dim=0).to(torch.uint8) for _, strip in in_strips(logits[0], size)]
+        classes = torch.cat(said).numpy()
         with writing(out):
             in_colours(classes, colours).save(out / f"{file.stem}.png")
             over(image, classes, colours).save(out / f"{file.stem}-overlay.png")
@@ -59,11 +57,25 @@ def predict_masks(config: PredictConfig, model: nn.Module, card: Card) -> str:
     return "\n".join([*lines, f"masks and overlays: {out}"])
 
 
+def _check_files(images: Sequence[Path], out: Path) -> None:
+    """Before anything is written: all images are there, and no file comes into the place of another."""
+    if missing := next((file for file in images if not file.exists()), None):
+        raise DataError(f"no image {missing}")
+    given = {os.path.realpath(file): file for file in images}
+    made: dict[str, Path] = {}
+    for file in images:
+        for target in (out / f"{file.stem}.png", out / f"{file.stem}-overlay.png"):
+            if (replaced := given.get(os.path.realpath(target))) is not None:
+                raise ConfigError(
+                    f"{target} would replace the image {replaced}: give another folder with --out"
+                )
+            if (other := made.setdefault(str(target), file)) != file:
+                raise ConfigError(f"{other} and {file} would both be written to {target}: give them apart")
+
+
 def _read(file: Path, config: PredictConfig, card: Card) -> Image.Image:
     try:
         return open_alone(file, config.white_level or card.input.white_level)
-    except FileNotFoundError:
-        raise DataError(f"no image {file}") from None
     except Exception as error:  # decoders raise nearly anything on broken bytes
         raise DataError(f"cannot decode {file}: {one_line(error)}") from None
 
