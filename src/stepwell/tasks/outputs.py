@@ -64,6 +64,8 @@ class AsLogits(nn.Module):
         super().__init__()
         self.model = model
         self.outputs: Outputs = outputs
+        self.last_convolution = ""
+        """Of maps: the one that the logits come from, as far as that has been found out."""
 
     @property
     def pretrained_cfg(self) -> Any:  # noqa: ANN401  (as timm has it)
