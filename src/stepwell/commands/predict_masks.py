@@ -22,9 +22,12 @@ from stepwell.report.pictures import in_colours, over
 from stepwell.run.atomic import writing
 from stepwell.tasks.outputs import in_strips
 
+_BLACK = (0, 0, 0)
+
 
 def predict_masks(config: PredictConfig, model: nn.Module, card: Card) -> str:
-    """Write `NAME.png`, whose numbers are the classes, and `NAME-overlay.png` for each image; a line on each.
+    """For each image write `NAME.png`, in the numbers of the user's masks, and `NAME-overlay.png`; a line on
+    each.
 
     Raises:
         DataError: An image cannot be read.
@@ -34,6 +37,8 @@ def predict_masks(config: PredictConfig, model: nn.Module, card: Card) -> str:
     out = config.out_dir or Path("predictions")
     _check_files(config.images, out)
     colours = card.colours or palette(len(card.classes))
+    numbers = _numbers(card)
+    drawn = [colours[numbers.index(n)] if n in numbers else _BLACK for n in range(max(numbers) + 1)]
     transform = eval_transform(card.input)
     width = max(len(printable(readable(str(file)))) for file in config.images)
     lines = []
@@ -50,11 +55,18 @@ def predict_masks(config: PredictConfig, model: nn.Module, card: Card) -> str:
         said = [strip.argmax(dim=0).to(torch.uint8) for _, strip in in_strips(logits[0], size)]
         classes = torch.cat(said).numpy()
         with writing(out):
-            in_colours(classes, colours).save(out / f"{file.stem}.png")
+            in_colours(np.array(numbers, np.uint8)[classes], drawn).save(out / f"{file.stem}.png")
             over(image, classes, colours).save(out / f"{file.stem}-overlay.png")
         name = printable(readable(str(file)))
         lines.append(f"{name:<{width}}  {_shares(classes, card.classes, config.top)}")
-    return "\n".join([*lines, f"masks and overlays: {out}"])
+    same = "the list's own" if numbers == card.numbers else "those of the classes in their order, from 0"
+    return "\n".join([*lines, f"masks and overlays: {out} (numbers in masks: {same})"])
+
+
+def _numbers(card: Card) -> list[int]:
+    """What is written for each class: its number in the user's own masks, where a byte can hold it."""
+    in_order = list(range(len(card.classes)))
+    return card.numbers if card.numbers and max(card.numbers) < 256 else in_order
 
 
 def _check_files(images: Sequence[Path], out: Path) -> None:
