@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from report_example import make_model, make_result
 from sklearn.metrics import jaccard_score
 from torch import Tensor, nn
 
@@ -21,7 +22,9 @@ from stepwell.losses.choose import logit_loss
 from stepwell.losses.dist import dist_loss
 from stepwell.losses.logit import kd_loss
 from stepwell.losses.output import Output
-from stepwell.tasks import outputs, segmentation
+from stepwell.report.pictures import Picture
+from stepwell.report.report import TestPredictions, write_report
+from stepwell.tasks import classification, outputs, segmentation
 from stepwell.tasks.outputs import AsLogits, as_logits, check_output, is_dense
 from stepwell.tasks.segmentation import DRAWS, Answers, Meter, loss_per_image, times_drawn
 from stepwell.tasks.task import Task, loss_of, task_of
@@ -284,3 +287,45 @@ def test_logits_of_pixels_however_they_are_returned(form):
 def test_other_outputs_are_refused(output, says):
     with pytest.raises(ConfigError, match=says):
         check_output(output, "m", dense=True)
+
+
+# --- what is told of it
+
+
+def test_iou_of_each_class_and_pixel_accuracy_are_told():
+    labels = torch.zeros(1, 2, 2, dtype=torch.int64)
+    labels[0, 0, 0] = IGNORED
+    logits = torch.zeros(1, 3, 2, 2)
+    logits[:, 0] = 1
+    logits[0, 1, 1, 1] = 2
+    meter = Meter.of(logits, list(labels), torch.tensor([0]))
+    assert segmentation.of_pixels(meter, ["sky", "road", "car"]) == {
+        "pixel_accuracy": pytest.approx(100 * 2 / 3),
+        "iou_by_class": {"sky": pytest.approx(100 * 2 / 3), "road": 0.0},  # a car is nowhere
+    }
+    assert segmentation.of_pixels(classification.Meter(), ["sky"]) == {}
+
+
+def test_the_report_shows_both_models_iou_and_what_the_colours_mean(tmp_path):
+    answers = [segmentation.predict(nn.Identity(), FixedEval(batches(skill=skill))) for skill in (3.0, 0.5)]
+    names = ["sky", "road", "car", "tree"]
+    of_models = [of_model(answer.meter, names) for answer in answers]
+    result = make_result(names, measure="mIoU", teacher=of_models[0], student=of_models[1])
+    teacher, student = (answer.probabilities.numpy() for answer in answers)
+    predictions = TestPredictions(answers[0].labels.numpy(), teacher, student, [f"{i}.png" for i in range(7)])
+    picture = Picture("a.png", *["data:image/jpeg;base64,"] * 5)
+    colours = [(1, 2, 3), (4, 5, 6), (7, 8, 9), (10, 11, 12)]
+    write_report(
+        result, predictions, lambda _: Image.new("RGB", (4, 4)), tmp_path / "r.html", [picture], colours
+    )
+    page = (tmp_path / "r.html").read_text()
+    for name, iou in zip(names, answers[0].meter.iou.tolist(), strict=True):
+        assert f'title="{name}, ' in page
+        assert f'<span class="both"><i style="width:{iou:.2f}%;background:var(--teacher)">' in page
+    assert '<i style="background:rgb(4, 5, 6)"></i>road</span>' in page
+    one, other = (answer.meter.pixel_accuracy for answer in answers)
+    assert f"Pixel accuracy: {one:.1f} &rarr; {other:.1f}" in page
+
+
+def of_model(meter: Meter, names: list[str]) -> dict:
+    return {**make_model(meter.quality, 0.5, 0.5), **segmentation.of_pixels(meter, names)}

@@ -99,7 +99,8 @@ def _hand_out(s: Setting, finished: Finished, delivered: Delivered) -> Result:
     pictures = []
     if s.data.task == "segmentation":
         pictures = pictures_of(s.model, model, s.test, s.data.test.keys, s.data.colours)
-    write_report(result, predictions, s.data.test.open, s.run.path / "report.html", pictures)
+    page = s.run.path / "report.html"
+    write_report(result, predictions, s.data.test.open, page, pictures, s.data.colours)
     # Last: a run is finished when it has its result.
     write_atomically(s.run.path / "result.json", result.to_json())
     return result

@@ -15,10 +15,12 @@ kept does not grow with the images, parts add up, and all models are drawn alike
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, reduce
 from operator import add
+from typing import Any
 
 import numpy as np
 import torch
@@ -287,6 +289,17 @@ def check_classes(num_outputs: int, teacher: str, data: Data) -> None:
             f"{len(data.classes)} ({', '.join(data.classes[:4])}, ...): is one of them to be ignored "
             f"(--ignore-index), or is the teacher another's?"
         )
+
+
+def of_pixels(meter: measures.Meter, classes: Sequence[str]) -> dict[str, Any]:
+    """What is told of masks beside mIoU; nothing of other tasks."""
+    if not isinstance(meter, Meter):
+        return {}
+    iou = zip(classes, meter.iou.tolist(), strict=True)
+    return {
+        "pixel_accuracy": meter.pixel_accuracy,
+        "iou_by_class": {name: value for name, value in iou if not math.isnan(value)},
+    }
 
 
 def in_words(meter: Meter, test_from: str) -> str:
