@@ -86,7 +86,7 @@ def test_from_a_teacher_to_masks(folder, weights, tmp_path, capsys):
     low, high = result.student.quality_interval
     assert low <= result.student.quality <= high
     assert result.student.num_params < 0.5 * result.teacher.num_params
-    assert "on two sizes: it takes any" in capsys.readouterr().err
+    assert "heights and widths: any" in capsys.readouterr().err
     stages = {name: file.stat().st_mtime for name in ("joint", "distill") for file in [run / "stages" / name]}
     stepwell(*words)  # resumes, and does nothing again
     assert stages == {name: (run / "stages" / name).stat().st_mtime for name in stages}
