@@ -1,37 +1,64 @@
-"""Masks: CamVid at 192 x 256, a teacher with a pretrained encoder, and students by every way at equal cost.
+"""Masks: CamVid at 192 x 256, a teacher with a pretrained encoder, and students by every way.
 
     python benchmarks/segmentation.py --files FOLDER --seeds 0 1 2
 
 FOLDER holds camvid.tar (images/ and masks/ of train, val and test; 11 classes, 11 is void) and
-tf_efficientnet_lite0-imagenet.safetensors, the encoder of a U-Net of segmentation-models-pytorch, which has
-to be installed. Every arm costs as much as a single step of `--budget-epochs`. Cells are kept in
-benchmarks/results/segmentation/ and not run again; they say of the teacher what they say of the student.
+tf_efficientnet_lite0-imagenet.safetensors, the encoder of a DeepLabV3+ of segmentation-models-pytorch, which
+has to be installed. mIoU is that of the masks at their own size.
+
+Every arm with a teacher may cost what a single step of `--budget-epochs` with its own losses costs: the
+teacher forward, the student forward and backward. `labels` takes as many epochs, but asks no teacher, and is
+cheaper; `labels-equal-compute` takes as many epochs as cost what `kd` costs.
+
+Cells are kept in benchmarks/results/segmentation/ and not run again; a file there says which teacher and
+images they are of. Students of seed 0 stay in OUT/students/, and docs/images/segmentation.jpg shows them.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+from collections.abc import Sequence
+from hashlib import sha256
 from pathlib import Path
+from statistics import fmean
 from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
 
 from cifar10 import unpack
 from record import RESULTS
 from stepwell.commands import train
 from stepwell.compare.cells import Cell
 from stepwell.compare.pool import run_all
+from stepwell.compare.table import spread
 from stepwell.config.commands import CompressConfig, TrainConfig
 from stepwell.config.files import make_config
+from stepwell.config.options import DataOptions
+from stepwell.data.splits import resolve_data
+from stepwell.data.transforms import eval_transform, normalise
+from stepwell.errors import RunDirError
+from stepwell.measure.size import short_number
+from stepwell.models.card import WEIGHTS, load_with_card, read_card
+from stepwell.report.pictures import over
+from stepwell.run.atomic import write_atomically
 from stepwell.run.progress import say
+from stepwell.tasks.outputs import in_strips
 
 CELLS = RESULTS / "segmentation"
+IDENTITY = "teacher.json"
+PICTURE = Path(__file__).parent.parent / "docs" / "images" / "segmentation.jpg"
 ARCHIVE, ENCODER = "camvid.tar", "tf_efficientnet_lite0-imagenet.safetensors"
 CLASSES = (
     *("sky", "building", "pole", "road", "pavement", "tree"),
     *("sign", "fence", "car", "pedestrian", "bicyclist"),
 )
 SHARED: dict[str, Any] = {"image_size": "192x256", "batch_size": 8, "threads": 1, "workers": 1}
+# Losses on maps read the one before the last convolution: 256 channels at 48 x 64.
 TEACHER: dict[str, Any] = {
-    "model": "smp:Unet",
+    "model": "smp:DeepLabV3Plus",
     "model_args": {"encoder_name": "tu-tf_efficientnet_lite0"},
     "lr": 1e-3,
     "label_smoothing": 0.0,
@@ -41,14 +68,17 @@ ALONE = {"path": "single-step", "feature_weight": 0.0}
 ARMS: dict[str, dict[str, Any]] = {
     "labels": {**ALONE, "logit_weight": 0.0},
     "kd": ALONE,
-    "dist": {**ALONE, "logit_loss": "dist"},
+    "dist": {**ALONE, "logit_loss": "dist", "logit_weight": 1.0},  # 1 for masks, its authors' 2 for classes
     "cwd": {"path": "single-step", "feature_loss": "cwd"},
-    "cwd-logits": {**ALONE, "logit_loss": "cwd-logits"},
     "cirkd": {"path": "single-step", "feature_loss": "cirkd", "feature_args": {"num_pixels": 2000}},
     "single-step": {"path": "single-step"},
     "amd": {"path": "amd"},
     "amd-cwd": {"path": "amd", "feature_loss": "cwd"},
 }
+EQUAL_COMPUTE = "labels-equal-compute"
+SHOWN_ARMS = ("labels", "kd", "amd")
+SHOWN = 4
+"""Test images in the picture, spread evenly over all: not chosen."""
 
 
 def main() -> None:
@@ -59,26 +89,33 @@ def main() -> None:
     parser.add_argument(
         "--files", type=Path, required=True, help=f"folder that holds {ARCHIVE} and {ENCODER}"
     )
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    every = [*ARMS, EQUAL_COMPUTE]
+    parser.add_argument("--arms", nargs="+", choices=every, default=every)
     parser.add_argument("--keeps", type=float, nargs="+", default=list(KEEPS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--teacher-epochs", type=float, default=60)
-    parser.add_argument("--budget-epochs", type=float, default=30)
+    parser.add_argument("--teacher-epochs", type=float, default=40)
+    parser.add_argument("--budget-epochs", type=float, default=20)
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark-segmentation"))
+    parser.add_argument("--cells", type=Path, default=CELLS)
     options = parser.parse_args()
     data = images(options.files, options.out)
     teacher = trained(options, data)
+    check_teacher(teacher / "teacher", options.cells)
     # Seed by seed: what is there when the time ends is whole.
-    cells = [
-        cell(arm, keep, seed, teacher, data, options)
-        for seed in options.seeds
-        for keep in options.keeps
-        for arm in options.arms
-    ]
-    for result in run_all(cells, options.jobs, "segmentation"):
-        say(f"{result.arm} {result.seed}: {result.measure} {result.top1:.2f}")
+    for seed in options.seeds:
+        for arms in ([arm for arm in options.arms if arm in ARMS], [EQUAL_COMPUTE]):
+            cells = [
+                cell(arm, keep, seed, teacher, data, options)
+                for keep in options.keeps
+                for arm in arms
+                if arm in ARMS or (arm in options.arms and has_prices(options.cells, keep))
+            ]
+            for result in run_all(cells, options.jobs, f"segmentation, seed {seed}"):
+                say(f"{result.arm} {result.seed}: {result.measure} {result.top1:.2f}")
+    if (students := sorted((options.out / "students").glob("*"))) and options.cells == CELLS:
+        show(teacher / "teacher", students, data, PICTURE)
 
 
 def images(files: Path, out: Path) -> Path:
@@ -105,22 +142,130 @@ def trained(options: argparse.Namespace, data: Path) -> Path:
     return folder
 
 
+def check_teacher(folder: Path, cells: Path) -> None:
+    """Cells of one folder are of one teacher and of the same images.
+
+    Raises:
+        RunDirError: Those that are there are of another one.
+    """
+    now = {
+        "weights": sha256((folder / WEIGHTS).read_bytes()).hexdigest(),
+        "images": read_card(folder).provenance["data_fingerprint"],
+    }
+    file = cells / IDENTITY
+    if not file.exists():
+        cells.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, json.dumps(now, indent=1) + "\n")
+    elif json.loads(file.read_text(encoding="utf-8")) != now:
+        raise RunDirError(
+            f"the cells in {cells} are of another teacher, or of other images, than {folder}: give that "
+            f"--out again, or another --cells"
+        )
+
+
 def cell(arm: str, keep: float, seed: int, teacher: Path, data: Path, options: argparse.Namespace) -> Cell:
     """One run."""
     name = f"{arm}-keep-{keep:g}"
+    length = {"budget_epochs": options.budget_epochs}
+    if arm == EQUAL_COMPUTE:
+        times = price(options.cells, "kd", keep) / price(options.cells, "labels", keep)
+        length = {"budget_epochs": round(options.budget_epochs * times, 2)}
     values = {
         **SHARED,
         "lr": 1e-3,
-        "budget_epochs": options.budget_epochs,
         "keep_ratio": keep,
-        **ARMS[arm],
+        **length,
+        **ARMS["labels" if arm == EQUAL_COMPUTE else arm],
         "teacher": str(teacher),
         "data": str(data),
         "seed": seed,
         "device": options.device,
         "out_dir": options.out / "unfinished" / f"{name}-{seed}",
     }
-    return Cell(name, make_config(CompressConfig, values), CELLS / f"{name}-{seed}.json")
+    student = options.out / "students" / name if seed == 0 and arm in SHOWN_ARMS else None
+    return Cell(name, make_config(CompressConfig, values), options.cells / f"{name}-{seed}.json", student)
+
+
+def has_prices(cells: Path, keep: float) -> bool:
+    """Whether it is known what both arms cost."""
+    return all(any(cells.glob(f"{arm}-keep-{keep:g}-[0-9]*.json")) for arm in ("labels", "kd"))
+
+
+def price(cells: Path, arm: str, keep: float) -> float:
+    """What the training of an arm costs, in forward passes of the teacher: the same with any seed."""
+    file = min(cells.glob(f"{arm}-keep-{keep:g}-[0-9]*.json"))
+    return json.loads(file.read_text(encoding="utf-8"))["teacher_passes"]["distill"]
+
+
+def table(folder: Path = CELLS) -> str:
+    """One row for each arm and keep ratio, the teacher above."""
+    found: dict[tuple[float, str], list[dict[str, Any]]] = {}
+    for file in sorted(folder.glob("*-keep-*.json")) if folder.is_dir() else []:
+        one = json.loads(file.read_text(encoding="utf-8"))
+        arm, _, keep = one["arm"].rpartition("-keep-")
+        found.setdefault((float(keep), arm), []).append(one)
+    if not found:
+        return "Not run yet."
+    some = next(iter(found.values()))[0]
+    rows = [
+        "| | keep | mIoU % | pixels right % | params | MACs | epochs | cost | seconds | seeds |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+        f"| teacher | | {some['teacher_top1']:.1f} | {some['teacher_pixel_accuracy']:.1f} | "
+        f"| {short_number(some['teacher_macs'])} | | | | |",
+    ]
+    order = [*ARMS, EQUAL_COMPUTE]
+    for keep, arm in sorted(found, key=lambda key: (-key[0], order.index(key[1]))):
+        rows.append(_row(keep, arm, found[keep, arm], found.get((keep, "kd"))))
+    return "\n".join(
+        [
+            *rows,
+            "",
+            f"CamVid, {some['num_test']} test images, seen at {SHARED['image_size']}, measured at the "
+            f"masks' own size; mean and standard deviation over the seeds; cost: counted operations, KD "
+            f"being 1; seconds on {some['hardware']['processor']}, {some['hardware']['threads']} thread, "
+            f"torch {some['hardware']['torch']}; stepwell {some['stepwell_version']}.",
+            *([f"\n![Image, truth, teacher, students](images/{PICTURE.name})"] * PICTURE.exists()),
+        ]
+    )
+
+
+def _row(keep: float, arm: str, cells: Sequence[dict[str, Any]], kd: Sequence[dict[str, Any]] | None) -> str:
+    one = cells[0]
+    seconds = fmean(sum(c["seconds"].get(stage, 0.0) for stage in c["teacher_passes"]) for c in cells)
+    cost = "" if kd is None else f"{_charged(one) / _charged(kd[0]):.2f}x"
+    epochs = " + ".join(f"{number:.1f}" for number in one["epochs"].values())
+    return (
+        f"| {arm} | {keep:g} | {spread([c['top1'] for c in cells], 1)} "
+        f"| {spread([c['pixel_accuracy'] for c in cells], 1)} | {short_number(one['num_params'])} "
+        f"| {short_number(one['macs'])} | {epochs} | {cost} | {seconds:.0f} | {len(cells)} |"
+    )
+
+
+def _charged(cell: dict[str, Any]) -> float:
+    return sum(passes for stage, passes in cell["teacher_passes"].items() if stage != "score")
+
+
+def show(teacher: Path, students: Sequence[Path], data: Path, file: Path) -> None:
+    """A picture: a row for each of a few test images, with truth, teacher and students over it."""
+    found = resolve_data(DataOptions(data=str(data), workers=0))
+    rows = []
+    for i in range(0, len(found.test), len(found.test) // SHOWN)[:SHOWN]:
+        image, mask = found.test.opened(i)
+        seen = [image.convert("RGB"), over(image, np.array(mask), found.colours, 0.7)]
+        seen += [over(image, _said(folder, image), found.colours, 0.7) for folder in (teacher, *students)]
+        rows.append(np.concatenate([np.array(one.resize((256, 192))) for one in seen], axis=1))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.concatenate(rows)).save(file, quality=85)
+    say(f"{file}: image, truth, teacher, {', '.join(folder.name for folder in students)}")
+
+
+@torch.no_grad()
+def _said(folder: Path, image: Image.Image) -> np.ndarray:
+    """What a model says of each pixel of an image."""
+    model, card = load_with_card(folder)
+    logits = model(normalise(eval_transform(card.input)(image)[None], card.input))[0]
+    strips = in_strips(logits, (image.height, image.width))
+    return torch.cat([strip.argmax(dim=0).to(torch.uint8) for _, strip in strips]).numpy()
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from record import RESULTS
 from scalekd import table as scalekd_table
 from scalekd_cost import table as scalekd_cost_table
 from scaling import table as scaling_table
+from segmentation import table as segmentation_table
 from speed import table as speed_table
 from stepwell.compare.table import spread
 from stepwell.measure.size import short_number
@@ -200,6 +201,7 @@ def main() -> None:
         if name in records:  # not all have been run yet
             parts[name] = table(records[name])
     parts["scalekd-cost"] = scalekd_cost_table(records["scalekd-cost"])
+    parts["segmentation"] = segmentation_table()
     parts |= tables_of(RESULTS / "experiments")
     for folder in {file.parent for file in (RESULTS / "scalekd").glob("*/*.json")}:
         parts[f"scalekd-{folder.name}"] = scalekd_table(folder)

@@ -138,6 +138,9 @@ class FixedEval(EvalBatches):
     def __iter__(self) -> Iterator[Batch]:
         return (self._fixed[step] for step in self._steps)
 
+    def truths(self, batch: Batch) -> list[Tensor]:
+        return list(batch.labels)
+
 
 class FixedTrain(TrainBatches):
     """Hands out the batches it was given, in order, in every epoch."""

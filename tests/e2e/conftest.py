@@ -119,7 +119,7 @@ def without_files(monkeypatch: pytest.MonkeyPatch) -> None:
 
     without_times(monkeypatch)
     monkeypatch.setattr(deliver, "export_onnx", export_nothing)
-    monkeypatch.setattr(deliver, "takes_any_size", lambda _file: False)
+    monkeypatch.setattr(deliver, "sizes_taken", lambda _file: "")
     monkeypatch.setattr(deliver, "write_report", write_nothing)
 
 

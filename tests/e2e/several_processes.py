@@ -20,11 +20,13 @@ from small_world import MODEL, QUICK, TIMM, StopAt, Stopped, stepwell, watched, 
 from torch import Tensor, nn
 
 import conftest
+from masks import write_masks
 from stepwell.cli import main
 from stepwell.config.commands import CompressConfig, TrainConfig
 from stepwell.config.files import make_config
 from stepwell.data.batches import Batch, EvalBatches, TrainBatches, images_per_process, part_of_batch
 from stepwell.data.images import ImageSet
+from stepwell.data.spec import InputSpec
 from stepwell.data.splits import resolve_data
 from stepwell.errors import ConfigError, DataError
 from stepwell.losses.choose import Pair
@@ -51,7 +53,7 @@ from stepwell.run.processes import alone, is_main, rank, world
 from stepwell.run.sharded import Sharded
 from stepwell.run.sharded_model import guard, in_parts, num_held
 from stepwell.stages.score import importance_by_gradient
-from stepwell.tasks import classification, embedding, multilabel
+from stepwell.tasks import classification, embedding, multilabel, segmentation
 from stepwell.tasks.task import task_of
 from stepwell.training.handed_on import performance_of
 from stepwell.training.loop import Course, fit
@@ -60,6 +62,7 @@ from stepwell.training.recomputed import recomputed_blocks
 from stepwell.training.statistics import recalibrate
 
 CPU = torch.device("cpu")
+MASK_SPEC = InputSpec((16, 24), 3, (0.5,) * 3, (0.5,) * 3, "bilinear", 1.0, "squash")
 SGD = ("--optimizer", "sgd", "--lr", 0.05, "--weight-decay", 0.01)
 SHARD = ("--shard-optimizer",)  # in a single process it does nothing
 PARTS = ("--shard-teacher",)  # likewise
@@ -223,6 +226,28 @@ def check_images_are_measured_once(out: Path, teacher: Path, data: Path) -> None
         assert torch.equal(found.labels, answers.labels)
         found = embedding.evaluate(model, batches)
         assert torch.equal(found.probabilities, embeddings.probabilities)
+
+
+def check_masks_are_measured_once(out: Path, teacher: Path, data: Path) -> None:
+    """Each process runs its share; where there is one batch, the second has none."""
+    folder = write_masks(out / f"masks-{rank()}", {"train": 2, "val": 2, "test": 7})
+    config = make_config(CompressConfig, {"data": str(folder), "batch_size": 2, "workers": 0})
+    images = resolve_data(config).test
+    torch.manual_seed(0)
+    model, asked = nn.Conv2d(3, 3, 3, padding=1), []
+    model.register_forward_hook(lambda _module, inputs, _output: asked.append(len(inputs[0])))
+    for number in (7, 2):
+        batches = EvalBatches(images.subset(range(number)), MASK_SPEC, config, CPU)
+        with alone():
+            one = segmentation.evaluate(model, batches)
+        asked.clear()
+        ours = segmentation.predict(model, batches)
+        assert sum(joined([sum(asked)])) == number
+        assert torch.equal(ours.probabilities, one.counts)
+        assert ours.meter.confusion is not None
+        assert torch.equal(ours.meter.confusion, one.confusion)
+        assert ours.meter.num_images == number
+        assert ours.meter.log_likelihood == pytest.approx(one.log_likelihood)
 
 
 def check_scores_are_those_of_one_process(out: Path, teacher: Path, data: Path) -> None:

@@ -22,7 +22,10 @@ from stepwell.config.options import DataOptions
 from stepwell.data.batches import TrainBatches
 from stepwell.data.spec import InputSpec
 from stepwell.data.splits import resolve_data
-from stepwell.models.card import read_card
+from stepwell.data.transforms import eval_transform, normalise
+from stepwell.models.card import Architecture, Card, read_card, save_model
+from stepwell.models.segmenters import build
+from stepwell.tasks.outputs import as_logits
 from stepwell.tasks.segmentation import loss_per_image
 
 TEACHER = Path(__file__).parent.parent / "tiny_unet.py"
@@ -83,7 +86,7 @@ def test_from_a_teacher_to_masks(folder, weights, tmp_path, capsys):
     low, high = result.student.quality_interval
     assert low <= result.student.quality <= high
     assert result.student.num_params < 0.5 * result.teacher.num_params
-    assert "on two sizes: it takes any" in capsys.readouterr().err
+    assert "heights and widths: any" in capsys.readouterr().err
     stages = {name: file.stat().st_mtime for name in ("joint", "distill") for file in [run / "stages" / name]}
     stepwell(*words)  # resumes, and does nothing again
     assert stages == {name: (run / "stages" / name).stat().st_mtime for name in stages}
@@ -119,6 +122,62 @@ def test_from_a_teacher_to_masks(folder, weights, tmp_path, capsys):
 
     stepwell("inspect", run)
     assert "mIoU" in capsys.readouterr().out
+
+
+@pytest.fixture
+def model(tmp_path) -> Path:
+    """Of masks, untrained, of classes whose numbers have gaps."""
+    name, args = "lraspp_mobilenet_v3_large", {"num_classes": 3}
+    architecture = Architecture(source="torchvision", name=name, args=args, outputs="maps")
+    card = Card(
+        architecture=architecture, classes=list(CLASSES), input=SPEC, task="segmentation", numbers=[7, 8, 255]
+    )
+    torch.manual_seed(0)
+    (tmp_path / "model").mkdir()
+    save_model(tmp_path / "model", as_logits(build(f"torchvision:{name}", args), "maps"), card)
+    return tmp_path / "model"
+
+
+def photographs(folder: Path, *names: str, size=(30, 20)) -> list[Path]:
+    folder.mkdir(exist_ok=True)
+    for i, name in enumerate(names):
+        Image.fromarray(np.full((*size[::-1], 3), 50 * i, np.uint8)).save(folder / name)
+    return [folder / name for name in names]
+
+
+@pytest.mark.parametrize(
+    ("names", "out", "says"),
+    [
+        (("a.png",), ".", r"a\.png would replace the image .*a\.png: give another folder with --out"),
+        (("a.jpg", "a-overlay.png"), ".", "a-overlay.png would replace the image"),
+        (("a.jpg", "a.png"), "masks", r"a\.jpg and .*a\.png would both be written to .*masks/a\.png"),
+        (("a.jpg", "a-overlay.jpg"), "masks", "would both be written to .*a-overlay.png"),
+    ],
+)
+def test_predict_replaces_nothing(model, tmp_path, capsys, monkeypatch, names, out, says):
+    monkeypatch.chdir(tmp_path)
+    images = photographs(tmp_path / "photos", *names)
+    before = {file: file.read_bytes() for file in (tmp_path / "photos").iterdir()}
+    given = [Path("photos") / image.name for image in images]  # another way to say the same
+    assert re.search(says, error_of(capsys, "predict", model, *given, "--out", tmp_path / "photos" / out))
+    assert {file: file.read_bytes() for file in (tmp_path / "photos").iterdir()} == before
+
+
+def test_predict_writes_the_numbers_of_the_users_masks(model, tmp_path, capsys):
+    (image,) = photographs(tmp_path / "photos", "a.jpg")
+    colours = [(1, 2, 3), (40, 50, 60), (7, 8, 9)]
+    card = read_card(model).model_copy(update={"colours": colours})
+    (model / "stepwell.json").write_text(card.model_dump_json())
+    stepwell("predict", model, image, "--out", tmp_path / "masks")
+    assert "(numbers in masks: the list's own)" in capsys.readouterr().out
+    with Image.open(tmp_path / "masks/a.png") as mask:
+        written, shown = np.array(mask), np.array(mask.convert("RGB"))
+    with torch.no_grad():
+        pixels = normalise(eval_transform(SPEC)(Image.open(image))[None], SPEC)
+        logits = torch.nn.functional.interpolate(package.load(model)(pixels), (20, 30), mode="bilinear")
+    ours = logits.argmax(1)[0].numpy()
+    assert (written == np.array([7, 8, 255])[ours]).all()
+    assert (shown == np.array(colours)[ours]).all()
 
 
 @pytest.mark.slow

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from stepwell.errors import ExportError, ExportMismatchError
 from stepwell.models import onnx_graph
-from stepwell.models.export import export_onnx, export_program, onnx_difference, why_not_onnx
+from stepwell.models.export import export_onnx, export_program, onnx_difference, sizes_taken, why_not_onnx
 from stepwell.models.input import input_spec
+from stepwell.tasks.outputs import as_logits
 from tiny import SPEC, random_images
 
 SIZE = SPEC.channels * SPEC.size[0] * SPEC.size[1]
@@ -300,3 +301,33 @@ def test_a_folder_whose_name_is_no_text(tmp_path):
     folder.mkdir()
     assert export_onnx(Linear(), SPEC, folder / "model.onnx", IMAGES) < 1e-5
     assert left_in(folder) == ["model.onnx"]
+
+
+class Halves(nn.Module):
+    """Of maps: up again by a factor of 2, or to the size that there was."""
+
+    def __init__(self, *, by_factor: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.by_factor = by_factor
+        self.down, self.head = nn.Conv2d(3, 4, 3, 2, 1), nn.Conv2d(7, 3, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        small = self.down(images)
+        if self.by_factor:
+            up = F.interpolate(small, scale_factor=2.0)
+        else:
+            up = F.interpolate(small, images.shape[-2:])
+        return self.head(torch.cat([images, up], dim=1))
+
+
+@pytest.mark.parametrize(("by_factor", "sizes"), [(False, "any"), (True, "multiples of 32")])
+def test_a_file_says_which_sizes_it_was_run_on(tmp_path, by_factor, sizes):
+    model = as_logits(Halves(by_factor=by_factor), "maps").eval()
+    spec = replace(SPEC, size=(32, 64), channels=3, mean=(0.5,) * 3, std=(0.5,) * 3)
+    export_onnx(model, spec, tmp_path / "m.onnx", torch.randn(2, 3, 32, 64))
+    assert sizes_taken(tmp_path / "m.onnx") == sizes
+    images = torch.randn(1, 3, *((96, 32) if by_factor else (37, 51)))
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
+    (found,) = session.run(None, {"images": images.numpy()})
+    assert np.allclose(found, model(images).detach().numpy(), atol=1e-4)

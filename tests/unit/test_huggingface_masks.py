@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -49,6 +50,12 @@ def test_a_folder_becomes_a_teacher_and_is_cut_exactly(make, tmp_path):
     teacher = load_teacher(str(tmp_path), None, {}, 3)
     assert (teacher.task, teacher.classes) == ("segmentation", tuple(NAMES.values()))
     assert not any("auxiliary" in name for name in teacher.model.state_dict())
+    # The processor's square is no reason to squash images; a student of ours was trained at its size.
+    assert not teacher.has_own_size
+    ours = replace(
+        teacher, architecture=teacher.architecture.model_copy(update={"outputs": "maps"}), task="segmentation"
+    )
+    assert ours.has_own_size
     model = as_logits(teacher.model, "maps").eval()
     with torch.no_grad():
         raw = own(IMAGES).logits

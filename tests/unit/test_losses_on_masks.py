@@ -201,3 +201,18 @@ def test_every_loss_of_masks_teaches(name):
     assert read.grad.isfinite().all()
     assert read.grad.abs().sum() > 0
     assert loss_macs(make_distillation(options, of_masks(), seed=0), of_masks(), 2).keys() == {"main"}
+
+
+def test_what_cirkd_costs_is_counted_with_full_queues(monkeypatch):
+    """As after some steps: with empty ones, the first step of a training is much cheaper than the others."""
+    options = LossOptions(feature_loss="cirkd", logit_weight=0.0, feature_args={"num_pixels": 8})
+    features, logits = torch.zeros(2, 5, 4, 6), torch.zeros(2, 3, 16, 24)
+    found = pair(
+        Output(logits, [], features), Output(logits, [], features),
+        blank=torch.zeros(2, 3, 16, 24), task="segmentation",
+    )  # fmt: skip
+    full = loss_macs(make_distillation(options, found, seed=0), found, 2)["main"]
+    monkeypatch.setattr(CIRKD, "fill", lambda _self: None)
+    empty = loss_macs(make_distillation(options, found, seed=0), found, 2)["main"]
+    # 8 rows in each queue of pixels, a third of 1,024 drawn of regions; forward for both, back for one.
+    assert full - empty == 3 * (4 * 6) * 5 * 3 * (8 + 1024 // 3)

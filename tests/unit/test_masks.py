@@ -14,7 +14,7 @@ from stepwell.config.options import DataOptions
 from stepwell.config.recipe_options import RecipeOptions
 from stepwell.data import feed
 from stepwell.data.batches import EvalBatches, TrainBatches
-from stepwell.data.mask_classes import IGNORED, palette, ranges, read_classes
+from stepwell.data.mask_classes import IGNORED, numbered_classes, palette, ranges, read_classes
 from stepwell.data.spec import InputSpec
 from stepwell.data.splits import resolve_data
 from stepwell.errors import ConfigError, DataError
@@ -82,6 +82,23 @@ def test_another_meaning_is_another_fingerprint(tmp_path):
     before = resolve_data(options(tmp_path)).fingerprint
     (tmp_path / "classes.csv").write_text("name,index,ignore\nground,1,\ndisc,0,\nbar,2,\nvoid,9,yes")
     assert resolve_data(options(tmp_path)).fingerprint != before
+
+
+def test_other_colours_are_another_fingerprint(tmp_path):
+    write_masks(tmp_path, {"": 12})
+    found = []
+    for red in ("#ff0000", "#fe0000"):
+        rows = [f"ground,0,{red},", "disc,1,#00ff00,", "bar,2,#0000ff,", "void,9,,yes"]
+        (tmp_path / "classes.csv").write_text("\n".join(["name,index,colour,ignore", *rows]))
+        found.append(resolve_data(options(tmp_path)).fingerprint)
+    assert found[0] != found[1]
+
+
+def test_the_number_of_each_class_is_kept(tmp_path):
+    write_masks(tmp_path, {"": 12})
+    (tmp_path / "classes.csv").write_text("name,index,ignore\nground,1,\ndisc,0,\nbar,2,\nvoid,9,yes")
+    assert resolve_data(options(tmp_path)).mask_numbers == [1, 0, 2]
+    assert numbered_classes([0, 255]).number_of_each == [0, 255]
 
 
 @pytest.mark.brings("folder", "masks of black and white alone", "Background and foreground")

@@ -7,18 +7,24 @@ import math
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from report_example import make_model, make_result
 from sklearn.metrics import jaccard_score
 from torch import Tensor, nn
 
-from stepwell.config.options import LossOptions
-from stepwell.data.batches import Batch
+from stepwell.config.options import DataOptions, LossOptions
+from stepwell.data.batches import Batch, EvalBatches
 from stepwell.data.mask_classes import IGNORED
+from stepwell.data.spec import InputSpec
+from stepwell.data.splits import resolve_data
 from stepwell.errors import ConfigError
 from stepwell.losses.choose import logit_loss
 from stepwell.losses.dist import dist_loss
 from stepwell.losses.logit import kd_loss
 from stepwell.losses.output import Output
-from stepwell.tasks import segmentation
+from stepwell.report.pictures import Picture
+from stepwell.report.report import TestPredictions, write_report
+from stepwell.tasks import classification, outputs, segmentation
 from stepwell.tasks.outputs import AsLogits, as_logits, check_output, is_dense
 from stepwell.tasks.segmentation import DRAWS, Answers, Meter, loss_per_image, times_drawn
 from stepwell.tasks.task import Task, loss_of, task_of
@@ -125,6 +131,42 @@ def test_the_measure_is_scikit_learns():
     assert (meter.num_images, meter.num_pixels) == (7, int(known.sum()))
 
 
+@pytest.mark.parametrize("size", [(5, 6), (13, 9), (3, 4), (40, 6)])
+def test_logits_are_scaled_in_strips_as_whole(size, monkeypatch):
+    monkeypatch.setattr(outputs, "_STRIP", 100)  # of 4 x width numbers a row
+    logits = random((4, 5, 6))
+    expected = torch.nn.functional.interpolate(logits[None], size, mode="bilinear", align_corners=False)[0]
+    strips = list(outputs.in_strips(logits, size))
+    assert len(strips) > 1 or size[0] < 5
+    assert torch.equal(torch.cat([torch.arange(size[0])[rows] for rows, _ in strips]), torch.arange(size[0]))
+    torch.testing.assert_close(torch.cat([part for _, part in strips], dim=1), expected)
+
+
+def test_pixels_are_those_of_the_masks_whatever_the_model_sees(tmp_path):
+    """Images of two sizes; lines of one pixel, which masks at the model's size would lose."""
+    for i, (height, width) in enumerate([(40, 60), (40, 60), (64, 48)]):
+        mask = np.zeros((height, width), np.uint8)
+        mask[1::8] = 1
+        for kind, pixels in (("images", np.stack([mask * 200] * 3, axis=2)), ("masks", mask)):
+            for split in ("train", "val", "test"):
+                file = tmp_path / kind / split / f"{i}.png"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels).save(file)
+    options = DataOptions(data=str(tmp_path), workers=0, batch_size=2)
+    data = resolve_data(options)
+    spec = InputSpec((16, 24), 3, (0.5,) * 3, (0.5,) * 3, "bilinear", 1.0, "squash")
+    batches, model = EvalBatches(data.test, spec, options, torch.device("cpu")), nn.Conv2d(3, 2, 3, padding=1)
+    meter = segmentation.evaluate(model, batches)
+    table = np.zeros((2, 2), int)
+    for batch in batches:
+        for logits, i in zip(model(batch.images), batch.indices.tolist(), strict=True):
+            true = np.array(Image.open(tmp_path / f"masks/test/{i}.png"))
+            whole = torch.nn.functional.interpolate(logits[None], true.shape, mode="bilinear")[0]
+            np.add.at(table, (true, whole.argmax(0).numpy()), 1)
+    assert meter.confusion.tolist() == table.tolist()
+    assert meter.num_pixels == 2 * 40 * 60 + 64 * 48
+
+
 def test_sums_of_batches_are_those_of_all():
     whole = segmentation.evaluate(nn.Identity(), FixedEval(batches(batch=7)))
     parts = segmentation.evaluate(nn.Identity(), FixedEval(batches(batch=2)))
@@ -151,7 +193,7 @@ def test_a_class_that_is_nowhere_counts_not_at_all():
     logits = torch.zeros(1, 3, 2, 2)
     logits[:, 0] = 1
     logits[0, 1, 0, 0] = 2  # one pixel is said to be of class 1, which is not there
-    meter = Meter.of(logits, labels, torch.tensor([0]))
+    meter = Meter.of(logits, list(labels), torch.tensor([0]))
     assert meter.quality == pytest.approx(100 * (3 / 4 + 0) / 2)
     assert meter.iou.isnan().tolist() == [False, False, True]
 
@@ -245,3 +287,45 @@ def test_logits_of_pixels_however_they_are_returned(form):
 def test_other_outputs_are_refused(output, says):
     with pytest.raises(ConfigError, match=says):
         check_output(output, "m", dense=True)
+
+
+# --- what is told of it
+
+
+def test_iou_of_each_class_and_pixel_accuracy_are_told():
+    labels = torch.zeros(1, 2, 2, dtype=torch.int64)
+    labels[0, 0, 0] = IGNORED
+    logits = torch.zeros(1, 3, 2, 2)
+    logits[:, 0] = 1
+    logits[0, 1, 1, 1] = 2
+    meter = Meter.of(logits, list(labels), torch.tensor([0]))
+    assert segmentation.of_pixels(meter, ["sky", "road", "car"]) == {
+        "pixel_accuracy": pytest.approx(100 * 2 / 3),
+        "iou_by_class": {"sky": pytest.approx(100 * 2 / 3), "road": 0.0},  # a car is nowhere
+    }
+    assert segmentation.of_pixels(classification.Meter(), ["sky"]) == {}
+
+
+def test_the_report_shows_both_models_iou_and_what_the_colours_mean(tmp_path):
+    answers = [segmentation.predict(nn.Identity(), FixedEval(batches(skill=skill))) for skill in (3.0, 0.5)]
+    names = ["sky", "road", "car", "tree"]
+    of_models = [of_model(answer.meter, names) for answer in answers]
+    result = make_result(names, measure="mIoU", teacher=of_models[0], student=of_models[1])
+    teacher, student = (answer.probabilities.numpy() for answer in answers)
+    predictions = TestPredictions(answers[0].labels.numpy(), teacher, student, [f"{i}.png" for i in range(7)])
+    picture = Picture("a.png", *["data:image/jpeg;base64,"] * 5)
+    colours = [(1, 2, 3), (4, 5, 6), (7, 8, 9), (10, 11, 12)]
+    write_report(
+        result, predictions, lambda _: Image.new("RGB", (4, 4)), tmp_path / "r.html", [picture], colours
+    )
+    page = (tmp_path / "r.html").read_text()
+    for name, iou in zip(names, answers[0].meter.iou.tolist(), strict=True):
+        assert f'title="{name}, ' in page
+        assert f'<span class="both"><i style="width:{iou:.2f}%;background:var(--teacher)">' in page
+    assert '<i style="background:rgb(4, 5, 6)"></i>road</span>' in page
+    one, other = (answer.meter.pixel_accuracy for answer in answers)
+    assert f"Pixel accuracy: {one:.1f} &rarr; {other:.1f}" in page
+
+
+def of_model(meter: Meter, names: list[str]) -> dict:
+    return {**make_model(meter.quality, 0.5, 0.5), **segmentation.of_pixels(meter, names)}

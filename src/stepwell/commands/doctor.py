@@ -26,7 +26,7 @@ from stepwell.errors import DataError
 from stepwell.measure.budget import student_widths
 from stepwell.measure.size import count_macs, num_params, short_number
 from stepwell.measure.whole import little_saved, narrower
-from stepwell.models.input import as_asked, check_runs, check_trains, for_masks, has_one_size
+from stepwell.models.input import as_asked, check_runs, check_trains, for_masks
 from stepwell.models.student import OtherStudent
 from stepwell.models.teacher import Teacher
 from stepwell.paths import checked_path
@@ -62,8 +62,7 @@ def run(config: DoctorConfig) -> str:
     spec = as_asked(teacher.spec, teacher.model, config, data.white_level if data else None)
     task = task_asked(teacher, data, config)
     if data is not None and task == "segmentation":
-        has_size = teacher.task == "segmentation" or has_one_size(teacher.model)
-        spec = for_masks(spec, data.train, config, has_size=has_size)
+        spec = for_masks(spec, data.train, config, has_size=teacher.has_own_size)
     teacher, class_lines = _classes(replace(teacher, spec=spec), data, config)
     if config.student_size is not None:
         teacher = teacher.at_size(height_and_width(config.student_size))

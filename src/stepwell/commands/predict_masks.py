@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
@@ -19,51 +20,74 @@ from stepwell.errors import ConfigError, DataError, ModelError, printable
 from stepwell.models.card import Card
 from stepwell.report.pictures import in_colours, over
 from stepwell.run.atomic import writing
+from stepwell.tasks.outputs import in_strips
+
+_BLACK = (0, 0, 0)
 
 
 def predict_masks(config: PredictConfig, model: nn.Module, card: Card) -> str:
-    """Write `NAME.png`, whose numbers are the classes, and `NAME-overlay.png` for each image; a line on each.
+    """For each image write `NAME.png`, in the numbers of the user's masks, and `NAME-overlay.png`; a line on
+    each.
 
     Raises:
         DataError: An image cannot be read.
-        ConfigError: Two images have one name.
+        ConfigError: What is written would replace an image, or another mask.
         ModelError: The model answers with NaN.
     """
     out = config.out_dir or Path("predictions")
-    stems = [file.stem for file in config.images]
-    if twice := next((stem for stem in stems if stems.count(stem) > 1), None):
-        raise ConfigError(
-            f"two images are called {twice}, and so would their masks in {out}: give them apart"
-        )
-    images = [_read(file, config, card) for file in config.images]
+    _check_files(config.images, out)
     colours = card.colours or palette(len(card.classes))
+    numbers = _numbers(card)
+    drawn = [colours[numbers.index(n)] if n in numbers else _BLACK for n in range(max(numbers) + 1)]
     transform = eval_transform(card.input)
     width = max(len(printable(readable(str(file)))) for file in config.images)
     lines = []
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
-    for file, image in zip(config.images, images, strict=True):
+    for file in config.images:
+        image = _read(file, config, card)
         with torch.no_grad():
             logits = model(normalise(transform(image)[None], card.input))
         if not logits.isfinite().all():
             raise ModelError(f"{config.model} answers with NaN: its weights are damaged")
         # At the size of the image, not of what the model saw.
         size = (image.size[1], image.size[0])
-        whole = F.interpolate(logits, size, mode="bilinear", align_corners=False)
-        classes = whole.argmax(dim=1)[0].to(torch.uint8).numpy()
+        said = [strip.argmax(dim=0).to(torch.uint8) for _, strip in in_strips(logits[0], size)]
+        classes = torch.cat(said).numpy()
         with writing(out):
-            in_colours(classes, colours).save(out / f"{file.stem}.png")
+            in_colours(np.array(numbers, np.uint8)[classes], drawn).save(out / f"{file.stem}.png")
             over(image, classes, colours).save(out / f"{file.stem}-overlay.png")
         name = printable(readable(str(file)))
         lines.append(f"{name:<{width}}  {_shares(classes, card.classes, config.top)}")
-    return "\n".join([*lines, f"masks and overlays: {out}"])
+    same = "the list's own" if numbers == card.numbers else "those of the classes in their order, from 0"
+    return "\n".join([*lines, f"masks and overlays: {out} (numbers in masks: {same})"])
+
+
+def _numbers(card: Card) -> list[int]:
+    """What is written for each class: its number in the user's own masks, where a byte can hold it."""
+    in_order = list(range(len(card.classes)))
+    return card.numbers if card.numbers and max(card.numbers) < 256 else in_order
+
+
+def _check_files(images: Sequence[Path], out: Path) -> None:
+    """Before anything is written: all images are there, and no file comes into the place of another."""
+    if missing := next((file for file in images if not file.exists()), None):
+        raise DataError(f"no image {missing}")
+    given = {os.path.realpath(file): file for file in images}
+    made: dict[str, Path] = {}
+    for file in images:
+        for target in (out / f"{file.stem}.png", out / f"{file.stem}-overlay.png"):
+            if (replaced := given.get(os.path.realpath(target))) is not None:
+                raise ConfigError(
+                    f"{target} would replace the image {replaced}: give another folder with --out"
+                )
+            if (other := made.setdefault(str(target), file)) != file:
+                raise ConfigError(f"{other} and {file} would both be written to {target}: give them apart")
 
 
 def _read(file: Path, config: PredictConfig, card: Card) -> Image.Image:
     try:
         return open_alone(file, config.white_level or card.input.white_level)
-    except FileNotFoundError:
-        raise DataError(f"no image {file}") from None
     except Exception as error:  # decoders raise nearly anything on broken bytes
         raise DataError(f"cannot decode {file}: {one_line(error)}") from None
 

@@ -20,7 +20,7 @@ from stepwell.errors import DivergedError, RunDirError
 from stepwell.measure.cost import charged
 from stepwell.measure.hardware import hardware
 from stepwell.measure.size import count_macs, num_params
-from stepwell.models.card import WEIGHTS, find_model_dir
+from stepwell.models.card import WEIGHTS, find_model_dir, save_model
 from stepwell.paths import path_of
 from stepwell.paths.begin import begin
 from stepwell.paths.path import ladder_of
@@ -35,6 +35,7 @@ from stepwell.setting.rungs import student_below, teacher_of
 from stepwell.setting.setting import Setting
 from stepwell.stages.deliver import tried_result
 from stepwell.tasks.measures import Measure
+from stepwell.tasks.segmentation import of_pixels
 from stepwell.version import __version__
 
 
@@ -62,6 +63,12 @@ class CellResult(BaseModel):
     selection_performance: float
     """Accuracy or likelihood on the selection images: what learning rates are chosen by."""
     teacher_top1: float
+    pixel_accuracy: float | None = None
+    """Of masks: percent of the test pixels that the student says rightly."""
+    iou_by_class: dict[str, float] = {}
+    """Likewise: the student's, in percent."""
+    teacher_pixel_accuracy: float | None = None
+    teacher_iou_by_class: dict[str, float] = {}
     num_params: int
     macs: int
     teacher_macs: int
@@ -113,11 +120,13 @@ class Cell:
         arm: Its row of the table.
         config: All options; its `out_dir` is a scratch folder, removed when the cell is finished.
         file: Where its result goes.
+        student: Where the student is kept; None throws it away.
     """
 
     arm: str
     config: CompressConfig
     file: Path
+    student: Path | None = None
 
     def finished(self) -> CellResult | None:
         """The result, if it is there and was made with the same options.
@@ -212,6 +221,8 @@ def _begin(cell: Cell) -> Setting:
 def _look(cell: Cell, s: Setting, finished: Finished) -> CellResult:
     student, choice, bill = finished.student.model, finished.choice, bill_of(s.run)
     candidate = finished.student.candidate
+    if cell.student is not None:
+        from_main(lambda: _keep_student(cell.student, s, finished))
     selection = s.task.evaluate(student, s.selection, "selection images")
     test = s.task.evaluate(student, s.test, "test")
     return _result(
@@ -221,6 +232,7 @@ def _look(cell: Cell, s: Setting, finished: Finished) -> CellResult:
         {
             "top1": test.quality,
             "top1_interval": test.quality_interval,
+            **of_pixels(test, s.data.classes),
             "selection_top1": selection.quality,
             "selection_performance": selection.performance(s.metric),
             "widths": {} if candidate is None or finished.student.is_other else candidate.widths,
@@ -238,6 +250,13 @@ def _look(cell: Cell, s: Setting, finished: Finished) -> CellResult:
             "epochs": {name: training.epochs for name, training in trainings_of(s.run).items()},
         },
     )
+
+
+def _keep_student(folder: Path | None, s: Setting, finished: Finished) -> None:
+    assert folder is not None
+    folder.mkdir(parents=True, exist_ok=True)
+    candidate = finished.student.candidate
+    save_model(folder, finished.student.model, s.student_card(candidate.widths if candidate else {}))
 
 
 def _look_at_wreck(cell: Cell, s: Setting, error: DivergedError) -> CellResult:
@@ -269,12 +288,14 @@ def _look_at_wreck(cell: Cell, s: Setting, error: DivergedError) -> CellResult:
 
 def _result(cell: Cell, s: Setting, student: nn.Module, figures: Mapping[str, Any]) -> CellResult:
     """`figures`, and what is known of every run."""
+    teacher = s.task.evaluate(s.teacher.answering, s.test, "teacher")
     return CellResult(
         arm=cell.arm,
         seed=cell.config.seed,
         options=options_of(cell.config),
         measure=s.task.MEASURE,
-        teacher_top1=s.task.evaluate(s.teacher.answering, s.test, "teacher").quality,
+        teacher_top1=teacher.quality,
+        **{f"teacher_{name}": value for name, value in of_pixels(teacher, s.data.classes).items()},
         num_params=num_params(student),
         macs=count_macs(student, s.spec),
         teacher_macs=s.teacher_macs,

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from stepwell.config.options import Augment, DataOptions
 from stepwell.config.recipe_options import PLAIN, RecipeOptions
-from stepwell.data.feed import Feed
+from stepwell.data.feed import Feed, num_workers, whole_masks
 from stepwell.data.images import ImageSet
 from stepwell.data.labels import Label, as_tensor
 from stepwell.data.mask_transforms import MaskTrainTransform, check_mask_recipe
@@ -228,6 +228,7 @@ class EvalBatches:
         assert len(labels) == len(images)
         self.labels = labels if isinstance(labels, Tensor) else as_tensor(labels)
         self._has_masks = images.masks is not None and labels is images.labels
+        self._images, self._num_workers = images, num_workers(options)
         self._feed = Feed(images, spec, options, device, None)
         self._steps = range(math.ceil(len(self.labels) / self.batch_size))
 
@@ -249,6 +250,10 @@ class EvalBatches:
         part = copy.copy(self)
         part._steps = self._steps[:number]
         return part
+
+    def truths(self, batch: Batch) -> list[Tensor]:
+        """The masks of a batch at their own sizes; `batch.labels` are scaled to the model's."""
+        return whole_masks(self._images, batch.indices.tolist(), self._num_workers)
 
     def __len__(self) -> int:
         return len(self._steps)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -144,6 +145,22 @@ def _stack(items: list[Tensor | str]) -> _Sent:
 def _plain(images: ImageSet, spec: InputSpec) -> Transform:
     """What happens to an image that is not augmented; its mask goes with it."""
     return eval_transform(spec) if images.masks is None else eval_mask_transform(spec)
+
+
+def whole_masks(images: ImageSet, indices: Sequence[int], num_threads: int) -> list[Tensor]:
+    """The masks of some images at their own sizes, uint8; read once, as long as they fit in memory."""
+    assert images.masks is not None
+    masks, held = images.masks, images.cache.setdefault("masks", {})
+
+    def read(index: int) -> Tensor:
+        return torch.from_numpy(np.array(masks.open(images.keys[index])))
+
+    missing = [index for index in indices if index not in held]
+    with ThreadPoolExecutor(max(1, num_threads)) as pool:
+        found = dict(zip(missing, pool.map(read, missing), strict=True))
+    if sum(mask.numel() for mask in [*held.values(), *found.values()]) <= MEMORY_LIMIT:
+        held |= found
+    return [found[index] if index in found else held[index] for index in indices]
 
 
 def num_workers(options: DataOptions) -> int:

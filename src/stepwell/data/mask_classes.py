@@ -48,6 +48,12 @@ class MaskClasses:
     numbers: Mapping[int, int] = field(hash=False)
     by_colour: Mapping[Colour, int] | None = field(default=None, hash=False)
 
+    @property
+    def number_of_each(self) -> list[int]:
+        """The number in masks of each class."""
+        number = {place: number for number, place in self.numbers.items()}
+        return [number[place] for place in range(len(self.names))]
+
     def with_ignored(self, numbers: Iterable[int]) -> MaskClasses:
         """The same where pixels of these numbers count nowhere.
 

@@ -76,6 +76,11 @@ class Data:
         """What the classes of masks are drawn in; nothing where there are none."""
         return [] if self.train.masks is None else list(self.train.masks.classes.colours)
 
+    @property
+    def mask_numbers(self) -> list[int]:
+        """The number of each class in masks; nothing where there are none."""
+        return [] if self.train.masks is None else self.train.masks.classes.number_of_each
+
 
 def resolve_data(options: DataOptions) -> Data:
     """Find the images that `options` names and split them.
@@ -233,6 +238,8 @@ def _fingerprint(classes: Sequence[str], splits: Mapping[str, ImageSet]) -> str:
         digest.update(f"\n{name} {len(images)}\n".encode())
         if images.masks is not None:
             digest.update(f"{sorted(images.masks.classes.numbers.items())}\n".encode())
+            if images.masks.classes.by_colour is not None:
+                digest.update(f"{sorted(images.masks.classes.by_colour.items())}\n".encode())
         for key, label in zip(images.keys, images.labels, strict=True):
             digest.update(f"{key}\0{label}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()

@@ -151,6 +151,11 @@ class CIRKD(LossWithNetworks):
         self._remember(theirs, labels_at(labels, theirs.shape[2:]))
         return torch.stack([w * term for w, term in zip(self.weights, terms, strict=True)]).sum()
 
+    def fill(self) -> None:
+        """As if it had seen many images: for a count of what it computes then."""
+        for queues in (self.pixels, self.regions):
+            queues.used.fill_(queues.rows.shape[1])
+
     @torch.no_grad()
     def _remember(self, maps: Tensor, labels: Tensor) -> None:
         """16 pixels of each class in each image, and their mean over all."""

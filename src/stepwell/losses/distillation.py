@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from stepwell.config.options import LossOptions, TaskName
 from stepwell.errors import ConfigError
 from stepwell.losses.choose import Call, Pair, feature_loss, logit_loss
+from stepwell.losses.cirkd import CIRKD
 from stepwell.losses.kept import Kept, on_kept
 from stepwell.losses.networks import LossWithNetworks
 from stepwell.losses.output import Output, Target, arguments
@@ -206,6 +207,8 @@ def loss_macs(loss: Distillation, pair: Pair, batch_size: int) -> dict[Phase, fl
     labels = indices if like is None else like.new_zeros((batch_size, *like.shape[1:]), device=device)
     if pair.task == "segmentation":
         labels = indices.new_zeros((batch_size, *pair.student.logits.shape[2:]))
+    if isinstance(loss.feature, CIRKD):
+        loss.feature.fill()
     for phase in loss.phases:
         loss.begin(phase)
         # The fused attention kernels are not all known to the counter; the plain one is two matrix products.

@@ -54,7 +54,7 @@ class Observed(nn.Module):
     A state has whatever shape its block returns, tokens (B, N, C) or a map (B, C, H, W); it is the same for
     every candidate, since only what lies inside of blocks is cut. The features are what its last linear layer
     reads; of a model without one, the mean of its last state. Of a model that tells each pixel they are the
-    map that its last convolution reads.
+    map that the last convolution reads from which the logits come.
 
     Args:
         model: Kept as attribute `model`, so its parameters are named `model.NAME` here.
@@ -82,7 +82,9 @@ class Observed(nn.Module):
         blocks = [self.model.get_submodule(name) for name in self.blocks]
         readers = [] if self.classifier is None else [self.model.get_submodule(self.classifier)]
         if self.is_dense:
-            readers = [layer for layer in self.model.modules() if isinstance(layer, nn.Conv2d)]
+            last = getattr(self.model, "last_convolution", "")
+            layers = [layer for layer in self.model.modules() if isinstance(layer, nn.Conv2d)]
+            readers = [self.model.get_submodule(last)] if last else layers
         return [
             *(block.register_forward_hook(seen.returned) for block in blocks),
             *(layer.register_forward_pre_hook(seen.read) for layer in readers),

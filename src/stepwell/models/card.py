@@ -28,6 +28,7 @@ from stepwell.models import huggingface, own_module, segmenters
 from stepwell.models.arguments import refused
 from stepwell.models.factory import Factory, build_with
 from stepwell.models.input import check_runs
+from stepwell.models.reached import leave_out
 from stepwell.pruning import generic
 from stepwell.pruning.channels import channel_groups, is_stream
 from stepwell.pruning.families import find_groups
@@ -63,6 +64,8 @@ class Architecture(BaseModel):
     parts: dict[str, list[int]] = {}
     """Convolutions that read a concatenation and were taken apart, with the channels of each part; see
     pruning/parts.py."""
+    unused: list[str] = []
+    """Modules that do not reach the logits and were left out; see reached.py."""
 
 
 class Card(BaseModel):
@@ -80,6 +83,8 @@ class Card(BaseModel):
     """What its answers are: one class, or a yes or no for each, or one class for each pixel."""
     colours: list[tuple[int, int, int]] = []
     """What the classes of masks are drawn in; nothing for other tasks."""
+    numbers: list[int] = []
+    """What number each class has in the user's masks; nothing in cards of older versions."""
     provenance: dict[str, Any] = {}
     """Versions, teacher, data and figures: for people; nothing is computed from it."""
 
@@ -163,6 +168,12 @@ def check_answers(model: nn.Module, card: Card, folder: Path) -> None:
 def build(architecture: Architecture, factory: Factory | str | None, where: Path) -> nn.Module:
     """The full-width module with whatever weights its constructor gives it; returns logits."""
     model = as_logits(_build(architecture, factory, where), architecture.outputs)
+    try:
+        leave_out(model, architecture.unused)
+    except KeyError as error:
+        raise ModelError(
+            f"{where} does not fit the {type(model).__name__} that was built for it: no {error.args[0]} there"
+        ) from None
     try:
         take_apart(model, architecture.parts)
     except KeyError as error:

@@ -31,6 +31,7 @@ from stepwell.run.atomic import writing
 from stepwell.tasks.outputs import is_dense
 
 _STEP = 32  # pixels; nets that halve their maps five times take multiples of it
+_SIZES = "stepwell.sizes"  # key of the metadata of an ONNX file
 TOLERANCE = 1e-4  # largest difference of logits, relative to the largest logit
 
 
@@ -45,8 +46,9 @@ def export_onnx(
     """Write `file` and prove with onnxruntime that it computes what `model` does.
 
     Weights above `onnx_graph.EXTERNAL_FROM` bytes lie in a second file, `FILE.data`. A model that tells each
-    pixel is exported for images of any height and width, and run on those of two sizes; where it cannot
-    be, for those of its own size.
+    pixel is exported for images of any height and width, and run on those of three sizes, of which one is
+    odd; where that fails it is for multiples of 32, which its metadata say; and where it cannot be, for those
+    of its own size.
 
     Args:
         model: What to export; a copy is exported from the CPU in fp32 and eval mode.
@@ -82,15 +84,28 @@ def _for_any_size(model: nn.Module, spec: InputSpec, file: Path, images: Tensor,
     others = F.interpolate(images.cpu().float(), (height, width), mode="bilinear", align_corners=False)
     try:
         write_onnx(model, spec, file, opset, any_size=True)
-        return float(np.max([onnx_difference(model, file, some) for some in (images, others[:2])]))
+        found = float(np.max([onnx_difference(model, file, some) for some in (images, others[:2])]))
     except Exception:  # the exporter's, or the model's own where it takes one size alone
         return math.inf
+    # Skip connections of other sizes do not fit to each other, in many models.
+    odd = F.interpolate(others[:1], (height + 5, width + 7), mode="bilinear", align_corners=False)
+    with contextlib.suppress(Exception):  # likewise
+        if onnx_difference(model, file, odd) <= TOLERANCE:
+            return found
+    written = onnx.load(file, load_external_data=False)
+    onnx.helper.set_model_props(written, {_SIZES: f"multiples of {_STEP}"})
+    onnx.save(written, file)
+    return found
 
 
-def takes_any_size(file: Path) -> bool:
-    """Whether the images that an ONNX file takes may have any height and width."""
-    graph = onnx.load(file, load_external_data=False).graph
-    return all(dim.HasField("dim_param") for dim in graph.input[0].type.tensor_type.shape.dim[2:])
+def sizes_taken(file: Path) -> str:
+    """Heights and widths of the images that an ONNX file takes: `any`, or `multiples of 32`; empty where it
+    takes one size alone."""
+    model = onnx.load(file, load_external_data=False)
+    sides = model.graph.input[0].type.tensor_type.shape.dim[2:]
+    if not all(dim.HasField("dim_param") for dim in sides):
+        return ""
+    return {entry.key: entry.value for entry in model.metadata_props}.get(_SIZES, "any")
 
 
 def why_not_onnx(model: nn.Module, spec: InputSpec) -> str:

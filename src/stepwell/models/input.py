@@ -19,6 +19,7 @@ from stepwell.data.images import ImageSet, one_line
 from stepwell.data.spec import InputSpec
 from stepwell.errors import ConfigError, ModelError
 from stepwell.models import huggingface, segmenters
+from stepwell.run.progress import say
 from stepwell.tasks.outputs import check_output, is_dense
 
 _USUAL, _STEP, _LOOKED_AT = 512, 32, 64
@@ -94,6 +95,7 @@ def for_masks(spec: InputSpec, images: ImageSet, options: DataOptions, has_size:
     height, width = sizes.most_common(1)[0][0]
     shrink = min(1.0, _USUAL / max(height, width))
     size = [max(_STEP, round(side * shrink / _STEP) * _STEP) for side in (height, width)]
+    say(f"images are scaled to {size[0]} x {size[1]} pixels; --image-size sets another size")
     return replace(whole, size=(size[0], size[1]))
 
 

@@ -18,11 +18,12 @@ from stepwell.models.card import Architecture
 from stepwell.models.factory import load_factory
 from stepwell.models.fitting import load_start
 from stepwell.models.input import check_runs, has_one_size, input_spec, runs
+from stepwell.models.reached import with_logits_alone
 from stepwell.models.timm_models import create_timm, parse_model_args, timm_architecture
 from stepwell.pruning.blocks import compared_blocks
 from stepwell.pruning.families import find_groups
 from stepwell.run.progress import say
-from stepwell.tasks.outputs import as_logits
+from stepwell.tasks.outputs import AsLogits
 
 
 @dataclass(frozen=True)
@@ -98,8 +99,9 @@ def build_student(
     dense = task == "segmentation"
     classes = check_runs(model, spec, f"{flag} {name}", f"{flag}-args or another model", dense=dense)
     if dense:
-        model = as_logits(model, "maps")
-        architecture = architecture.model_copy(update={"outputs": "maps"})
+        model = AsLogits(model, "maps")
+        unused = with_logits_alone(model, spec)
+        architecture = architecture.model_copy(update={"outputs": "maps", "unused": unused})
     if num_classes is not None and classes != num_classes:
         if task == "features":
             raise ConfigError(

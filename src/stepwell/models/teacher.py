@@ -28,7 +28,7 @@ from stepwell.models.card import (
 from stepwell.models.converted import take_images_of
 from stepwell.models.factory import load_factory
 from stepwell.models.fitting import load_whole
-from stepwell.models.input import input_spec
+from stepwell.models.input import has_one_size, input_spec
 from stepwell.models.recognise import recognise
 from stepwell.models.timm_folder import LOCAL, create_from_folder, is_timm_folder, read_config
 from stepwell.models.timm_folder import class_names as timm_class_names
@@ -95,6 +95,13 @@ class Teacher:
             return []
         ours, theirs = (f"{height} x {width}" for height, width in (self.spec.size, self.seen_size))
         return [f"the student's images are of {ours}; the teacher sees the same, resized to {theirs}"]
+
+    @property
+    def has_own_size(self) -> bool:
+        """Whether it is for images of one size, or was trained for masks at a known one. The square of a
+        processor of transformers is neither: images of another aspect would be squashed."""
+        is_from_processor = self.architecture.source == "transformers" and self.architecture.outputs != "maps"
+        return has_one_size(self.model) or (self.task == "segmentation" and not is_from_processor)
 
     @property
     def is_own_module(self) -> bool:

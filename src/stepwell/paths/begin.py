@@ -13,7 +13,7 @@ from stepwell.config.own_code import file_digest, is_own_code
 from stepwell.data.splits import resolve_data
 from stepwell.errors import ConfigError
 from stepwell.models.card import digest
-from stepwell.models.input import as_asked, for_masks, has_one_size
+from stepwell.models.input import as_asked, for_masks
 from stepwell.models.teacher import load_teacher, teacher_from_module
 from stepwell.paths import checked_path
 from stepwell.paths.path import say_what_is_not_read
@@ -67,8 +67,7 @@ def begin(
     teacher = with_head(teacher, data, config)
     spec = as_asked(teacher.spec, teacher.model, config, data.white_level)
     if data.task == "segmentation":
-        has_size = teacher.task == "segmentation" or has_one_size(teacher.model)
-        spec = for_masks(spec, data.train, config, has_size=has_size)
+        spec = for_masks(spec, data.train, config, has_size=teacher.has_own_size)
     teacher = replace(teacher, spec=spec)
     if config.student_size is not None:
         teacher = teacher.at_size(height_and_width(config.student_size))

@@ -101,6 +101,7 @@ def train(config: TrainConfig) -> str:
         input=spec,
         task=data.task,
         colours=data.colours,
+        numbers=data.mask_numbers,
         provenance={
             "data": data.source,
             "data_fingerprint": data.fingerprint,

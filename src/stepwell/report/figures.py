@@ -18,6 +18,7 @@ from stepwell.run.distributed import from_main
 from stepwell.run.progress import say
 from stepwell.tasks import embedding
 from stepwell.tasks.measures import Forward
+from stepwell.tasks.segmentation import of_pixels
 from stepwell.tasks.task import Answers, task_of
 
 
@@ -83,6 +84,7 @@ def figures_of(
         file_bytes=file_bytes,
         keep_ratio=keep_ratio,
         scale=macs / teacher_macs,
+        **of_pixels(on_test, card.classes),
     )
     return result, answers
 

@@ -21,6 +21,7 @@ from PIL import Image
 
 from stepwell.data.folders import join
 from stepwell.data.images import readable
+from stepwell.data.mask_classes import Colour
 from stepwell.errors import RunDirError
 from stepwell.report import plots, wording
 from stepwell.report.beside import handed_out_sizes
@@ -80,6 +81,7 @@ def write_report(
     thumbnails: Callable[[int], Image.Image],
     path: Path,
     pictures: Sequence[Picture] = (),
+    colours: Sequence[Colour] = (),
 ) -> None:
     """Write the report; `path` is either replaced as a whole or left as it was.
 
@@ -89,11 +91,12 @@ def write_report(
         thumbnails: Returns test image i in any size; called for the few images that are shown.
         path: The HTML file.
         pictures: Of masks: some test images as both models see them.
+        colours: What the classes are drawn in there.
 
     Raises:
         RunDirError: The file cannot be written.
     """
-    page = _render(result, predictions, thumbnails, pictures)
+    page = _render(result, predictions, thumbnails, pictures, colours)
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         try:
@@ -110,6 +113,7 @@ def _render(
     predictions: TestPredictions,
     thumbnails: Callable[[int], Image.Image],
     pictures: Sequence[Picture],
+    colours: Sequence[Colour],
 ) -> str:
     percent = wording.percent_format(result.data.num_test)
     has_classes = result.measure != "cosine"
@@ -154,7 +158,9 @@ def _render(
         untested=join(untested(predictions, result.data.classes) if has_classes else [], SHOWN_CLASSES),
         has_classes=has_classes,
         by_image=by_image,
+        is_dense=predictions.is_dense,
         pictures=pictures,
+        legend=[(name, f"rgb{colour}") for name, colour in zip(result.data.classes, colours, strict=False)],
         of_class="test pixel" if predictions.is_dense else "test image",
         shown_classes=SHOWN_CLASSES,
         num_lost=len(lost),

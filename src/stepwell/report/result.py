@@ -50,6 +50,10 @@ class ModelResult(_Record):
     neighbours_right: float | None = None
     """Of an embedding, where there are labels: percent of the test images whose class is the commonest among
     the 20 nearest training images."""
+    pixel_accuracy: float | None = None
+    """Of masks: percent of the test pixels whose class is said rightly."""
+    iou_by_class: dict[str, float] = {}
+    """Of masks, in percent; without classes that are neither there nor said to be."""
     num_params: int
     macs: int
     """Multiply-accumulates of one image."""

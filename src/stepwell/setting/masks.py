@@ -14,8 +14,9 @@ from stepwell.data.images import one_line
 from stepwell.data.splits import Data
 from stepwell.errors import ConfigError, DataError, ModelError
 from stepwell.models.input import check_runs
+from stepwell.models.reached import with_logits_alone
 from stepwell.models.teacher import Teacher
-from stepwell.tasks.outputs import as_logits, is_dense
+from stepwell.tasks.outputs import AsLogits, as_logits, is_dense
 from stepwell.tasks.segmentation import Meter, check_classes
 
 ASKED = 32
@@ -54,6 +55,7 @@ def settle_masks(
             model=as_logits(teacher.model, "maps").eval(),
             architecture=teacher.architecture.model_copy(update={"outputs": "maps"}),
         )
+    teacher = _without_other_heads(teacher)
     teacher.model.to(device)
     if teacher.trained_on == data.fingerprint:  # trained on these: nothing to find out
         return teacher, data
@@ -67,6 +69,22 @@ def settle_masks(
         f"in another order; it wants another --mean or --std; it learnt other classes"
     )
     return replace(teacher, notes=(*teacher.notes, note)), data
+
+
+def _without_other_heads(teacher: Teacher) -> Teacher:
+    """Of a user's own second heads nothing is learnt, and a student would be handed out with them."""
+    assert isinstance(teacher.model, AsLogits)
+    left_out = with_logits_alone(teacher.model, teacher.spec)
+    if not left_out:
+        return teacher
+    unused = [*teacher.architecture.unused, *left_out]
+    named = ", ".join(name.removeprefix("model.") for name in left_out[:3])
+    note = f"left out, since the logits do not depend on it: {named}{', ...' if len(left_out) > 3 else ''}"
+    return replace(
+        teacher,
+        architecture=teacher.architecture.model_copy(update={"unused": unused}),
+        notes=(*teacher.notes, note),
+    )
 
 
 def _check_names(teacher: Teacher, data: Data) -> None:
@@ -88,7 +106,8 @@ def _asked(teacher: Teacher, data: Data, options: DataOptions, device: torch.dev
     chosen = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))[:ASKED]
     images = data.train.subset(chosen.tolist())
     total: Meter | None = None
-    for batch in EvalBatches(images, teacher.spec, options, device):
+    batches = EvalBatches(images, teacher.spec, options, device)
+    for batch in batches:
         try:
             with torch.no_grad():
                 logits = teacher.model(batch.images)
@@ -103,7 +122,7 @@ def _asked(teacher: Teacher, data: Data, options: DataOptions, device: torch.dev
                 f"{images.keys[int(batch.indices[0])]}: it cannot teach; is there a division or a logarithm "
                 f"in its forward pass?"
             )
-        meter = Meter.of(logits, batch.labels, batch.indices)
+        meter = Meter.of(logits, batches.truths(batch), batch.indices)
         total = meter if total is None else total + meter
     assert total is not None, "there are images"
     return total

@@ -326,9 +326,7 @@ class Setting:
             return self.card(widths, **provenance)
         return self._card(self.other_student.architecture, {}, provenance)
 
-    def _card(
-        self, architecture: Architecture, widths: dict[str, int], provenance: dict[str, object]
-    ) -> Card:
+    def _card(self, architecture: Architecture, widths: dict[str, int], more: dict[str, object]) -> Card:
         return Card(
             architecture=architecture,
             widths=widths,
@@ -336,5 +334,6 @@ class Setting:
             input=self.spec,
             task=self.data.task,
             colours=self.data.colours,
-            provenance={"teacher": self.teacher.name, "data": self.data.source, **provenance},
+            numbers=self.data.mask_numbers,
+            provenance={"teacher": self.teacher.name, "data": self.data.source, **more},
         )

@@ -15,7 +15,7 @@ from stepwell.data.labels import as_tensor
 from stepwell.errors import ExportError
 from stepwell.measure.hardware import hardware
 from stepwell.models.card import BASELINE, CARD, ONNX, Card, save_model, size_folder
-from stepwell.models.export import export_onnx, takes_any_size
+from stepwell.models.export import export_onnx, sizes_taken
 from stepwell.models.ladder import SAME
 from stepwell.models.plain import plain_recipe
 from stepwell.pruning.skeleton import build_skeleton, fill
@@ -99,7 +99,8 @@ def _hand_out(s: Setting, finished: Finished, delivered: Delivered) -> Result:
     pictures = []
     if s.data.task == "segmentation":
         pictures = pictures_of(s.model, model, s.test, s.data.test.keys, s.data.colours)
-    write_report(result, predictions, s.data.test.open, s.run.path / "report.html", pictures)
+    page = s.run.path / "report.html"
+    write_report(result, predictions, s.data.test.open, page, pictures, s.data.colours)
     # Last: a run is finished when it has its result.
     write_atomically(s.run.path / "result.json", result.to_json())
     return result
@@ -136,11 +137,8 @@ def _write_model(s: Setting, role: str, model: nn.Module, card: Card, folder: Pa
     size = ""
     if card.task == "segmentation":
         height, width = card.input.size
-        size = (
-            ", on two sizes: it takes any"
-            if takes_any_size(folder / ONNX)
-            else f", for {height} x {width} alone"
-        )
+        sizes = sizes_taken(folder / ONNX)
+        size = f", heights and widths: {sizes}" if sizes else f", for {height} x {width} alone"
     say(f"{role}: {folder}; its ONNX file agrees with it to {difference:.0e} of the largest logit{size}")
     return ""
 

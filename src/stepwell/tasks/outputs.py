@@ -9,7 +9,8 @@ returns logits, and so are its students; else there is one line that says what t
     a sigmoid per class       log p - log(1 - p): classes that do not exclude each other, several in an image
     an embedding              no classes: another task
     maps                      logits for each pixel, (batch, classes, height, width): alone, first in a tuple,
-                              or as `out` or `logits`; smaller than the images, they are scaled up
+                              or as `out` or `logits`; smaller than the images, they are scaled up, and
+                              to the size of a photograph or a mask by `in_strips`
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ _ON_THE_WAY = frozenset(
     | {"Clamp", "ClampMin", "ClampMax"}
 )
 """Operations that change no number, or hardly any."""
+_STRIP = 2**22
+"""Logits in a strip of a photograph."""
 _WIDE = 0.5
 """Numbers between 0 and 1 that spread as far are no logits, which would be negative as well."""
 
@@ -61,6 +64,8 @@ class AsLogits(nn.Module):
         super().__init__()
         self.model = model
         self.outputs: Outputs = outputs
+        self.last_convolution = ""
+        """Of maps: the one that the logits come from, as far as that has been found out."""
 
     @property
     def pretrained_cfg(self) -> Any:  # noqa: ANN401  (as timm has it)
@@ -117,6 +122,32 @@ def _of_size(output: object, images: Tensor) -> Tensor:
     if not torch.compiler.is_exporting() and logits.shape[-2:] == size:
         return logits
     return F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
+
+
+def in_strips(
+    logits: Float[Tensor, "classes height width"], size: tuple[int, int]
+) -> Iterator[tuple[slice, Float[Tensor, "classes rows width"]]]:
+    """The logits of an image scaled to another size, as `F.interpolate` scales them (bilinear), a few rows at
+    a time: whole, those of a photograph would be gigabytes.
+
+    Args:
+        logits: What a model says of each pixel that it has seen.
+        size: Height and width of what is wanted.
+
+    Yields:
+        Which rows, and their logits.
+    """
+    height, last = size[0], logits.shape[1] - 1
+    wide = F.interpolate(logits.float()[None], (last + 1, size[1]), mode="bilinear", align_corners=False)[0]
+    centres = torch.arange(height, device=logits.device, dtype=torch.float64) + 0.5
+    place = (centres * (last + 1) / height - 0.5).clamp(0, last)
+    above = place.long()
+    below, share = (above + 1).clamp_max(last), (place - above).float()[:, None]
+    step = max(1, _STRIP // wide[:, 0].numel())
+    for start in range(0, height, step):
+        rows = slice(start, start + step)
+        one, other = (wide.index_select(1, each[rows]) for each in (above, below))
+        yield rows, torch.lerp(one, other, share[rows])
 
 
 def logits_of(numbers: Float[Tensor, "batch ..."], outputs: Outputs) -> Float[Tensor, "batch classes"]:

@@ -6,7 +6,8 @@ check_classes    teacher and masks must have as many classes
 in_words         how good a model is, for people
 
 The measure is mIoU: of each class the pixels that are it and are said to be, as a share of those that are it
-or are said to be; the mean over the classes that are there or are said to be. It is no mean over images, so
+or are said to be; the mean over the classes that are there or are said to be. Pixels are those of the masks
+as they lie on disk, to whose size the logits are scaled, as `predict` does. It is no mean over images, so
 its interval is by a bootstrap over them: each draw counts an image 0, 1, 2, ... times, by a Poisson
 distribution of mean 1 (Chamandy et al., 2012), which is drawn for the image by its number alone. So what is
 kept does not grow with the images, parts add up, and all models are drawn alike.
@@ -14,8 +15,12 @@ kept does not grow with the images, parts add up, and all models are drawn alike
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, reduce
+from operator import add
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,14 +33,15 @@ from stepwell.data.batches import EvalBatches
 from stepwell.data.mask_classes import IGNORED
 from stepwell.data.splits import Data
 from stepwell.errors import DataError
-from stepwell.run.progress import progress
+from stepwell.run.distributed import joined
 from stepwell.tasks import measures
-from stepwell.tasks.measures import NUM_BINS, Forward, Metric, PairedBootstrap
+from stepwell.tasks.measures import NUM_BINS, Forward, Metric, PairedBootstrap, outputs_of
+from stepwell.tasks.outputs import in_strips
 
 NAME = "segmentation"
 MEASURE = "mIoU"
 
-DRAWS = 200
+DRAWS = 1000
 """Of the images, for intervals and comparisons."""
 _LEAST = 1e-12
 """Probability below which none is counted, so that no pixel outweighs the rest."""
@@ -101,36 +107,48 @@ class Meter(measures.Meter):
     def of(
         cls,
         logits: Float[Tensor, "batch classes height width"],
-        labels: Int[Tensor, "batch height width"],
+        masks: Sequence[Shaped[Tensor, "_ _"]],
         indices: Int[Tensor, " batch"],
     ) -> Meter:
-        """The sums over a batch of images, which have these numbers among all."""
+        """The sums over a batch of images, which have these numbers among all.
+
+        Args:
+            logits: What the model returns.
+            masks: The class of each pixel at the mask's own size, to which the logits are scaled.
+            indices: Which images these are.
+        """
         num_images, num_classes = logits.shape[:2]
-        log_probabilities = logits.float().log_softmax(dim=1)
-        confidence, said = log_probabilities.max(dim=1)
-        known = labels != IGNORED
-        true = labels.where(known, 0)
-        # One number for image, class and answer; counted once.
-        image = torch.arange(num_images, device=logits.device)[:, None, None]
-        cells = ((image * num_classes + true) * num_classes + said)[known]
-        by_image = torch.bincount(cells, minlength=num_images * num_classes**2)
+        by_image = torch.zeros(num_images, num_classes**2, dtype=torch.int64, device=logits.device)
+        likelihood = torch.zeros((), dtype=torch.float64, device=logits.device)
+        gaps = torch.zeros(NUM_BINS, dtype=torch.float64, device=logits.device)
+        for table, image, mask in zip(by_image, logits, masks, strict=True):
+            size = (mask.shape[0], mask.shape[1])
+            for rows, strip in in_strips(image, size):
+                labels = mask[rows].to(logits.device).long()
+                known = labels != IGNORED
+                norm = strip.logsumexp(dim=0)
+                largest, said = strip.max(dim=0)
+                # One number for class and answer; the last row is of pixels without a class.
+                cells = labels.where(known, num_classes) * num_classes + said
+                table += torch.bincount(cells.flatten(), minlength=len(table) + num_classes)[: len(table)]
+                log_probability = strip.gather(0, labels.where(known, 0)[None])[0] - norm
+                likelihood += (log_probability.clamp_min(np.log(_LEAST)) * known).sum(dtype=torch.float64)
+                confidence = (largest - norm).exp()
+                bins = (confidence * NUM_BINS).long().clamp_max(NUM_BINS - 1)
+                gap = (confidence.double() - (said == labels).double()) * known
+                gaps.index_add_(0, bins.flatten(), gap.flatten())
         by_image = by_image.view(num_images, num_classes, num_classes).cpu()
         counts = torch.stack(
             [by_image.diagonal(dim1=1, dim2=2), by_image.sum(dim=1), by_image.sum(dim=2)], dim=1
         )
         drawn = torch.stack([times_drawn(index) for index in indices.tolist()], dim=1)  # (draws, images)
         weights = torch.cat([torch.ones(1, num_images, dtype=torch.float64), drawn])
-        likelihood = log_probabilities.gather(1, true[:, None])[:, 0][known].double()
-        confidence = confidence[known].double().exp()
-        bins = (confidence * NUM_BINS).long().clamp_max(NUM_BINS - 1)
-        gaps = torch.zeros(NUM_BINS, dtype=torch.float64, device=logits.device)
-        correct = (said == true)[known].double()
         return cls(
             counts=(weights @ counts.double().flatten(1)).view(len(weights), 3, num_classes),
             confusion=by_image.sum(dim=0),
             num_images=num_images,
-            sum_log_likelihood=likelihood.clamp_min(np.log(_LEAST)).sum().item(),
-            gaps=gaps.index_add_(0, bins, confidence - correct).cpu(),
+            sum_log_likelihood=likelihood.item(),
+            gaps=gaps.cpu(),
         )
 
     def __add__(self, other: Meter) -> Meter:
@@ -211,14 +229,10 @@ class Answers(measures.Answers):
 def evaluate(forward: Forward, batches: EvalBatches, description: str = "evaluate") -> Meter:
     """Run `forward` over all batches, in fp32, and sum up how good it is."""
     total: Meter | None = None
-    with progress(description, len(batches)) as advance:
-        for batch in batches:
-            with torch.no_grad():
-                meter = Meter.of(forward(batch.images), batch.labels, batch.indices)
-            total = meter if total is None else total + meter
-            advance("")
-    assert total is not None, "there are images"
-    return total
+    for logits, batch in outputs_of(forward, batches, description):
+        meter = Meter.of(logits, batches.truths(batch), batch.indices)
+        total = meter if total is None else total + meter
+    return reduce(add, joined([] if total is None else [total]))
 
 
 def predict(forward: Forward, batches: EvalBatches, description: str = "predict") -> Answers:
@@ -275,6 +289,17 @@ def check_classes(num_outputs: int, teacher: str, data: Data) -> None:
             f"{len(data.classes)} ({', '.join(data.classes[:4])}, ...): is one of them to be ignored "
             f"(--ignore-index), or is the teacher another's?"
         )
+
+
+def of_pixels(meter: measures.Meter, classes: Sequence[str]) -> dict[str, Any]:
+    """What is told of masks beside mIoU; nothing of other tasks."""
+    if not isinstance(meter, Meter):
+        return {}
+    iou = zip(classes, meter.iou.tolist(), strict=True)
+    return {
+        "pixel_accuracy": meter.pixel_accuracy,
+        "iou_by_class": {name: value for name, value in iou if not math.isnan(value)},
+    }
 
 
 def in_words(meter: Meter, test_from: str) -> str:

@@ -1,0 +1,104 @@
+"""What of a model its logits come from: second heads of a user's own are left out, whatever they are called,
+and losses compare the map that the right convolution reads."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from contextlib import ExitStack
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from stepwell.data.spec import InputSpec
+from stepwell.tasks.outputs import AsLogits
+
+
+class LeftOut(nn.Module):
+    """In the place of a module whose answer does not reach the logits: hands on what it is given."""
+
+    def forward(self, *inputs: object, **_options: object) -> object:
+        """The first of them."""
+        return inputs[0] if inputs else None
+
+
+def leave_out(model: nn.Module, names: Iterable[str]) -> None:
+    """Take modules out of a model, in place.
+
+    Raises:
+        KeyError: There is none of such a name.
+    """
+    for name in names:
+        parent, _, last = name.rpartition(".")
+        try:
+            model.get_submodule(name)
+        except AttributeError:
+            raise KeyError(name) from None
+        model.get_submodule(parent)._modules[last] = LeftOut()
+
+
+def with_logits_alone(model: AsLogits, spec: InputSpec) -> list[str]:
+    """Leave out what does not reach the logits, and note in the model which its last convolution is.
+
+    Args:
+        model: Of masks; changed in place.
+        spec: What images it takes.
+
+    Returns:
+        What was left out.
+    """
+    trial = copy.deepcopy(model).cpu().eval().requires_grad_(True)
+    dtype = next(trial.parameters()).dtype
+    images = torch.randn(2, spec.channels, *spec.size, generator=torch.Generator().manual_seed(0)).to(dtype)
+    try:
+        model.last_convolution, unused = _reached(trial, images)
+        _, unused_in_training = _reached(copy.deepcopy(trial).train(), images)
+    except Exception:  # whatever a forward pass, or a backward pass of the user's own, does to a copy
+        return []
+    never = unused & unused_in_training
+    names = [name for name in _largest(trial, never) if _is_spare(trial, [name], images)]
+    if not names or not _is_spare(trial, names, images):
+        return []
+    leave_out(model, names)
+    return names
+
+
+def _reached(model: nn.Module, images: Float[Tensor, "batch channels height width"]) -> tuple[str, set[str]]:
+    """The last convolution to run that the logits depend on, and the parameters that they do not."""
+    maps: list[tuple[str, Tensor]] = []
+    with ExitStack() as stack, torch.enable_grad():
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Conv2d):
+                note = lambda _module, _inputs, output, name=name: maps.append((name, output))  # noqa: E731
+                stack.callback(module.register_forward_hook(note).remove)
+        logits = model(images)
+        parameters = dict(model.named_parameters())
+        tensors = [*(output for _, output in maps), *parameters.values()]
+        found = torch.autograd.grad(logits.sum(), tensors, allow_unused=True)
+    last = [name for (name, _), gradient in zip(maps, found, strict=False) if gradient is not None]
+    of_parameters = zip(parameters, found[len(maps) :], strict=True)
+    return (last[-1] if last else ""), {name for name, gradient in of_parameters if gradient is None}
+
+
+def _largest(model: nn.Module, unused: set[str]) -> list[str]:
+    """The largest modules all of whose parameters are unused."""
+    names: list[str] = []
+    for name, module in model.named_modules():
+        own = [f"{name}.{parameter}" for parameter, _ in module.named_parameters()]
+        if name and own and unused.issuperset(own) and not any(name.startswith(f"{n}.") for n in names):
+            names.append(name)
+    return names
+
+
+@torch.no_grad()
+def _is_spare(model: nn.Module, names: Iterable[str], images: Tensor) -> bool:
+    """Whether a model computes the same without them; a weight may be read where no gradient passes."""
+    without = copy.deepcopy(model)
+    try:
+        leave_out(without, names)
+        same = torch.equal(without(images), model(images))
+        without.train()(images)
+    except Exception:  # whatever a forward pass does that misses something
+        return False
+    return same
