@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_world import MODEL, QUICK, TIMM, StopAt, Stopped, stepwell, watched, write_shards
+from small_world import MODEL, QUICK, TIMM, StopAt, Stopped, config_of, stepwell, watched, write_shards
 from torch import Tensor, nn
 
 import conftest
@@ -46,7 +46,7 @@ from stepwell.run.distributed import (
     mean_gradients,
     whole,
 )
-from stepwell.run.observer import Observer
+from stepwell.run.observer import Observer, Split
 from stepwell.run.processes import alone, is_main, rank, world
 from stepwell.run.sharded import Sharded
 from stepwell.run.sharded_model import guard, in_parts, num_held
@@ -206,7 +206,7 @@ def check_images_are_measured_once(out: Path, teacher: Path, data: Path) -> None
     """Also where there are fewer batches than processes, or the last one holds a single image."""
     model = load(teacher / "teacher")
     spec = read_card(teacher / "teacher").input
-    for number, batch_size in ((20, 8), (7, 3), (5, 8)):
+    for number, batch_size in ((20, 16), (7, 6), (5, 16)):
         config = make_config(CompressConfig, {"batch_size": batch_size})
         batches = EvalBatches(_images(data, number), spec, config, CPU)
         shares = joined([len(batches.share())])
@@ -229,7 +229,7 @@ def check_scores_are_those_of_one_process(out: Path, teacher: Path, data: Path) 
     model = load(teacher / "teacher")
     groups = find_groups(model)
     spec, config = read_card(teacher / "teacher").input, make_config(CompressConfig, {"batch_size": 4})
-    batches = EvalBatches(_images(data, 13), spec, config, CPU)
+    batches = EvalBatches(_images(data, 13), spec, config, CPU).undivided()
     for reduction in ("sample", "batch"):
         with alone():
             theirs = importance_by_gradient(model, groups, batches, reduction=reduction)
@@ -244,7 +244,7 @@ def check_statistics_are_those_of_one_process(out: Path, teacher: Path, data: Pa
     for number, batch_size in ((13, 4), (7, 3), (3, 8)):
         batches = EvalBatches(
             _images(data, number), spec, make_config(CompressConfig, {"batch_size": batch_size}), CPU
-        )
+        ).undivided()
         torch.manual_seed(0)
         model = nn.Sequential(
             nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
@@ -258,9 +258,24 @@ def check_statistics_are_those_of_one_process(out: Path, teacher: Path, data: Pa
             close(tensor, theirs[name])
 
 
+class Largest(Observer):
+    """Notes how many images of a split this process has been shown at once."""
+
+    def __init__(self) -> None:
+        self.shown: dict[Split, int] = {}
+
+    def on_batch(self, stage: str, split: Split, indices: Tensor) -> None:
+        self.shown[split] = max(len(indices), self.shown.get(split, 0))
+
+
 def check_runs(out: Path, teacher: Path, data: Path) -> None:
+    """No process computes more images at a time than its part of a batch, whatever it computes."""
     for name, words in RUNS.items():
-        stepwell("compress", "--teacher", teacher, "--data", data, "--out", out / name, *words)
+        largest = Largest()
+        words = ("--teacher", teacher, "--data", data, "--out", out / name, *words)
+        watched(largest, *words)
+        part = config_of(*words).batch_size // world()
+        assert largest.shown == dict.fromkeys(("training", "selection", "test"), part)
     stepwell("train", "--data", data, "--out", out / "mixed", *MIXED)
 
 
@@ -395,7 +410,7 @@ def check_a_teacher_in_parts_waits_for_who_has_more_images(out: Path, teacher: P
     model, spec = load(teacher / "teacher").requires_grad_(False), read_card(teacher / "teacher").input
     parts = in_parts(model, recomputed_blocks(model), CPU)
     guard(parts)
-    for number, batch_size in ((20, 8), (5, 8)):  # three batches, and one
+    for number, batch_size in ((20, 16), (5, 16)):  # three batches, and one
         config = make_config(CompressConfig, {"batch_size": batch_size})
         batches = EvalBatches(_images(data, number), spec, config, CPU)
         for task in (classification, embedding, multilabel):

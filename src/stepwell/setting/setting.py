@@ -276,7 +276,7 @@ class Setting:
     @cached_property
     def of_statistics(self) -> EvalBatches:
         """The first of the scored images: BatchNorm statistics are recomputed on them."""
-        return self._some_training_images(min(NUM_IMAGES, self.config.score_images))
+        return self._some_training_images(min(NUM_IMAGES, self.config.score_images)).undivided()
 
     def _some_training_images(self, number: int) -> EvalBatches:
         order = torch.randperm(

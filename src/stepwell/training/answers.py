@@ -124,7 +124,7 @@ class Answers:
         """Each process computes a stretch; all of it is joined."""
         number = len(images)
         mine = images[number * rank() // world() : number * (rank() + 1) // world()]
-        size, stretch = batches.batch_size, []
+        size, stretch = batches.images_per_process, []
         for batch in batches.of_view(view, mine):
             with autocast:
                 logits = model(batch.images)
