@@ -219,6 +219,13 @@ class LossOptions(Options):
         """What is known of the loss on hidden states or features."""
         return feature_facts(self.feature_loss)
 
+    def observed(self, blocks: tuple[str, ...]) -> tuple[str, ...]:
+        """Of the blocks that can be compared those whose states are kept: all where a term reads states, else
+        the last, whose mean stands for the features of a model without a linear layer."""
+        terms = ((self.logit_weight, self.logit_facts), (self.feature_weight, self.feature_facts))
+        read = any(weight and (facts.needs_states or "outputs" in facts.reads) for weight, facts in terms)
+        return blocks if read else blocks[-1:]
+
     @property
     def views(self) -> int:
         """Images that the losses make of each."""
