@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from small_world import MODEL, QUICK, TIMM, StopAt, Stopped, config_of, stepwell, watched, write_shards
 from torch import Tensor, nn
 
@@ -53,6 +53,7 @@ from stepwell.run.sharded_model import guard, in_parts, num_held
 from stepwell.stages.score import importance_by_gradient
 from stepwell.tasks import classification, embedding, multilabel
 from stepwell.tasks.task import task_of
+from stepwell.training.answers import Answers, packed
 from stepwell.training.handed_on import performance_of
 from stepwell.training.loop import Course, fit
 from stepwell.training.optimizer import make_optimizer, make_scheduler
@@ -266,6 +267,22 @@ class Largest(Observer):
 
     def on_batch(self, stage: str, split: Split, indices: Tensor) -> None:
         self.shown[split] = max(len(indices), self.shown.get(split, 0))
+
+
+def check_kept_answers_are_read_by_all_or_sent(out: Path, teacher: Path, data: Path) -> None:
+    """On a disk that both share, and where the first process has one of its own."""
+    logits, images = torch.arange(24.0).view(8, 3), torch.zeros(4, 3, 8, 8)
+    shared, own = out / "shared-answers", out / f"answers-of-{rank()}"
+    if is_main():
+        for folder in (shared, own):
+            folder.mkdir()
+            save_file(packed(logits, 0), folder / "view-000-00000.safetensors")
+    indices = torch.tensor([5, 0, 7, 2, 1, 6, 3, 4])[part_of_batch(8)]
+    for folder, are_seen in ((shared, True), (own, False)):
+        answers = Answers(folder, 8, 3)
+        assert answers._are_seen_by_all == are_seen
+        assert torch.equal(answers.of(Batch(images, indices, indices)).logits, logits[indices])
+        assert bool(answers.parts) == (are_seen or is_main())  # who has opened a file
 
 
 def check_runs(out: Path, teacher: Path, data: Path) -> None:

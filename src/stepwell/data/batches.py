@@ -45,7 +45,8 @@ OnBatch = Callable[[Tensor], None]
 
 
 class Batch(NamedTuple):
-    """Images ready for the model, on its device; `indices` point into the `ImageSet`.
+    """Images ready for the model, on its device; `indices` point into the `ImageSet`, and stay on the CPU, so
+    that what is looked up by them need not wait for the device.
 
     `labels` are a class for each image, (batch,); or floats (batch, classes): of mixed images a probability
     for each class, or 0 and 1 where an image has several; or a class for each pixel, (batch, height, width),
@@ -282,4 +283,4 @@ def _batch(pixels: Tensor, labels: Tensor, indices: Tensor, spec: InputSpec, has
     # Convolutions keep this layout, and are faster in it (benchmarks/layout.py).
     images = normalise(pixels[:, : spec.channels], spec).contiguous(memory_format=torch.channels_last)
     known = pixels[:, spec.channels].long() if has_masks else labels[indices].to(device)
-    return Batch(images, known, indices.to(device))
+    return Batch(images, known, indices)
