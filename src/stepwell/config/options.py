@@ -123,9 +123,10 @@ class TrainingOptions(Options):
     """Largest norm of the gradient; 0 turns clipping off."""
     seed: Seed = 0
     """Seed of everything random."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Number format of forward passes in training; weights stay fp32. fp16 is for GPUs without bf16: its loss
-    is scaled, and a step in which a loss or a gradient overflows is left out."""
+    precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
+    """Number format of forward passes in training; weights stay fp32. tf32 lets a GPU round what it
+    multiplies, in both passes; elsewhere it is fp32. fp16 is for GPUs without bf16: its loss is scaled, and
+    a step in which a loss or a gradient overflows is left out."""
     compile: bool = False
     """Let torch.compile make code of each model's passes in training: of each candidate, student and teacher
     once, when it first runs, which takes up to minutes for each. Weights differ by rounding. Needs a C++
