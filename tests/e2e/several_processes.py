@@ -39,9 +39,11 @@ from stepwell.pruning.families import find_groups
 from stepwell.run import checkpoint, graphs, processes
 from stepwell.run.device import scaler_of
 from stepwell.run.distributed import (
+    LONGEST_WAIT,
     copy_from_main,
     from_main,
     from_main_with_tensors,
+    group_of,
     joined,
     mean_gradients,
     whole,
@@ -95,6 +97,8 @@ def check_who_is_who(out: Path, teacher: Path, data: Path) -> None:
     with alone():
         assert (rank(), world(), joined([3])) == (0, 1, [3])
     assert is_main() == (rank() == 0)
+    host = group_of(CPU)._get_backend(CPU).options
+    assert host._timeout == LONGEST_WAIT  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def check_an_error_of_the_first_is_one_of_all(out: Path, teacher: Path, data: Path) -> None:

@@ -18,6 +18,7 @@ from stepwell.run import checkpoint
 from stepwell.run.device import autocast_of, scaler_of
 from stepwell.stages.distill import DistillStep
 from stepwell.tasks.task import task_of
+from stepwell.training import overflow
 from stepwell.training.from_labels import label_step
 from stepwell.training.lesson import Lesson
 from stepwell.training.loop import TIMED_STEPS, Course, no_scaling, seconds_per_step
@@ -223,6 +224,20 @@ def test_a_move_of_several_batches_is_left_out_whole():
         assert torch.equal(states[3][name], states[6][name])
         assert not torch.equal(states[6][name], states[9][name])
     assert all(tensor.isfinite().all() for tensor in step.model.state_dict().values())
+
+
+def test_models_are_gone_through_once_a_move(monkeypatch):
+    through = []
+
+    def noted(*given):
+        through.append(given)
+        return checkpoint.changed_by_training(*given)
+
+    monkeypatch.setattr(overflow, "changed_by_training", noted)
+    for number, precision in enumerate(("fp32", "fp16")):
+        step = Step(scaler_of(TrainingOptions(precision=precision), CPU))
+        fit(step, epochs=1.0)
+        assert len(through) == 6 * number  # and once before
 
 
 def test_a_memory_of_a_loss_is_as_before():

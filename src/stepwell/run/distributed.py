@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import cache
 from typing import Any, TypeVar
 
@@ -25,6 +26,10 @@ from stepwell.run.processes import alone, is_main, rank, world
 
 T = TypeVar("T")
 
+LONGEST_WAIT = timedelta(days=7)
+"""For the first process, which may look for a latency or make files for hours while the others wait. One that
+is gone is noticed at once, by its sockets."""
+
 
 @cache
 def _host() -> dist.ProcessGroup:
@@ -36,7 +41,7 @@ def _host() -> dist.ProcessGroup:
             "several processes need Accelerate: pip install 'stepwell[many]', or run a single one"
         ) from None
     PartialState(cpu=not torch.cuda.is_available())
-    group = dist.new_group(backend="gloo")
+    group = dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
     assert isinstance(group, dist.ProcessGroup), "every process is in it"
     return group
 
@@ -69,7 +74,8 @@ def talking() -> Iterator[None]:
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:120]
         raise LostProcessError(
-            f"process {rank()} of {world()}: another one has ended, and has said why ({reason})"
+            f"process {rank()} of {world()}: another one has ended ({reason}); it has said why, unless it "
+            f"was killed"
         ) from None
 
 
