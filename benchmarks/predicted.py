@@ -12,7 +12,8 @@ rate alone. A step ends when the slowest of three has ended, which go on side by
     exchange     a flat ring all-reduce of 4 bytes for each trained parameter: 2 (N - 1) / N of them at the
                  bandwidth, and 2 (N - 1) times the latency of a message; nothing else is done meanwhile
 
-Writes benchmarks/results/predicted.json, assumptions included, for `python benchmarks/tables.py`.
+A billion images do not run today: every process holds the index of all images in memory. Writes
+benchmarks/results/predicted.json, assumptions included, for `python benchmarks/tables.py`.
 """
 
 from __future__ import annotations

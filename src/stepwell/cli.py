@@ -36,7 +36,7 @@ from stepwell.config.help import MAIN_OPTIONS, first_screen
 from stepwell.config.options import Options
 from stepwell.config.own_code import is_own_code
 from stepwell.errors import ConfigError, StepwellError, did_you_mean, printable
-from stepwell.run.processes import alone, is_main, wait_for_the_end, world
+from stepwell.run.processes import alone, check_launcher, is_main, wait_for_the_end, world
 from stepwell.version import __version__
 
 POSITIONAL = frozenset({"run", "images"})
@@ -78,7 +78,10 @@ def main(argv: Sequence[str]) -> int:
         ):
             raise
         line = " ".join(str(error).split())[:160]
-        way_out = "go on with --gradient-checkpointing, or with a smaller --batch-size in another --out"
+        way_out = (
+            "go on with --gradient-checkpointing, on more processes (there also with --shard-optimizer), or "
+            "with a smaller --batch-size in another --out"
+        )
         print(f"stepwell: out of memory ({line}): {way_out}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -105,6 +108,7 @@ def _run(argv: Sequence[str]) -> int:
         return 0
     config = parse(command, kind, rest, summary)
     if config is not None:
+        check_launcher()
         run = import_module(f"stepwell.commands.{command}").run
         if world() > 1 and command not in TOGETHER:
             with alone():

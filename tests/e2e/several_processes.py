@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from small_world import MODEL, QUICK, TIMM, StopAt, Stopped, stepwell, watched, write_shards
+from safetensors.torch import load_file, save_file
+from small_world import MODEL, QUICK, TIMM, StopAt, Stopped, config_of, stepwell, watched, write_shards
 from torch import Tensor, nn
 
 import conftest
@@ -41,20 +41,23 @@ from stepwell.pruning.families import find_groups
 from stepwell.run import checkpoint, graphs, processes
 from stepwell.run.device import scaler_of
 from stepwell.run.distributed import (
+    LONGEST_WAIT,
     copy_from_main,
     from_main,
     from_main_with_tensors,
+    group_of,
     joined,
     mean_gradients,
     whole,
 )
-from stepwell.run.observer import Observer
+from stepwell.run.observer import Observer, Split
 from stepwell.run.processes import alone, is_main, rank, world
 from stepwell.run.sharded import Sharded
 from stepwell.run.sharded_model import guard, in_parts, num_held
 from stepwell.stages.score import importance_by_gradient
 from stepwell.tasks import classification, embedding, multilabel, segmentation
 from stepwell.tasks.task import task_of
+from stepwell.training.answers import Answers, packed
 from stepwell.training.handed_on import performance_of
 from stepwell.training.loop import Course, fit
 from stepwell.training.optimizer import make_optimizer, make_scheduler
@@ -97,6 +100,8 @@ def check_who_is_who(out: Path, teacher: Path, data: Path) -> None:
     with alone():
         assert (rank(), world(), joined([3])) == (0, 1, [3])
     assert is_main() == (rank() == 0)
+    host = group_of(CPU)._get_backend(CPU).options
+    assert host._timeout == LONGEST_WAIT  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def check_an_error_of_the_first_is_one_of_all(out: Path, teacher: Path, data: Path) -> None:
@@ -209,7 +214,7 @@ def check_images_are_measured_once(out: Path, teacher: Path, data: Path) -> None
     """Also where there are fewer batches than processes, or the last one holds a single image."""
     model = load(teacher / "teacher")
     spec = read_card(teacher / "teacher").input
-    for number, batch_size in ((20, 8), (7, 3), (5, 8)):
+    for number, batch_size in ((20, 16), (7, 6), (5, 16)):
         config = make_config(CompressConfig, {"batch_size": batch_size})
         batches = EvalBatches(_images(data, number), spec, config, CPU)
         shares = joined([len(batches.share())])
@@ -254,7 +259,7 @@ def check_scores_are_those_of_one_process(out: Path, teacher: Path, data: Path) 
     model = load(teacher / "teacher")
     groups = find_groups(model)
     spec, config = read_card(teacher / "teacher").input, make_config(CompressConfig, {"batch_size": 4})
-    batches = EvalBatches(_images(data, 13), spec, config, CPU)
+    batches = EvalBatches(_images(data, 13), spec, config, CPU).undivided()
     for reduction in ("sample", "batch"):
         with alone():
             theirs = importance_by_gradient(model, groups, batches, reduction=reduction)
@@ -269,7 +274,7 @@ def check_statistics_are_those_of_one_process(out: Path, teacher: Path, data: Pa
     for number, batch_size in ((13, 4), (7, 3), (3, 8)):
         batches = EvalBatches(
             _images(data, number), spec, make_config(CompressConfig, {"batch_size": batch_size}), CPU
-        )
+        ).undivided()
         torch.manual_seed(0)
         model = nn.Sequential(
             nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
@@ -283,9 +288,40 @@ def check_statistics_are_those_of_one_process(out: Path, teacher: Path, data: Pa
             close(tensor, theirs[name])
 
 
+class Largest(Observer):
+    """Notes how many images of a split this process has been shown at once."""
+
+    def __init__(self) -> None:
+        self.shown: dict[Split, int] = {}
+
+    def on_batch(self, stage: str, split: Split, indices: Tensor) -> None:
+        self.shown[split] = max(len(indices), self.shown.get(split, 0))
+
+
+def check_kept_answers_are_read_by_all_or_sent(out: Path, teacher: Path, data: Path) -> None:
+    """On a disk that both share, and where the first process has one of its own."""
+    logits, images = torch.arange(24.0).view(8, 3), torch.zeros(4, 3, 8, 8)
+    shared, own = out / "shared-answers", out / f"answers-of-{rank()}"
+    if is_main():
+        for folder in (shared, own):
+            folder.mkdir()
+            save_file(packed(logits, 0), folder / "view-000-00000.safetensors")
+    indices = torch.tensor([5, 0, 7, 2, 1, 6, 3, 4])[part_of_batch(8)]
+    for folder, are_seen in ((shared, True), (own, False)):
+        answers = Answers(folder, 8, 3)
+        assert answers._are_seen_by_all == are_seen
+        assert torch.equal(answers.of(Batch(images, indices, indices)).logits, logits[indices])
+        assert bool(answers.parts) == (are_seen or is_main())  # who has opened a file
+
+
 def check_runs(out: Path, teacher: Path, data: Path) -> None:
+    """No process computes more images at a time than its part of a batch, whatever it computes."""
     for name, words in RUNS.items():
-        stepwell("compress", "--teacher", teacher, "--data", data, "--out", out / name, *words)
+        largest = Largest()
+        words = ("--teacher", teacher, "--data", data, "--out", out / name, *words)
+        watched(largest, *words)
+        part = config_of(*words).batch_size // world()
+        assert largest.shown == dict.fromkeys(("training", "selection", "test"), part)
     stepwell("train", "--data", data, "--out", out / "mixed", *MIXED)
 
 
@@ -420,7 +456,7 @@ def check_a_teacher_in_parts_waits_for_who_has_more_images(out: Path, teacher: P
     model, spec = load(teacher / "teacher").requires_grad_(False), read_card(teacher / "teacher").input
     parts = in_parts(model, recomputed_blocks(model), CPU)
     guard(parts)
-    for number, batch_size in ((20, 8), (5, 8)):  # three batches, and one
+    for number, batch_size in ((20, 16), (5, 16)):  # three batches, and one
         config = make_config(CompressConfig, {"batch_size": batch_size})
         batches = EvalBatches(_images(data, number), spec, config, CPU)
         for task in (classification, embedding, multilabel):

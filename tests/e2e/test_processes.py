@@ -150,7 +150,8 @@ def test_one_that_fails_stops_the_other(launched: Launched):
     (line,) = second
     assert line.startswith("stepwell: ")
     assert "nothing" in line
-    assert first[-1].startswith("stepwell: process 0 of 2: another one has ended, and has said why")
+    assert first[-1].startswith("stepwell: process 0 of 2: another one has ended (")
+    assert first[-1].endswith("); it has said why, unless it was killed")
     assert not [said for said in launched.said if "Traceback" in said]
 
 

@@ -221,7 +221,7 @@ def test_a_comparison_refuses_them(fails, teacher, data, tmp_path):
 
 def test_minutes_are_for_all_of_it(data, teacher, tmp_path, quick, monkeypatch):
     """Every step takes a second for an epoch: three sizes and a baseline share what there is."""
-    monkeypatch.setattr(plan, "seconds_per_step", lambda _step, images, _: 1 / images.steps_per_epoch)
+    monkeypatch.setattr(plan, "seconds_per_step", lambda _step, images, *_: 1 / images.steps_per_epoch)
     out = tmp_path / "out"
     words = ("--teacher", teacher, "--data", data, "--out", out, *SMALL, "--ladder", 0.1, 0.4, 0.7, *BASELINE)
     stepwell("compress", *words, "--minutes", 0.3)

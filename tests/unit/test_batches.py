@@ -21,6 +21,7 @@ from stepwell.data.images import FolderReader, ImageSet
 from stepwell.data.spec import InputSpec
 from stepwell.data.transforms import affine, augment_batch, eval_transform, normalise
 from stepwell.errors import DataError
+from stepwell.run.processes import alone
 
 CPU = torch.device("cpu")
 GREY = InputSpec((8, 8), 1, (0.5,), (0.25,))
@@ -173,6 +174,23 @@ def test_labels_can_be_given(tmp_path):
     images = image_set(tmp_path, 4)
     (batch,) = EvalBatches(images, COLOUR, options(), CPU, labels=[7, 5, 3, 1])
     assert batch.labels.tolist() == [7, 5, 3, 1]
+
+
+def test_of_several_processes_no_batch_is_larger_than_a_part_of_a_batch(tmp_path, monkeypatch):
+    images, of_all, of_views, undivided = image_set(tmp_path, 11), [], [], []
+    for rank in range(2):
+        for name, value in (("WORLD_SIZE", 2), ("RANK", rank), ("LOCAL_RANK", rank)):
+            monkeypatch.setenv(name, str(value))
+        batches = EvalBatches(images, COLOUR, options(), CPU)
+        of_all += [batch.indices.tolist() for batch in batches.share()]
+        undivided += [batch.indices.tolist() for batch in batches.undivided().share()]
+        with alone():
+            assert {len(batch.indices) for batch in EvalBatches(images, COLOUR, options(), CPU)} == {2, 1}
+        train = TrainBatches(images, COLOUR, options(), 0, CPU).of_views(1)
+        of_views.append([batch.indices.tolist() for batch in train.of_view(0, range(5))])
+    assert of_all == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9], [10]]
+    assert undivided == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10]]
+    assert of_views == [[[0, 1], [2, 3], [4]]] * 2
 
 
 def test_who_looks_on_is_told_every_batch_before_it_is_used(tmp_path):

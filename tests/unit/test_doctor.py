@@ -157,6 +157,16 @@ def test_what_a_step_of_crd_reads_is_counted(num_images, num_negatives):
     assert 0.7 * read < sum(kept) < 2 * read
 
 
+def test_each_device_computes_crd_of_the_whole_batch():
+    model, config = tiny_vit(), CompressConfig(feature_loss="crd")
+
+    def memory(devices: int) -> float:
+        return footprint(config, 0, model, SPEC, 8, 500, Losses(), devices).memory
+
+    reads = [memory_bytes(config, 500, batch_size)[1] for batch_size in (8, 32)]
+    assert memory(4) - memory(1) == reads[1] - reads[0] > 0
+
+
 def test_memory_knows_the_rotations_of_sskd():
     spec = InputSpec((32, 32), 3, (0.5,) * 3, (0.5,) * 3, "bilinear", 1.0, "center")
     model = timm.create_model("resnet18", num_classes=10)

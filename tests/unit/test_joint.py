@@ -37,6 +37,27 @@ def step_of(folder: Path, name: str) -> tuple[FixedSetting, JointStep]:
     return s, joint_step(s, store_of(s, ladder))
 
 
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ({}, 3),
+        ({"feature_weight": 0.0}, 1),
+        ({"feature_loss": "rkd"}, 1),
+        ({"feature_loss": "fitnet"}, 3),
+        ({"feature_weight": 0.0, "feature_loss": "fitnet"}, 1),
+    ],
+)
+def test_states_are_kept_where_a_loss_reads_them(tmp_path, options, kept):
+    """Of the three blocks; the last stands for the features of models without a linear layer."""
+    s, ladder = run_and_ladder(tmp_path, **options)
+    step = joint_step(s, store_of(s, ladder))
+    images = random_batches(1, 4)[0].images
+    for model in (*step.lesson.teachers, *step.students):
+        assert model.blocks == ("blocks.0", "blocks.1", "blocks.2")[-kept:]
+    assert len(step.lesson.teachers[0](images).states) == kept
+    assert s.compared(is_other=False) == (s.blocks, s.blocks)
+
+
 @pytest.mark.parametrize("name", TEACHER_SIDE)
 def test_one_network_on_the_teachers_side_serves_all_candidates(tmp_path, name):
     _, step = step_of(tmp_path, name)

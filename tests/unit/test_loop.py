@@ -332,7 +332,7 @@ def test_a_part_of_the_loss_that_diverges_is_named():
 def test_timing_steps_changes_nothing():
     weight = parameter(2, value=3.0)
     pull = Pull(weight)
-    seconds = seconds_per_step(pull, batches(4), [weight])
+    seconds = seconds_per_step(pull, batches(4), [weight], TrainingOptions())
     assert 0 < seconds < 1
     assert pull.batches == [0, 2, 4, 6, 0, 2]
     assert weight.tolist() == [3.0, 3.0]
@@ -344,7 +344,7 @@ def test_a_training_of_what_was_timed_is_that_of_what_was_not():
     for is_timed in (False, True):
         works, rests = parameter(2, value=3.0), parameter(2, value=3.0)
         if is_timed:
-            seconds_per_step(Pull(works, rests), batches(4), [works, rests])
+            seconds_per_step(Pull(works, rests), batches(4), [works, rests], TrainingOptions())
         course = Course("test", {"works": works, "rests": rests}, epochs=1.0, lr=0.01)
         fit(course, Pull(works), batches(4), options(weight_decay=0.1, clip_norm=1.0))
         assert rests.tolist() == [3.0, 3.0]

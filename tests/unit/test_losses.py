@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 from loss_reference import softmax
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from stepwell.config.files import make_config
 from stepwell.config.options import LossOptions
 from stepwell.errors import ConfigError
+from stepwell.losses import feature
 from stepwell.losses.feature import state_loss
 from stepwell.losses.logit import kd_loss
 from stepwell.pruning.blocks import chosen_layers
@@ -156,6 +158,31 @@ def test_a_teacher_state_of_0_gives_no_nan():
     loss = state_loss(student, zeros)
     assert loss.item() == 0
     assert float(torch.autograd.grad(loss, student)[0].abs().max()) == 0
+
+
+class Squares(TorchDispatchMode):
+    """Counts squares, which of `state_loss` are those of the teacher's states."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten.pow.Tensor_Scalar
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_power_of_the_teacher_is_computed_once_for_all_candidates_of_a_step():
+    rng = np.random.default_rng(0)
+    teachers = [tensors(states(rng, 2)) for _ in range(3)]
+    for teacher in teachers:  # a step each
+        with Squares() as counted:
+            students = [tensors(states(rng, 2)) for _ in range(3)]
+            found = [float(state_loss(student, teacher)) for student in students]
+        assert counted.count == 2
+        fresh = [float(state_loss(student, [t.clone() for t in teacher])) for student in students]
+        assert found == fresh
+    assert len(feature._KNOWN) == 6  # of states that are still held
+    del teacher, teachers
+    assert not len(feature._KNOWN)
 
 
 def test_layers_must_pair_up():

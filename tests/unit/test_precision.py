@@ -18,9 +18,10 @@ from stepwell.run import checkpoint
 from stepwell.run.device import autocast_of, scaler_of
 from stepwell.stages.distill import DistillStep
 from stepwell.tasks.task import task_of
+from stepwell.training import overflow
 from stepwell.training.from_labels import label_step
 from stepwell.training.lesson import Lesson
-from stepwell.training.loop import Course, no_scaling
+from stepwell.training.loop import TIMED_STEPS, Course, no_scaling, seconds_per_step
 from stepwell.training.loop import fit as run
 from tiny import FixedTrain, distillation, random_batches, tiny_vit
 
@@ -66,6 +67,27 @@ def fit(step: Step, optimizer: str = "adamw", epochs: float = 2.0, file=None) ->
 
 def assert_same(ours: nn.Module, theirs: nn.Module) -> None:
     assert all(torch.equal(ours.state_dict()[name], tensor) for name, tensor in theirs.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("precision", "device", "seen"),
+    [("tf32", "cuda", "high"), ("tf32", "cpu", "highest"), ("fp32", "cuda", "highest")],
+)
+def test_products_are_of_tf32_in_trainings_alone(precision, device, seen):
+    """Told by the setting: there need not be a GPU."""
+    found, options, inner = [], TrainingOptions(precision=precision), Step(no_scaling())
+
+    def step(batch, number, progress):
+        found.append(torch.get_float32_matmul_precision())
+        return inner(batch, number, progress)
+
+    parameters, batches = dict(inner.model.named_parameters()), FixedTrain(random_batches(1, 4))
+    batches.device = torch.device(device)
+    run(Course("test", parameters, 2.0, 0.01), step, batches, options)
+    seconds_per_step(step, batches, parameters.values(), options)
+    assert found == [seen] * (2 + TIMED_STEPS.stop)
+    assert torch.get_float32_matmul_precision() == "highest"
+    assert not autocast_of(options, CPU)._enabled
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -202,6 +224,20 @@ def test_a_move_of_several_batches_is_left_out_whole():
         assert torch.equal(states[3][name], states[6][name])
         assert not torch.equal(states[6][name], states[9][name])
     assert all(tensor.isfinite().all() for tensor in step.model.state_dict().values())
+
+
+def test_models_are_gone_through_once_a_move(monkeypatch):
+    through = []
+
+    def noted(*given):
+        through.append(given)
+        return checkpoint.changed_by_training(*given)
+
+    monkeypatch.setattr(overflow, "changed_by_training", noted)
+    for number, precision in enumerate(("fp32", "fp16")):
+        step = Step(scaler_of(TrainingOptions(precision=precision), CPU))
+        fit(step, epochs=1.0)
+        assert len(through) == 6 * number  # and once before
 
 
 def test_a_memory_of_a_loss_is_as_before():

@@ -35,6 +35,18 @@ def test_a_plain_run_is_a_world_of_one(monkeypatch):
     assert distributed.whole(tensor) is tensor
 
 
+def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch, capsys, tmp_path):
+    """Else each would write a run of its own into the same folder."""
+    words = ["inspect", str(tmp_path / "nothing")]
+    for number in ("1", "4"):
+        monkeypatch.setenv("SLURM_STEP_NUM_TASKS", number)
+        assert main(words) == 2
+        assert ("srun has started 4 processes" in capsys.readouterr().err) == (number == "4")
+    monkeypatch.setenv("LOCAL_RANK", "0")  # torchrun has started this one
+    assert main(words) == 2
+    assert "srun" not in capsys.readouterr().err
+
+
 @pytest.mark.usefixtures("second_of_three")
 def test_who_one_is():
     assert (world(), rank(), is_main()) == (3, 1, False)

@@ -12,6 +12,7 @@ import torch
 from timm.layers.mlp import Mlp
 from torch import nn
 from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from stepwell.config.commands import CompressConfig
 from stepwell.config.options import LossOptions
@@ -408,6 +409,29 @@ def test_a_gradient_is_laid_out_as_its_parameter():
             assert parameter.grad.stride() == parameter.stride(), key
     gained = shared.parameters["blocks.0.mlp.fc1.weight+0"].grad - before["blocks.0.mlp.fc1.weight+0"]
     torch.testing.assert_close(gained, transposed["blocks.0.mlp.fc1.weight"][: len(gained)])
+
+
+class Called(TorchDispatchMode):
+    """Notes the names of operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_gradients_of_all_tensors_are_copied_and_added_in_one_call_each():
+    """On a GPU the host cannot keep up with hundreds of small ones."""
+    shared = make_shared(tiny_vit())
+    gradients = [{n: torch.ones_like(w) for n, w in shared.weights(index).items()} for index in (0, 3)]
+    with Called() as called:
+        for index, given in zip((0, 3), gradients, strict=True):
+            shared.add_gradients(index, given)
+    found = {name: called.names.count(name) for name in called.names if "copy" in name or "add" in name}
+    assert found == {"_foreach_copy_.default": 2, "_foreach_add_.List": 1}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

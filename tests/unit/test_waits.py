@@ -6,10 +6,12 @@ What passes there gives a GPU its work without waiting for it.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -24,9 +26,10 @@ from stepwell.setting.rungs import store_of
 from stepwell.stages.distill import DistillStep
 from stepwell.stages.joint import JointStep, joint_step
 from stepwell.tasks.task import task_of
+from stepwell.training.answers import Answers, packed, unpacked
 from stepwell.training.from_labels import LabelStep
 from stepwell.training.loop import Course, fit
-from tiny import FixedTrain, group_sizes, lesson, no_autocast, random_batches, setting, tiny_vit
+from tiny import NUM_CLASSES, FixedTrain, group_sizes, lesson, no_autocast, random_batches, setting, tiny_vit
 
 LOSSES = {
     name
@@ -36,8 +39,8 @@ LOSSES = {
 
 
 def of_meta(batch: Batch) -> Batch:
-    """A batch of the same shapes, without numbers."""
-    return Batch(batch.images.to("meta"), batch.labels.to("meta"), batch.indices.to("meta"))
+    """A batch of the same shapes, without numbers but for those that never were on a device."""
+    return batch._replace(images=batch.images.to("meta"), labels=batch.labels.to("meta"))
 
 
 def joint_step_of(folder: Path, **options) -> JointStep:
@@ -98,6 +101,20 @@ def test_a_step_of_distillation_does_not_wait():
     step = DistillStep(lesson(Observed(teacher, blocks), LossOptions()), Observed(student, blocks))
     (batch,) = random_batches(1, 4)
     assert step(of_meta(batch), 0)["loss"].is_meta
+
+
+@pytest.mark.parametrize("top", [0, 2])
+def test_kept_answers_do_not_wait(tmp_path, top):
+    (batch,) = random_batches(1, 4)
+    logits = torch.randn(4, NUM_CLASSES, generator=torch.Generator().manual_seed(0))
+    kept = Answers(tmp_path, 4, NUM_CLASSES, top)
+    save_file(packed(logits, top), kept.file(0, 0))
+    student = Observed(tiny_vit(seed=1).to("meta"), ())
+    of_teacher = lesson(Observed(tiny_vit().to("meta"), ()), LossOptions(feature_weight=0.0))
+    step = DistillStep(replace(of_teacher, known=[kept]), student)
+    assert step(of_meta(batch), 0)["loss"].is_meta
+    rows = unpacked(packed(logits, top), NUM_CLASSES)[batch.indices]
+    torch.testing.assert_close(kept.of(batch).logits, rows)
 
 
 def test_a_step_from_labels_does_not_wait():

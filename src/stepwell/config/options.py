@@ -123,9 +123,10 @@ class TrainingOptions(Options):
     """Largest norm of the gradient; 0 turns clipping off."""
     seed: Seed = 0
     """Seed of everything random."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Number format of forward passes in training; weights stay fp32. fp16 is for GPUs without bf16: its loss
-    is scaled, and a step in which a loss or a gradient overflows is left out."""
+    precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
+    """Number format of forward passes in training; weights stay fp32. tf32 lets a GPU round what it
+    multiplies, in both passes; elsewhere it is fp32. fp16 is for GPUs without bf16: its loss is scaled, and
+    a step in which a loss or a gradient overflows is left out."""
     compile: bool = False
     """Let torch.compile make code of each model's passes in training: of each candidate, student and teacher
     once, when it first runs, which takes up to minutes for each. Weights differ by rounding. Needs a C++
@@ -218,6 +219,13 @@ class LossOptions(Options):
     def feature_facts(self) -> LossFacts:
         """What is known of the loss on hidden states or features."""
         return feature_facts(self.feature_loss)
+
+    def observed(self, blocks: tuple[str, ...]) -> tuple[str, ...]:
+        """Of the blocks that can be compared those whose states are kept: all where a term reads states, else
+        the last, whose mean stands for the features of a model without a linear layer."""
+        terms = ((self.logit_weight, self.logit_facts), (self.feature_weight, self.feature_facts))
+        read = any(weight and (facts.needs_states or "outputs" in facts.reads) for weight, facts in terms)
+        return blocks if read else blocks[-1:]
 
     @property
     def views(self) -> int:

@@ -12,7 +12,8 @@ training, epoch, step) and on the batch: not the same with another batch size, b
 that is resumed.
 
 Of several processes each gets a part of every training batch, all of one size; and what is done once, for a
-sum over images, a stretch of the other batches (`EvalBatches.share`).
+sum over images, a stretch of the other batches (`EvalBatches.share`). No batch of either kind is larger than
+a process's part of `--batch-size`, but for those that are `undivided`.
 """
 
 from __future__ import annotations
@@ -37,14 +38,15 @@ from stepwell.data.randomness import generator
 from stepwell.data.spec import InputSpec
 from stepwell.data.transforms import NUM_RANDOM, TrainTransform, augment_batch, normalise, resolve_augment
 from stepwell.errors import ConfigError
-from stepwell.run.processes import rank, world
+from stepwell.run.processes import num_launched, rank, world
 
 OnBatch = Callable[[Tensor], None]
 """Is told the indices of the images of every batch before it is used."""
 
 
 class Batch(NamedTuple):
-    """Images ready for the model, on its device; `indices` point into the `ImageSet`.
+    """Images ready for the model, on its device; `indices` point into the `ImageSet`, and stay on the CPU, so
+    that what is looked up by them need not wait for the device.
 
     `labels` are a class for each image, (batch,); or floats (batch, classes): of mixed images a probability
     for each class, or 0 and 1 where an image has several; or a class for each pixel, (batch, height, width),
@@ -91,7 +93,7 @@ class TrainBatches:
         self.augment: Augment = resolve_augment(options.augment, spec, images.masks is not None)
         self.batch_size = min(options.batch_size, len(images))
         self.steps_per_epoch = len(images) // self.batch_size
-        images_per_process(options, len(images), recipe.mixes)  # refuses what cannot be shared
+        self.images_per_process = images_per_process(options, len(images), recipe.mixes)
         self._mine = part_of_batch(self.batch_size, recipe.mixes)
         self.labels = as_tensor(images.labels)
         self.has_masks = images.masks is not None
@@ -147,7 +149,7 @@ class TrainBatches:
 
     def of_view(self, view: int, images: range) -> Iterator[Batch]:
         """One of the views of some images, in their order."""
-        return self._of_view(view, torch.arange(images.start, images.stop).split(self.batch_size))
+        return self._of_view(view, torch.arange(images.start, images.stop).split(self.images_per_process))
 
     def _of_view(self, view: int, chunks: Sequence[Tensor]) -> Iterator[Batch]:
         # A seed without a training's name: all of them see the same views.
@@ -204,6 +206,9 @@ def part_of_batch(batch_size: int, mixes: bool = False) -> Int64[Tensor, " part"
 class EvalBatches:
     """Every image exactly once, in order, without augmentation.
 
+    A batch holds as many images as a process has of a training batch, since a device may not hold more; also
+    where a process is `alone` for a while.
+
     Args:
         images: Any split.
         spec: What the model wants.
@@ -222,15 +227,27 @@ class EvalBatches:
         labels: Sequence[Label] | Tensor | None = None,
         on_batch: OnBatch | None = None,
     ) -> None:
-        self.spec, self.batch_size, self._on_batch = spec, options.batch_size, on_batch
-        self.device = device
+        self.spec, self.device, self._on_batch = spec, device, on_batch
+        self._of_all, self.batch_size = options.batch_size, max(1, options.batch_size // num_launched())
         labels = images.labels if labels is None else labels
         assert len(labels) == len(images)
         self.labels = labels if isinstance(labels, Tensor) else as_tensor(labels)
         self._has_masks = images.masks is not None and labels is images.labels
         self._images, self._num_workers = images, num_workers(options)
         self._feed = Feed(images, spec, options, device, None)
-        self._steps = range(math.ceil(len(self.labels) / self.batch_size))
+        self._steps = self._all_steps
+
+    @property
+    def _all_steps(self) -> range:
+        return range(math.ceil(len(self.labels) / self.batch_size))
+
+    def undivided(self) -> EvalBatches:
+        """The same in batches of `--batch-size`, however many processes there are: for what depends on which
+        images are in a batch together."""
+        other = copy.copy(self)
+        other.batch_size = self._of_all
+        other._steps = other._all_steps
+        return other
 
     def share(self) -> EvalBatches:
         """This process's stretch of the batches, which are what they were: all together have all, in the
@@ -271,4 +288,4 @@ def _batch(pixels: Tensor, labels: Tensor, indices: Tensor, spec: InputSpec, has
     # Convolutions keep this layout, and are faster in it (benchmarks/layout.py).
     images = normalise(pixels[:, : spec.channels], spec).contiguous(memory_format=torch.channels_last)
     known = pixels[:, spec.channels].long() if has_masks else labels[indices].to(device)
-    return Batch(images, known, indices.to(device))
+    return Batch(images, known, indices)

@@ -70,10 +70,11 @@ def footprint(
         batch_size: Images of a step on one device.
         num_train: Training images.
         losses: How many there are.
-        devices: How many share the optimizer's state, if that is asked for.
+        devices: How many have a part of the batch, and of the optimizer's state if that is asked for.
     """
     store, averages = num_params(trained), 1 if config.ema else 0
-    banks, read = memory_bytes(config, num_train, batch_size)
+    # What relates images or remembers them is computed of the whole batch on each device.
+    banks, read = memory_bytes(config, num_train, batch_size * devices)
     activations = activation_bytes(
         trained, spec, batch_size * config.views, recomputed=config.gradient_checkpointing
     )

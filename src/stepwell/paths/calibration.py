@@ -118,7 +118,9 @@ class Calibration:
             )
 
         seconds = reading + seconds_of_all(run, len(batches), s.device)
-        kept = activation_bytes(s.model, s.spec, s.config.batch_size)
+        # Of a batch's mean gradient a device computes whole batches.
+        size = self.share * (self.devices if s.config.score_reduction == "batch" else 1)
+        kept = activation_bytes(s.model, s.spec, min(size, s.config.score_images))
         return Price(seconds / len(batches.labels), 4 * num_params(s.model) + kept)
 
     def _forward(self, scale: float) -> Price:

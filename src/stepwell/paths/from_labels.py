@@ -164,7 +164,7 @@ def _fit(
     is_begun = from_main(checkpoint.exists)  # it knows for how long
     if config.minutes is not None and not is_begun:
         trained = [model.get_parameter(name) for name in trained_names]
-        seconds = seconds_per_step(step, batches, trained) * batches.steps_per_epoch
+        seconds = seconds_per_step(step, batches, trained, config) * batches.steps_per_epoch
         if selection is not None and config.keep_best:
             # Forward alone, which is a third of a step, and nearly all of a probe's.
             passes = 1 if config.probe else 3

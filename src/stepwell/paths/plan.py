@@ -119,7 +119,7 @@ def _with_joint(s: Setting, ladder: Ladder, bill: Bill, num_steps: int) -> Epoch
     # A store and losses of their own: those with a memory must not remember that they were timed.
     shared = store_of(s, ladder)
     step = joint_step(s, shared, ladder.order)
-    epoch = seconds_per_step(step, s.train, shared.parameters.values()) * s.train.steps_per_epoch
+    epoch = seconds_per_step(step, s.train, shared.parameters.values(), s.config) * s.train.steps_per_epoch
     seconds = with_pretraining(s, epoch * usual_step(s, ladder, TIMED_STEPS))
     joint = config.joint_epochs or epochs_in(config.joint_share * minutes, seconds)
     # The middle candidate stands for the assistant, which is not chosen yet.
@@ -213,7 +213,7 @@ def seconds_of_step(s: Setting, upper: Rung, lower: Rung) -> Seconds:
     costs = s.costs([lower.scale])
     evaluated = costs.keeping_best(1, lower.scale) / costs.step_down(1, lower.scale, [upper.scale])
     step = distill_step(s, [upper], lower)
-    seconds = seconds_per_step(step, s.train, lower.model.parameters()) / (1 - evaluated)
+    seconds = seconds_per_step(step, s.train, lower.model.parameters(), s.config) / (1 - evaluated)
     return with_pretraining(s, seconds * s.train.steps_per_epoch)
 
 

@@ -69,6 +69,7 @@ class SharedWeights:
         self.skeletons = [build_skeleton(model, groups, c.widths) for c in self.candidates]
         self._shapes = [{n: p.shape for n, p in s.named_parameters()} for s in self.skeletons]
         self._cuts = cuts_by_tensor(groups)
+        self._known: dict[tuple[str, int], list[tuple[int, int]]] = {}
         self.parameters: dict[str, nn.Parameter] = {}
         """Every trainable tensor: whole parameters by name, increments as `name+index`."""
         with torch.no_grad():
@@ -104,9 +105,10 @@ class SharedWeights:
         of them, and `add_gradients` alone decides what goes into the store.
         """
         weights = {}
-        for name, shape in self._shapes[index].items():
-            joined = self._join(name, self._cuts.get(name, []), index)
-            weights[name] = joined.reshape(shape).requires_grad_()
+        with torch.no_grad():
+            for name, shape in self._shapes[index].items():
+                joined = self._join(name, self._cuts.get(name, []), index)
+                weights[name] = joined.reshape(shape).detach().requires_grad_()
         return weights
 
     def add_gradients(self, index: int, gradients: Mapping[str, Float[Tensor, "..."] | None]) -> None:
@@ -116,6 +118,8 @@ class SharedWeights:
             index: Number of the candidate.
             gradients: Gradients by the names and in the shapes of `weights(index)`.
         """
+        new: list[Tensor] = []
+        copied: list[Tensor] = []
         sums: list[Tensor] = []
         added: list[Tensor] = []
         for name, gradient in gradients.items():
@@ -125,12 +129,16 @@ class SharedWeights:
                 parameter = self.parameters[key]
                 if parameter.grad is None:
                     # A copy: `part` is a view of the candidate's gradient, and others are added in place.
-                    parameter.grad = in_layout_of(parameter, part)
+                    parameter.grad = torch.empty_like(parameter)
+                    new.append(parameter.grad)
+                    copied.append(part)
                 else:
                     sums.append(parameter.grad)
                     added.append(part)
+        if new:
+            torch._foreach_copy_(new, copied)  # hundreds of small tensors in one call
         if sums:
-            torch._foreach_add_(sums, added)  # hundreds of small sums in one call
+            torch._foreach_add_(sums, added)
 
     def put(self, index: int, model: nn.Module) -> None:
         """Copy the parameters of `model`, which is candidate `index` trained alone, into the store.
@@ -181,14 +189,16 @@ class SharedWeights:
 
         Widths 2, 2 and 3 are [(0, 2), (2, 1)]: candidate 1 adds nothing, so no tensor has a `+1`.
         """
-        widths = [0, *(c.widths[group.name] for c in self.candidates[: index + 1])]
-        steps = (after - before for before, after in itertools.pairwise(widths))
-        return [(number, units) for number, units in enumerate(steps) if units]
+        if (group.name, index) not in self._known:  # asked for each tensor of each step
+            widths = [0, *(c.widths[group.name] for c in self.candidates[: index + 1])]
+            steps = (after - before for before, after in itertools.pairwise(widths))
+            self._known[group.name, index] = [(number, units) for number, units in enumerate(steps) if units]
+        return self._known[group.name, index]
 
     def _join(self, key: str, cuts: Sequence[tuple[Group, Slice]], index: int) -> Tensor:
         """The increments of candidate `index` whose keys begin with `key`, joined; undoes `_split`."""
         if not cuts:
-            return self.parameters[key].detach()
+            return self.parameters[key]
         # One axis at a time: where two groups cut, each part of the first axis is joined on the second.
         (group, slice_), *others = cuts
         parts = [self._join(f"{key}+{number}", others, index) for number, _ in self._added(group, index)]

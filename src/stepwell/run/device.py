@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from stepwell.config.options import TrainingOptions
@@ -15,6 +18,7 @@ def set_up_torch(options: TrainingOptions) -> torch.device:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     device = find_device(options.device)
+    torch.backends.cudnn.benchmark = device.type == "cuda"  # the quickest convolution for each shape
     if options.compile:
         from stepwell.run.graphs import check_compiler  # late, as the compiler: most runs have no need of it
 
@@ -61,7 +65,23 @@ def _one_of_several(name: str) -> str:
 def autocast_of(options: TrainingOptions, device: torch.device) -> torch.autocast:
     """The number format of forward passes in training; weights stay fp32."""
     dtype = torch.float16 if options.precision == "fp16" else torch.bfloat16
-    return torch.autocast(device.type, dtype=dtype, enabled=options.precision != "fp32")
+    return torch.autocast(device.type, dtype=dtype, enabled=options.precision in ("bf16", "fp16"))
+
+
+@contextmanager
+def tf32_of(options: TrainingOptions, device: torch.device) -> Iterator[None]:
+    """While it is open, a GPU may round what it multiplies to TF32, if training is asked to.
+
+    Both passes need it, so all of a training lies inside. What is proved of cuts and the figures of finished
+    models lie outside.
+    """
+    before = torch.get_float32_matmul_precision()
+    if options.precision == "tf32" and device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def scaler_of(options: TrainingOptions, device: torch.device) -> torch.amp.GradScaler:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import cache
 from typing import Any, TypeVar
 
@@ -25,6 +26,10 @@ from stepwell.run.processes import alone, is_main, rank, world
 
 T = TypeVar("T")
 
+LONGEST_WAIT = timedelta(days=7)
+"""For the first process, which may look for a latency or make files for hours while the others wait. One that
+is gone is noticed at once, by its sockets."""
+
 
 @cache
 def _host() -> dist.ProcessGroup:
@@ -36,7 +41,7 @@ def _host() -> dist.ProcessGroup:
             "several processes need Accelerate: pip install 'stepwell[many]', or run a single one"
         ) from None
     PartialState(cpu=not torch.cuda.is_available())
-    group = dist.new_group(backend="gloo")
+    group = dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
     assert isinstance(group, dist.ProcessGroup), "every process is in it"
     return group
 
@@ -69,7 +74,8 @@ def talking() -> Iterator[None]:
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:120]
         raise LostProcessError(
-            f"process {rank()} of {world()}: another one has ended, and has said why ({reason})"
+            f"process {rank()} of {world()}: another one has ended ({reason}); it has said why, unless it "
+            f"was killed"
         ) from None
 
 
@@ -146,6 +152,15 @@ def copy_from_main(tensors: Iterable[Tensor]) -> None:
 
 def sum_(tensors: Iterable[Tensor]) -> None:
     """Make each tensor the sum of those of all processes, in place; one exchange for each kind of numbers."""
+    _reduce(tensors, 1)
+
+
+def mean_(tensors: Iterable[Tensor]) -> None:
+    """Make each tensor the mean of those of all processes, in place; likewise."""
+    _reduce(tensors, world())
+
+
+def _reduce(tensors: Iterable[Tensor], divisor: int) -> None:
     if world() == 1:
         return
     kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
@@ -155,24 +170,18 @@ def sum_(tensors: Iterable[Tensor]) -> None:
         flat = torch.cat([tensor.reshape(-1) for tensor in alike])
         with talking():
             dist.all_reduce(flat, group=_group(flat))
+        if divisor > 1:
+            flat /= divisor
         parts = flat.split([tensor.numel() for tensor in alike])
         torch._foreach_copy_(alike, [part.view(t.shape) for part, t in zip(parts, alike, strict=True)])
-
-
-def mean_(tensors: Iterable[Tensor]) -> None:
-    """Make each tensor the mean of those of all processes, in place."""
-    if world() == 1:
-        return
-    tensors = [tensor.detach() for tensor in tensors]
-    sum_(tensors)
-    for tensor in tensors:
-        tensor /= world()
 
 
 def mean_gradients(parameters: Iterable[nn.Parameter], others: Iterable[Tensor] = ()) -> None:
     """From the gradients of the parts of a batch, which are of equal size, to that of the batch.
 
-    A parameter has a gradient afterwards where it has one in any process; elsewhere none, as before.
+    A parameter has a gradient afterwards where it has one in any process; elsewhere none, as before. Which
+    ones have is agreed on first, a byte for each, between hosts that need not wait for their GPUs: what no
+    candidate of a step uses is not sent, and none of the processes may take the others' word for granted.
 
     Args:
         parameters: What is trained.

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from stepwell.errors import LostProcessError, StepwellError
+from stepwell.errors import ConfigError, LostProcessError, StepwellError
 
 PATIENCE = 30.0
 """Seconds in which a launcher ends all processes after the first of them has failed."""
@@ -24,6 +24,20 @@ _is_alone = False
 def _launched(name: str, default: int) -> int:
     """What a launcher says; all of them set LOCAL_RANK, which nothing else does."""
     return int(os.environ.get(name, default)) if "LOCAL_RANK" in os.environ else default
+
+
+def check_launcher() -> None:
+    """Refuse to be one of several processes that do not know of each other: each would be a run of its own.
+
+    Raises:
+        ConfigError: Slurm has started several, and no launcher.
+    """
+    number = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+    if "LOCAL_RANK" not in os.environ and number != "1":
+        raise ConfigError(
+            f"srun has started {number} processes, which do not know of each other: let it start torchrun, "
+            f"once on each machine (examples/cluster/slurm.sh), or a single process (--ntasks 1)"
+        )
 
 
 def num_launched() -> int:

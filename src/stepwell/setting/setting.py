@@ -106,8 +106,8 @@ class Setting:
 
     @cached_property
     def blocks(self) -> tuple[str, ...]:
-        """The teacher's blocks whose hidden states are compared."""
-        return compared_blocks(self.groups, self.config.feature_layers)
+        """The teacher's blocks whose hidden states are looked at."""
+        return self.config.observed(compared_blocks(self.groups, self.config.feature_layers))
 
     def compared(self, is_other: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """The blocks of student and teacher whose states are compared, in a step to a slice or to
@@ -116,7 +116,7 @@ class Setting:
             return self.blocks, self.blocks
         if self.stages is not None:
             return self.stages[0].blocks, self.stages[1].blocks
-        return self.other_student.blocks, self.blocks
+        return self.config.observed(self.other_student.blocks), self.blocks
 
     @cached_property
     def stages(self) -> tuple[Stages, Stages] | None:
@@ -276,7 +276,7 @@ class Setting:
     @cached_property
     def of_statistics(self) -> EvalBatches:
         """The first of the scored images: BatchNorm statistics are recomputed on them."""
-        return self._some_training_images(min(NUM_IMAGES, self.config.score_images))
+        return self._some_training_images(min(NUM_IMAGES, self.config.score_images)).undivided()
 
     def _some_training_images(self, number: int) -> EvalBatches:
         order = torch.randperm(

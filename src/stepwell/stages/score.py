@@ -58,10 +58,12 @@ def _scores(s: Setting) -> Importance:
     if not others:
         return Importance(raw=norms, normalised=l2_normalised(norms), num_images=0)
     device = next(s.model.parameters()).device  # not the run's, where the teacher answers in parts
+    batches = s.scored.to(device)
     found = importance_by_gradient(
         s.model,
         others,
-        s.scored.to(device),
+        # MiniDisc's is of the mean gradient of a batch.
+        batches.undivided() if s.config.score_reduction == "batch" else batches,
         reduction=s.config.score_reduction,
         autocast=autocast_of(s.config, device),
         loss_per_image=loss_of(s.task, s.config.class_weights),

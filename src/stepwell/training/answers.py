@@ -7,7 +7,8 @@
 Spreading is TinyViT's (Wu et al., ECCV 2022), fixed views of each image are FKD's (Shen & Xing, ECCV 2022).
 Files hold `PART` images of one view each and are written whole, so a run that was killed goes on after the
 last. They lie in a folder named by the weights of the model, so another one never reads them. The first
-process alone reads and writes.
+process alone writes; each reads the rows of its own images, if all see the same files, and else the first one
+reads for all.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -63,14 +65,31 @@ class Answers:
         return self.num_images * bytes_of(self.num_classes, self.top)
 
     def of(self, batch: Batch) -> Output:
-        """The answer to a batch, without states; the whole batch's rows are the first process's to read."""
-        indices = whole(batch.indices).cpu()
-        rows = torch.empty(len(indices), self.num_classes)
-        if is_main():
-            rows = self._rows(batch.view, indices)
-        copy_from_main([rows])
-        logits = rows.chunk(world())[rank()].to(batch.images.device)
+        """The answer to a batch, without states."""
+        if world() == 1 or self._are_seen_by_all:
+            logits = self._rows(batch.view, batch.indices)
+        else:
+            indices = whole(batch.indices)
+            rows = torch.empty(len(indices), self.num_classes)
+            if is_main():
+                rows = self._rows(batch.view, indices)
+            copy_from_main([rows])
+            logits = rows.chunk(world())[rank()]
+        device = batch.images.device
+        if device.type == "cuda":  # what is not pinned is copied when the device has time for it
+            logits = logits.pin_memory()
+        logits = logits.to(device, non_blocking=True)
         return Output(logits, [], logits)
+
+    @cached_property
+    def _are_seen_by_all(self) -> bool:
+        """Whether the files of the first process lie on a disk that all of them share; asked once."""
+        theirs = from_main(self._files)  # which by then has written all
+        return all(joined([self._files() == theirs]))
+
+    def _files(self) -> list[tuple[str, int, int]]:
+        found = [(file.name, file.stat()) for file in sorted(self.folder.glob("*.safetensors"))]
+        return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in found]
 
     def _rows(self, view: int, indices: Int[Tensor, " batch"]) -> Float[Tensor, "batch classes"]:
         rows = torch.empty(len(indices), self.num_classes)
@@ -124,7 +143,7 @@ class Answers:
         """Each process computes a stretch; all of it is joined."""
         number = len(images)
         mine = images[number * rank() // world() : number * (rank() + 1) // world()]
-        size, stretch = batches.batch_size, []
+        size, stretch = batches.images_per_process, []
         for batch in batches.of_view(view, mine):
             with autocast:
                 logits = model(batch.images)

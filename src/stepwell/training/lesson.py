@@ -53,7 +53,8 @@ class Lesson:
         self, batch: Batch, progress: float
     ) -> tuple[Float[Tensor, "views channels height width"], Target]:
         """The images that both models see, with those that a loss adds, and what is known of them."""
-        return self.losses[0].views(batch.images), Target(batch.labels, batch.indices, progress)
+        indices = batch.indices.to(batch.images.device, non_blocking=True)
+        return self.losses[0].views(batch.images), Target(batch.labels, indices, progress)
 
     def answers(
         self,

@@ -24,6 +24,7 @@ from stepwell.config.options import TrainingOptions
 from stepwell.config.recipe_options import PLAIN, RecipeOptions
 from stepwell.data.batches import Batch, TrainBatches
 from stepwell.run.checkpoint import Checkpoint, changed_by_training
+from stepwell.run.device import tf32_of
 from stepwell.run.distributed import copy_from_main, mean_gradients
 from stepwell.run.processes import rank, world
 from stepwell.run.progress import progress, say
@@ -154,7 +155,7 @@ def fit(
         say(f"warning: {course.name}: --accumulate {recipe.accumulate} leaves {num_moves} moves in all")
     scheduler = make_scheduler(optimizer, num_moves, options)
     start = time.monotonic()
-    with progress(course.name, num_steps - done) as advance:
+    with progress(course.name, num_steps - done) as advance, tf32_of(options, batches.device):
         coming = itertools.islice(_endless(batches, done, course.name), num_steps - done)
         for number, batch in enumerate(coming, start=done):
             move, place = divmod(number, recipe.accumulate)
@@ -222,13 +223,16 @@ def _endless(batches: TrainBatches, done: int = 0, training: str = "") -> Iterat
         yield from batches.epoch(later, training=training)
 
 
-def seconds_per_step(step: Step, batches: TrainBatches, parameters: Iterable[nn.Parameter]) -> float:
+def seconds_per_step(
+    step: Step, batches: TrainBatches, parameters: Iterable[nn.Parameter], options: TrainingOptions
+) -> float:
     """Time `TIMED_STEPS` without an update; gradients are left behind in the parameters."""
     parameters = list(parameters)
     seconds = []
     for number, batch in enumerate(itertools.islice(_endless(batches), TIMED_STEPS.stop)):
         start = time.monotonic()
-        loss = step(batch, number, 0.0)["loss"]
+        with tf32_of(options, batches.device):
+            loss = step(batch, number, 0.0)["loss"]
         mean_gradients(parameters)
         float(loss)  # waits for the device
         seconds.append(time.monotonic() - start)

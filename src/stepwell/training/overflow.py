@@ -33,6 +33,7 @@ class Overflow:
     ) -> None:
         self._is_watched = scaler.is_enabled()
         self._parameters, self._modules = parameters, modules
+        self._now = self._buffers() if self._is_watched else {}
         self._before: dict[str, Tensor] = {}
         self.finite: list[Float[Tensor, ""]] = []
         """1 if all losses of the move are finite, else 0; of several processes to be made their mean."""
@@ -40,7 +41,7 @@ class Overflow:
     def begin(self) -> None:
         """Before a move."""
         if self._is_watched:
-            self._before = {name: buffer.clone() for name, buffer in self._buffers().items()}
+            self._before = {name: buffer.clone() for name, buffer in self._now.items()}
             self.finite = []
 
     def look_at(self, losses: Mapping[str, Float[Tensor, ""]]) -> Bool[Tensor, ""] | None:
@@ -57,7 +58,8 @@ class Overflow:
         if not self._is_watched:
             return
         is_left_out = self.finite[0] < 1
-        for name, buffer in self._buffers().items():
+        self._now = self._buffers()  # a loss may have put another tensor in the place of one
+        for name, buffer in self._now.items():
             buffer.copy_(torch.where(is_left_out, self._before[name], buffer))
         gradients = (p.grad for p in self._parameters.values() if p.grad is not None)
         if (gradient := next(gradients, None)) is not None:
