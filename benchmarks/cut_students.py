@@ -3,13 +3,15 @@
     python benchmarks/cut_students.py        # of the cells that are there; resumes where it stopped
 
 The widths are those of the cell of the first seed, the weights random, since a clock does not see them. All
-students of a setting are timed in turns with their teacher, and the best of the turns counts, as in speed.py.
+students of a setting are timed in turns with their teacher, and the best of the turns counts, as in speed.py;
+it wants a quiet machine, and the load is recorded.
 Writes benchmarks/results/cut-students.json, of which `python benchmarks/tables.py` makes a column.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from typing import Any
 
 from torch import nn
@@ -61,7 +63,7 @@ def timed(setting: str, widths: dict[str, dict[str, int]]) -> dict[str, Any]:
     }
     sessions = [session(one, spec) for one in (model, *students.values())]
     whole, *ms = best_times(sessions, 1, (spec.channels, *spec.size), TURNS)
-    return {"whole_ms": whole, "ms": dict(zip(students, ms, strict=True))}
+    return {"load": os.getloadavg()[0], "whole_ms": whole, "ms": dict(zip(students, ms, strict=True))}
 
 
 def teacher_of(setting: str) -> tuple[nn.Module, InputSpec]:
