@@ -30,8 +30,9 @@ from record import RESULTS, commit
 from stepwell.config.options import DataOptions
 from stepwell.measure.size import count_macs, num_params
 from stepwell.models.card import Card
-from stepwell.models.export import export_onnx, takes_any_size
+from stepwell.models.export import export_onnx, sizes_taken
 from stepwell.models.onnx_graph import write_onnx
+from stepwell.models.reached import with_logits_alone
 from stepwell.models.teacher import Teacher, named_segmenter, teacher_from_module
 from stepwell.pruning.skeleton import build_skeleton, fill, leading_units
 from stepwell.run.atomic import write_atomically
@@ -128,7 +129,10 @@ class CheckedMasks(Checked):
         teacher = built(name)
         awake(teacher.model)
         spec = replace(teacher.spec, size=LARGER.get(name, SIZE))
-        teacher = with_parts(replace(teacher, spec=spec))
+        # As compress does: what never reaches the logits (stages behind PSPNet's) is no part of a student.
+        unused = with_logits_alone(teacher.model, spec)
+        architecture = teacher.architecture.model_copy(update={"unused": unused})
+        teacher = with_parts(replace(teacher, spec=spec, architecture=architecture))
         groups = groups_of(teacher.model, spec, True, None, DataOptions())
         return cls(teacher, teacher.model, groups, RATIOS)
 
@@ -163,7 +167,7 @@ def any_size(name: str) -> None:
         checked, file = CheckedMasks.of_masks(name), Path(folder) / "model.onnx"
         small, spec = checked.smallest(), checked.spec
         export_onnx(small, spec, file, checked.images, tolerance=1e-5)
-        if not takes_any_size(file):
+        if not sizes_taken(file):
             write_onnx(small, spec, file, any_size=True)  # raises the reason, if the exporter knows it
             raise AssertionError(f"for {spec.size[0]} x {spec.size[1]} pixels alone")
 

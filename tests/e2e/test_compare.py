@@ -587,6 +587,37 @@ def test_the_suite_of_masks_wants_masks(tmp_path, capsys):
     assert "needs --data, a folder with images/ and masks/" in refusal(words, capsys)
 
 
+def test_the_published_recipe_of_masks_says_how_it_differs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    stepwell("compare", "--suite", "segmentation", "--scale", "paper")
+    printed = capsys.readouterr().out
+    assert "--weight-decay 0.0005" in printed
+    assert "are a DeepLabV3 on a ResNet-18" in printed
+    assert "without the adversarial pair" in printed
+    assert "not cropped out of 1024 x 2048" in printed
+    (dist,) = [arm for arm in suites.ARMS["segmentation"] if arm.name == "DIST"]
+    assert dist.options["logit_weight"] == 1.0
+    hours = {line[2:32].strip(): line[32:].split()[0] for line in printed.splitlines() if line[:3].strip()}
+    assert float(hours["single-step"]) > 1.5 * float(hours["labels alone"])
+
+
+def test_an_encoder_is_for_the_teacher_that_a_suite_trains(tmp_path, capsys):
+    words = ["compare", "--out", str(tmp_path / "out"), "--encoder-weights", "e.safetensors"]
+    for more in (["--suite", "steps"], ["--suite", "segmentation", "--data", ".", "--teacher", "t"], []):
+        assert "--encoder-weights is where the teacher starts" in refusal([*words, *more], capsys)
+
+
+def test_the_suite_of_masks_starts_its_teacher_from_an_encoder(tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(scales, "train", lambda config: given.append(config) or "")
+    config = make_config(
+        CompareConfig, {"suite": "segmentation", "data": str(tmp_path), "encoder_weights": tmp_path / "e"}
+    )
+    scales.prepared("segmentation", config, tmp_path / "out")
+    assert given[0].encoder_weights == tmp_path / "e"
+    assert given[0].label_smoothing == 0
+
+
 @pytest.mark.slow
 def test_the_pairs_of_cnns_run_on_digits(tmp_path, here, monkeypatch, capsys):
     size = scales.size_of("resnet-pair", "cpu")

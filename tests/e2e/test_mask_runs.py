@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -178,6 +179,32 @@ def test_predict_writes_the_numbers_of_the_users_masks(model, tmp_path, capsys):
     ours = logits.argmax(1)[0].numpy()
     assert (written == np.array([7, 8, 255])[ours]).all()
     assert (shown == np.array(colours)[ours]).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ["cirkd", "skd"])
+def test_losses_for_masks_in_the_joint_training(folder, weights, tmp_path, loss):
+    """Each candidate has one of its own, with heads, queues or a judge, which the checkpoint holds."""
+    words = (
+        "compress",
+        "--teacher",
+        FACTORY,
+        "--teacher-weights",
+        weights,
+        "--data",
+        folder,
+        "--path",
+        "amd",
+    )
+    words = (*words, *QUICK, "--num-candidates", "3", "--epochs", "1", "--feature-loss", loss)
+    stepwell(*words, "--out", tmp_path, *(("--feature-args", "num_pixels=50") if loss == "cirkd" else ()))
+    result = result_of(tmp_path)
+    for stage in ("joint", "distill"):
+        losses = result.histories[stage].losses
+        assert losses["feature"]
+        assert all(0 < value < math.inf for value in losses["feature"])
+    assert result.teacher.pixel_accuracy > 60
+    assert set(result.student.iou_by_class) <= set(CLASSES)
 
 
 @pytest.mark.slow

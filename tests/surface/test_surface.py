@@ -68,7 +68,7 @@ FLAGS = {
     "compress": COMPRESS,
     "compare": COMPRESS | {
         "--paths", "--logit-losses", "--feature-losses", "--seeds", "--lrs", "--controls", "--jobs",
-        "--suite", "--scale",
+        "--suite", "--scale", "--encoder-weights",
     },
     "doctor": COMPRESS | {"--plan", "--num-images", "--devices", "--bandwidth"},
     "inspect": {"--all", "--beside", "--features", "--json", "--latency-ms", "--teacher"},

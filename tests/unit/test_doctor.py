@@ -18,12 +18,14 @@ from stepwell.data.spec import InputSpec
 from stepwell.data.splits import resolve_data
 from stepwell.errors import ConfigError
 from stepwell.losses.choose import memory_bytes
+from stepwell.losses.cirkd import CIRKD
 from stepwell.losses.crd import CRD
 from stepwell.measure.estimate import Losses, footprint, memory_and_disk, num_answering
 from stepwell.measure.size import num_params
 from stepwell.paths import path_of
 from stepwell.setting import looked_at
 from stepwell.setting.looked_at import teacher_to_look_at
+from stepwell.tasks.outputs import AsLogits
 from tiny import SPEC, tiny_vit
 
 
@@ -59,6 +61,19 @@ def test_a_model_whose_constructor_computes_with_tensors_is_built_for_real(monke
 def test_arguments_that_do_not_suit_are_still_told():
     with pytest.raises(ConfigError, match="do not suit resnet18"):
         devices_of(CompressConfig(teacher="resnet18", model_args={"no_such": "1"}))
+
+
+def test_memory_knows_the_queues_of_cirkd():
+    loss = CIRKD(4, 6, 3, num_pixels=50)
+    queues = loss.pixels.rows.nbytes + loss.regions.rows.nbytes
+    config = CompressConfig(feature_loss="cirkd", feature_args={"num_pixels": 50})
+    assert memory_bytes(config, 500, 8, (3, 6))[0] == queues
+    teacher = AsLogits(nn.Sequential(nn.Conv2d(3, 6, 3), nn.Conv2d(6, 3, 1)), "maps")
+    spec = InputSpec((16, 16), 3, (0.5,) * 3, (0.5,) * 3)
+    before = memory_and_disk(config, teacher, [teacher], spec, 500, Losses(kept=9))
+    teacher.last_convolution = "model.1"
+    after = memory_and_disk(config, teacher, [teacher], spec, 500, Losses(kept=9))
+    assert [a - b for a, b in zip(after, before, strict=True)] == [9 * queues, 2 * 9 * queues]
 
 
 def test_memory_knows_the_banks_of_crd():

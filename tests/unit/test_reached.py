@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -100,6 +102,20 @@ def test_a_teacher_is_taken_without_its_second_head_and_its_card_says_so(tmp_pat
     assert not any("deep" in name for name in again.state_dict())
     with pytest.raises(ModelError, match=r"does not fit the AsLogits .* no model\.deep there"):
         load(tmp_path / "model", lambda: TwoHeads().neck)
+
+
+class OfOneSize(TwoHeads):
+    """It takes no small images, on which others are looked at."""
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        assert images.shape[2:] == (160, 32)
+        return super().forward(images)
+
+
+def test_a_model_of_one_size_is_looked_at_in_that_size():
+    model = taken(OfOneSize())
+    assert with_logits_alone(model, replace(SPEC, size=(160, 32))) == ["model.deep", "model.never"]
+    assert model.last_convolution == "model.head"
 
 
 def test_what_is_not_there_cannot_be_left_out():

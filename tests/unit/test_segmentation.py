@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -129,6 +130,29 @@ def test_the_measure_is_scikit_learns():
         log_p.gather(1, true[known][:, None]).mean().item(), rel=1e-5
     )
     assert (meter.num_images, meter.num_pixels) == (7, int(known.sum()))
+
+
+@pytest.mark.skipif(find_spec("torchmetrics") is None, reason="of the development environment alone")
+def test_the_measure_is_torchmetrics():
+    """Which adds up over batches, as ours does."""
+    from torchmetrics.classification import (
+        MulticlassAccuracy,
+        MulticlassCalibrationError,
+        MulticlassJaccardIndex,
+    )
+
+    given, known = batches(), {"num_classes": 4, "ignore_index": IGNORED}
+    iou, mean = (MulticlassJaccardIndex(**known, average=average) for average in ("none", "macro"))
+    accuracy = MulticlassAccuracy(**known, average="micro")
+    gap = MulticlassCalibrationError(**known, n_bins=15, norm="l1")
+    for batch in given:
+        for oracle in (iou, mean, accuracy, gap):
+            oracle.update(batch.images, batch.labels)
+    meter = segmentation.evaluate(nn.Identity(), FixedEval(given))
+    assert meter.iou.tolist() == pytest.approx((100 * iou.compute()).tolist(), rel=1e-5)
+    assert meter.quality == pytest.approx(100 * mean.compute().item(), rel=1e-5)
+    assert meter.pixel_accuracy == pytest.approx(100 * accuracy.compute().item(), rel=1e-5)
+    assert meter.calibration_error == pytest.approx(100 * gap.compute().item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("size", [(5, 6), (13, 9), (3, 4), (40, 6)])

@@ -9,6 +9,7 @@ from pathlib import Path
 from stepwell.compare import scales
 from stepwell.compare.arms import Row, arms_of, given, run_arms
 from stepwell.compare.paper import paper
+from stepwell.compare.suites import NOTES, OF_MASKS
 from stepwell.compare.table import as_json, as_markdown, as_plot, as_table
 from stepwell.config.base import flag_of
 from stepwell.config.commands import CompareConfig
@@ -74,7 +75,8 @@ def _write(config: CompareConfig, out: Path, rows: list[Row], teacher: str, data
     write_atomically(out / "compare.md", as_markdown(rows))
     write_atomically(out / "accuracy-over-cost.svg", as_plot(rows))
     files = ", ".join(str(out / name) for name in ("compare.json", "compare.md", "accuracy-over-cost.svg"))
-    return f"{as_table(rows)}\n\n{files}"
+    notes = NOTES.get(config.suite, ()) if config.suite else ()
+    return "\n".join([as_table(rows), *notes, "", files])
 
 
 def check(config: CompareConfig) -> None:
@@ -108,6 +110,10 @@ def check(config: CompareConfig) -> None:
         raise ConfigError(
             "--probe in every run of a comparison would train the same classifier again: train it once with "
             "stepwell train --probe, and give that --teacher"
+        )
+    if config.encoder_weights is not None and (config.suite != OF_MASKS or config.teacher):
+        raise ConfigError(
+            "--encoder-weights is where the teacher starts that --suite segmentation trains: leave it out"
         )
     if config.suite is None and "scale" in asked:
         raise ConfigError("--scale is the size of a --suite")

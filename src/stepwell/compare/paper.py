@@ -15,7 +15,7 @@ from torch import nn
 from stepwell.compare.architectures import loss_passes, published_pairs
 from stepwell.compare.arms import Arm, given_to_runs
 from stepwell.compare.scales import CONTROLLED, Size, filled, size_of
-from stepwell.compare.suites import OF_MASKS, OTHER_ARCHITECTURE, PAIRS, TEACHER_SIZE
+from stepwell.compare.suites import NOTES, OF_MASKS, OTHER_ARCHITECTURE, PAIRS, TEACHER_SIZE
 from stepwell.compare.teacher_sizes import paper_of_sizes
 from stepwell.config.base import flag_of
 from stepwell.config.commands import CompareConfig, CompressConfig
@@ -36,6 +36,12 @@ from stepwell.pruning.units import Group
 from stepwell.stages.grid import make_grid
 from stepwell.tasks.outputs import as_logits
 
+_OF_MASKS = (
+    "Beside the published recipe: images are scaled whole to 512 x 1024, by half to double, then cropped, "
+    "not cropped out of 1024 x 2048; the rate falls in a line, not by a power of 0.9.",
+    "GPU-hours are of a student whose encoder is cut and whose decoder is whole, without what the losses "
+    "compute by themselves.",
+)
 NUM_TRAIN = {"CIFAR-100": 50_000, "ImageNet": 1_281_167, "Cityscapes": 2_975}
 
 
@@ -81,6 +87,8 @@ def paper(suite: Suite, config: CompareConfig) -> str:
         f"It runs with --teacher{' and --teachers' * bool(size.other_teachers)} and --data: "
         f"{'trained teachers' if size.other_teachers else 'a trained teacher'} and the images.",
         *(["", *published_pairs()] if suite == OTHER_ARCHITECTURE else []),
+        *NOTES.get(suite, ()),
+        *(_OF_MASKS if suite == OF_MASKS else []),
     ]
     return "\n".join(lines)
 
@@ -116,7 +124,7 @@ def _other_teachers(suite: Suite) -> list[OtherTeacher]:
 @cache
 def _share(suite: Suite, keep_ratio: float) -> float:
     """Share of the operations of a candidate: of a transformer its units', of a CNN counted."""
-    if suite not in PAIRS:
+    if suite not in PAIRS and suite != OF_MASKS:
         return keep_ratio
     model, spec, groups, macs = _teacher(suite)
     (candidate,) = make_grid(groups, uniform_scores(groups), [keep_ratio], CompressConfig())

@@ -127,6 +127,7 @@ _SEVERAL_TEACHERS = {
 OF_THE_TEACHER = (
     "data", "data_root", "selection_data", "skip_bad_images", "image_size", "class_list", "ignore_index",
     "precision", "compile", "gradient_checkpointing", "shard_optimizer", "device", "threads", "workers",
+    "encoder_weights",
 )  # fmt: skip
 """Options of the comparison that the training of its teacher takes over: which images, and on what."""
 CONTROLLED: frozenset[Suite] = frozenset({"steps", "depth", SEVERAL_TEACHERS, *PAIRS})

@@ -36,13 +36,14 @@ class Size:
 
 
 _MASKS = {"batch_size": 8, "lr": 1e-3}
+_MASKS_TRAIN = {**_MASKS, "label_smoothing": 0.0}
 SIZES_OF_MASKS = {
     "cpu": Size(
         "torchvision:deeplabv3_mobilenet_v3_large",
         {},
         "",
         {},
-        {**_MASKS, "epochs": 60, "image_size": "192x256"},
+        {**_MASKS_TRAIN, "epochs": 60, "image_size": "192x256"},
         {**_MASKS, "keep_ratio": 0.15, "budget_epochs": 30, "image_size": "192x256"},
     ),
     "gpu": Size(
@@ -50,7 +51,7 @@ SIZES_OF_MASKS = {
         {},
         "",
         {},
-        {**_MASKS, "epochs": 100, "precision": "bf16"},
+        {**_MASKS_TRAIN, "epochs": 100, "precision": "bf16"},
         {**_MASKS, "keep_ratio": 0.15, "budget_epochs": 100, "precision": "bf16"},
     ),
     # 40,000 steps of 16 images; their rate falls by a power of 0.9, which is nearly a line.
@@ -66,6 +67,7 @@ SIZES_OF_MASKS = {
             "batch_size": 16,
             "optimizer": "sgd",
             "lr": 0.02,
+            "weight_decay": 5e-4,
             "schedule": "linear",
             "image_size": "512x1024",
             "precision": "bf16",

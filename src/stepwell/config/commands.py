@@ -210,6 +210,9 @@ class CompareConfig(CompressConfig):
     then its own."""
     scale: Literal["cpu", "gpu", "paper"] = "cpu"
     """Size of a suite: hours on two cores, on one GPU, or the published recipe."""
+    encoder_weights: Path | None = None
+    """Of `--suite segmentation`: its teacher's encoder starts from this file of a classifier's weights; from
+    random ones if not given."""
 
     @model_validator(mode="after")
     def _extras(self) -> Self:  # in place of a run's

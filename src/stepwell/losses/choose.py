@@ -25,7 +25,7 @@ from stepwell.losses.ab import AB
 from stepwell.losses.adversarial import SKD
 from stepwell.losses.at import at_loss
 from stepwell.losses.cc import CC
-from stepwell.losses.cirkd import CIRKD
+from stepwell.losses.cirkd import CIRKD, queue_bytes
 from stepwell.losses.crd import CRD, bank_bytes
 from stepwell.losses.cwd import CWD, cwd_loss
 from stepwell.losses.dist import dist_loss
@@ -233,8 +233,17 @@ def _check_square(name: str, pair: Pair) -> None:
             )
 
 
-def memory_bytes(options: LossOptions, num_images: int, batch_size: int) -> tuple[int, int]:
-    """Bytes that the feature loss remembers of all training images, and that a step reads of that."""
+def memory_bytes(
+    options: LossOptions, num_images: int, batch_size: int, last_map: tuple[int, int] = (0, 0)
+) -> tuple[int, int]:
+    """Bytes that the feature loss remembers, and that a step reads of that.
+
+    Args:
+        options: Which loss.
+        num_images: Training images.
+        batch_size: Images of a step.
+        last_map: Of masks: classes, and channels of the map that the teacher's last convolution reads.
+    """
     if not options.feature_weight:
         return 0, 0
     match options.feature_loss:
@@ -242,6 +251,9 @@ def memory_bytes(options: LossOptions, num_images: int, batch_size: int) -> tupl
             sizes = ("embed_dim", "num_negatives")
             given = {k: int(v) for k, v in options.feature_args.items() if k in sizes}
             return bank_bytes(num_images, batch_size, **given)
+        case "cirkd":
+            given = {k: int(v) for k, v in options.feature_args.items() if k == "num_pixels"}
+            return queue_bytes(*last_map, batch_size, **given)
         case _:
             return 0, 0
 

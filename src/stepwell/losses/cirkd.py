@@ -170,3 +170,9 @@ class CIRKD(LossWithNetworks):
 
 
 _OF_EACH = 16
+
+
+def queue_bytes(num_classes: int, dim: int, batch_size: int, num_pixels: int = 20000) -> tuple[int, int]:
+    """Bytes of both kinds of queues, and of the similarities of a step, of both models."""
+    rows = batch_size * NUM_POSITIONS
+    return 4 * num_classes * dim * (num_pixels + NUM_REGIONS), 2 * 4 * rows * (rows + sum(CONTRAST))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,10 +24,23 @@ EFFICIENCY = 0.4
 
 @dataclass(frozen=True)
 class Losses:
-    """How many losses, each with a memory of its own, a path keeps at once, and how many a step computes."""
+    """How many losses, each with a memory of its own, a path keeps at once, and how many a step computes.
+
+    `last_map` is as `memory_bytes` has it.
+    """
 
     kept: int = 1
     in_a_step: int = 1
+    last_map: tuple[int, int] = (0, 0)
+
+    def of(self, teacher: nn.Module) -> Losses:
+        """The same, for the maps of this teacher."""
+        name = getattr(teacher, "last_convolution", "")
+        weights = list(teacher.get_submodule(name).parameters()) if name else []
+        kernels = [weight for weight in weights if weight.ndim == 4]  # several where it is taken apart
+        if not kernels:
+            return self
+        return replace(self, last_map=(kernels[0].shape[0], sum(kernel.shape[1] for kernel in kernels)))
 
 
 def seconds_of(macs: float, device: torch.device) -> float:
@@ -74,7 +87,7 @@ def footprint(
     """
     store, averages = num_params(trained), 1 if config.ema else 0
     # What relates images or remembers them is computed of the whole batch on each device.
-    banks, read = memory_bytes(config, num_train, batch_size * devices)
+    banks, read = memory_bytes(config, num_train, batch_size * devices, losses.last_map)
     activations = activation_bytes(
         trained, spec, batch_size * config.views, recomputed=config.gradient_checkpointing
     )
@@ -122,7 +135,8 @@ def memory_and_disk(
         num_train: Training images.
         losses: Of the path.
     """
-    found = footprint(config, num_params(model), skeletons[-1], spec, config.batch_size, num_train, losses)
+    frozen, losses = num_params(model), losses.of(model)
+    found = footprint(config, frozen, skeletons[-1], spec, config.batch_size, num_train, losses)
     # The store and the students, and while it trains the checkpoints.
     return found.memory, found.kept + 16 * num_params(skeletons[0]) + found.passing
 

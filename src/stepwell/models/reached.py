@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 import torch
 from jaxtyping import Float
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from stepwell.data.spec import InputSpec
 from stepwell.tasks.outputs import AsLogits
+
+_ENOUGH = 128  # pixels
 
 
 class LeftOut(nn.Module):
@@ -49,15 +51,20 @@ def with_logits_alone(model: AsLogits, spec: InputSpec) -> list[str]:
         What was left out.
     """
     trial = copy.deepcopy(model).cpu().eval().requires_grad_(True)
-    dtype = next(trial.parameters()).dtype
-    images = torch.randn(2, spec.channels, *spec.size, generator=torch.Generator().manual_seed(0)).to(dtype)
-    try:
-        model.last_convolution, unused = _reached(trial, images)
-        _, unused_in_training = _reached(copy.deepcopy(trial).train(), images)
-    except Exception:  # whatever a forward pass, or a backward pass of the user's own, does to a copy
-        return []
-    never = unused & unused_in_training
-    names = [name for name in _largest(trial, never) if _is_spare(trial, [name], images)]
+    # What is reached is the same for small images, where a model takes them.
+    for size in dict.fromkeys((tuple(min(side, _ENOUGH) for side in spec.size), spec.size)):
+        images = torch.randn(2, spec.channels, *size, generator=torch.Generator().manual_seed(0))
+        images = images.to(next(trial.parameters()).dtype)
+        with suppress(Exception):  # of a forward pass, or a backward pass of the user's own
+            model.last_convolution, unused = _reached(trial, images)
+            _, unused_in_training = _reached(copy.deepcopy(trial).train(), images)
+            return _left_out(model, trial, unused & unused_in_training, images)
+    return []
+
+
+def _left_out(model: nn.Module, trial: nn.Module, unused: set[str], images: Tensor) -> list[str]:
+    """Leave out the modules of these parameters that can be spared; `trial` is a copy of the model."""
+    names = [name for name in _largest(trial, unused) if _is_spare(trial, [name], images)]
     if not names or not _is_spare(trial, names, images):
         return []
     leave_out(model, names)

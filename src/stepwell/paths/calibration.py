@@ -169,7 +169,14 @@ class Calibration:
     ) -> Price:
         s = self.s
         found = footprint(
-            s.config, num_frozen, trained, s.spec, self.share, self.num_train, losses, self.devices
+            s.config,
+            num_frozen,
+            trained,
+            s.spec,
+            self.share,
+            self.num_train,
+            losses.of(s.model),
+            self.devices,
         )
         seconds *= self.share / s.train.batch_size
         # Parameters that have been moved are sent once more, which is half of a sum over all devices.

@@ -61,6 +61,8 @@ def loss_per_image(
 ) -> Float[Tensor, " batch"]:
     """Cross-entropy of each image, the mean over its pixels that have a class, in fp32; 0 where none has.
 
+    The mean over a batch is then one over images, not over all pixels of the batch: docs/design.md says why.
+
     Args:
         logits: What the model returns.
         labels: The class of each pixel; `IGNORED` where it counts nowhere.
