@@ -226,7 +226,7 @@ def test_minutes_are_for_all_teachers(data, teacher, cnn, tmp_path, quick, monke
     """An epoch under the other teacher takes three seconds, under the best one a second."""
     seen: list[Any] = []
 
-    def seconds(step, images, _) -> float:
+    def seconds(step, images, *_) -> float:
         seen.append(step)
         return (1.0 if len(seen) == 1 else 3.0) / images.steps_per_epoch
 

@@ -125,7 +125,7 @@ def test_minutes_are_kept_whichever_candidates_the_timed_steps_draw(tmp_path, mo
     s, ladder = run_and_ladder(tmp_path, minutes=10, sampling="sandwich", num_random=1, seed=3, **weights)
     teacher, seconds = float(taught), {}
 
-    def timed(step, _batches, _parameters):
+    def timed(step, _batches, _parameters, _options):
         if isinstance(step, JointStep):
             drawn = [candidates_of_step(len(SCALES), s.config, 3, n) for n in (1, 2, 3, 4, 5)]
             sums = [sum(SCALES[i] for i in chosen) for chosen in drawn]
