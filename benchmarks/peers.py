@@ -5,7 +5,9 @@
 
     training     a step of the same teacher and student, on random images that lie on the device, with AdamW:
                  by us with logits alone, and with hidden states (the default); by timm's
-                 LogitDistillationTask; by torchdistill's DistillationBox. In turns, in one process
+                 LogitDistillationTask; by torchdistill's DistillationBox. Blocks of steps in turns, in one
+                 process; within a block nobody waits. What our loop does around a step (clipping, schedule,
+                 log, the feed of images) is in none of them
     cutting      scores of all units by gradients of the same images, cutting to half of the units, and the
                  result in onnxruntime; Torch-Pruning cuts to as many operations (as in speed.py, by its
                  documented steps, or where they fail on today's timm by what mends them)
@@ -19,6 +21,7 @@ else (torch, timm) where this interpreter does. Writes benchmarks/results/peers.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import statistics
@@ -39,7 +42,7 @@ from torch import nn
 
 import stepwell
 import throughput
-from record import save
+from record import one_origin, save
 from scaling import Cell, measured
 from speed import BATCHES, best_times, build, by_stepwell, by_torch_pruning, pruned, session, whole_session
 from stepwell.measure.hardware import hardware
@@ -47,7 +50,7 @@ from stepwell.measure.size import count_macs
 from stepwell.models.input import input_spec
 from stepwell.pruning.families import find_groups
 from stepwell.run.atomic import write_atomically
-from stepwell.run.device import find_device
+from stepwell.run.device import find_device, tf32_of
 from stepwell.setting.rungs import slice_of_teacher, teacher_of
 from stepwell.setting.setting import Setting
 from stepwell.stages.distill import distill_step
@@ -71,7 +74,8 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--models", nargs="+", default=list(throughput.MODELS))
     parser.add_argument("--batch", type=int, help="images of a step; by default 128 on a GPU, else 8")
-    parser.add_argument("--rounds", type=int, default=10, help="steps of each kind that are timed")
+    parser.add_argument("--rounds", type=int, default=10, help="blocks of each kind that are timed")
+    parser.add_argument("--block", type=int, help="steps of a block; by default 20 on a GPU, else 1")
     parser.add_argument("--images", type=int, default=640, help="of the brute force")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--name", default="peers")
@@ -79,9 +83,11 @@ def main() -> None:
     options = parser.parse_args()
     device = find_device(options.device)
     options.batch = options.batch or (128 if device.type == "cuda" else 8)
+    options.block = options.block or (20 if device.type == "cuda" else 1)
     if options.run:
         run_part(*options.run, options, device)
         return
+    one_origin(options.out, device)
     found = []
     for part in options.parts:
         for model in options.models if PARTS[part] else ["ViT"]:
@@ -95,7 +101,8 @@ def main() -> None:
 
 def file_of(options: argparse.Namespace, part: str, model: str) -> Path:
     """Where the cells of one part and model are kept."""
-    return options.out / f"{part}-{model}-{options.batch}-{options.images}.json".replace(" ", "-")
+    of_steps = f"{options.batch}-{options.rounds}x{options.block}-{options.images}"
+    return options.out / f"{part}-{model}-{of_steps}.json".replace(" ", "-")
 
 
 def start(options: argparse.Namespace, part: str, model: str) -> None:
@@ -126,23 +133,25 @@ def run_part(part: str, model: str, options: argparse.Namespace, device: torch.d
     """Measure a part, and write its cells down."""
     match part:
         case "training":
-            found = training(model, options.batch, options.rounds, device)
+            found = training(model, options, device)
         case "cutting":
             torch.set_num_threads(1)
             found = cutting(model, options.batch)
         case _:
-            found = brute_force(options.out, options.images)
+            found = brute_force(options.out, options.images, options.device)
     cells = [{"part": part, "model": model, **cell} for cell in found]
     write_atomically(file_of(options, part, model), json.dumps(cells, indent=1) + "\n")
 
 
-def training(name: str, batch_size: int, rounds: int, device: torch.device) -> list[dict[str, Any]]:
-    """Median images a second of each kind of step; all are timed in turns."""
-    found = []
-    for precision in ("fp32", "bf16") if device.type == "cuda" else ("fp32",):
+def training(name: str, options: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+    """Median images a second of each kind of step; all are timed in turns, in the same number format."""
+    batch_size, found = options.batch, []
+    for precision in ("tf32", "bf16") if device.type == "cuda" else ("fp32",):
         with tempfile.TemporaryDirectory() as folder:
             s = setting(Path(folder), name, precision, batch_size, device)
-            times = in_turns(training_steps(s, batch_size, device), rounds, device)
+            steps = training_steps(s, batch_size, device)
+            with tf32_of(s.config, device):
+                times = in_turns(steps, options.rounds, options.block, device)
         speed = {kind: round(batch_size / seconds, 2) for kind, seconds in times.items()}
         about = {"timm": version("timm"), "torchdistill": version("torchdistill")}
         found.append({"precision": precision, "batch": batch_size, "images_per_second": speed, **about})
@@ -165,7 +174,7 @@ def training_steps(s: Setting, batch_size: int, device: torch.device) -> dict[st
         steps[kind] = updated(ours, rung.model.parameters(), batch)
     timms = student()
     steps["timm"] = updated(timm_step(s, timms), timms.parameters(), batch)
-    box = torchdistill_box(s.model, student(), device)
+    box = torchdistill_box(copy.deepcopy(s.model), student(), device)  # it may leave hooks
 
     def of_torchdistill() -> None:
         with s.autocast:
@@ -196,17 +205,18 @@ def torchdistill_box(teacher: nn.Module, student: nn.Module, device: torch.devic
     return DistillationBox(teacher, student, {}, config, device, None, False, 1)
 
 
-def in_turns(steps: dict[str, Step], rounds: int, device: torch.device) -> dict[str, float]:
-    """Median seconds of each step, after two rounds to warm up."""
+def in_turns(steps: dict[str, Step], rounds: int, block: int, device: torch.device) -> dict[str, float]:
+    """Median over blocks of the seconds of each step, after two rounds to warm up."""
     times: dict[str, list[float]] = {kind: [] for kind in steps}
     for number in range(2 + rounds):
         for kind, step in steps.items():
             wait(device)
             began = time.perf_counter()
-            step()
+            for _ in range(block):
+                step()
             wait(device)
             if number >= 2:
-                times[kind].append(time.perf_counter() - began)
+                times[kind].append((time.perf_counter() - began) / block)
     return {kind: statistics.median(taken) for kind, taken in times.items()}
 
 
@@ -267,14 +277,14 @@ def quickest(run: Callable[[nn.Module], object], name: str, times: int = 3) -> f
     return min(taken)
 
 
-def brute_force(out: Path, num_images: int) -> list[dict[str, Any]]:
+def brute_force(out: Path, num_images: int, device: str) -> list[dict[str, Any]]:
     """Operations and seconds of both paths, an epoch of each training, up to the finished student."""
     images(out / f"images-{num_images}", num_images)
     found = []
     for path in ("amd", "mmd"):
         cell = Cell("path", path, images=num_images, options={"path": path})
         if not (file := out / cell.folder / "measured.json").exists():
-            measured(cell, out)
+            measured(cell, out, device)
         took = json.loads(file.read_text(encoding="utf-8"))
         cost = {"seconds": took["measured"], "passes": took["passes"]}
         found.append({"path": path, "images": num_images, **cost})

@@ -14,7 +14,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from record import save
+from record import one_origin, save
 from stepwell.config.commands import CompressConfig
 from stepwell.config.files import make_config
 from stepwell.paths import path_of
@@ -22,6 +22,7 @@ from stepwell.paths.begin import begin
 from stepwell.paths.forecast import Images, forecast
 from stepwell.paths.path import ladder_of
 from stepwell.run.atomic import write_atomically
+from stepwell.run.device import find_device
 from timed_runs import COMMON, finished, images, teacher
 
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
@@ -48,6 +49,7 @@ def main() -> None:
     parser.add_argument("--effort", type=float, default=1.0, help="multiplies all lengths")
     parser.add_argument("--name", default="plan")
     options = parser.parse_args()
+    one_origin(options.out, find_device("auto"))
     data, cells, hardware = images(options.out / f"images-{options.images}", options.images), [], {}
     for number, name in enumerate(options.only):
         values = dict(CONFIGURATIONS[name])

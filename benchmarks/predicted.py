@@ -79,7 +79,8 @@ class Machines:
     """What is taken of GPUs and what is between them, all in units a second.
 
     Attributes:
-        rate: FLOP of a large matrix product on one GPU.
+        rate: FLOP of a large matrix product on one GPU, in the number format of training.
+        rate_fp32: The same in fp32, in which finished models are evaluated.
         joint: Share of that rate which a joint step reaches.
         distill: Share that a step of distillation, and a pass over images, reaches.
         workers: Processes that decode for one GPU.
@@ -91,6 +92,7 @@ class Machines:
     """
 
     rate: float
+    rate_fp32: float
     joint: float
     distill: float
     workers: int
@@ -123,11 +125,11 @@ class Cluster:
 
     def scoring(self, num_images: float) -> Price:
         """Forward and backward of the teacher."""
-        return self._pass(3.0) * num_images
+        return self._pass(3.0, self.machines.rate) * num_images
 
     def forward(self, scale: float) -> Price:
-        """One image through a model."""
-        return self._pass(scale)
+        """One image through a model, in fp32."""
+        return self._pass(scale, self.machines.rate_fp32)
 
     def joint_step(self) -> Price:
         """One step of the joint training."""
@@ -142,25 +144,26 @@ class Cluster:
     def joint_parts(self) -> dict[str, float]:
         """Seconds of each part of a joint step, whose store is all of the largest candidate."""
         summed, _ = candidates_per_step(self.scales, self.config)
-        return self._parts(1 + 3 * summed, self.machines.joint, max(self.sizes))
+        return self._parts(1 + 3 * summed, self.machines.joint * self.machines.rate, max(self.sizes))
 
     def distill_parts(self, student: float, teachers: Sequence[float]) -> dict[str, float]:
         """Seconds of each part of a step of distilling."""
         nearest = min(range(len(self.scales)), key=lambda i: abs(self.scales[i] - student))
-        return self._parts(sum(teachers) + 3 * student, self.machines.distill, self.sizes[nearest])
+        reached = self.machines.distill * self.machines.rate
+        return self._parts(sum(teachers) + 3 * student, reached, self.sizes[nearest])
 
-    def _parts(self, passes: float, share_of_rate: float, num_trained: int) -> dict[str, float]:
+    def _parts(self, passes: float, reached: float, num_trained: int) -> dict[str, float]:
         m, images, gpus = self.machines, self.plan.share, self.plan.gpus
         ring = all_reduce_seconds(4 * num_trained, gpus, m.bandwidth) + 2 * (gpus - 1) * m.latency
         return {
-            "arithmetic": 2 * self.macs * passes * images / (share_of_rate * m.rate),
+            "arithmetic": 2 * self.macs * passes * images / reached,
             "decoding": images / (m.workers * m.decoded),
             "reading": images * gpus * m.image_bytes / m.storage,
             "exchange": ring,
         }
 
-    def _pass(self, passes: float) -> Price:
-        parts = self._parts(passes, self.machines.distill, 0) | {"exchange": 0.0}
+    def _pass(self, passes: float, rate: float) -> Price:
+        parts = self._parts(passes, self.machines.distill * rate, 0) | {"exchange": 0.0}
         return _together(parts) * (1 / (self.plan.share * self.plan.gpus))
 
 
@@ -182,6 +185,7 @@ def main() -> None:
     }
     for name, default, of in (
         ("rate", measured["rates"]["bf16"], "FLOP/s of a matrix product; throughput.json"),
+        ("rate-fp32", measured["rates"]["fp32"], "the same in fp32, of evaluation; throughput.json"),
         ("joint", shares["joint"], "share of it in a joint step; throughput.json, ViT-S, bf16"),
         ("distill", shares["distill"], "share of it in a step of distillation; the same"),
         ("workers", 16, "that decode for each GPU"),
@@ -278,6 +282,11 @@ def table(record: dict[str, Any]) -> str:
         decoding = f"number **assumed**; timed on a core of this {record['hardware']['processor']}"
     assumed = [
         ("matrix product on a GPU", f"{m['rate'] / 1e12:.0f} TFLOP/s", f"measured: {record['gpu']}, bf16"),
+        (
+            "the same in fp32",
+            f"{m['rate_fp32'] / 1e12:.0f} TFLOP/s",
+            "measured; models are evaluated in fp32",
+        ),
         ("share of it, joint", f"{m['joint']:.1%}", "measured on ViT-S, batch 128; **assumed for others**"),
         ("share of it, distill", f"{m['distill']:.1%}", "the same"),
         ("decoding", f"{m['workers']:g} workers x {m['decoded']:.0f} images/s", decoding),

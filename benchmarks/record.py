@@ -7,6 +7,9 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from stepwell.measure.hardware import hardware
 from stepwell.report.result import Result
 from stepwell.report.table import result_table
 from stepwell.run.atomic import write_atomically
@@ -69,10 +72,21 @@ def summary(result: Result, seed: int) -> dict[str, Any]:
     }
 
 
-def save(name: str, runs: list[dict[str, Any]], hardware: dict[str, str], **about: object) -> Path:
+def one_origin(out: Path, device: torch.device) -> None:
+    """Refuse to go on in a folder with runs of another commit or device: a table names one of each."""
+    origin = {"commit": commit(), "device": hardware(device)["training device"]}
+    file = out / "origin.json"
+    if not file.exists():
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, json.dumps(origin) + "\n")
+    elif (found := json.loads(file.read_text(encoding="utf-8"))) != origin:
+        raise SystemExit(f"{out} has runs of {found}, and this is {origin}: remove it, or take another --out")
+
+
+def save(name: str, runs: list[dict[str, Any]], machine: dict[str, str], **about: object) -> Path:
     """Write `results/NAME.json`."""
     RESULTS.mkdir(exist_ok=True)
     file = RESULTS / f"{name}.json"
-    record = {"benchmark": name, "commit": commit(), "hardware": hardware, **about, "runs": runs}
+    record = {"benchmark": name, "commit": commit(), "hardware": machine, **about, "runs": runs}
     write_atomically(file, json.dumps(record, indent=1) + "\n")
     return file

@@ -5,9 +5,10 @@
 
 Each run is AMD on random images of 32 x 32, from the scores to the student, without what `deliver` measures;
 its plan is that of `stepwell doctor --plan`. The largest vision transformer is not run: operations predict it
-from the one before. Two processes are started by torchrun; the bandwidth between them, which their plan is
-made with, is measured at their beginning. Writes benchmarks/results/scaling.json, of which
-`python benchmarks/tables.py` makes a table of docs/performance.md. What far larger runs take: predicted.py.
+from the one before. Several processes, two or one for each GPU, are started by torchrun; the bandwidth
+between them, which their plan is made with, is measured at their beginning. Writes
+benchmarks/results/scaling.json, of which `python benchmarks/tables.py` makes a table of docs/performance.md.
+What far larger runs take: predicted.py.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import Any
 import torch
 
 from plan import plan
-from record import save
+from record import one_origin, save
 from stepwell.config.commands import CompressConfig
 from stepwell.config.files import make_config
 from stepwell.measure.hardware import hardware
@@ -34,8 +35,10 @@ from stepwell.models.input import input_spec
 from stepwell.paths import path_of
 from stepwell.paths.begin import begin
 from stepwell.run.atomic import write_atomically
+from stepwell.run.device import find_device
 from stepwell.run.distributed import leave, sum_
 from stepwell.run.processes import is_main, world
+from stepwell.training.timing import wait_for
 from timed_runs import COMMON, NUM_CLASSES, SIZE, VITS, images, teacher
 
 *MEASURED, PREDICTED = VITS
@@ -70,7 +73,7 @@ class Cell:
         return "-".join(str(part) for part in parts).translate({ord(c): None for c in " ,'()"})
 
 
-def cells(quick: bool) -> list[Cell]:
+def cells(quick: bool, most_processes: int) -> list[Cell]:
     """All runs, each axis from small to large; of a quick look two small ones of each."""
     few, most = (8, 2) if quick else (1, None)
     large = {"batch_size": 8, "score_images": 16}
@@ -85,7 +88,10 @@ def cells(quick: bool) -> list[Cell]:
             Cell("parameters", name, name, images=80 // few, options={**large, "epochs": epochs})
             for name, epochs in zip(MEASURED[:most], EPOCHS, strict=False)
         ),
-        *(Cell("processes", str(n), MEASURED[1 - quick], 320 // few, n, {"batch_size": 32}) for n in (1, 2)),
+        *(
+            Cell("processes", str(n), MEASURED[1 - quick], 320 // few, n, {"batch_size": 32})
+            for n in sorted({1, most_processes})
+        ),
     ]
 
 
@@ -97,38 +103,41 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark-scaling"))
     parser.add_argument("--quick", action="store_true", help="seconds for each axis, to see that it runs")
     parser.add_argument("--name", default="scaling")
+    parser.add_argument("--device", default="auto")
     parser.add_argument("--cell", help="a cell as JSON: run it alone, as one of its processes")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.cell:
-        measured(Cell(**json.loads(options.cell)), options.out)
+        measured(Cell(**json.loads(options.cell)), options.out, options.device)
         leave()
         return
-    found = []
-    for cell in cells(options.quick):
-        found.append(asdict(cell) | finished(cell, options.out))
+    found, device = [], find_device(options.device)
+    one_origin(options.out, device)
+    # Each process has a GPU of its own.
+    most_processes = torch.cuda.device_count() if device.type == "cuda" else 2
+    for cell in cells(options.quick, most_processes):
+        found.append(asdict(cell) | finished(cell, options.out, options.device))
         print(row(found[-1]), flush=True)
     largest = next(c for c in reversed(found) if c["axis"] == "parameters")
     found.append(by_operations(largest, PREDICTED))
-    machine = hardware(torch.device("cpu"))
-    print(save(options.name, found, machine, cores=len(os.sched_getaffinity(0))))
+    print(save(options.name, found, hardware(device), cores=len(os.sched_getaffinity(0))))
 
 
-def finished(cell: Cell, out: Path) -> dict[str, Any]:
+def finished(cell: Cell, out: Path, device: str) -> dict[str, Any]:
     """Seconds of a cell's stages, planned and measured, now or before."""
     data, folder = images(out / f"images-{cell.images}", cell.images), out / cell.folder
     file = folder / "measured.json"
     if not file.exists():
         if cell.processes == 1:
-            measured(cell, out)
+            measured(cell, out, device)
         else:
             launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(cell.processes), __file__]
-            words = ["--out", str(out), "--cell", json.dumps(asdict(cell))]
+            words = ["--out", str(out), "--device", device, "--cell", json.dumps(asdict(cell))]
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}
             subprocess.run([sys.executable, *launcher, *words], check=True, env=environment)
     took = json.loads(file.read_text(encoding="utf-8"))
     bandwidth = took["bytes_per_second"] or 1e10
-    values = {"epochs": 1.0, **cell.options}
+    values = {"epochs": 1.0, "device": device, **cell.options}
     planned = plan(cell.model, data, folder, values, cell.processes, bandwidth)
     del planned["deliver"]
     model = teacher(cell.model)
@@ -140,14 +149,21 @@ def finished(cell: Cell, out: Path) -> dict[str, Any]:
     }
 
 
-def measured(cell: Cell, out: Path) -> None:
+def measured(cell: Cell, out: Path, device: str) -> None:
     """Run the path, and write down what its stages took; in several processes the first one writes."""
     folder = out / cell.folder
     data = out / f"images-{cell.images}"
-    values = {**COMMON, "epochs": 1.0, **cell.options, "teacher": cell.model, "data": str(data)}
+    values = {
+        **COMMON,
+        "epochs": 1.0,
+        "device": device,
+        **cell.options,
+        "teacher": cell.model,
+        "data": str(data),
+    }
     config = make_config(CompressConfig, {**values, "out_dir": folder / "run"})
     s = begin(config, teacher(cell.model), exports=False)
-    rate = bytes_per_second() if world() > 1 else None
+    rate = bytes_per_second(s.device) if world() > 1 else None
     path_of(s.config.path).descend(s, lambda *_: None)
     if is_main():
         seconds = {name: stage.seconds for name, stage in s.run.stages.items()}
@@ -157,12 +173,14 @@ def measured(cell: Cell, out: Path) -> None:
         write_atomically(folder / "measured.json", text + "\n")
 
 
-def bytes_per_second() -> float:
+def bytes_per_second(device: torch.device) -> float:
     """What each process sends to the next in an all-reduce, the quickest of five."""
-    numbers, times = torch.zeros(4 * 2**20), []
+    numbers, times = torch.zeros(4 * 2**20, device=device), []
     for _ in range(5):
+        wait_for(device)
         start = time.perf_counter()
         sum_([numbers])
+        wait_for(device)
         times.append(time.perf_counter() - start)
     return 2 * (world() - 1) / world() * 4 * numbers.numel() / min(times)
 
@@ -219,15 +237,15 @@ def table(record: dict[str, Any]) -> str:
         record["hardware"],
         [c["bytes_per_second"] for c in record["runs"] if c["bytes_per_second"]],
     )
-    between = f"{rates[0] / 1e9:.1f} GB/s between two processes; " if rates else ""
+    between = f"{rates[0] / 1e9:.1f} GB/s between processes; " if rates else ""
     return "\n".join(
         [
             *rows,
             "",
             f"AMD, scores to student, an epoch of each training (eight to one for parameters); {NUM_CLASSES} "
             f"classes, images of {SIZE} x {SIZE}; growth of an epoch from the row above; {between}"
-            f"{machine['processor']}, {record['cores']} cores, one thread a process, torch "
-            f"{machine['torch']}; commit {record['commit']}.",
+            f"{machine['training device']}, {machine['processor']}, {record['cores']} cores, one thread a "
+            f"process, torch {machine['torch']}; commit {record['commit']}.",
         ]
     )
 

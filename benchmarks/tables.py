@@ -160,18 +160,22 @@ def throughput_table(record: dict[str, Any]) -> str:
     for (model, precision), steps in by_model.items():
         kinds = ("joint", "distill", "timm", "full")
         speed = [f"{steps[k]['images_per_second']:.0f} ({100 * steps[k]['share']:.0f} %)" for k in kinds]
-        memory = [f"{steps[k]['peak_mib'] / 1024:.1f} GiB" for k in ("joint", "full")]
+        peaks = [steps[k]["peak_mib"] for k in ("joint", "full")]
+        memory = ["" if peak is None else f"{peak / 1024:.1f} GiB" for peak in peaks]  # none of a CPU
         rows.append(f"| {model} | {precision} | {' | '.join([*speed, *memory])} |")
-    machine, rates = record["hardware"], record["rates"]
+    machine = record["hardware"]
+    rates = ", ".join(
+        f"{name} {rate / 1e12:.{0 if rate > 1e12 else 2}f}" for name, rate in record["rates"].items()
+    )
+    size = 1024 if machine["training device"] == "cpu" else 8192
     return "\n".join(
         [
             *rows,
             "",
             f"Images per second of a training step at batch {record['runs'][0]['batch']}, and in brackets "
-            f"the share of what an 8192 x 8192 matrix product reaches in the same run (fp32 "
-            f"{rates['fp32'] / 1e12:.0f}, bf16 {rates['bf16'] / 1e12:.0f} TFLOP/s). "
+            f"the share of what an {size} x {size} matrix product reaches in the same run ({rates} TFLOP/s). "
             f"{machine['training device']}, torch {machine['torch']}, timm {machine['timm']}; commit "
-            f"{record['commit']}. {record['note']}",
+            f"{record['commit']}. {record['note']}".rstrip(),
         ]
     )
 

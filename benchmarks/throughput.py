@@ -1,7 +1,7 @@
 """How close do training steps come to what the machine can do? One step of each kind, timed on a device.
 
     python benchmarks/throughput.py                          # on the GPU if there is one
-    python benchmarks/throughput.py --models vit_tiny_patch16_224 --batch 8 --device cpu
+    python benchmarks/throughput.py --models vit_tiny_patch16_224 --batch 8 --device cpu --name throughput-try
 
     joint     the teacher, then the smallest candidate and one other, in one shared store of weights
     distill   the teacher teaches the smallest candidate
@@ -9,8 +9,10 @@
     full      the teacher teaches a student of its own size: the yardstick for memory
 
 `share` is the operations of a step over its time, as a part of what a large matrix product reaches in the
-same run and number format. Random images and weights, 224 x 224; steps see their batch on the device, so
-that no decoding is timed. Writes benchmarks/results/throughput.json.
+same run and number format. Steps are timed one after another, and counted are the candidates that these draw.
+tf32 is what timm's training script computes fp32 in. Random images and weights, 224 x 224; steps see their
+batch on the device, so that no decoding is timed. Writes benchmarks/results/throughput.json, of which
+`python benchmarks/tables.py` makes a table of docs/performance.md.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from torch import nn
 from record import save
 from stepwell.config.commands import CompressConfig
 from stepwell.config.files import make_config
+from stepwell.config.options import TrainingOptions
 from stepwell.data.batches import Batch
 from stepwell.losses.choose import Pair
 from stepwell.losses.distillation import make_distillation
@@ -41,7 +44,7 @@ from stepwell.losses.observe import Observed
 from stepwell.measure.hardware import hardware
 from stepwell.measure.size import count_macs
 from stepwell.paths.begin import begin
-from stepwell.run.device import find_device
+from stepwell.run.device import find_device, tf32_of
 from stepwell.setting.rungs import slice_of_teacher, store_of, teacher_of
 from stepwell.setting.setting import Setting
 from stepwell.stages.distill import DistillStep, distill_step
@@ -51,7 +54,8 @@ from stepwell.stages.score import score
 from stepwell.training.lesson import Lesson
 
 MODELS = ("vit_small_patch16_224", "swin_tiny_patch4_window7_224", "resnet50")
-STEPS, WARM_UP = 20, 5
+PRECISIONS = ("fp32", "tf32", "bf16")
+WARM_UP = 5
 
 
 def main() -> None:
@@ -62,37 +66,44 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=MODELS)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--precisions", nargs="+", default=("fp32", "bf16"))
+    parser.add_argument("--precisions", nargs="+", help="by default fp32, on a GPU tf32 and bf16 too")
+    parser.add_argument("--steps", type=int, default=20, help="of each kind that are timed")
+    parser.add_argument("--note", default="", help="what the table is to say besides")
+    parser.add_argument("--name", default="throughput")
     options = parser.parse_args()
     device, cells = find_device(options.device), []
-    rates = {precision: matrix_rate(device, precision) for precision in options.precisions}
+    precisions = options.precisions or (PRECISIONS if device.type == "cuda" else PRECISIONS[:1])
+    rates = {precision: matrix_rate(device, precision) for precision in precisions}
     print({name: f"{rate / 1e12:.1f} TFLOP/s" for name, rate in rates.items()}, flush=True)
     for name in options.models:
-        for precision in options.precisions:
-            for cell in cells_of(name, precision, options.batch, device, rates[precision]):
+        for precision in precisions:
+            for cell in cells_of(name, precision, options, device, rates[precision]):
                 cells.append(cell)
                 print(cell, flush=True)
-    print(save("throughput", cells, hardware(device), rates=rates, data="random images, 224 x 224"))
+    about = {"rates": rates, "data": "random images, 224 x 224", "note": options.note}
+    machine = hardware(device) | {"timm": timm.__version__}
+    print(save(options.name, cells, machine, **about))
 
 
 def matrix_rate(device: torch.device, precision: str) -> float:
     """Multiply-adds count double: FLOP/s of a product of two large square matrices."""
     size = 8192 if device.type == "cuda" else 1024
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
     one, other = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    return 2 * size**3 / (seconds(lambda: one @ other, device) + 1e-12)
+    with tf32_of(TrainingOptions(precision=precision), device):
+        return 2 * size**3 / (seconds(lambda: one @ other, device, 20) + 1e-12)
 
 
-def seconds(run: Callable[[], object], device: torch.device) -> float:
-    """Median seconds of a call."""
-    taken = []
-    for _ in range(WARM_UP + STEPS):
-        wait(device)
-        start = time.perf_counter()
+def seconds(run: Callable[[], object], device: torch.device, steps: int) -> float:
+    """Mean seconds of some calls, one after another: between them nobody waits."""
+    for _ in range(WARM_UP):
         run()
-        wait(device)
-        taken.append(time.perf_counter() - start)
-    return statistics.median(taken[WARM_UP:])
+    wait(device)
+    began = time.perf_counter()
+    for _ in range(steps):
+        run()
+    wait(device)
+    return (time.perf_counter() - began) / steps
 
 
 def wait(device: torch.device) -> None:
@@ -102,16 +113,17 @@ def wait(device: torch.device) -> None:
 
 
 def cells_of(
-    name: str, precision: str, batch_size: int, device: torch.device, rate: float
+    name: str, precision: str, options: argparse.Namespace, device: torch.device, rate: float
 ) -> list[dict[str, Any]]:
     """Every kind of step of one model."""
+    batch_size, number = options.batch, options.steps
     with tempfile.TemporaryDirectory() as folder:
         s = setting(Path(folder), name, precision, batch_size, device)
         batch = random_batch(s, batch_size, device)
         ladder = grid(s, score(s), keep_ratios)
         steps: dict[str, tuple[Callable[[Batch, int], object], list[nn.Parameter], float]] = {}
         shared = store_of(s, ladder)
-        drawn = [candidates_of_step(len(ladder.scales), s.config, 0, n) for n in range(WARM_UP + STEPS)]
+        drawn = [candidates_of_step(len(ladder.scales), s.config, 0, n) for n in range(WARM_UP + number)]
         joint_scale = statistics.mean(sum(ladder.scales[i] for i in ones) for ones in drawn[WARM_UP:])
         steps["joint"] = (joint_step(s, shared), list(shared.parameters.values()), 1 + 3 * joint_scale)
         student = slice_of_teacher(s, ladder, 0)
@@ -124,7 +136,8 @@ def cells_of(
         macs = count_macs(s.model, s.spec)
         cells = []
         for kind, (step, parameters, cost) in steps.items():
-            found = timed(step, parameters, batch, device)
+            with tf32_of(s.config, device):  # timm's as well
+                found = timed(step, parameters, batch, device, number)
             flops = 2 * macs * cost * batch_size
             cells.append(
                 {"model": name, "precision": precision, "batch": batch_size, "step": kind, **found}
@@ -140,7 +153,7 @@ def random_batch(s: Setting, batch_size: int, device: torch.device) -> Batch:
     return Batch(
         images.contiguous(memory_format=torch.channels_last),
         torch.randint(10, (batch_size,), device=device),
-        torch.arange(batch_size, device=device),
+        torch.arange(batch_size),
     )
 
 
@@ -159,13 +172,17 @@ def updated(
 
 
 def timed(
-    step: Callable[[Batch, int], object], parameters: list[nn.Parameter], batch: Batch, device: torch.device
+    step: Callable[[Batch, int], object],
+    parameters: list[nn.Parameter],
+    batch: Batch,
+    device: torch.device,
+    number: int,
 ) -> dict[str, Any]:
-    """Milliseconds of a step with its update, and the most memory that it took."""
+    """Milliseconds of a step with its update, on average over so many, and the most memory that it took."""
     run = updated(step, parameters, batch)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    taken = seconds(run, device)
+    taken = seconds(run, device, number)
     peak = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None
     images_per_second = len(batch.images) / taken
     return {"ms": round(1e3 * taken, 3), "images_per_second": round(images_per_second, 1), "peak_mib": peak}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from typing import get_args
 
 import pytest
@@ -45,6 +47,39 @@ def test_every_loss_on_logits_in_bf16(words, tmp_path, quick, loss):
 @pytest.mark.parametrize("loss", ON_STATES)
 def test_every_loss_on_states_in_bf16(words, tmp_path, quick, loss):
     stepwell("compress", *words, "--feature-loss", loss, "--precision", "bf16")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--precision", "fp16"),
+        ("--precision", "tf32"),
+        ("--precision", "bf16", "--compile"),
+        ("--precision", "bf16", "--gradient-checkpointing"),
+        ("--precision", "bf16", "--cache-teacher", "1", "--feature-weight", "0"),
+        ("--precision", "fp16", "--cache-teacher", "1", "--cache-top", "2", "--feature-weight", "0"),
+        ("--precision", "bf16", "--shard-optimizer"),
+    ],
+    ids=" ".join,
+)
+def test_what_makes_training_faster_or_smaller(words, tmp_path, quick, options):
+    stepwell("compress", *words, *options)
+    assert all(weight.isfinite().all() for weight in student_weights(tmp_path / "out").values())
+    assert torch.get_float32_matmul_precision() == "highest"  # outside of trainings
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are no two GPUs")
+@pytest.mark.parametrize("options", [(), ("--shard-optimizer", "--shard-teacher")], ids=["plain", "shards"])
+def test_two_gpus_come_to_what_one_comes_to(words, tmp_path, quick, options):
+    """Over nccl; in fp32, to what another order of sums leaves."""
+    stepwell("compress", *words)
+    out = tmp_path / "two"
+    given = (*words[:4], "--out", out, *QUICK, "--task-weight", "1", *options)
+    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", 2, "-m", "stepwell", "compress")
+    subprocess.run([sys.executable, *map(str, (*launcher, *given))], check=True, timeout=600)
+    ours, theirs = student_weights(out), student_weights(tmp_path / "out")
+    for name in theirs:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.parametrize("path", [("amd",), ("single-step", "--repair")])
