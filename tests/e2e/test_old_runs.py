@@ -72,9 +72,11 @@ def test_a_finished_old_run_is_read_by_inspect(old, finished, capsys):
     told = capsys.readouterr().out
     stepwell("inspect", finished)
     now = capsys.readouterr().out.replace(str(finished), str(old))
-    # What decided was not kept then, so the star is not explained.
+    # How it went and what decided was not kept then, so neither is told.
+    way = f"{result_of(finished).way}\n"
+    assert way in now
     reason = now[now.index("* handed out: ") : now.index("top1 on ")]
-    assert told == now.replace(reason, "* handed out. ")
+    assert told == now.replace(reason, "* handed out. ").replace(way, "")
     stepwell("inspect", old, "--json")
     assert json.loads(capsys.readouterr().out)["way"] == ""
     assert contents(old) == before

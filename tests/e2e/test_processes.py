@@ -57,6 +57,8 @@ def started(num: int, *words: object, **more: str) -> list[subprocess.Popen[str]
         "MASTER_PORT": str(port),
         "GLOO_SOCKET_IFNAME": "lo",
         "OMP_NUM_THREADS": "1",
+        # Where pytest finds what tests share.
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(HERE.parent), os.environ.get("PYTHONPATH")))),
         **more,
     }
     return [

@@ -182,7 +182,8 @@ READ_BY = {
 
 def say_what_is_not_read(options: CompressConfig) -> None:
     """A line for what was given and is not looked at on this path."""
-    usual = make_config(CompressConfig, {"preset": options.preset, "path": options.path})
+    length = {} if options.epochs is None else {"epochs": options.epochs}  # which says what the rule is
+    usual = make_config(CompressConfig, {"preset": options.preset, "path": options.path, **length})
     given = {name for name in READ_BY if getattr(options, name) != getattr(usual, name)}
     unread = [flag_of(name) for name in READ_BY if name in given and options.path not in READ_BY[name]]
     if unread:
