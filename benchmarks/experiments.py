@@ -28,6 +28,8 @@ from stepwell.run.progress import say
 CELLS = RESULTS / "experiments"
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 CIFAR: dict[str, Any] = {"augment": "crop", "threads": 1}
+# Without a joint training: the teacher trains the first of these slices, that one the next, and so on.
+CHAINS = {f"chain-{'-'.join(map(str, sizes))}": sizes for sizes in ((0.3,), (0.5,), (0.5, 0.2))}
 
 FILES = {
     "cifar10": "cifar10.tar.xz",
@@ -123,14 +125,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "teacher": "cifar_resnet44",
         "compress": {**CIFAR, **IMAGENET, "lr": 8e-3, "keep_ratio": 0.05, "budget_epochs": 20},
         "images_per_class": 200,
-        "methods": ("amd", "auto", "single-step", "single-step-dearer"),
+        "methods": ("amd", "auto", "single-step", "single-step-dearer", *CHAINS),
     },
     "clothing": CLOTHING,
     "clothing-keep-0.1": {
         **CLOTHING,
         "teacher_of": "clothing",
         "compress": {**CLOTHING["compress"], "keep_ratio": 0.1},
-        "methods": ("amd", "auto", "single-step"),
+        "methods": ("amd", "auto", "single-step", *CHAINS),
     },
     "vit-cifar10": {
         "one_teacher": True,
@@ -145,14 +147,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
         **VIT_FEW,
         "teacher_of": "vit-few",
         "compress": {**VIT_FEW["compress"], "keep_ratio": 0.05},
-        "methods": ("amd", "auto", "single-step"),
+        "methods": ("amd", "auto", "single-step", *CHAINS),
     },
     "digits": DIGITS,
     "digits-keep-0.05": {
         "train": DIGITS["train"],
         "teacher_of": "digits",
         "compress": {**DIGITS["compress"], "keep_ratio": 0.05},
-        "methods": ("amd", "auto", "single-step"),
+        "methods": ("amd", "auto", "single-step", *CHAINS),
     },
     # 10.7 M parameters and all 50,000 images: a GPU in bf16.
     "vit-gpu": {
@@ -208,8 +210,6 @@ BUDGETS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 # As --preset quick and long: with another budget than the others of a setting.
 LENGTHS = {"quick": 0.25, "long": 4.0}
-# Without a joint training: the teacher trains the first of these slices, that one the next, and so on.
-CHAINS = ((0.3,), (0.5, 0.2))
 # Is the single step behind for want of operations, or of a better rate?
 DEARER = 1.5
 RATES = (0.5, 2.0, 4.0)
@@ -236,8 +236,7 @@ def arms() -> dict[str, dict[str, Any]]:
         found[f"amd-{name}"] = {**METHODS["amd"], **options}
     for name, factor in LENGTHS.items():
         found[f"amd-{name}"] = {**METHODS["amd"], "budgets": factor}
-    for chain in CHAINS:
-        found[f"chain-{'-'.join(map(str, chain))}"] = {"path": "takd", "assistants": chain}
+    found |= {name: {"path": "takd", "assistants": sizes} for name, sizes in CHAINS.items()}
     found["single-step-dearer"] = {**METHODS["single-step"], "budgets": DEARER}
     for method, factor in itertools.product(("amd", "single-step"), RATES):
         found[f"{method}-rate-{factor:g}"] = {**METHODS[method], "rates": factor}
@@ -265,6 +264,8 @@ def suits(name: str, arm: str) -> bool:
         return False
     if arm in BUDGETS:
         return BUDGETS[arm][0] in SETTINGS[name]
+    if arm in CHAINS:
+        return CHAINS[arm][-1] > SETTINGS[name]["compress"]["keep_ratio"]
     if arm == REPAIRED or arm in CUTS:
         return "macs" in SETTINGS[name] and arm not in SETTINGS[name].get("cannot", ())
     of_ladder = arm == "ladder" or arm.startswith(("single-step-0", "third-"))
