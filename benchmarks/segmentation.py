@@ -55,7 +55,7 @@ CLASSES = (
     *("sky", "building", "pole", "road", "pavement", "tree"),
     *("sign", "fence", "car", "pedestrian", "bicyclist"),
 )
-SHARED: dict[str, Any] = {"image_size": "192x256", "batch_size": 8, "threads": 1, "workers": 1}
+SHARED: dict[str, Any] = {"image_size": "192x256", "batch_size": 8, "threads": 1}
 # Losses on maps read the one before the last convolution: 256 channels at 48 x 64.
 TEACHER: dict[str, Any] = {
     "model": "smp:DeepLabV3Plus",
@@ -96,6 +96,7 @@ def main() -> None:
     parser.add_argument("--teacher-epochs", type=float, default=40)
     parser.add_argument("--budget-epochs", type=float, default=20)
     parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--workers", type=int, default=1, help="processes that decode, of each job")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark-segmentation"))
     parser.add_argument("--cells", type=Path, default=CELLS)
@@ -136,6 +137,7 @@ def trained(options: argparse.Namespace, data: Path) -> Path:
         "encoder_weights": options.files / ENCODER,
         "epochs": options.teacher_epochs,
         "device": options.device,
+        "workers": options.workers,
         "out_dir": folder,
     }
     print(train.run(make_config(TrainConfig, given)), flush=True)
@@ -180,6 +182,7 @@ def cell(arm: str, keep: float, seed: int, teacher: Path, data: Path, options: a
         "data": str(data),
         "seed": seed,
         "device": options.device,
+        "workers": options.workers,
         "out_dir": options.out / "unfinished" / f"{name}-{seed}",
     }
     student = options.out / "students" / name if seed == 0 and arm in SHOWN_ARMS else None

@@ -55,6 +55,7 @@ from stepwell.training.lesson import Lesson
 
 MODELS = ("vit_small_patch16_224", "swin_tiny_patch4_window7_224", "resnet50")
 PRECISIONS = ("fp32", "tf32", "bf16")
+KINDS = ("joint", "distill", "timm", "full")
 WARM_UP = 5
 
 
@@ -68,6 +69,8 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precisions", nargs="+", help="by default fp32, on a GPU tf32 and bf16 too")
     parser.add_argument("--steps", type=int, default=20, help="of each kind that are timed")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="of steps")
+    parser.add_argument("--compile", action="store_true", help="let torch.compile make code of our passes")
     parser.add_argument("--note", default="", help="what the table is to say besides")
     parser.add_argument("--name", default="throughput")
     options = parser.parse_args()
@@ -81,6 +84,7 @@ def main() -> None:
                 cells.append(cell)
                 print(cell, flush=True)
     about = {"rates": rates, "data": "random images, 224 x 224", "note": options.note}
+    about["compiled"] = options.compile
     machine = hardware(device) | {"timm": timm.__version__}
     print(save(options.name, cells, machine, **about))
 
@@ -135,7 +139,8 @@ def cells_of(
         steps["full"] = (full_step(s, full), list(full.parameters()), 4.0)
         macs = count_macs(s.model, s.spec)
         cells = []
-        for kind, (step, parameters, cost) in steps.items():
+        for kind in options.kinds:
+            step, parameters, cost = steps[kind]
             with tf32_of(s.config, device):  # timm's as well
                 found = timed(step, parameters, batch, device, number)
             flops = 2 * macs * cost * batch_size
@@ -188,7 +193,9 @@ def timed(
     return {"ms": round(1e3 * taken, 3), "images_per_second": round(images_per_second, 1), "peak_mib": peak}
 
 
-def setting(folder: Path, name: str, precision: str, batch_size: int, device: torch.device) -> Setting:
+def setting(
+    folder: Path, name: str, precision: str, batch_size: int, device: torch.device, *, compiled: bool = False
+) -> Setting:
     """What a run works with, on a few random images."""
     rng = np.random.default_rng(0)
     for i in range(20):
@@ -205,6 +212,7 @@ def setting(folder: Path, name: str, precision: str, batch_size: int, device: to
         "precision": precision,
         "batch_size": min(batch_size, 20),
         "device": str(device),
+        "compile": compiled,
         "keep_ratio": 0.1,
     }
     return begin(make_config(CompressConfig, values), teacher, exports=False)
