@@ -102,11 +102,12 @@ def main() -> None:
     parser.add_argument("--only", choices=STUDENTS, nargs="+", default=list(STUDENTS))
     parser.add_argument("--arms", choices=[*ARMS, *EQUAL_COMPUTE], nargs="+", default=[*ARMS, *EQUAL_COMPUTE])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--teacher", type=Path, help="folder of one that is trained already")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark-scalekd"))
     options = parser.parse_args()
-    teacher = trained_teacher(options)
+    teacher = options.teacher or trained_teacher(options)
     data = few_images(options.files / ARCHIVE, options.out, PER_CLASS)
     # Seed by seed, both students: what is there when the time ends is whole.
     for seed in options.seeds:

@@ -93,6 +93,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=every, default=every)
     parser.add_argument("--keeps", type=float, nargs="+", default=list(KEEPS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--teacher", type=Path, help="folder of one that is trained already")
     parser.add_argument("--teacher-epochs", type=float, default=40)
     parser.add_argument("--budget-epochs", type=float, default=20)
     parser.add_argument("--jobs", type=int, default=1)
@@ -102,8 +103,8 @@ def main() -> None:
     parser.add_argument("--cells", type=Path, default=CELLS)
     options = parser.parse_args()
     data = images(options.files, options.out)
-    teacher = trained(options, data)
-    check_teacher(teacher / "teacher", options.cells)
+    teacher = options.teacher or trained(options, data)
+    check_teacher(teacher, options.cells)
     # Seed by seed: what is there when the time ends is whole.
     for seed in options.seeds:
         for arms in ([arm for arm in options.arms if arm in ARMS], [EQUAL_COMPUTE]):
@@ -116,7 +117,7 @@ def main() -> None:
             for result in run_all(cells, options.jobs, f"segmentation, seed {seed}"):
                 say(f"{result.arm} {result.seed}: {result.measure} {result.top1:.2f}")
     if (students := sorted((options.out / "students").glob("*"))) and options.cells == CELLS:
-        show(teacher / "teacher", students, data, PICTURE)
+        show(teacher, students, data, PICTURE)
 
 
 def images(files: Path, out: Path) -> Path:
@@ -141,7 +142,7 @@ def trained(options: argparse.Namespace, data: Path) -> Path:
         "out_dir": folder,
     }
     print(train.run(make_config(TrainConfig, given)), flush=True)
-    return folder
+    return folder / "teacher"
 
 
 def check_teacher(folder: Path, cells: Path) -> None:
