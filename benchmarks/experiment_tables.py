@@ -196,23 +196,32 @@ def variants_table(folders: Path, variants: dict[str, str]) -> str:
 
 
 def ladder_table(folders: Path) -> str:
-    """A row for each rung: from one run, by single steps of the same total cost, by full single steps."""
+    """A row for each rung: from one run, a chain or trained together, by single steps of the same total cost,
+    and by full ones."""
     rows = [
-        "| | keep | from one run | single steps, the same total | single steps, three times the total |",
-        "|---|---:|---:|---:|---:|",
+        "| | keep | `--ladder`, a chain | `--ladder --path amd` | single steps, the same total "
+        "| single steps, three times the total |",
+        "|---|---:|---:|---:|---:|---:|",
     ]
     for setting in STUDENTS:
         arms = cells_by_arm(folders / setting)
-        for cell in arms.get("ladder", [])[:1]:
-            tops = {float(keep): [c["sizes"][keep] for c in arms["ladder"]] for keep in cell["sizes"]}
-            tops[cell["options"]["keep_ratio"]] = [c["top1"] for c in arms["ladder"]]
-            for keep in sorted(tops):
-                full = "single-step" if keep == min(tops) else f"single-step-{keep:g}"
-                others = (arms.get(arm, []) for arm in (f"third-{keep:g}", full))
-                values = [tops[keep], *([c["top1"] for c in cells] for cells in others)]
-                texts = [of_seeds(tops_of) for tops_of in values]
-                rows.append(f"| `{setting}` | {keep:g} | {' | '.join(texts)} |")
+        ladders = [arms.get(arm, []) for arm in ("ladder", "ladder-amd")]
+        keeps = sorted({keep for cells in ladders for cell in cells for keep in tops_of_sizes(cell)})
+        for keep in keeps:
+            full = "single-step" if keep == keeps[0] else f"single-step-{keep:g}"
+            others = (arms.get(arm, []) for arm in (f"third-{keep:g}", full))
+            tops = [
+                *([tops_of_sizes(cell)[keep] for cell in cells] for cells in ladders),
+                *([cell["top1"] for cell in cells] for cells in others),
+            ]
+            rows.append(f"| `{setting}` | {keep:g} | {' | '.join(map(of_seeds, tops))} |")
     return "\n".join(rows)
+
+
+def tops_of_sizes(cell: dict[str, Any]) -> dict[float, float]:
+    """Top-1 of every size of a ladder, the student's too, by keep ratio."""
+    sizes = {float(keep): top1 for keep, top1 in cell["sizes"].items()}
+    return {cell["options"]["keep_ratio"]: cell["top1"], **sizes}
 
 
 def auto_table(folders: Path) -> str:

@@ -249,7 +249,8 @@ def arms() -> dict[str, dict[str, Any]]:
             found[f"joint-{share:g}-assistant-{assistant:g}"] = options
     # Four single steps of a budget each cost 5.6 budgets of the smallest (4 + 3 x 1.1 passes of the teacher
     # over 1 + 3 x 0.1); the ladder has a third of it, as have the short single steps together.
-    found["ladder"] = {"path": "amd", "ladder": LADDER, "budgets": 5.6 / 3}
+    found["ladder"] = {"ladder": LADDER, "budgets": 5.6 / 3}
+    found["ladder-amd"] = {**found["ladder"], "path": "amd"}
     for keep in LADDER:
         options = {"path": "single-step", "keep_ratio": keep}
         full = {} if keep == LADDER[0] else {f"single-step-{keep:g}": options}
@@ -268,7 +269,7 @@ def suits(name: str, arm: str) -> bool:
         return CHAINS[arm][-1] > SETTINGS[name]["compress"]["keep_ratio"]
     if arm == REPAIRED or arm in CUTS:
         return "macs" in SETTINGS[name] and arm not in SETTINGS[name].get("cannot", ())
-    of_ladder = arm == "ladder" or arm.startswith(("single-step-0", "third-"))
+    of_ladder = arm.startswith(("ladder", "single-step-0", "third-"))
     return SETTINGS[name]["compress"]["keep_ratio"] == LADDER[0] or not of_ladder
 
 

@@ -12,8 +12,8 @@ from stepwell.config.path_options import Way
 
 NEAR = 0.005
 """Keep ratios that differ by less are one rung: `export --keep` takes the nearest."""
-LADDER_PATHS: tuple[Way, ...] = ("amd",)
-"""Paths whose candidates are trained together, which is what further sizes start from."""
+LADDER_PATHS: tuple[Way, ...] = ("takd", "amd")
+"""Paths that finish several sizes: one after another, or from candidates that were trained together."""
 
 
 class ExtraOptions(Options):
@@ -21,8 +21,9 @@ class ExtraOptions(Options):
 
     ladder: tuple[Fraction, ...] = ()
     """Keep ratios of all sizes that the run hands out, such as 0.1 0.2 0.3 0.5; without a budget the smallest
-    is the student. Every other one gets a last step of its own, from its jointly trained weights and as dear
-    as the student's, and lies in OUT/ladder. A budget is for all of them."""
+    is the student. Each is a slice of the finished one above it, which teaches it (--path takd, the default
+    then), or of jointly trained weights, taught by the best rung above (--path amd). Those besides the
+    student lie in OUT/ladder. A budget is for all of them."""
     baseline: str | None = None
     """A stock network to compare the student with: a timm model, or FILE.py:FACTORY. The teacher teaches it
     with the same recipe, for as much compute as the student took; it lies in OUT/baseline."""
@@ -65,8 +66,8 @@ def check_extras(options: ExtraOptions, path: Way, keep_ratio: float | None, stu
     """
     if options.ladder and path not in LADDER_PATHS:
         raise ValueError(
-            f"--ladder needs candidates that are trained together to the end, as with --path amd; "
-            f"--path {path} trains none, or not always"
+            f"--ladder finishes several sizes, with --path takd, which is its default, or --path amd; --path "
+            f"{path} has one student"
         )
     if options.ladder and student is not None:
         raise ValueError(

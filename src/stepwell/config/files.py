@@ -35,7 +35,7 @@ PATHS: dict[str, dict[str, object]] = {
 }
 """What comes with a path."""
 
-ONLY_AMD = ("assistant", "num_assistants", "assistant_share", "snapshots", "ladder", "student")
+ONLY_AMD = ("assistant", "num_assistants", "assistant_share", "snapshots", "student")
 """What `--path auto` does not take: who gives one of these asks for an assistant."""
 
 ConfigT = TypeVar("ConfigT", bound=Options)
@@ -50,8 +50,8 @@ def make_config(kind: type[ConfigT], values: Mapping[str, object]) -> ConfigT:
     for name in values:
         if name not in kind.model_fields:
             raise ConfigError(f"unknown option {name!r}{did_you_mean(name, kind.model_fields)}")
-    if is_of_one_path(kind) and "path" not in values and asks_for_amd(kind, values):
-        values = {**values, "path": "amd"}
+    if is_of_one_path(kind) and "path" not in values:
+        values = {**values, **path_asked_for(kind, values)}
     under = implied(values)
     if "rule" in kind.model_fields and values.get("epochs") is not None:
         # Where all trainings have the same epochs a cheap assistant saves none: docs/selection.md.
@@ -81,12 +81,15 @@ def is_of_one_path(kind: type[Options]) -> bool:
     return "path" in kind.model_fields and "paths" not in kind.model_fields
 
 
-def asks_for_amd(kind: type[Options], values: Mapping[str, object]) -> bool:
-    """Whether an option is given that has a meaning with AMD alone, or a loss that `auto` cannot take."""
-    if feature_facts(str(values.get("feature_loss", ""))).pretraining is not None:
-        return True
+def path_asked_for(kind: type[Options], values: Mapping[str, object]) -> dict[str, object]:
+    """The path, where options that are given have a meaning on one alone; nothing where `auto` takes them."""
     usual = {name: kind.model_fields[name].get_default() for name in ONLY_AMD}
-    return any(values.get(name) and values[name] != usual[name] for name in ONLY_AMD)
+    if any(values.get(name) and values[name] != usual[name] for name in ONLY_AMD):
+        return {"path": "amd"}
+    if values.get("ladder"):
+        return {"path": "takd"}
+    begins_with_pretraining = feature_facts(str(values.get("feature_loss", ""))).pretraining is not None
+    return {"path": "amd"} if begins_with_pretraining else {}
 
 
 def over(values: Mapping[str, object], given: Mapping[str, object]) -> dict[str, object]:

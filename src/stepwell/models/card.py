@@ -41,11 +41,13 @@ from stepwell.tasks.outputs import Outputs, as_logits
 WEIGHTS, CARD, ONNX = "model.safetensors", "stepwell.json", "model.onnx"
 BASELINE = "baseline"
 """Folder of a run with the stock network that the student is compared with."""
+SIZES = "ladder"
+"""Folder of a run with the further sizes of `--ladder`."""
 
 
 def size_folder(keep_ratio: float) -> str:
-    """Folder of a run with a further size of `--ladder`."""
-    return f"ladder/{keep_ratio:g}"
+    """Where one of them lies in a run."""
+    return f"{SIZES}/{keep_ratio:g}"
 
 
 class Architecture(BaseModel):

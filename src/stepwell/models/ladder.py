@@ -12,6 +12,7 @@ from stepwell.data.spec import InputSpec
 from stepwell.errors import ModelError
 from stepwell.models.card import (
     CARD,
+    SIZES,
     WEIGHTS,
     Card,
     build,
@@ -52,7 +53,7 @@ def load_rung(run: Path, keep_ratio: float, factory: Factory | None = None) -> t
     others come from the jointly trained weights, and must answer as they did when these were saved.
 
     Args:
-        run: Directory of a run whose joint stage is finished.
+        run: Directory of a run whose joint stage is finished, or whose sizes of `--ladder` are.
         keep_ratio: Which rung.
         factory: Builds the full-width model, for models that did not come from timm by name.
 
@@ -61,7 +62,7 @@ def load_rung(run: Path, keep_ratio: float, factory: Factory | None = None) -> t
             trained yet; or the rung computes something else than it did in the run.
     """
     ladder, joint = _finished_ladder(run), RunDir(run).finished("joint", StageResult)
-    if ladder is None or joint is None:
+    if ladder is None or (joint is None and not (run / SIZES).is_dir()):
         raise ModelError(why_no_ladder(run))
     index = min(
         range(len(ladder.candidates)), key=lambda i: abs(ladder.candidates[i].keep_ratio - keep_ratio)
@@ -78,6 +79,8 @@ def load_rung(run: Path, keep_ratio: float, factory: Factory | None = None) -> t
     if (finished := run / size_folder(candidate.keep_ratio)).joinpath(CARD).exists():
         card = read_card(finished)
         return narrow_and_load(full, card.widths, finished / WEIGHTS, card.input), card
+    if joint is None:
+        raise ModelError(why_no_ladder(run))
     shared = _store(full, ladder)
     if left_out := shared.load(joint.tensors):
         name = left_out[0].partition("@")[0]

@@ -21,7 +21,7 @@ from stepwell.setting.finished import Finished
 from stepwell.setting.rungs import Rung, student_below, teacher_of
 from stepwell.setting.setting import Setting
 from stepwell.stages.distill import distill
-from stepwell.stages.grid import Rungs, grid
+from stepwell.stages.grid import Rungs, grid, sizes_above
 from stepwell.stages.score import score
 
 R = TypeVar("R")
@@ -152,17 +152,18 @@ def candidates_above(costs: Costs) -> list[float]:
 
 
 def given_rungs(student: float, options: CompressConfig) -> list[float]:
-    """The student's keep ratio and those of `--assistants`, rising.
+    """The student's keep ratio and those of `--ladder` or `--assistants`, rising.
 
     Raises:
         ConfigError: An assistant is not larger than the student.
     """
-    given = sorted(set(options.assistants))
+    given = sizes_above(student, options) if options.ladder else sorted(set(options.assistants))
     if not given or given[0] <= student:
-        words = " ".join(f"{ratio:g}" for ratio in given)
+        flag = "--ladder" if options.ladder else "--assistants"
+        words = " ".join(f"{ratio:g}" for ratio in sorted(set(options.ladder or given)))
         raise ConfigError(
-            f"--assistants {words}: --path {options.path} needs assistants that keep more than the "
-            f"student, which keeps {student:g}"
+            f"{flag} {words}: --path {options.path} needs sizes that keep more than the student, which keeps "
+            f"{student:g}"
         )
     return [student, *given]
 
@@ -205,6 +206,11 @@ def check_no_repair(options: CompressConfig) -> None:
 
 
 def check_given(options: CompressConfig) -> None:
-    """Refuse `--assistant` where `--assistants` names them all."""
+    """Refuse `--assistant` where `--assistants` names them all, and that beside `--ladder`."""
     if options.assistant is not None:
         raise ConfigError(f"--path {options.path} takes --assistants, not --assistant")
+    if options.ladder and options.assistants != CompressConfig.model_fields["assistants"].default:
+        raise ConfigError(
+            "--ladder and --assistants both name the sizes on the way down: give one; those of --ladder are "
+            "handed out"
+        )

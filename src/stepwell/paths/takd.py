@@ -1,12 +1,14 @@
 """TAKD: a chain of given assistants, each taught by the one above it (Mirzadeh et al., AAAI 2020).
 
 There every model is of its own, randomly initialised; here each is a slice of the trained one above it, as
-in AMD, so that paths differ in their steps alone.
+in AMD, so that paths differ in their steps alone. With `--ladder` the assistants are sizes that are handed
+out.
 """
 
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 from stepwell.config.commands import CompressConfig
 from stepwell.measure.cost import Costs, Epochs
@@ -14,15 +16,18 @@ from stepwell.paths.path import Deliver, Path, R, candidates_above, check_given,
 from stepwell.paths.plan import plan
 from stepwell.paths.tune import tune
 from stepwell.report.wording import plural
+from stepwell.setting.finished import Size
 from stepwell.setting.rungs import rung_below, student_below, teacher_of
 from stepwell.setting.setting import Setting
 from stepwell.stages.distill import distill
 from stepwell.stages.grid import grid
 from stepwell.stages.score import score
 
+EACH_FROM_ABOVE = "each a slice of the finished one above it, which taught it"
+
 
 def descend(s: Setting, deliver: Deliver[R]) -> R:
-    """Walk down `--assistants`, one step after another."""
+    """Walk down `--assistants`, or the sizes of `--ladder`, one step after another."""
     ladder = grid(s, score(s), given_rungs)
     s = tune(s, ladder)
     epochs, chain = plan(s, ladder, bill).distill, [teacher_of(s)]
@@ -31,7 +36,11 @@ def descend(s: Setting, deliver: Deliver[R]) -> R:
         chain.append(distill(s, ladder, f"assistant {lower.keep_ratio:g}", chain[-1:], lower, epochs))
     student = student_below(s, ladder, chain[-1])
     student = distill(s, ladder, "distill", chain[-1:], student, epochs)
-    return deliver(s, finish(s, ladder, epochs, student, chain[1:], words(len(chain) - 1)))
+    if not s.config.ladder:
+        return deliver(s, finish(s, ladder, epochs, student, chain[1:], words(len(chain) - 1)))
+    finished = finish(s, ladder, epochs, student, [], f"The sizes of the ladder came {EACH_FROM_ABOVE}.")
+    sizes = [Size(lower, upper.keep_ratio) for upper, lower in itertools.pairwise(chain)]
+    return deliver(s, replace(finished, sizes=sizes))
 
 
 def bill(costs: Costs, epochs: Epochs, _options: CompressConfig) -> dict[str, float]:
@@ -50,7 +59,7 @@ def bill(costs: Costs, epochs: Epochs, _options: CompressConfig) -> dict[str, fl
 
 def words(num_assistants: int) -> str:
     """How it went, for the report."""
-    return f"It went down via {plural(num_assistants, 'given assistant')}, each taught by the one above it."
+    return f"It went down via {plural(num_assistants, 'given assistant')}, {EACH_FROM_ABOVE}."
 
 
 PATH = Path(rungs=given_rungs, bill=bill, descend=descend, check=check_given)

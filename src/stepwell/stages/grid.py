@@ -87,12 +87,21 @@ def with_sizes(student: float, options: CompressConfig) -> list[float]:
     Raises:
         ConfigError: A size is smaller than the student, whose budget may have been found only now.
     """
-    try:
-        named = [student, *sizes_beside(student, options)]
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
+    named = [student, *sizes_above(student, options)]
     usual = keep_ratios(student, options)
     return sorted([*named, *(r for r in usual if all(abs(r - name) > NEAR for name in named))])
+
+
+def sizes_above(student: float, options: CompressConfig) -> list[float]:
+    """The sizes of `--ladder` besides the student's, rising.
+
+    Raises:
+        ConfigError: A size is smaller than the student, whose budget may have been found only now.
+    """
+    try:
+        return sizes_beside(student, options)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def make_grid(
