@@ -18,7 +18,6 @@ def set_up_torch(options: TrainingOptions) -> torch.device:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     device = find_device(options.device)
-    torch.backends.cudnn.benchmark = device.type == "cuda"  # the quickest convolution for each shape
     if options.compile:
         from stepwell.run.graphs import check_compiler  # late, as the compiler: most runs have no need of it
 
