@@ -28,6 +28,7 @@ def tables_of(folders: Path) -> dict[str, str]:
         "of-assistant": variants_table(folders, OF_ASSISTANT),
         "rates": variants_table(folders, RATES),
         "chains": methods_table(folders, CHAINS, of="chain-0.3"),
+        "feature-weights": variants_table(folders, WEIGHTS),
         "dearer": methods_table(folders, DEARER, of="single-step-dearer"),
         "ladder": ladder_table(folders),
         "auto": auto_table(folders),
@@ -167,6 +168,7 @@ ALL_OF_IT = {
 }
 LENGTHS = {"-quick": "quick: a quarter", "": "the usual", "-long": "long: four times"}
 RATES = {"-rate-0.5": "half the rate", "": "the usual", "-rate-2": "twice", "-rate-4": "four times"}
+WEIGHTS = {"": "1", "-states-3": "3", "-states-10": "10", "-states-30": "30"}
 DEARER = {"amd": "AMD", "single-step": "single step", "single-step-dearer": "single step, half as dear again"}
 CHAINS = {
     "amd": "AMD",

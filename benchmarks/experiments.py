@@ -196,6 +196,8 @@ RECIPES_TRIED: dict[str, dict[str, Any]] = {
     "ema": {"ema": 0.99},
     "smooth": {"label_smoothing": 0.1},
 }
+# How much what is compared between the blocks counts, beside the labels and the logits.
+FEATURE_WEIGHTS = (3, 10, 30)
 ASSISTANTS_TRIED: dict[str, dict[str, Any]] = {
     "trained-on": {"assistant_share": 0.15},
     "snapshots": {"snapshots": 2},
@@ -232,6 +234,8 @@ def arms() -> dict[str, dict[str, Any]]:
     for method in ("amd", "single-step"):
         for name, recipe in RECIPES_TRIED.items():
             found[f"{method}-{name}"] = {**METHODS[method], **recipe}
+        for weight in FEATURE_WEIGHTS:
+            found[f"{method}-states-{weight}"] = {**METHODS[method], "feature_weight": weight}
     for name, options in ASSISTANTS_TRIED.items():
         found[f"amd-{name}"] = {**METHODS["amd"], **options}
     for name, factor in LENGTHS.items():

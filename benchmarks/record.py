@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,11 @@ def one_origin(out: Path, device: torch.device) -> None:
         write_atomically(file, json.dumps(origin) + "\n")
     elif (found := json.loads(file.read_text(encoding="utf-8"))) != origin:
         raise SystemExit(f"{out} has runs of {found}, and this is {origin}: remove it, or take another --out")
+
+
+def devices(cells: Iterable[dict[str, Any]]) -> list[str]:
+    """What cells were trained on; seconds can be compared only where it is one."""
+    return sorted({cell["hardware"]["training device"] for cell in cells})
 
 
 def save(name: str, runs: list[dict[str, Any]], machine: dict[str, str], **about: object) -> Path:

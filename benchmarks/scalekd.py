@@ -15,10 +15,11 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from cifar10 import few_images, unpack
-from record import RESULTS
+from record import RESULTS, devices
 from stepwell.commands import train
 from stepwell.compare.cells import Cell, CellResult
 from stepwell.compare.pool import run_all
@@ -83,6 +84,13 @@ ARMS: dict[str, dict[str, Any]] = {
     "CAP, DFM": {"feature_args": {"tpp": 0.0}},
     "CAP, TPP": {"feature_args": {"alternative": 0.0}},
     "ScaleKD, weight 0.1": {"feature_weight": 0.1},
+    "ScaleKD, weight 10": {"feature_weight": 10.0},
+    "hidden states, weight 10": {
+        "feature_loss": "states",
+        "feature_weight": 10.0,
+        "task_weight": 0.5,
+        "logit_weight": 0.5,
+    },
     # To find out what holds it back: one stage alone, and twice the rate for both.
     "ScaleKD, stage 3": {"feature_args": {"stage_4": 0.0}},
     "ScaleKD, stage 4": {"feature_args": {"stage_3": 0.0}},
@@ -201,21 +209,24 @@ def table(folder: Path) -> str:
         "| | top1 % | minus KD | selection images | epochs | cost | seconds | seeds |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
+    some = next(iter(cells.values()))[0]
+    everywhere = devices(one for of_arm in cells.values() for one in of_arm)
+    timed_on = everywhere[:1]
     of_kd = {c["seed"]: c["top1"] for c in cells.get("KD", [])}
     kd = cells["KD"][0]["teacher_passes"]["distill"] if "KD" in cells else None
     for arm in (arm for arm in (*ARMS, *EQUAL_COMPUTE) if arm in cells):
         of_arm = cells[arm]
         one = of_arm[0]
         selection = sum(c["selection_performance"] for c in of_arm) / len(of_arm)
-        seconds = sum(c["seconds"]["distill"] for c in of_arm) / len(of_arm)
+        times = [c["seconds"]["distill"] for c in of_arm if devices([c]) == timed_on]
+        seconds = f"{fmean(times):.0f}" if times else ""
         cost = "" if kd is None else f"{one['teacher_passes']['distill'] / kd:.2f}x"
         more = [c["top1"] - of_kd[c["seed"]] for c in of_arm if c["seed"] in of_kd]
         beside = spread(more, 1) if more and arm != "KD" else ""
         rows.append(
             f"| {arm} | {spread([c['top1'] for c in of_arm], 1)} | {beside} | {selection:.3f} "
-            f"| {one['epochs']['distill']:.1f} | {cost} | {seconds:.0f} | {len(of_arm)} |"
+            f"| {one['epochs']['distill']:.1f} | {cost} | {seconds} | {len(of_arm)} |"
         )
-    some = next(iter(cells.values()))[0]
     return "\n".join(
         [
             *rows,
@@ -223,8 +234,7 @@ def table(folder: Path) -> str:
             f"Teacher {some['teacher_top1']:.1f} %, {some['teacher_macs'] / 1e6:.1f} M operations; student "
             f"{some['macs'] / 1e6:.1f} M, {some['num_params'] / 1e3:.0f} thousand parameters; "
             f"{some['num_test']} test images; selection images: likelihood; cost: counted operations, KD "
-            f"being 1; seconds of the training on {some['hardware']['training device']}, torch "
-            f"{some['hardware']['torch']}.",
+            f"being 1; trained on {' and '.join(everywhere)}, seconds on {timed_on[0]}, beside other runs.",
         ]
     )
 

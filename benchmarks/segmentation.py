@@ -21,7 +21,6 @@ import json
 from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -29,7 +28,7 @@ import torch
 from PIL import Image
 
 from cifar10 import unpack
-from record import RESULTS
+from record import RESULTS, devices
 from stepwell.commands import train
 from stepwell.compare.cells import Cell
 from stepwell.compare.pool import run_all
@@ -212,10 +211,10 @@ def table(folder: Path = CELLS) -> str:
         return "Not run yet."
     some = next(iter(found.values()))[0]
     rows = [
-        "| | keep | mIoU % | pixels right % | params | MACs | epochs | cost | seconds | seeds |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| | keep | mIoU % | pixels right % | params | MACs | epochs | cost | seeds |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
         f"| teacher | | {some['teacher_top1']:.1f} | {some['teacher_pixel_accuracy']:.1f} | "
-        f"| {short_number(some['teacher_macs'])} | | | | |",
+        f"| {short_number(some['teacher_macs'])} | | | |",
     ]
     order = [*ARMS, EQUAL_COMPUTE]
     for keep, arm in sorted(found, key=lambda key: (-key[0], order.index(key[1]))):
@@ -226,8 +225,8 @@ def table(folder: Path = CELLS) -> str:
             "",
             f"CamVid, {some['num_test']} test images, seen at {SHARED['image_size']}, measured at the "
             f"masks' own size; mean and standard deviation over the seeds; cost: counted operations, KD "
-            f"being 1; seconds on {some['hardware']['processor']}, {some['hardware']['threads']} thread, "
-            f"torch {some['hardware']['torch']}; stepwell {some['stepwell_version']}.",
+            f"being 1; trained on {' and '.join(devices(c for of_arm in found.values() for c in of_arm))}; "
+            f"stepwell {some['stepwell_version']}.",
             *([f"\n![Image, truth, teacher, students](images/{PICTURE.name})"] * PICTURE.exists()),
         ]
     )
@@ -235,13 +234,12 @@ def table(folder: Path = CELLS) -> str:
 
 def _row(keep: float, arm: str, cells: Sequence[dict[str, Any]], kd: Sequence[dict[str, Any]] | None) -> str:
     one = cells[0]
-    seconds = fmean(sum(c["seconds"].get(stage, 0.0) for stage in c["teacher_passes"]) for c in cells)
     cost = "" if kd is None else f"{_charged(one) / _charged(kd[0]):.2f}x"
     epochs = " + ".join(f"{number:.1f}" for number in one["epochs"].values())
     return (
         f"| {arm} | {keep:g} | {spread([c['top1'] for c in cells], 1)} "
         f"| {spread([c['pixel_accuracy'] for c in cells], 1)} | {short_number(one['num_params'])} "
-        f"| {short_number(one['macs'])} | {epochs} | {cost} | {seconds:.0f} | {len(cells)} |"
+        f"| {short_number(one['macs'])} | {epochs} | {cost} | {len(cells)} |"
     )
 
 

@@ -192,7 +192,7 @@ def main() -> None:
     suites = {file.stem: json.loads(file.read_text("utf-8")) for file in (RESULTS / "suites").glob("*.json")}
     parts |= {f"suite-{name}": suite_table(record) for name, record in suites.items()}
     parts["speed"] = speed_table(records["speed"]["runs"])
-    parts["throughput"] = throughput_table(records["throughput"])
+    parts |= {n: throughput_table(record) for n, record in records.items() if n.startswith("throughput")}
     made_by = {
         "cost": cost_table,
         "plan": plan_table,
