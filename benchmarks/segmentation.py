@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from cifar10 import unpack
 from record import RESULTS, devices
@@ -248,7 +248,7 @@ def _charged(cell: dict[str, Any]) -> float:
 
 
 def show(teacher: Path, students: Sequence[Path], data: Path, file: Path) -> None:
-    """A picture: a row for each of a few test images, with truth, teacher and students over it."""
+    """A picture: a row for each of a few test images, with truth, teacher and students over it; named."""
     found = resolve_data(DataOptions(data=str(data), workers=0))
     rows = []
     for i in range(0, len(found.test), len(found.test) // SHOWN)[:SHOWN]:
@@ -256,9 +256,13 @@ def show(teacher: Path, students: Sequence[Path], data: Path, file: Path) -> Non
         seen = [image.convert("RGB"), over(image, np.array(mask), found.colours, 0.7)]
         seen += [over(image, _said(folder, image), found.colours, 0.7) for folder in (teacher, *students)]
         rows.append(np.concatenate([np.array(one.resize((256, 192))) for one in seen], axis=1))
+    columns = ["image", "truth", "teacher", *(folder.name.replace("-keep-", ", ") for folder in students)]
+    head = Image.new("RGB", (256 * len(columns), 24), "white")
+    for i, name in enumerate(columns):
+        ImageDraw.Draw(head).text((256 * i + 6, 4), name, fill="black", font_size=15)
     file.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.concatenate(rows)).save(file, quality=85)
-    say(f"{file}: image, truth, teacher, {', '.join(folder.name for folder in students)}")
+    Image.fromarray(np.concatenate([np.array(head), *rows])).save(file, quality=85)
+    say(f"{file}: {', '.join(columns)}")
 
 
 @torch.no_grad()

@@ -102,7 +102,7 @@ class PathOptions(Options):
     path: Way = "auto"
     """auto: as amd where an assistant pays, else a single step: by what it saves, and how far the student is
     behind early on; where other options ask for an assistant (--assistant, --num-assistants, --snapshots,
-    --assistant-share, --ladder, --student) it is amd. amd: candidates trained together, one chosen as the
+    --assistant-share, --student) it is amd, with --ladder takd. amd: candidates trained together, one chosen as the
     assistant. amd-manual: the same, but a student via every candidate. single-step: no assistant. takd: the
     assistants given, one after another. dgkd: likewise, each taught by all larger ones. mmd: every candidate
     trained by itself, and a student via each. mmd-os: the same, one chosen. scalekd: the teacher, of any
