@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -27,7 +28,7 @@ def tables_of(folders: Path) -> dict[str, str]:
         "lengths": variants_table(folders, LENGTHS),
         "of-assistant": variants_table(folders, OF_ASSISTANT),
         "rates": variants_table(folders, RATES),
-        "chains": methods_table(folders, CHAINS, of="chain-0.3"),
+        "chains": methods_table(folders, CHAINS, of="chain-0.3", settings=EVERYWHERE),
         "feature-weights": variants_table(folders, WEIGHTS),
         "dearer": methods_table(folders, DEARER, of="single-step-dearer"),
         "ladder": ladder_table(folders),
@@ -89,14 +90,26 @@ STUDENTS = {
     "digits": "ViT to 10 %, digits",
     "digits-keep-0.05": "ViT to 5 %, digits",
 }
-OTHER_TEACHERS = ("vit-few-keep-0.05-other-teacher", "digits-keep-0.05-other-teachers")
+OTHER_TEACHERS = {
+    "vit-few-other-teacher": "The ViT to 10 %, its teacher trained on a GPU",
+    "vit-few-keep-0.05-other-teacher": "The ViT to 5 %, another teacher",
+    "digits-other-teachers": "ViT to 10 %, digits, other teachers",
+    "digits-keep-0.05-other-teachers": "ViT to 5 %, digits, other teachers",
+    "digits-keep-0.05-third-teachers": "ViT to 5 %, digits, the other teachers of 10 %",
+}
 """The same settings, their teachers trained on another processor."""
+EVERYWHERE = STUDENTS | OTHER_TEACHERS
 
 
-def methods_table(folders: Path, methods: dict[str, str] = METHODS, of: str = "single-step") -> str:
+def methods_table(
+    folders: Path,
+    methods: dict[str, str] = METHODS,
+    of: str = "single-step",
+    settings: Mapping[str, str] = STUDENTS,
+) -> str:
     """A row for each setting of docs/experiments.md that has the arm `of`, a column for each method; accuracy
     with its spread."""
-    by_setting = {setting: cells_by_arm(folders / setting) for setting in STUDENTS}
+    by_setting = {setting: cells_by_arm(folders / setting) for setting in settings}
     columns = [arm for arm in methods if any(arm in arms for arms in by_setting.values())]
     rows = [f"| | teacher | {' | '.join(methods[arm] for arm in columns)} |"]
     rows.append("|---|---:|" + "---:|" * len(columns))
@@ -116,7 +129,7 @@ def methods_table(folders: Path, methods: dict[str, str] = METHODS, of: str = "s
 def paired_table(folders: Path, of: str = "single-step") -> str:
     """A row for each setting, a column for each other method: points more than the single step with the same
     seed, their mean and spread."""
-    by_setting = {setting: cells_by_arm(folders / setting) for setting in (*STUDENTS, *OTHER_TEACHERS)}
+    by_setting = {setting: cells_by_arm(folders / setting) for setting in EVERYWHERE}
     columns = [arm for arm in METHODS if arm != of and any(arm in arms for arms in by_setting.values())]
     rows = [f"| | {' | '.join(METHODS[arm] for arm in columns)} |", "|---|" + "---:|" * len(columns)]
     for setting, arms in by_setting.items():
@@ -182,7 +195,7 @@ OF_ASSISTANT = {"": "AMD", "-trained-on": "trained on by itself", "-snapshots": 
 def variants_table(folders: Path, variants: dict[str, str]) -> str:
     """A row for each setting and method: accuracy as it is, and what each variant adds, on the same seeds."""
     rows = [f"| | | {' | '.join(variants.values())} |", "|---|---|" + "---:|" * len(variants)]
-    for setting in STUDENTS:
+    for setting in EVERYWHERE:
         arms = cells_by_arm(folders / setting)
         for method in ("amd", "single-step"):
             bare = {cell["seed"]: cell["top1"] for cell in arms.get(method, [])}
@@ -205,7 +218,7 @@ def ladder_table(folders: Path) -> str:
         "| single steps, three times the total |",
         "|---|---:|---:|---:|---:|---:|",
     ]
-    for setting in STUDENTS:
+    for setting in EVERYWHERE:
         arms = cells_by_arm(folders / setting)
         ladders = [arms.get(arm, []) for arm in ("ladder", "ladder-amd")]
         keeps = sorted({keep for cells in ladders for cell in cells for keep in tops_of_sizes(cell)})
