@@ -13,10 +13,11 @@ from small_world import QUICK, stepwell, student_weights
 
 from stepwell.cli import main
 from stepwell.config.commands import CompressConfig
-from stepwell.config.files import make_config
+from stepwell.config.files import make_config, read_yaml
 from stepwell.config.loss_facts import FEATURE_LOSSES, LOGIT_LOSSES
 from stepwell.config.own_code import load_function
 from stepwell.losses.output import Output, Target
+from stepwell.paths import checked_path
 from stepwell.report.result import Result
 
 ROOT = Path(__file__).parents[2]
@@ -128,3 +129,12 @@ def test_links_lead_somewhere(page):
     text = (ROOT / page).read_text()
     for link in re.findall(r"\]\((?!https?:)([^)#]+)", text):
         assert ((ROOT / page).parent / link).exists(), link
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "examples" / "scalekd").glob("*.yaml")), ids=lambda f: f.stem)
+def test_a_published_strategy_is_a_config(file: Path):
+    """Every name in the file is an option, and every value one that it takes."""
+    config = make_config(CompressConfig, {**read_yaml(file), "teacher": "swin_large_patch4_window7_224"})
+    assert config.path == "scalekd"
+    assert config.feature_loss == "scalekd"  # which comes with the path
+    assert checked_path(config.model_copy(update={"student": "resnet50", "data": "images"}))

@@ -5,6 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+# Multiply-accumulates a second that training reaches on one H100, roughly, by what most of them are of.
+TRANSFORMERS = 1e14  # a quarter of its peak in bf16
+CNNS = 2e13
+CNNS_OF_CIFAR = 2e12  # convolutions of few channels keep a GPU waiting
+
 
 @dataclass(frozen=True)
 class Size:
@@ -19,7 +24,7 @@ class Size:
         compress: What all arms share.
         depth_keep: Share of the units with the operations of the ViT of fewer layers.
         teacher_top1: What the teacher's published figure is.
-        macs_per_second: Roughly what one H100 reaches.
+        macs_per_second: Roughly what one H100 reaches with these models.
         other_teachers: Models of timm with their arguments, where the student has several teachers.
     """
 
@@ -31,7 +36,7 @@ class Size:
     compress: dict[str, Any]
     depth_keep: float = 0.0
     teacher_top1: float | None = None
-    macs_per_second: float = 1e14  # a quarter of its peak in bf16
+    macs_per_second: float = TRANSFORMERS
     other_teachers: tuple[tuple[str, dict[str, str]], ...] = ()
 
 
