@@ -100,14 +100,14 @@ class PathOptions(Options):
     neither this nor epochs nor minutes are given. Sets the epochs of every training; what a small assistant
     saves goes into the last step."""
     path: Way = "auto"
-    """auto: as amd where an assistant pays, else a single step: by what it saves, and how far the student is
-    behind early on; where other options ask for an assistant (--assistant, --num-assistants, --snapshots,
-    --assistant-share, --student) it is amd, with --ladder takd. amd: candidates trained together, one chosen as the
-    assistant. amd-manual: the same, but a student via every candidate. single-step: no assistant. takd: the
-    assistants given, one after another. dgkd: likewise, each taught by all larger ones. mmd: every candidate
-    trained by itself, and a student via each. mmd-os: the same, one chosen. scalekd: the teacher, of any
-    kind, stays whole and teaches --student. curriculum: --teachers, of any kinds, teach the student one after
-    another, and at last --teacher does."""
+    """auto: as amd where an assistant pays, else a single step: by what it saves, and how far the
+    student is behind early on; where other options ask for an assistant (--assistant, --num-assistants,
+    --snapshots, --assistant-share, --student) it is amd, with --ladder takd. amd: candidates trained
+    together, one chosen as the assistant. amd-manual: the same, but a student via every candidate.
+    single-step: no assistant. takd: the assistants given, one after another. dgkd: likewise, each taught
+    by all larger ones. mmd: every candidate trained by itself, and a student via each. mmd-os: the same,
+    one chosen. scalekd: the teacher, of any kind, stays whole and teaches --student. curriculum:
+    --teachers, of any kinds, teach the student one after another, and at last --teacher does."""
     teachers: tuple[str, ...] = ()
     """The other teachers of curriculum, each the folder of a finished run, a timm name (if its own
     classes are those of --teacher), or FILE.py:FACTORY.
