@@ -95,7 +95,6 @@ OTHER_TEACHERS = {
     "vit-few-keep-0.05-other-teacher": "The ViT to 5 %, another teacher",
     "digits-other-teachers": "ViT to 10 %, digits, other teachers",
     "digits-keep-0.05-other-teachers": "ViT to 5 %, digits, other teachers",
-    "digits-keep-0.05-third-teachers": "ViT to 5 %, digits, the other teachers of 10 %",
 }
 """The same settings, their teachers trained on another processor."""
 EVERYWHERE = STUDENTS | OTHER_TEACHERS
@@ -113,7 +112,7 @@ def methods_table(
     columns = [arm for arm in methods if any(arm in arms for arms in by_setting.values())]
     rows = [f"| | teacher | {' | '.join(methods[arm] for arm in columns)} |"]
     rows.append("|---|---:|" + "---:|" * len(columns))
-    for setting, words in STUDENTS.items():
+    for setting, words in settings.items():
         arms = by_setting[setting]
         if "amd" not in arms or of not in arms:
             continue
@@ -138,7 +137,7 @@ def paired_table(folders: Path, of: str = "single-step") -> str:
         for arm in columns:
             pairs = [c["top1"] - alone[c["seed"]] for c in arms.get(arm, []) if c["seed"] in alone]
             values.append(("+" if sum(pairs) > 0 else "") + of_seeds(pairs))
-        if alone:
+        if alone and any(values):
             rows.append(f"| `{setting}` | {' | '.join(values)} |")
     return "\n".join(rows)
 
@@ -187,6 +186,7 @@ CHAINS = {
     "amd": "AMD",
     "single-step": "single step",
     "chain-0.3": "chain by 0.3",
+    "chain-0.5": "chain by 0.5",
     "chain-0.5-0.2": "chain by 0.5 and 0.2",
 }
 OF_ASSISTANT = {"": "AMD", "-trained-on": "trained on by itself", "-snapshots": "two snapshots first"}

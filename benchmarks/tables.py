@@ -159,8 +159,9 @@ def throughput_table(record: dict[str, Any]) -> str:
         by_model.setdefault((cell["model"], cell["precision"]), {})[cell["step"]] = cell
     for (model, precision), steps in by_model.items():
         kinds = ("joint", "distill", "timm", "full")
-        speed = [f"{steps[k]['images_per_second']:.0f} ({100 * steps[k]['share']:.0f} %)" for k in kinds]
-        peaks = [steps[k]["peak_mib"] for k in ("joint", "full")]
+        timed = [steps.get(kind) for kind in kinds]  # not all, where some were asked for
+        speed = [f"{s['images_per_second']:.0f} ({100 * s['share']:.0f} %)" if s else "" for s in timed]
+        peaks = [steps[k]["peak_mib"] if k in steps else None for k in ("joint", "full")]
         memory = ["" if peak is None else f"{peak / 1024:.1f} GiB" for peak in peaks]  # none of a CPU
         rows.append(f"| {model} | {precision} | {' | '.join([*speed, *memory])} |")
     machine = record["hardware"]
@@ -174,6 +175,7 @@ def throughput_table(record: dict[str, Any]) -> str:
             "",
             f"Images per second of a training step at batch {record['runs'][0]['batch']}, and in brackets "
             f"the share of what an {size} x {size} matrix product reaches in the same run ({rates} TFLOP/s). "
+            f"{'Our passes compiled. ' * record.get('compiled', False)}"
             f"{machine['training device']}, torch {machine['torch']}, timm {machine['timm']}; commit "
             f"{record['commit']}. {record['note']}".rstrip(),
         ]

@@ -122,7 +122,7 @@ def cells_of(
     """Every kind of step of one model."""
     batch_size, number = options.batch, options.steps
     with tempfile.TemporaryDirectory() as folder:
-        s = setting(Path(folder), name, precision, batch_size, device)
+        s = setting(Path(folder), name, precision, batch_size, device, compiled=options.compile)
         batch = random_batch(s, batch_size, device)
         ladder = grid(s, score(s), keep_ratios)
         steps: dict[str, tuple[Callable[[Batch, int], object], list[nn.Parameter], float]] = {}

@@ -308,7 +308,8 @@ def test_what_auto_does_not_take(compress_fails, words, said):
         ("--num-assistants", 2),
         ("--assistant-share", 0.1),
         ("--snapshots", 1),
-        ("--ladder", 0.1, 0.3),
+        ("--assistant", 0.5, "--ladder", 0.1, 0.3),
+        ("--preset", "paper", "--ladder", 0.1, 0.3),
         ("--student", "resnet18"),
         ("--feature-loss", "ft"),
         ("--preset", "paper"),
@@ -318,6 +319,13 @@ def test_who_asks_for_an_assistant_gets_one(words, tmp_path):
     config = config_of("--teacher", "test_vit", "--data", "images", *words)
     assert config.path == "amd"
     # The file of such a run says so, too.
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert config_of("--config", tmp_path / "config.yaml") == config
+
+
+def test_who_asks_for_several_sizes_gets_a_chain(tmp_path):
+    config = config_of("--teacher", "test_vit", "--data", "images", "--ladder", 0.1, 0.3)
+    assert config.path == "takd"
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     assert config_of("--config", tmp_path / "config.yaml") == config
 

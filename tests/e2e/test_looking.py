@@ -142,12 +142,12 @@ def test_inspect_of_a_damaged_result(capsys, finished, tmp_path, content):
 
 def test_a_rung_that_is_not_faster_is_named(finished):
     """Three rungs, of which the middle one takes as long as the largest at batch 1."""
-    result = Result.load(finished / "result.json")
+    keep_ratios = [candidate.keep_ratio for candidate in Result.load(finished / "result.json").candidates]
     times = [(1.0, 10.0), (2.0, 20.0), (2.01, 30.0)]
     latencies = [
         Latency(onnx_batch1=one, onnx_batch32=many, eager_batch1=1, eager_batch32=1, threads=1)
         for one, many in times
     ]
-    (line,) = not_faster(result, latencies)
-    middle, largest = (result.candidates[i].keep_ratio for i in (1, 2))
+    (line,) = not_faster(keep_ratios, latencies)
+    _, middle, largest = keep_ratios
     assert f"at batch 1, keep {middle:g} (2.00 ms) is not faster than keep {largest:g} (2.01 ms)" in line

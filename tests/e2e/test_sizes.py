@@ -1,4 +1,4 @@
-"""`--ladder`: several finished sizes from one run, a chain or jointly trained; `--baseline`: a stock one."""
+"""`--ladder --path amd`: finished sizes of one joint training; and `--baseline`, a stock network."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import load_file
 from small_world import (
     QUICK,
-    SIZES,
     SMALL,
     Recorder,
     StopAt,
@@ -46,7 +45,6 @@ BASELINE = (
     "num_heads=2",
 )
 LADDER = ("--ladder", "0.1", "0.4", "0.7")  # the usual rungs: so the student can be compared
-BUDGET = ("--budget-epochs", 6)
 
 
 @pytest.fixture(scope="module")
@@ -202,66 +200,18 @@ def test_a_budget_is_for_all_sizes(data, teacher, tmp_path, quick):
     assert passes["size 0.5"] == pytest.approx(passes["distill"])
 
 
-@pytest.fixture(scope="module")
-def chain(tmp_path_factory, data, teacher) -> Path:
-    """A run of three sizes, each a slice of the finished one above it."""
+def test_what_is_refused(compress_fails, fails, teacher, data, tmp_path):
+    def fails_alone(*words: object) -> str:
+        return fails("compress", "--teacher", teacher, "--data", data, "--out", tmp_path / "out", *words)
 
-    def compress(run: Path) -> None:
-        with pytest.MonkeyPatch.context() as monkeypatch:
-            without_files(monkeypatch)
-            stepwell("compress", "--teacher", teacher, "--data", data, "--out", run, *SIZES, *LADDER, *BUDGET)
-
-    return made_once(tmp_path_factory, "chain", compress)
-
-
-def test_a_chain_hands_out_what_taught_on_the_way(chain, data, teacher, tmp_path, quick):
-    """It is the way of `--path takd` with these assistants, which are sizes then."""
-    out = tmp_path / "out"
-    words = ("--teacher", teacher, "--data", data, "--out", out, *SIZES, "--path", "takd", *BUDGET)
-    stepwell("compress", *words, "--assistants", 0.7, 0.4)
-    assert_same_weights(student_weights(chain), student_weights(out))
-    theirs, ours = result_of(out), result_of(chain)
-    assert ours.path == "takd"
-    assert [(size.keep_ratio, size.taught_by) for size in ours.sizes] == [(0.4, 0.7), (0.7, 1.0)]
-    assistants = [theirs.assistant, *theirs.higher_assistants[::-1]]
-    assert [size.quality for size in ours.sizes] == [assistant.quality for assistant in assistants]
-    assert ours.assistant is None
-    assert ours.teacher_passes == theirs.teacher_passes
-    for size in ours.sizes:
-        model = package.load(chain / size.folder)
-        assert sum(p.numel() for p in model.parameters()) == size.num_params
-
-
-def test_the_budget_of_a_chain_is_for_all_of_it(chain):
-    result = result_of(chain)
-    spent = sum(result.teacher_passes.values()) - result.teacher_passes["score"]
-    assert spent == pytest.approx(6 * result.data.num_train * (1 + 3 * result.student.scale), rel=1e-6)
-    assert result.epochs["assistant 0.7"] == result.epochs["assistant 0.4"] == result.epochs["distill"]
-
-
-def test_a_chain_needs_a_size_above_the_student(fails, teacher, data, tmp_path):
-    words = ("--teacher", teacher, "--data", data, "--out", tmp_path / "out", *SIZES)
-    line = fails("compress", *words, "--ladder", 0.1, after_work=True)
-    assert "--ladder 0.1: --path takd needs sizes that keep more than the student, which keeps 0.1" in line
-
-
-def test_any_size_of_a_chain_is_exported(chain, tmp_path, fails):
-    stepwell("export", chain, "--all", "--format", "safetensors", "--out", tmp_path)
-    for keep, folder in ((0.1, "student"), (0.4, "ladder/0.4"), (0.7, "ladder/0.7")):
-        exported = load_file(tmp_path / f"keep-{keep}" / "model.safetensors")
-        assert_same_weights(exported, load_file(chain / folder / "model.safetensors"))
-    assert "there are: 0.1, 0.4, 0.7" in fails("export", chain, "--keep", 0.5)
-
-
-def test_what_is_refused(compress_fails):
     assert "--ladder 0.05 is smaller than the student, which keeps 0.1" in compress_fails("--ladder", 0.05)
     assert "nearly the same size" in compress_fails("--ladder", 0.3, 0.302)
     assert "--student resnet10t is none: make two runs" in compress_fails(
         "--ladder", 0.3, "--student", "resnet10t"
     )
-    assert "--path single-step has one student" in compress_fails("--ladder", 0.3, "--path", "single-step")
-    line = compress_fails("--ladder", 0.3, "--path", "takd", "--assistants", 0.4)
-    assert "both name the sizes on the way down" in line
+    assert "--ladder 0.1 names one size, the student's: say --keep 0.1" in fails_alone("--ladder", 0.1)
+    line = compress_fails("--ladder", 0.3, "--path", "single-step")
+    assert "--path single-step hands out one student" in line
     assert "name it with --baseline" in compress_fails("--baseline-pretrained")
     assert "did you mean vit_tiny_patch16_224?" in compress_fails("--baseline", "vit_tiny_patch16_242")
     line = compress_fails("--baseline", "vit_tiny_patch16_224", "--baseline-args", "num_classes=7")

@@ -212,7 +212,7 @@ def test_assistants_in_a_row_cost_a_training_each():
 
 
 def test_every_further_size_costs_what_the_students_last_step_does():
-    sized = bill_of(costs(ladder=(0.1, 0.3, 0.5)), Epochs(joint=1, distill=10))
+    sized = bill_of(costs(path="amd", ladder=(0.1, 0.3, 0.5)), Epochs(joint=1, distill=10))
     assert sized["more sizes"] == pytest.approx(2 * sized["distill"])
     # Of a budget in operations the student's ratio is not known yet: each size is taken for a further one.
     assert costs(ladder=(0.1, 0.3), macs="10%", keep_ratio=None).options.num_more_sizes == 2

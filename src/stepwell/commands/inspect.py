@@ -18,7 +18,7 @@ from stepwell.models.card import ONNX, example_images
 from stepwell.models.export import export_onnx
 from stepwell.models.factory import Factory, load_factory
 from stepwell.models.ladder import load_rung
-from stepwell.report.beside import which_for
+from stepwell.report.beside import handed_out_sizes, which_for
 from stepwell.report.result import Result, SelectionResult
 from stepwell.report.table import render, result_table
 from stepwell.run.come_back import check_version
@@ -45,6 +45,7 @@ def run(config: InspectConfig) -> str:
         *(_selection(result, result.selection, latencies) if result.selection else []),
         *(_tried(result) if result.tried else []),
         result_table(result),
+        *(_of_chain(result) if config.all and not result.candidates else []),
         *([] if config.latency_ms is None else [which_for(result, config.latency_ms)]),
         *(f"- {note}" for note in result.notes),
         f"report: {config.run / 'report.html'}",
@@ -60,7 +61,7 @@ def _selection(result: Result, selection: SelectionResult, latencies: list[Laten
         *(
             [
                 f"(Accuracies after joint training; times by {_runtime(latencies)}.)",
-                *not_faster(result, latencies),
+                *not_faster([c.keep_ratio for c in result.candidates], latencies),
             ]
             if latencies
             else []
@@ -73,6 +74,12 @@ def _selection(result: Result, selection: SelectionResult, latencies: list[Laten
     ]
 
 
+def _of_chain(result: Result) -> list[str]:
+    """Of sizes that were finished one below another: the table has their times already."""
+    sizes = [model for _, model in handed_out_sizes(result)]
+    return not_faster([model.keep_ratio for model in sizes], [model.latency for model in sizes])
+
+
 def _tried(result: Result) -> list[str]:
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for column in ("assistant keeps", "scale", f"selection {result.measure} %", f"test {result.measure} %"):
@@ -83,14 +90,14 @@ def _tried(result: Result) -> list[str]:
     return ["The student via each assistant:", "", render(table), ""]
 
 
-def not_faster(result: Result, latencies: Sequence[Latency]) -> list[str]:
-    """Where a cut does not pay: a rung that takes as long as the next larger one."""
+def not_faster(keep_ratios: Sequence[float], latencies: Sequence[Latency]) -> list[str]:
+    """Where a cut does not pay: a rung that takes as long as the next larger one; from the smallest up."""
     warnings = []
     for batch in (1, 32):
         times = [milliseconds[batch] for milliseconds in _milliseconds(latencies)]
         for i, (smaller, larger) in enumerate(itertools.pairwise(times)):
             if smaller >= 0.98 * larger:  # timings of one file differ by about 2 %
-                below, above = (result.candidates[j].keep_ratio for j in (i, i + 1))
+                below, above = keep_ratios[i], keep_ratios[i + 1]
                 warnings.append(
                     f"warning: at batch {batch}, keep {below:g} ({smaller:.2f} ms) is not faster than keep "
                     f"{above:g} ({larger:.2f} ms)"

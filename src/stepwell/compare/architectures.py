@@ -14,7 +14,7 @@ from timm.models.mlp_mixer import MlpMixer
 from torch import nn
 
 from stepwell.compare.pairs import PAIRS, PublishedPair
-from stepwell.compare.sizes import TRANSFORMERS
+from stepwell.compare.sizes import TRANSFORMER_MACS_PER_SECOND
 from stepwell.data.spec import InputSpec
 from stepwell.losses.choose import parts_of
 from stepwell.losses.scalekd.stages import Stages, find_stages
@@ -80,7 +80,7 @@ def gpu_hours(pair: PublishedPair) -> tuple[float, float]:
     student, teacher = counted(pair.name)
     loss = loss_macs_of(student, teacher, pair.feature_args())
     macs = teacher.macs + 3 * student.macs + loss
-    return macs * NUM_IMAGES * EPOCHS[pair.strategy] / TRANSFORMERS / 3600, loss / macs
+    return macs * NUM_IMAGES * EPOCHS[pair.strategy] / TRANSFORMER_MACS_PER_SECOND / 3600, loss / macs
 
 
 def published_pairs() -> list[str]:

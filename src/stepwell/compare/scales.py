@@ -14,7 +14,13 @@ from typing import Any
 
 from stepwell.compare.arms import Arm, given
 from stepwell.compare.pairs import SWIN_L, TEACHER_TOP1
-from stepwell.compare.sizes import CNNS, CNNS_OF_CIFAR, SIZES_OF_MASKS, TRANSFORMERS, Size
+from stepwell.compare.sizes import (
+    CIFAR_CNN_MACS_PER_SECOND,
+    CNN_MACS_PER_SECOND,
+    SIZES_OF_MASKS,
+    TRANSFORMER_MACS_PER_SECOND,
+    Size,
+)
 from stepwell.compare.suites import ARMS, OF_MASKS, PAIRS, SEVERAL_TEACHERS, TEACHER_SIZE, TO_OTHERS
 from stepwell.compare.teacher_sizes import MODELS
 from stepwell.config.commands import CompareConfig, TrainConfig
@@ -88,7 +94,7 @@ _IMAGENET = Size(
         "keep_ratio": 0.5,
     },
     teacher_top1=PAIRS["imagenet-pair"].published,
-    macs_per_second=CNNS,
+    macs_per_second=CNN_MACS_PER_SECOND,
 )
 _OTHER_ARCHITECTURE = {
     # Maps of 4 x 4 and 2 x 2 positions, an eighth of the teacher's parameters.
@@ -104,7 +110,7 @@ _OTHER_ARCHITECTURE = {
         model=SWIN_L,
         student="resnet50",
         teacher_top1=TEACHER_TOP1[SWIN_L],
-        macs_per_second=TRANSFORMERS,
+        macs_per_second=TRANSFORMER_MACS_PER_SECOND,
     ),
 }
 _SEVERAL_TEACHERS = {
@@ -166,7 +172,7 @@ def size_of(suite: Suite, scale: str) -> Size:
         _CNN_TRAIN[scale],
         compress,
         teacher_top1=pair.published,
-        macs_per_second=CNNS_OF_CIFAR,
+        macs_per_second=CIFAR_CNN_MACS_PER_SECOND,
     )
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-# Multiply-accumulates a second that training reaches on one H100, roughly, by what most of them are of.
-TRANSFORMERS = 1e14  # a quarter of its peak in bf16
-CNNS = 2e13
-CNNS_OF_CIFAR = 2e12  # convolutions of few channels keep a GPU waiting
+# What training reaches on one H100, roughly, by what most of the operations are of.
+TRANSFORMER_MACS_PER_SECOND = 1e14  # a quarter of its peak in bf16
+CNN_MACS_PER_SECOND = 2e13
+CIFAR_CNN_MACS_PER_SECOND = 2e12  # convolutions of few channels keep a GPU waiting
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Size:
     compress: dict[str, Any]
     depth_keep: float = 0.0
     teacher_top1: float | None = None
-    macs_per_second: float = TRANSFORMERS
+    macs_per_second: float = TRANSFORMER_MACS_PER_SECOND
     other_teachers: tuple[tuple[str, dict[str, str]], ...] = ()
 
 

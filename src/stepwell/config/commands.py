@@ -175,7 +175,8 @@ class CompressConfig(
 
     @model_validator(mode="after")
     def _extras(self) -> Self:
-        check_extras(self, self.path, self.keep_ratio, self.student)
+        budgets = (self.keep_ratio, self.macs, self.params, self.latency_ms)
+        check_extras(self, self.path, self.keep_ratio, self.student, is_budgeted=any(budgets))
         return self
 
     @model_validator(mode="after")
@@ -219,7 +220,7 @@ class CompareConfig(CompressConfig):
         for flag, given in (("--ladder", self.ladder), ("--baseline", self.baseline)):
             if given:
                 raise ValueError(f"{flag} is for compress: a comparison trains students alone")
-        check_extras(self, self.path, self.keep_ratio, self.student)
+        check_extras(self, self.path, self.keep_ratio, self.student, is_budgeted=True)  # refused above
         return self
 
     @model_validator(mode="after")

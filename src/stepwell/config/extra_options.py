@@ -26,7 +26,7 @@ class ExtraOptions(Options):
     student lie in OUT/ladder. A budget is for all of them."""
     baseline: str | None = None
     """A stock network to compare the student with: a timm model, or FILE.py:FACTORY. The teacher teaches it
-    with the same recipe, for as much compute as the student took; it lies in OUT/baseline."""
+    with the same recipe, for as much compute as the path took; it lies in OUT/baseline."""
     baseline_args: dict[str, str] = {}  # noqa: RUF012  (pydantic copies it)
     """Arguments of timm's create_model for the baseline, as key=value."""
     baseline_pretrained: bool = False
@@ -52,7 +52,9 @@ def sizes_beside(student: float, options: ExtraOptions) -> list[float]:
     return others
 
 
-def check_extras(options: ExtraOptions, path: Way, keep_ratio: float | None, student: str | None) -> None:
+def check_extras(
+    options: ExtraOptions, path: Way, keep_ratio: float | None, student: str | None, *, is_budgeted: bool
+) -> None:
     """Refuse what makes no sense together.
 
     Args:
@@ -60,6 +62,7 @@ def check_extras(options: ExtraOptions, path: Way, keep_ratio: float | None, stu
         path: The way down.
         keep_ratio: The student's, if it was given.
         student: Its architecture, where that is another one than the teacher's.
+        is_budgeted: Whether something else than `--ladder` says how large the student is.
 
     Raises:
         ValueError: Names the options.
@@ -67,7 +70,12 @@ def check_extras(options: ExtraOptions, path: Way, keep_ratio: float | None, stu
     if options.ladder and path not in LADDER_PATHS:
         raise ValueError(
             f"--ladder finishes several sizes, with --path takd, which is its default, or --path amd; --path "
-            f"{path} has one student"
+            f"{path} hands out one student"
+        )
+    if len(set(options.ladder)) == 1 and not is_budgeted:
+        raise ValueError(
+            f"--ladder {options.ladder[0]:g} names one size, the student's: say --keep "
+            f"{options.ladder[0]:g}, or add a larger one"
         )
     if options.ladder and student is not None:
         raise ValueError(

@@ -50,7 +50,7 @@ def make_config(kind: type[ConfigT], values: Mapping[str, object]) -> ConfigT:
     for name in values:
         if name not in kind.model_fields:
             raise ConfigError(f"unknown option {name!r}{did_you_mean(name, kind.model_fields)}")
-    if is_of_one_path(kind) and "path" not in values:
+    if is_of_one_path(kind) and "path" not in {**PRESETS.get(str(values.get("preset")), {}), **values}:
         values = {**values, **path_asked_for(kind, values)}
     under = implied(values)
     if "rule" in kind.model_fields and values.get("epochs") is not None:

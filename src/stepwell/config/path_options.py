@@ -114,7 +114,7 @@ class PathOptions(Options):
     Their order is found: before each comes the one whose features lead to its own most cheaply. --teacher is
     the best and the last, what all is measured against."""
     assistants: tuple[Fraction, ...] = (0.5,)
-    """Keep ratios of the assistants of takd and dgkd."""
+    """Keep ratios of the assistants of takd and dgkd; with --ladder its sizes are those of takd."""
     num_assistants: Count = 1
     """Assistants in a row that amd chooses, each among the candidates below the one before."""
     drop: Annotated[int, Field(ge=0)] = 1

@@ -46,7 +46,7 @@ SIZES = "ladder"
 
 
 def size_folder(keep_ratio: float) -> str:
-    """Where one of them lies in a run."""
+    """Folder of one further size, in a run."""
     return f"{SIZES}/{keep_ratio:g}"
 
 

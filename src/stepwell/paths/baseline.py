@@ -1,8 +1,8 @@
 """The stock network: what the teacher makes of it, for as much compute as the student took.
 
 It gets the recipe, the losses and the learning rate of the student's last step. A budget of epochs is one of
-operations: it costs what the path cost, without the scores and without other sizes. Within `--minutes` it
-takes as long as the path may.
+operations: it costs what the path cost, without the scores, and with AMD without other sizes, which did not
+lead to the student. Within `--minutes` it takes as long as the path may.
 """
 
 from __future__ import annotations

@@ -135,7 +135,7 @@ def _delivering(s: Setting, ladder: Ladder, clock: Calibration, counted: Costs, 
     number = images.selection + images.test
     assistants = 0 if way.is_one_step else config.num_assistants
     if config.path in READ_BY["assistants"]:
-        assistants = len(ladder.scales) - 1
+        assistants = 0 if config.ladder else len(ladder.scales) - 1  # which are sizes, then
     sizes = [ladder.scales[i] for i in size_indices([c.keep_ratio for c in ladder.candidates], config)]
     handed_out = [counted.student, *sizes]
     measured = [1.0, *[middle(counted)] * assistants, *handed_out]

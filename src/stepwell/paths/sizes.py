@@ -1,4 +1,4 @@
-"""The other sizes of `--ladder`: each gets a last step of its own, from its slice of the joint store.
+"""The other sizes of `--ladder --path amd`: each gets a last step, from its slice of the joint store.
 
 Joint training is paid once for all of them. What it leaves of a budget is divided equally: every size costs
 as much as the student's last step, so that a larger one, which lost less and is dearer to train, gets a

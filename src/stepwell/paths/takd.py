@@ -23,7 +23,7 @@ from stepwell.stages.distill import distill
 from stepwell.stages.grid import grid
 from stepwell.stages.score import score
 
-EACH_FROM_ABOVE = "each a slice of the finished one above it, which taught it"
+WAY_OF_SIZES = "Each size of the ladder is a slice of the finished one above it, which taught it."
 
 
 def descend(s: Setting, deliver: Deliver[R]) -> R:
@@ -38,7 +38,7 @@ def descend(s: Setting, deliver: Deliver[R]) -> R:
     student = distill(s, ladder, "distill", chain[-1:], student, epochs)
     if not s.config.ladder:
         return deliver(s, finish(s, ladder, epochs, student, chain[1:], words(len(chain) - 1)))
-    finished = finish(s, ladder, epochs, student, [], f"The sizes of the ladder came {EACH_FROM_ABOVE}.")
+    finished = finish(s, ladder, epochs, student, [], WAY_OF_SIZES)
     sizes = [Size(lower, upper.keep_ratio) for upper, lower in itertools.pairwise(chain)]
     return deliver(s, replace(finished, sizes=sizes))
 
@@ -59,7 +59,7 @@ def bill(costs: Costs, epochs: Epochs, _options: CompressConfig) -> dict[str, fl
 
 def words(num_assistants: int) -> str:
     """How it went, for the report."""
-    return f"It went down via {plural(num_assistants, 'given assistant')}, {EACH_FROM_ABOVE}."
+    return f"It went down via {plural(num_assistants, 'given assistant')}, each taught by the one above it."
 
 
 PATH = Path(rungs=given_rungs, bill=bill, descend=descend, check=check_given)

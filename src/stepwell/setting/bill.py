@@ -17,12 +17,12 @@ _SIZE = "size "
 
 
 def size_stage(keep_ratio: float) -> str:
-    """Stage in which a size of `--ladder` gets its last step."""
+    """Stage in which a size of `--ladder --path amd` gets its last step."""
     return f"{_SIZE}{keep_ratio:g}"
 
 
 def is_of_size(stage: str) -> bool:
-    """Whether a stage is for another size than the student's."""
+    """Whether a stage is for another size alone, and did not lead to the student."""
     return stage.startswith(_SIZE)
 
 

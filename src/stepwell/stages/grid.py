@@ -45,9 +45,9 @@ def grid(s: Setting, scores: Importance, rungs: Rungs) -> Ladder:
             candidates = make_grid(s.groups, scores.normalised, ratios, s.config, met.widths, met.balance)
             skeletons = [build_skeleton(s.model, s.groups, c.widths) for c in candidates]
             scales = [count_macs(skeleton, s.spec) / s.teacher_macs for skeleton in skeletons]
+            check_sizes(candidates, scales, s.config)
             if len(candidates) > 1:
                 check_room(scales, s.config)
-            check_sizes(candidates, scales, s.config)
             if text := little_saved(s.config, s.spec, s.groups, candidates[0], skeletons[0], scales[0]):
                 say(f"warning: {text}")
             stage.result = Ladder(
