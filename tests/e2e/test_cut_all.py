@@ -203,6 +203,42 @@ def test_repair_is_a_part_of_the_training_that_follows(teacher, data, tmp_path, 
     assert not torch.equal(one["blocks.0.mlp.fc2.weight"], other["blocks.0.mlp.fc2.weight"])
 
 
+TORCHVISION = """
+import torch
+from torchvision.models import VisionTransformer
+
+def build():
+    torch.manual_seed(0)
+    model = VisionTransformer(16, 8, num_layers=2, num_heads=4, hidden_dim=24, mlp_dim=48, num_classes=3)
+    torch.nn.init.normal_(model.heads.head.weight)
+    return model
+"""
+PLAIN = """
+import torch
+from torch import nn
+
+def build():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 24, 1), nn.ReLU(),
+        nn.Conv2d(24, 16, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 3))
+"""
+
+
+@pytest.mark.parametrize("source", [TORCHVISION, PLAIN], ids=["torchvision", "plain"])
+def test_other_modules_are_repaired(source, data, tmp_path, quick):
+    """Torch's attention does not call its output layer; and here every layer's outputs are the next one's."""
+    (tmp_path / "mine.py").write_text(source)
+    teacher = f"{tmp_path / 'mine.py'}:build"
+    words = ("--teacher", teacher, "--data", data, "--image-size", 16, "--round-to", 4)
+    more = ("--keep", 0.5, "--epochs", 1, "--path", "single-step", "--repair")
+    stepwell("compress", *words, *more, "--out", tmp_path / "repaired")
+    stepwell("compress", *words, *more[:-1], "--out", tmp_path / "plain")
+    one, other = student_weights(tmp_path / "plain"), student_weights(tmp_path / "repaired")
+    assert any(not torch.equal(one[name], other[name]) for name in one)
+
+
 def test_candidates_of_other_widths_share_what_looks_at_the_teacher(teacher, data, tmp_path, quick):
     words = ("--teacher", teacher, "--data", data, "--out", tmp_path / "run", *ALL, "--epochs", "1")
     stepwell("compress", *words, "--feature-loss", "ft")

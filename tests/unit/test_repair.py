@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import timm
 import torch
 from test_channels import convnext, swin, vit
 from torch import Tensor, nn
 
+import stepwell.zoo  # noqa: F401  (whose models timm then knows)
 from blocks import shaken
 from stepwell.data.batches import Batch
 from stepwell.pruning.channels import channel_groups
@@ -114,3 +116,55 @@ def test_narrower_models_come_nearer_to_the_teacher(name: str) -> None:
     repair(student, model, layers, kept, sizes)
     after = [error(layer) for layer in layers]
     assert sum(after) < 0.8 * sum(before)
+
+
+def patches(x: Tensor, layer: nn.Conv2d) -> Tensor:
+    """A row for each position of each image: what lies under the kernel there, and the 1 of the bias."""
+    (height, width), (down, right) = layer.kernel_size, layer.stride
+    x = nn.functional.pad(x, (layer.padding[1],) * 2 + (layer.padding[0],) * 2)
+    rows = []
+    for top in range(0, x.shape[2] - height + 1, down):
+        for left in range(0, x.shape[3] - width + 1, right):
+            rows.append(x[:, :, top : top + height, left : left + width].flatten(1))
+    return torch.stack(rows, dim=1).flatten(0, 1)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_convolution_is_fitted_to_what_lies_under_its_kernel(stride: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 12, 3), nn.Tanh(), nn.Conv2d(12, 6, 3, stride, padding=1, bias=False))
+    student = nn.Sequential(nn.Conv2d(3, 5, 3), nn.Tanh(), nn.Conv2d(5, 6, 3, stride, padding=1, bias=False))
+    model.requires_grad_(False), student.requires_grad_(False)
+    student[0].weight[:], student[0].bias[:] = model[0].weight[:5], model[0].bias[:5]
+    student[2].weight[:] = model[2].weight[:, :5]
+    repair(student, model, ["2"], {}, BATCHES)
+    x = torch.cat([patches(student[:2](batch.images), student[2]) for batch in BATCHES]).double()
+    y = torch.cat([model(batch.images).movedim(1, -1).flatten(0, 2) for batch in BATCHES]).double()
+    best = torch.linalg.lstsq(x, y).solution
+    residual = (x @ best - y).square().mean()
+    found = (x @ student[2].weight.flatten(1).T.double() - y).square().mean()
+    assert residual <= found <= 1.02 * residual
+
+
+def test_every_image_counts_alike_whatever_the_batches() -> None:
+    model = tiny_vit().requires_grad_(False)
+    groups = find_groups(model)
+    images = torch.cat([random_images(8, seed=0), 20 * random_images(1, seed=1)])
+
+    def bias(*sizes: int) -> Tensor:
+        student = cut(model, groups, 1.0, **{"blocks.0.attn": 0})
+        some = [
+            Batch(i, torch.zeros(len(i), dtype=torch.int64), torch.arange(len(i)))
+            for i in images.split(sizes)
+        ]
+        repair(student, model, ["blocks.0.attn.proj"], {}, some)
+        return student.blocks[0].attn.proj.bias.data
+
+    torch.testing.assert_close(bias(9), bias(8, 1))
+
+
+def test_networks_of_3x3_blocks_have_layers_to_fit() -> None:
+    model = timm.create_model("cifar_resnet20").eval()
+    layers = output_layers(model, find_groups(model))
+    assert len(layers) == 9
+    assert {type(model.get_submodule(name)) for name in layers} == {nn.Conv2d}

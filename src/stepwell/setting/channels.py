@@ -23,6 +23,7 @@ from stepwell.pruning.sections import last_groups
 from stepwell.pruning.skeleton import build_skeleton, leading_units, sort_units
 from stepwell.pruning.uniform import has_equal_blocks, uniform_widths
 from stepwell.pruning.units import Candidate, Group, tensors_of
+from stepwell.setting.repair import output_layers
 
 SAME = 1e-3
 """Largest difference of logits, relative to the largest, that is put down to rounding: a sum of channels in
@@ -63,6 +64,11 @@ def check_cut(teacher: Teacher, groups: Sequence[Group], config: CompressConfig)
         check_uniform(teacher, groups, config.multiple)
     if config.drop_blocks and not droppable(groups):
         raise ConfigError(f"--drop-blocks: {teacher.name} has no block with a shortcut past it; leave it out")
+    if config.repair and not output_layers(teacher.model, groups):
+        raise ConfigError(
+            f"--repair: {teacher.name} has no layer behind what is cut that can be fitted (a linear one, or a "
+            f"convolution without groups): leave it out"
+        )
     if config.whole_last:
         last = last_groups(groups)
         if not last or {group.name for group in groups if group.kind != "channel"} <= set(last):

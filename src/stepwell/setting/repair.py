@@ -3,8 +3,9 @@
     minimise over W, b:   mean over images and positions of |W x + b - y|^2  +  lambda |W - W_cut|^2
 
 y is what the layer returned in the model above, on the channels that are left; x is what it reads in the cut
-model, whose layers before it are fitted by then. It has a closed form, and lambda holds the cut weights where
-the images say little. What an emptied layer returns, its bias, becomes the mean of y.
+model, whose layers before it are fitted by then: of a convolution, all that lies under its kernel. It has a
+closed form, and lambda holds the cut weights where the images say little. What an emptied layer returns, its
+bias, becomes the mean of y; one without a bias stays empty.
 """
 
 from __future__ import annotations
@@ -32,13 +33,15 @@ Kept = Mapping[str, Sequence[int]]
 def output_layers(model: nn.Module, groups: Sequence[Group]) -> list[str]:
     """The layers that read the units of a group and return what the block adds, in the order of the model.
 
-    Those of attention and FFNs, and 1 x 1 convolutions at the end of a block: wherever what is read at a
-    position makes what is returned there.
+    Those of attention and FFNs, and convolutions at the end of a block. Their outputs are whole, or the
+    channels of a stream: a layer whose outputs are another group's units is not among them.
     """
+    inside = [group for group in groups if group.kind != "channel"]
+    cut = {s.tensor.removesuffix(".weight") for group in inside for s in group.slices if s.dim == 0}
     found = set()
-    for group in groups:
+    for group in inside:
         readers = [s.tensor.removesuffix(".weight") for s in group.slices if s.dim == 1]
-        if readers and group.kind != "channel" and _is_linear(model.get_submodule(readers[-1])):
+        if readers and readers[-1] not in cut and _can_be_fitted(model.get_submodule(readers[-1])):
             found.add(readers[-1])
     return [name for name, _ in model.named_modules() if name in found]
 
@@ -75,8 +78,8 @@ def _fit_constant(
 ) -> None:
     if holder.bias is None:
         return
-    means = [_rows(above, name, batch.images, returned=True).mean(dim=0) for batch in batches]
-    mean = torch.stack(means).mean(dim=0)
+    rows = [_rows(above, name, batch.images, returned=True) for batch in batches]
+    mean = torch.stack([some.sum(dim=0) for some in rows]).sum(dim=0) / sum(map(len, rows))
     cast(nn.Parameter, holder.bias).copy_(mean if kept is None else mean[list(kept)])
 
 
@@ -84,9 +87,9 @@ def _fit_layer(
     student: nn.Module, above: nn.Module, name: str, kept: Sequence[int] | None, batches: Iterable[Batch]
 ) -> None:
     layer = cast(nn.Linear | nn.Conv2d, student.get_submodule(name))
-    if not _is_linear(layer):
+    if not _can_be_fitted(layer):
         return
-    inputs, outputs = layer.weight.shape[1], layer.weight.shape[0]
+    outputs, inputs = layer.weight.flatten(1).shape
     products = torch.zeros(inputs + 1, inputs + 1, dtype=torch.float64)
     targets = torch.zeros(outputs, inputs + 1, dtype=torch.float64)
     rows = 0
@@ -111,7 +114,7 @@ def _solve(
     """Set weight and bias, which is the weight of the last input, a constant 1."""
     parts = [layer.weight.flatten(1)] + ([] if layer.bias is None else [layer.bias[:, None]])
     cut = torch.cat(parts, dim=1).cpu().double()
-    inputs = layer.weight.shape[1]
+    inputs = layer.weight.flatten(1).shape[1]
     ridge = torch.zeros(len(products), dtype=torch.float64)
     ridge[:inputs] = RIDGE * products.diagonal()[:inputs].mean().clamp_min(1e-12)
     # As a step away from the cut weights, which lambda makes short.
@@ -121,9 +124,11 @@ def _solve(
         layer.bias.copy_(fitted[:, -1])
 
 
-def _is_linear(layer: nn.Module) -> bool:
+def _can_be_fitted(layer: nn.Module) -> bool:
+    """Whether what a layer returns is a product of its weight with numbers that `_rows` finds."""
     if isinstance(layer, nn.Conv2d):
-        return layer.kernel_size == (1, 1) and layer.stride == (1, 1) and layer.groups == 1
+        is_plain = type(layer) is nn.Conv2d or layer.kernel_size == (1, 1)  # others may pad by themselves
+        return is_plain and layer.groups == 1 and layer.padding_mode == "zeros" and layer.padding != "same"
     return isinstance(layer, nn.Linear)
 
 
@@ -134,7 +139,7 @@ class _EnoughError(Exception):
 def _rows(
     model: nn.Module, name: str, images: Float[Tensor, "batch channels height width"], *, returned: bool
 ) -> Float[Tensor, "rows numbers"]:
-    """What a layer reads or returns at every position of every image."""
+    """What a layer reads or returns at every position of every image; of a convolution it reads patches."""
     found: list[Tensor] = []
     layer = model.get_submodule(name)
 
@@ -148,4 +153,10 @@ def _rows(
             model(images)
     finally:
         handle.remove()
-    return found[0].movedim(1 if isinstance(layer, nn.Conv2d) else -1, -1).flatten(0, -2).float()
+    numbers = found[0].float()
+    if not isinstance(layer, nn.Conv2d):
+        return numbers.flatten(0, -2)
+    if not returned:
+        padding = cast(tuple[int, int], layer.padding if layer.padding != "valid" else (0, 0))
+        numbers = nn.functional.unfold(numbers, layer.kernel_size, layer.dilation, padding, layer.stride)
+    return numbers.flatten(2).movedim(1, -1).flatten(0, -2)

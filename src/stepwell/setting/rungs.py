@@ -14,7 +14,7 @@ from stepwell.pruning.streams import find_module
 from stepwell.pruning.units import Candidate, tensors_of
 from stepwell.setting.repair import output_layers, repair
 from stepwell.setting.setting import Setting
-from stepwell.training.statistics import recalibrate
+from stepwell.training.statistics import norms_with_statistics, recalibrate
 
 
 @dataclass(frozen=True)
@@ -139,17 +139,26 @@ def repair_rung(s: Setting, rung: Rung) -> float:
     above, candidate = rung.cut_from, rung.candidate
     if not s.config.repair or above is None or candidate is None:
         return 0.0
+    whole, recalibrated = above.model, 0.0
+    if above.candidate is None:
+        # Torch's attention uses its output layer without calling it; what replaces it in skeletons calls it.
+        widths = {group.name: group.num_units for group in s.groups}
+        whole = fill(build_skeleton(s.model, s.groups, widths), tensors_of(s.model)).to(s.device)
+        # As `rung_below` does of other slices: layers are fitted to what they will read in training.
+        if norms_with_statistics(rung.model):
+            recalibrate(rung.model.eval(), rung.model, s.of_statistics.share())
+            recalibrated = len(s.of_statistics.labels) * rung.scale
     kinds = nn.Linear | nn.Conv2d  # what is no such layer was emptied before
-    layers = [n for n in output_layers(s.model, s.groups) if isinstance(find_module(above.model, n), kinds)]
+    layers = [n for n in output_layers(s.model, s.groups) if isinstance(find_module(whole, n), kinds)]
     streams = {cut.tensor: g for g in s.groups if g.kind == "channel" for cut in g.slices if cut.dim == 0}
     kept = {}
     for name in layers:
         if (group := streams.get(f"{name}.weight")) is not None:
             width = candidate.widths[group.name]
             kept[name] = range(width) if above.candidate is not None else rung.order[group.name][:width]
-    num_images = repair(rung.model.eval(), above.model.eval(), layers, kept, s.of_statistics)
+    num_images = repair(rung.model.eval(), whole.eval(), layers, kept, s.of_statistics)
     # For each layer both models run up to it: on average half of the way.
-    return len(layers) * num_images * (above.scale + rung.scale) / 2
+    return recalibrated + len(layers) * num_images * (above.scale + rung.scale) / 2
 
 
 def _rung(model: nn.Module, ladder: Ladder, index: int) -> Rung:

@@ -93,7 +93,8 @@ def try_out(s: Setting, ladder: Ladder, name: str, teacher: Rung, student: Rung,
     with s.run.stage(name, Trial) as stage:
         if stage.is_new:
             costs = s.costs(ladder.scales)
-            passes = student.passes + costs.step_down(epochs, student.scale, [teacher.scale])
+            passes = student.passes + repair_rung(s, student)
+            passes += costs.step_down(epochs, student.scale, [teacher.scale])
             passes += costs.measuring(student.scale) - (known.passes if known is not None else 0.0)
             try:
                 step = distill_step(s, [teacher], student, known=[known])
