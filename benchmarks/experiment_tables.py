@@ -223,14 +223,20 @@ def ladder_table(folders: Path) -> str:
         ladders = [arms.get(arm, []) for arm in ("ladder", "ladder-amd")]
         keeps = sorted({keep for cells in ladders for cell in cells for keep in tops_of_sizes(cell)})
         for keep in keeps:
-            full = "single-step" if keep == keeps[0] else f"single-step-{keep:g}"
-            others = (arms.get(arm, []) for arm in (f"third-{keep:g}", full))
+            others = (arms.get(f"third-{keep:g}", []), single_steps(arms, keep, keeps[0]))
             tops = [
                 *([tops_of_sizes(cell)[keep] for cell in cells] for cells in ladders),
                 *([cell["top1"] for cell in cells] for cells in others),
             ]
             rows.append(f"| `{setting}` | {keep:g} | {' | '.join(map(of_seeds, tops))} |")
     return "\n".join(rows)
+
+
+def single_steps(
+    arms: Mapping[str, list[dict[str, Any]]], keep: float, smallest: float
+) -> list[dict[str, Any]]:
+    """The cells of full single steps to a size; the smallest is that of the setting."""
+    return arms.get("single-step" if keep == smallest else f"single-step-{keep:g}", [])
 
 
 def tops_of_sizes(cell: dict[str, Any]) -> dict[float, float]:

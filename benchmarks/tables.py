@@ -14,7 +14,7 @@ from statistics import fmean
 from typing import Any
 
 from cost import table as cost_table
-from experiment_tables import cells_by_arm, tables_of
+from experiment_tables import cells_by_arm, tables_of, tops_of_sizes
 from peers_tables import table as peers_table
 from plan import table as plan_table
 from predicted import table as predicted_table
@@ -115,7 +115,7 @@ def claims(
     speed: list[dict[str, Any]],
     support: dict[str, Any],
 ) -> str:
-    """Four lines of measured figures, each with a link to its table, for the README's first screen."""
+    """Five lines of measured figures, each with a link to its table, for the README's first screen."""
     runs = digits["runs"]
     teacher, student = (runs[0]["models"][role] for role in ("teacher", "student"))
     top1 = {role: spread([run["models"][role]["top1"] for run in runs], 1) for role in runs[0]["models"]}
@@ -124,6 +124,14 @@ def claims(
     tried = [checks for model in support.values() for checks in model["ratios"].values()]
     ways = {way: [cell["top1"] for cell in far[way]] for way in ("auto", "single-step")}
     gained = fmean(ways["auto"]) - fmean(ways["single-step"])
+    sizes = [tops_of_sizes(cell) for cell in far["ladder"]]
+    alone = {
+        keep: far["single-step" if keep == min(sizes[0]) else f"single-step-{keep:g}"] for keep in sizes[0]
+    }
+    behind = {
+        keep: fmean(cell["top1"] for cell in alone[keep]) - fmean(of[keep] for of in sizes) for keep in alone
+    }
+    smallest = min(behind)
     passed = sum(
         all(value == "ok" for value in checks.values() if isinstance(value, str)) for checks in tried
     )
@@ -139,6 +147,11 @@ def claims(
             f"{spread(ways['auto'], 1)} % against {spread(ways['single-step'], 1)} % "
             f"({len(ways['auto'])} seeds). Elsewhere it takes the single step, or is within a point of it. "
             f"[Figures](docs/results.md#methods-at-equal-cost)",
+            f"- **{len(behind)} sizes from one run**: slices of that ResNet-44 of "
+            f"{', '.join(f'{100 * keep:g}' for keep in sorted(behind, reverse=True))} %, each at most "
+            f"{max(behind.values()):.1f} points behind a single step of its own, the smallest "
+            f"{-behind[smallest]:.1f} ahead, for a third of what those cost together ({len(sizes)} seeds). "
+            f"[Figures](docs/results.md#several-sizes-from-one-run)",
             f"- **Small is fast**: a tenth of a ViT-S has {macs:.1f} % of its operations and takes "
             f"{ms:.1f} % of its time. [Figures](docs/results.md#what-a-cut-buys-in-milliseconds)",
             f"- **{len(support)} models** of timm, torchvision and transformers, cut at five ratios each: "

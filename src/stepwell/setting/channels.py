@@ -66,8 +66,8 @@ def check_cut(teacher: Teacher, groups: Sequence[Group], config: CompressConfig)
         raise ConfigError(f"--drop-blocks: {teacher.name} has no block with a shortcut past it; leave it out")
     if config.repair and not output_layers(teacher.model, groups):
         raise ConfigError(
-            f"--repair: {teacher.name} has no layer behind what is cut that can be fitted (a linear one, or a "
-            f"convolution without groups): leave it out"
+            f"--repair: {teacher.name} has no layer behind what is cut that can be fitted, a linear one or a "
+            f"convolution without groups: leave it out"
         )
     if config.whole_last:
         last = last_groups(groups)
