@@ -14,7 +14,7 @@ from statistics import fmean
 from typing import Any
 
 from cost import table as cost_table
-from experiment_tables import cells_by_arm, tables_of, tops_of_sizes
+from experiment_tables import cells_by_arm, single_steps, tables_of, tops_of_sizes
 from peers_tables import table as peers_table
 from plan import table as plan_table
 from predicted import table as predicted_table
@@ -125,12 +125,10 @@ def claims(
     ways = {way: [cell["top1"] for cell in far[way]] for way in ("auto", "single-step")}
     gained = fmean(ways["auto"]) - fmean(ways["single-step"])
     sizes = [tops_of_sizes(cell) for cell in far["ladder"]]
-    alone = {
-        keep: far["single-step" if keep == min(sizes[0]) else f"single-step-{keep:g}"] for keep in sizes[0]
-    }
-    behind = {
-        keep: fmean(cell["top1"] for cell in alone[keep]) - fmean(of[keep] for of in sizes) for keep in alone
-    }
+    behind = {}
+    for keep in sizes[0]:
+        alone = single_steps(far, keep, min(sizes[0]))
+        behind[keep] = fmean(cell["top1"] for cell in alone) - fmean(of[keep] for of in sizes)
     smallest = min(behind)
     passed = sum(
         all(value == "ok" for value in checks.values() if isinstance(value, str)) for checks in tried
