@@ -181,6 +181,22 @@ def test_predict_writes_the_numbers_of_the_users_masks(model, tmp_path, capsys):
     assert (shown == np.array(colours)[ours]).all()
 
 
+def test_predict_takes_folders(model, tmp_path, capsys):
+    photographs(tmp_path / "photos", "b.jpg", "a.png")
+    stepwell("predict", model, tmp_path / "photos", "--out", tmp_path / "masks")
+    written = {file.name for file in (tmp_path / "masks").iterdir()}
+    assert written == {"a.png", "a-overlay.png", "b.png", "b-overlay.png"}
+    (tmp_path / "empty").mkdir()
+    said = error_of(capsys, "predict", model, tmp_path / "empty")
+    assert said == f"stepwell: no image in the folder {tmp_path / 'empty'}"
+
+
+def test_masks_without_a_list_have_the_teachers_names(model, tmp_path, capsys):
+    folder = write_masks(tmp_path / "unlisted", {"train": 4, "val": 2, "test": 2}, listed=False)
+    stepwell("doctor", "--teacher", model, "--data", folder, "--ignore-index", VOID, *QUICK)
+    assert f"classes, as the teacher numbers them: {', '.join(CLASSES)}" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("loss", ["cirkd", "skd"])
 def test_losses_for_masks_in_the_joint_training(folder, weights, tmp_path, loss):

@@ -153,6 +153,14 @@ def test_predict_names_classes(finished, data, capsys):
         assert all(name in line for name in CLASSES)
 
 
+def test_predict_takes_a_folder(finished, data, capsys):
+    stepwell("predict", finished, data / "test" / CLASSES[0])
+    of_folder = capsys.readouterr().out
+    stepwell("predict", finished, *sorted((data / "test" / CLASSES[0]).iterdir()))
+    assert capsys.readouterr().out == of_folder
+    assert of_folder
+
+
 def test_every_rung_can_be_exported(finished, tmp_path, capsys):
     stepwell("export", finished, "--all", "--format", "safetensors", "--out", tmp_path)
     assert len(capsys.readouterr().out.splitlines()) == 3

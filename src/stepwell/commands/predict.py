@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
 import torch
 
 from stepwell.commands.predict_masks import predict_masks
 from stepwell.config.commands import PredictConfig
 from stepwell.data.images import one_line, readable
+from stepwell.data.listing import list_images
 from stepwell.data.look import open_alone
 from stepwell.data.transforms import eval_transform, normalise
 from stepwell.errors import ConfigError, DataError, ModelError, printable
@@ -21,6 +25,7 @@ def run(config: PredictConfig) -> str:
     """
     if not config.images:
         raise ConfigError("predict needs image files after the model; see stepwell predict --help")
+    config = config.model_copy(update={"images": tuple(_files(config.images))})
     folder = find_model_dir(config.model)
     if folder is None:
         raise ModelError(
@@ -61,6 +66,17 @@ def run(config: PredictConfig) -> str:
         said = _several(answers, int((row > 0.5).sum()), config.top) if several else answers[: config.top]
         lines.append(f"{name:<{width}}  {', '.join(said)}")
     return "\n".join(lines)
+
+
+def _files(given: Sequence[Path]) -> Iterator[Path]:
+    """Every file that was named, and the images below every folder, in the order of their names."""
+    for path in given:
+        if not path.is_dir():
+            yield path
+        elif found := sorted(list_images(path).images):
+            yield from (path / key for key in found)
+        else:
+            raise DataError(f"no image in the folder {path}")
 
 
 def _several(answers: list[str], num: int, top: int) -> list[str]:

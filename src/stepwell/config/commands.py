@@ -328,7 +328,7 @@ class PredictConfig(Options):
     model: Path
     """A student directory, or a run that holds one."""
     images: tuple[Path, ...]
-    """Image files."""
+    """Image files, or folders of them."""
     top: Count = 3
     """How many classes to name per image."""
     out_dir: Path | None = None

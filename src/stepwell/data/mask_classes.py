@@ -143,8 +143,13 @@ def numbered_classes(numbers: Sequence[int]) -> MaskClasses:
     if set(numbers) == {0, 255}:
         return MaskClasses(("background", "foreground"), palette(2), {0: 0, 255: 1})
     highest = max((n for n in numbers if n != IGNORED), default=-1)
-    names = tuple(f"class {i}" for i in range(highest + 1))
+    names = unnamed(highest + 1)
     return MaskClasses(names, palette(len(names)), {**{i: i for i in range(highest + 1)}, IGNORED: IGNORED})
+
+
+def unnamed(number: int) -> tuple[str, ...]:
+    """What classes are called that nobody has named."""
+    return tuple(f"class {i}" for i in range(number))
 
 
 def read_classes(file: Path) -> MaskClasses:

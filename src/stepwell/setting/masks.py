@@ -11,6 +11,7 @@ from stepwell.config.own_code import line_of
 from stepwell.data.batches import EvalBatches
 from stepwell.data.class_names import in_order_of
 from stepwell.data.images import one_line
+from stepwell.data.mask_classes import unnamed
 from stepwell.data.splits import Data
 from stepwell.errors import ConfigError, DataError, ModelError
 from stepwell.models.input import check_runs
@@ -48,7 +49,7 @@ def settle_masks(
         )
     num_classes = check_runs(teacher.model, teacher.spec, teacher.name, "--image-size", dense=True)
     check_classes(num_classes, teacher.name, data)
-    _check_names(teacher, data)
+    data = _named(teacher, data)
     if not is_dense(teacher.model):
         teacher = replace(
             teacher,
@@ -87,10 +88,13 @@ def _without_other_heads(teacher: Teacher) -> Teacher:
     )
 
 
-def _check_names(teacher: Teacher, data: Data) -> None:
-    """The classes of masks are numbered by their list: it must be the teacher's."""
+def _named(teacher: Teacher, data: Data) -> Data:
+    """The classes of masks are numbered by their list: it must be the teacher's. Without one they have the
+    teacher's numbers, and get its names."""
     if teacher.classes is None or teacher.classes == data.classes:
-        return
+        return data
+    if data.classes == unnamed(len(teacher.classes)):
+        return replace(data, classes=teacher.classes)
     in_order_of(teacher.classes, data.classes, teacher.name, data.source)  # other names are refused there
     where = next(
         i for i, pair in enumerate(zip(teacher.classes, data.classes, strict=True)) if len({*pair}) > 1
