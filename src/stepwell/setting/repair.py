@@ -76,11 +76,16 @@ def repair(
 def _fit_constant(
     holder: nn.Module, above: nn.Module, name: str, kept: Sequence[int] | None, batches: Iterable[Batch]
 ) -> None:
-    if holder.bias is None:
+    bias = cast(nn.Parameter | None, holder.bias)
+    if bias is None:
         return
-    rows = [_rows(above, name, batch.images, returned=True) for batch in batches]
-    mean = torch.stack([some.sum(dim=0) for some in rows]).sum(dim=0) / sum(map(len, rows))
-    cast(nn.Parameter, holder.bias).copy_(mean if kept is None else mean[list(kept)])
+    total, rows = torch.zeros_like(bias, device="cpu", dtype=torch.float64), 0
+    for batch in batches:
+        y = _rows(above, name, batch.images, returned=True)
+        y = y if kept is None else y[:, list(kept)]
+        total += y.sum(dim=0).cpu().double()
+        rows += len(y)
+    bias.copy_(total / rows)
 
 
 def _fit_layer(
