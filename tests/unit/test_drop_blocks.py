@@ -76,6 +76,24 @@ def test_what_nothing_leads_past_is_no_block_that_can_go():
     assert droppable(groups) == {}
 
 
+def test_a_regnetz_without_blocks_still_sees_its_images():
+    """Its first block of each stage has no shortcut: emptied, it made the logits the same for all images."""
+    model = shaken(lambda: timm.create_model("regnetz_005", num_classes=5))
+    groups = find_groups(model)
+    bridges = {g.block for g in groups} - set(droppable(groups))
+    assert bridges == {f"s{stage}.b1" for stage in (1, 2, 3, 4)}
+    # Nothing of what little is kept lies in the first blocks: they are rounded up to some all the same.
+    scores = {g.name: [float(g.block.endswith("b2"))] * g.num_units for g in groups}
+    (least,) = make_grid(groups, scores, [0.01], GridOptions())
+    assert bridges < blocks_left(groups, least.widths) < {g.block for g in groups}
+    skeleton = build_skeleton(model, groups, least.widths)
+    student = fill(skeleton, leading_units(tensors_of(model), skeleton, groups, least.widths)).eval()
+    images = random_images(2).double().requires_grad_()
+    (slope,) = torch.autograd.grad(student(images).sum(), images, allow_unused=True)
+    assert slope is not None
+    assert slope.abs().max() > 0
+
+
 @pytest.mark.parametrize("name", ["vit", "swin", "convnext", "resnet"])
 def test_a_dropped_block_is_one_that_is_masked(name):
     """Outputs and gradients, in float64: the branches return their biases, the shortcut the rest."""

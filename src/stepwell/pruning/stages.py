@@ -181,13 +181,13 @@ def _carried(stream: Stream, name: str, module: nn.Module) -> None:
 
 def _shortcut(name: str, block: nn.Module) -> tuple[Shortcut, str]:
     """How the block's input comes to its output, and the name of a projection."""
+    if not inverted.has_shortcut(block):
+        return "none", ""
     if hasattr(block, "has_skip"):
-        return ("plain" if block.has_skip else "none"), ""
+        return "plain", ""
     leaf = {BasicBlock: "shortcut", PreActBlock: "convShortcut"}.get(type(block), "downsample")
     module = cast(nn.Module | None, getattr(block, leaf))
     is_empty = isinstance(module, nn.Identity) or (isinstance(module, nn.Sequential) and not len(module))
-    if module is None and isinstance(block, timm_regnet.Bottleneck):
-        return "none", ""
     return ("plain", "") if module is None or is_empty else ("projection", f"{name}.{leaf}")
 
 
