@@ -89,8 +89,10 @@ def check_uniform(teacher: Teacher, groups: Sequence[Group], multiple: int) -> N
     elif not has_equal_blocks(groups):
         reason = "its blocks differ in heads or neurons"
     else:
-        widths = uniform_widths(groups, 0.5, 0.5, multiple)
-        if plain_recipe(build_skeleton(teacher.model, groups, widths), teacher.architecture) is None:
+        # Unequal shares: at equal ones every block has the teacher's ratio of neurons to width.
+        halves = [uniform_widths(groups, 0.5, neurons, multiple) for neurons in (1.0, 0.3)]
+        skeletons = (build_skeleton(teacher.model, groups, widths) for widths in halves)
+        if any(plain_recipe(skeleton, teacher.architecture) is None for skeleton in skeletons):
             reason = "timm does not build it by embed_dim, num_heads and mlp_ratio alone"
     if reason:
         raise ConfigError(f"--uniform is for plain vision transformers, not for {teacher.name}: {reason}")
