@@ -20,6 +20,7 @@ from stepwell.data.spec import InputSpec
 from stepwell.errors import ConfigError
 from stepwell.measure.budget import student_widths
 from stepwell.measure.size import count_macs
+from stepwell.models.input import input_spec
 from stepwell.models.onnx_graph import write_onnx
 from stepwell.pruning.channels import channel_groups
 from stepwell.pruning.dropped_blocks import block_order, droppable, dropped_groups
@@ -168,6 +169,21 @@ def test_the_search_drops_blocks_that_hold_nothing(vit):
     ]
     for smaller, larger in itertools.pairwise(alone):
         assert all(larger[name] >= width for name, width in smaller.items())
+
+
+def test_a_budget_that_equal_shares_meet_is_met(capsys):
+    """The blocks that the search would keep cost more at their least: then nothing else is changed."""
+    with torch.device("meta"):
+        model = timm.create_model("resnet18").eval()
+    spec, groups = input_spec(model), find_groups(model)
+    scores = {g.name: [1 / (i + 1) ** 2 for i in range(g.num_units)] for g in groups}
+    worth = {block: 1e-3 if block.endswith("0") else 1.0 for block in droppable(groups)}
+    config = CompressConfig(shares="search", drop_blocks=True, macs="10%")
+    met = student_widths(config, model, spec, groups, scores, worth)
+    assert met.balance == Balance()
+    assert met.cost == pytest.approx(0.1 * count_macs(model, spec), rel=0.03)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "shares: equal ones; the budget cannot be met at those that the search found" in said
 
 
 def test_blocks_that_matter_alike_all_stay(vit):

@@ -136,8 +136,11 @@ def student_widths(
             free = _free(groups, config)
             balance = searched(free, scores, prices, (blocks or {}) if config.drop_blocks else None)
             balance = replace(balance, whole=equal.whole)
-            met = replace(meet(budget, shown_cost, partial(at, balance=balance), steps), balance=balance)
-            say(f"shares: {_shares(groups, met)}")
+            try:
+                met = replace(meet(budget, shown_cost, partial(at, balance=balance), steps), balance=balance)
+                say(f"shares: {_shares(groups, met)}")
+            except ConfigError:  # at their least, the blocks that it keeps may cost more than others do
+                say("shares: equal ones; the budget cannot be met at those that the search found")
     noise = f"; repeated timings differ by {budget.tolerance:.0%}" if budget.kind == "latency_ms" else ""
     say(
         f"budget: {budget.text(met.cost)}, asked {budget.text(budget.target)}{noise}; keep {met.keep_ratio:g}"
