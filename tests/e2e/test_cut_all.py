@@ -158,7 +158,7 @@ def test_a_pyramid_is_narrower_in_every_stage(model, data, tmp_path, untimed):
 def test_a_model_whose_stream_stays_whole_is_refused(data, fails, tmp_path):
     words = ("--teacher", "cifar_vgg8", "--data", data, "--cut", "all", "--image-size", "16")
     line = fails("doctor", *words)
-    assert "--cut all: the residual stream of this CifarVgg cannot be cut, but that of timm's ViT" in line
+    assert "--cut all: the residual stream of this CifarVgg cannot be cut: that of timm's ViT" in line
     assert "--cut heads,neurons cuts what lies inside of blocks" in line
 
 

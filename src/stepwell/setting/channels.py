@@ -17,10 +17,11 @@ from stepwell.config.commands import CompressConfig
 from stepwell.errors import ConfigError, UnsupportedModelError
 from stepwell.models.plain import plain_recipe
 from stepwell.models.teacher import Teacher
-from stepwell.pruning.channels import KNOWN, channel_groups
+from stepwell.pruning.channels import clear_channel_groups
 from stepwell.pruning.dropped_blocks import droppable
 from stepwell.pruning.sections import last_groups
 from stepwell.pruning.skeleton import build_skeleton, leading_units, sort_units
+from stepwell.pruning.streams import UnclearError
 from stepwell.pruning.uniform import has_equal_blocks, uniform_widths
 from stepwell.pruning.units import Candidate, Group, tensors_of
 
@@ -42,11 +43,12 @@ def with_channels(
     Raises:
         UnsupportedModelError: Its channels cannot be cut.
     """
-    channels = channel_groups(model, groups)
     refused = f"--cut all: the residual stream of this {type(model).__name__} cannot be cut"
     instead = "--cut heads,neurons cuts what lies inside of blocks"
-    if not channels:
-        raise UnsupportedModelError(f"{refused}, but that of {KNOWN}; {instead}")
+    try:
+        channels = clear_channel_groups(model, groups)
+    except UnclearError as error:
+        raise UnsupportedModelError(f"{refused}: {error}; {instead}") from None
     every = [*groups, *channels]
     if not next(model.parameters()).is_meta and not _is_the_same_in_any_order(model, every, images[:2]):
         raise UnsupportedModelError(f"{refused}: something else in it reads its channels; {instead}")
