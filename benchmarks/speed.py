@@ -16,8 +16,9 @@ Every model is timed in turns with the whole one, and the best of the repeats co
 machine slows down both, and only ever adds. It still wants a quiet machine; the load is recorded.
 Writes benchmarks/results/speed.json, or cuts.json, and prints a table.
 
-A cell of `--cuts` is a model at 10, 20 or 50 % of the MACs, by `--cut heads,neurons`, by `--cut all`, or by
-`--cut all --uniform` where that can be; what is never cut may leave no room for so little: then it says so.
+A cell of `--cuts` is a model at 10, 20 or 50 % of the MACs, by `--cut heads,neurons`, by `--cut all`, by
+`--cut all --shares search`, or by `--cut all --uniform` where that can be; what is never cut may leave
+no room for so little: then it says so.
 Peak memory is that of a process of its own, from before it loads the file to after a batch of 32.
 """
 

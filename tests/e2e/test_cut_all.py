@@ -158,7 +158,7 @@ def test_a_pyramid_is_narrower_in_every_stage(model, data, tmp_path, untimed):
 def test_a_model_whose_stream_stays_whole_is_refused(data, fails, tmp_path):
     words = ("--teacher", "cifar_vgg8", "--data", data, "--cut", "all", "--image-size", "16")
     line = fails("doctor", *words)
-    assert "--cut all: the residual stream of this CifarVgg cannot be cut, but that of timm's ViT" in line
+    assert "--cut all: the residual stream of this CifarVgg cannot be cut: that of timm's ViT" in line
     assert "--cut heads,neurons cuts what lies inside of blocks" in line
 
 
@@ -176,6 +176,14 @@ def test_a_uniform_student_loads_in_timm_without_us(teacher, data, tmp_path, qui
     )
     images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(model(images), package.load(tmp_path / "run")(images), rtol=1e-6, atol=1e-6)
+
+
+def test_a_uniform_student_without_a_recipe_is_an_error(teacher, data, tmp_path, quick, fails, monkeypatch):
+    monkeypatch.setattr("stepwell.stages.deliver.plain_recipe", lambda *_: None)
+    words = ("--teacher", teacher, "--data", data, "--out", tmp_path / "run", *ALL, "--uniform")
+    line = fails("compress", *words, "--path", "single-step", after_work=True)
+    assert "--uniform: timm does not build this student" in line
+    assert not (tmp_path / "run" / "student").exists()
 
 
 @pytest.mark.parametrize(

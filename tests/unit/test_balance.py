@@ -139,6 +139,8 @@ def test_blocks_that_differ_have_no_recipe(vit):
     [
         ("vit_small_patch16_224", "factory", "it is not built by timm by name"),
         ("convnext_atto", "timm", "its blocks differ in heads or neurons"),
+        # Its class-attention blocks have a ratio of neurons to width of their own.
+        ("cait_xxs24_224", "timm", "timm does not build it by embed_dim, num_heads and mlp_ratio alone"),
     ],
 )
 def test_what_cannot_be_uniform_is_refused(name, source, reason):

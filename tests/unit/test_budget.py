@@ -19,6 +19,7 @@ from stepwell.measure.budget import Budget, amount, meet, student_widths
 from stepwell.measure.clock import Timing
 from stepwell.measure.size import count_macs, num_params
 from stepwell.models.input import input_spec
+from stepwell.pruning.channels import channel_groups
 from stepwell.pruning.families import find_groups
 from stepwell.pruning.skeleton import build_skeleton
 
@@ -74,6 +75,20 @@ def test_neurons_fill_the_gap_that_heads_leave():
     widths_at, cost = stairs(heads=2, neurons=800)
     met = meet(Budget("macs", 470), cost, widths_at)
     assert abs(met.cost - 470) <= 0.03 * 470
+
+
+def test_of_near_enough_ones_the_shares_are_the_most_alike():
+    """ViT-S at a tenth: 1 of 6 heads with 1,160 of 1,536 neurons came nearer to it than 2 with 272."""
+    with torch.device("meta"):
+        model = timm.create_model("vit_small_patch16_224").eval()
+    spec, groups = input_spec(model), find_groups(model)
+    groups = [*groups, *channel_groups(model, groups)]
+    config = make_config(CompressConfig, {"cut": "all", "uniform": True, "macs": "10%"})
+    met = student_widths(config, model, spec, groups, uniform_scores(groups))
+    assert met.widths["blocks.0.attn"] == 2
+    assert met.widths["channels"] == 128
+    assert 0.1 < met.widths["blocks.0.mlp"] / 1536 < 0.3
+    assert met.cost == pytest.approx(0.1 * count_macs(model, spec), rel=0.03)
 
 
 def test_a_refusal_says_what_is_reachable():

@@ -276,18 +276,31 @@ def test_a_group_of_channels_has_a_slice_of_every_tensor_that_is_as_wide() -> No
 
 
 @pytest.mark.parametrize(
-    "build",
+    ("build", "reason"),
     [
-        vit(class_token=False, global_pool="map"),
-        vit(num_classes=0),
-        vit(attn_layer="diff"),
-        lambda: type("Other", (CifarResNet,), {})(8),
+        (vit(class_token=False, global_pool="map"), "attention pooling has a stream of its own"),
+        (vit(num_classes=0), "without a classifier the channels are the model's outputs"),
+        (vit(attn_layer="diff"), "no family knows blocks.0.attn"),
+        (cnn("resnetblur50"), "maxpool.1 does something else to the channels"),
+        (lambda: type("Other", (CifarResNet,), {})(8), "that of timm's ViT and DeiT, .* can"),
     ],
-    ids=["attention pooling", "no classifier", "attention that no family knows", "another class"],
+    ids=["attention pooling", "no classifier", "unknown attention", "blur", "another class"],
 )
-def test_streams_that_cannot_be_cut_stay_whole(build: Callable[[], nn.Module]) -> None:
+def test_streams_that_cannot_be_cut_stay_whole(build: Callable[[], nn.Module], reason: str) -> None:
     model = build()
-    assert channel_groups(model, find_groups(model)) == []
+    groups = find_groups(model)
+    assert channel_groups(model, groups) == []
+    refused = f"--cut all: the residual stream of this {type(model).__name__} cannot be cut: {reason}; --cut"
+    with pytest.raises(UnsupportedModelError, match=refused):
+        with_channels(model, groups, torch.zeros(2, 3, 32, 32))
+
+
+def test_a_missing_part_is_named() -> None:
+    model = vit()()
+    groups = find_groups(model)
+    model.patch_embed.proj = nn.Identity()
+    with pytest.raises(UnsupportedModelError, match=r"cut: patch_embed\.proj has no weight; --cut"):
+        with_channels(model, groups, torch.zeros(2, 3, 32, 32))
 
 
 def test_a_card_without_channels_is_damaged(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from stepwell.data.spec import InputSpec
 from stepwell.errors import ConfigError
 from stepwell.measure.budget import student_widths
 from stepwell.measure.size import count_macs
+from stepwell.models.input import input_spec
 from stepwell.models.onnx_graph import write_onnx
 from stepwell.pruning.channels import channel_groups
 from stepwell.pruning.dropped_blocks import block_order, droppable, dropped_groups
@@ -74,6 +75,24 @@ def test_what_nothing_leads_past_is_no_block_that_can_go():
         groups = find_groups(timm.create_model("cifar_vgg8"))
     assert groups
     assert droppable(groups) == {}
+
+
+def test_a_regnetz_without_blocks_still_sees_its_images():
+    """Its first block of each stage has no shortcut: emptied, it made the logits the same for all images."""
+    model = shaken(lambda: timm.create_model("regnetz_005", num_classes=5))
+    groups = find_groups(model)
+    bridges = {g.block for g in groups} - set(droppable(groups))
+    assert bridges == {f"s{stage}.b1" for stage in (1, 2, 3, 4)}
+    # Nothing of what little is kept lies in the first blocks: they are rounded up to some all the same.
+    scores = {g.name: [float(g.block.endswith("b2"))] * g.num_units for g in groups}
+    (least,) = make_grid(groups, scores, [0.01], GridOptions())
+    assert bridges < blocks_left(groups, least.widths) < {g.block for g in groups}
+    skeleton = build_skeleton(model, groups, least.widths)
+    student = fill(skeleton, leading_units(tensors_of(model), skeleton, groups, least.widths)).eval()
+    images = random_images(2).double().requires_grad_()
+    (slope,) = torch.autograd.grad(student(images).sum(), images, allow_unused=True)
+    assert slope is not None
+    assert slope.abs().max() > 0
 
 
 @pytest.mark.parametrize("name", ["vit", "swin", "convnext", "resnet"])
@@ -150,6 +169,21 @@ def test_the_search_drops_blocks_that_hold_nothing(vit):
     ]
     for smaller, larger in itertools.pairwise(alone):
         assert all(larger[name] >= width for name, width in smaller.items())
+
+
+def test_a_budget_that_equal_shares_meet_is_met(capsys):
+    """The blocks that the search would keep cost more at their least: then nothing else is changed."""
+    with torch.device("meta"):
+        model = timm.create_model("resnet18").eval()
+    spec, groups = input_spec(model), find_groups(model)
+    scores = {g.name: [1 / (i + 1) ** 2 for i in range(g.num_units)] for g in groups}
+    worth = {block: 1e-3 if block.endswith("0") else 1.0 for block in droppable(groups)}
+    config = CompressConfig(shares="search", drop_blocks=True, macs="10%")
+    met = student_widths(config, model, spec, groups, scores, worth)
+    assert met.balance == Balance()
+    assert met.cost == pytest.approx(0.1 * count_macs(model, spec), rel=0.03)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "shares: equal ones; the budget cannot be met at those that the search found" in said
 
 
 def test_blocks_that_matter_alike_all_stay(vit):

@@ -10,7 +10,7 @@ from stepwell.config.commands import CompressConfig
 from stepwell.config.path_options import GridOptions
 from stepwell.data.spec import InputSpec
 from stepwell.measure.size import count_macs, macs_by_module
-from stepwell.measure.whole import little_saved
+from stepwell.measure.whole import little_saved, narrower
 from stepwell.pruning.families import find_groups
 from stepwell.pruning.ranking import uniform_scores
 from stepwell.pruning.skeleton import build_skeleton
@@ -44,6 +44,18 @@ def test_the_parts_that_stay_whole_are_named():
 @pytest.mark.parametrize("budget", [{"macs": "10%"}, {"params": "10%"}])
 def test_another_budget_needs_no_word(budget):
     assert told("mobilevitv2_050", SPEC, 0.1, CompressConfig(**budget)) is None
+
+
+@pytest.mark.parametrize(
+    "asked", [{"macs": "30%"}, {"params": "30%"}, {"latency_ms": 1.0}, {"whole_last": True}]
+)
+def test_what_cut_all_would_leave_is_said_of_a_share_of_the_units_alone(asked):
+    with torch.device("meta"):
+        model = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=2)
+    groups = find_groups(model)
+    (line,) = narrower(model, SPEC, groups, 0.5, CompressConfig())
+    assert line.startswith("with --cut all, keep 0.5 of the channels too: ")
+    assert narrower(model, SPEC, groups, 0.5, CompressConfig(**asked)) == []
 
 
 def test_a_vit_saves_what_it_should():

@@ -2,11 +2,13 @@
 
 A budget in MACs or parameters is counted on skeletons, one in milliseconds is measured on exported ones.
 All costs grow with the keep ratio, so the ratio is found by halving an interval. Heads are coarse units:
-where they leave too large a gap, their number stays and the neurons alone are fitted.
+where they leave too large a gap, their number stays and the neurons alone are fitted, to the number of heads
+below the gap or to that above it, whichever keeps the shares of both more alike.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -134,8 +136,11 @@ def student_widths(
             free = _free(groups, config)
             balance = searched(free, scores, prices, (blocks or {}) if config.drop_blocks else None)
             balance = replace(balance, whole=equal.whole)
-            met = replace(meet(budget, shown_cost, partial(at, balance=balance), steps), balance=balance)
-            say(f"shares: {_shares(groups, met)}")
+            try:
+                met = replace(meet(budget, shown_cost, partial(at, balance=balance), steps), balance=balance)
+                say(f"shares: {_shares(groups, met)}")
+            except ConfigError:  # at their least, the blocks that it keeps may cost more than others do
+                say("shares: equal ones; the budget cannot be met at those that the search found")
     noise = f"; repeated timings differ by {budget.tolerance:.0%}" if budget.kind == "latency_ms" else ""
     say(
         f"budget: {budget.text(met.cost)}, asked {budget.text(budget.target)}{noise}; keep {met.keep_ratio:g}"
@@ -229,7 +234,7 @@ def amount(text: str, whole: float) -> float:
 
 
 def meet(budget: Budget, cost: Callable[[Widths], float], widths_at: WidthsAt, steps: int = 24) -> Met:
-    """The widths whose cost is nearest to the budget.
+    """Widths whose cost is near enough to the budget, with shares of the kinds as equal as that allows.
 
     Args:
         budget: What may be spent.
@@ -258,19 +263,27 @@ def meet(budget: Budget, cost: Callable[[Widths], float], widths_at: WidthsAt, s
     low, high = _halve(lambda ratio: cost_at(ratio, ratio), budget.target, steps)
     if budget.kind == "latency_ms":  # a limit: the largest that holds it, as far as the clock can tell
         return Met(keep_ratio=round(low, 4), widths=dict(widths_at(low, low)), cost=cost_at(low, low))
-    tried = [(low, low), (high, high)]
-    if min(_gap(budget, cost_at(*shares)) for shares in tried) > budget.tolerance:
+
+    def gap(shares: tuple[float, float]) -> float:
+        return _gap(budget, cost_at(*shares))
+
+    def nearest(*tried: tuple[float, float]) -> tuple[float, float]:  # of equally near ones the cheaper
+        return min(tried, key=lambda shares: (gap(shares), cost_at(*shares)))
+
+    tried = [nearest((low, low), (high, high))]
+    if gap(tried[0]) > budget.tolerance:
         for heads in (low, high):
             fitted = _halve(lambda others, heads=heads: cost_at(heads, others), budget.target, steps)
-            tried += [(heads, others) for others in fitted]
-    # Of equally near ones the cheaper.
-    best = min(tried, key=lambda shares: (_gap(budget, cost_at(*shares)), cost_at(*shares)))
-    if _gap(budget, cost_at(*best)) > budget.tolerance:
+            tried.append(nearest(*[(heads, others) for others in fitted]))
+    near = [shares for shares in tried if gap(shares) <= budget.tolerance]
+    if not near:
         below, above = cost_at(low, low), cost_at(high, high)
         raise ConfigError(
             f"{_asked(budget)}: nearest are {budget.text(below)} (--keep {low:.3f}) and {budget.text(above)} "
             f"(--keep {high:.3f}); a smaller --round-to makes finer steps"
         )
+    # All of these are near enough: few heads with many neurons are no better for a count that is nearer.
+    best = min(near, key=lambda shares: abs(math.log(shares[0] / shares[1])))
     return Met(keep_ratio=round(best[1], 4), widths=dict(widths_at(*best)), cost=cost_at(*best))
 
 

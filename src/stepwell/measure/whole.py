@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from stepwell.config.commands import CompressConfig
 from stepwell.config.options import TaskOptions
-from stepwell.config.path_options import GridOptions
 from stepwell.data.spec import InputSpec
 from stepwell.measure.size import count_macs, macs_by_module, num_params
 from stepwell.pruning.channels import channel_groups
@@ -42,7 +42,7 @@ def little_saved(
         skeleton: Its skeleton.
         scale: Its share of the teacher's operations.
     """
-    if budget.macs is not None or budget.params is not None or budget.latency_ms is not None:
+    if _is_counted(budget):
         return None
     if scale <= FAR_MORE * student.keep_ratio:
         return None
@@ -54,28 +54,36 @@ def little_saved(
 
 
 def narrower(
-    model: nn.Module, spec: InputSpec, groups: Sequence[Group], keep: float, options: GridOptions
+    model: nn.Module, spec: InputSpec, groups: Sequence[Group], keep: float, config: CompressConfig
 ) -> list[str]:
     """A line on what the same share of every kind leaves if the residual stream is cut too; none where it
-    cannot be, or is cut already.
+    cannot be, or is cut already. Nor where a budget decides the share, which would be another one then, or
+    the last block stays whole.
 
     Args:
         model: The teacher; its shapes are enough.
         spec: The images that it takes.
         groups: What is cut in it.
         keep: Share of the units.
-        options: How widths are rounded.
+        config: How widths are rounded, and what was asked for.
     """
+    if _is_counted(config) or config.whole_last:
+        return []
     if any(group.kind == "channel" for group in groups) or not (channels := channel_groups(model, groups)):
         return []
     every = [*groups, *channels]
-    skeleton = build_skeleton(model, every, widths_at(every, uniform_scores(every), keep, keep, options))
+    skeleton = build_skeleton(model, every, widths_at(every, uniform_scores(every), keep, keep, config))
     macs = count_macs(skeleton, spec) / count_macs(model, spec)
     params = num_params(skeleton) / num_params(model)
     return [
         f"with --cut all, keep {keep:.3g} of the channels too: {100 * params:.1f} % of the parameters, "
         f"{100 * macs:.1f} % of the MACs"
     ]
+
+
+def _is_counted(budget: TaskOptions) -> bool:
+    """Whether the budget is anything but a share of the units."""
+    return not (budget.macs is None and budget.params is None and budget.latency_ms is None)
 
 
 def _whole_parts(skeleton: nn.Module, spec: InputSpec, groups: Sequence[Group]) -> list[tuple[str, float]]:

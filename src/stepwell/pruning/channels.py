@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import cast
 
 from timm.models.beit import Beit
 from timm.models.cait import Cait
@@ -32,12 +31,12 @@ from timm.models.resnet import ResNet
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2, SwinTransformerV2Block
 from timm.models.vision_transformer import ParallelThingsBlock, ResPostBlock, VisionTransformer
-from torch import Tensor, nn
+from torch import nn
 from torchvision.models.resnet import ResNet as TorchvisionResNet
 
 from stepwell.pruning import stages
 from stepwell.pruning.constant import ConstantOutput
-from stepwell.pruning.streams import Stream, UnclearError, as_groups, find_module
+from stepwell.pruning.streams import Stream, UnclearError, as_groups, find_module, module_at, width_of
 from stepwell.pruning.units import Group, unshared
 from stepwell.zoo.cifar_nets import CifarResNet, CifarWideResNet
 
@@ -58,16 +57,27 @@ def channel_groups(model: nn.Module, others: Sequence[Group]) -> list[Group]:
         model: The whole model.
         others: All other groups of it: every attention and FFN has to be known.
     """
+    try:
+        return clear_channel_groups(model, others)
+    except UnclearError:
+        return []
+
+
+def clear_channel_groups(model: nn.Module, others: Sequence[Group]) -> list[Group]:
+    """As `channel_groups`, but says why there are none.
+
+    Raises:
+        UnclearError: Its channels stay whole.
+    """
     find = _FIND.get(type(model))  # the exact class: a subclass may compute something else
     if find is None:
-        return []
-    known = {group.name for group in others}
-    try:
-        groups = as_groups(find(model, known), others)
-    except (UnclearError, AttributeError):  # a part that all models of the class had is missing
-        return []
+        raise UnclearError(f"that of {KNOWN} can")
+    groups = as_groups(find(model, {group.name for group in others}), others)
     alone = unshared(model)
-    return groups if all(slice_.tensor in alone for group in groups for slice_ in group.slices) else []
+    shared = [slice_.tensor for group in groups for slice_ in group.slices if slice_.tensor not in alone]
+    if shared:
+        raise UnclearError(f"{shared[0]} is used in several places")
+    return groups
 
 
 def is_stream(name: str) -> bool:
@@ -79,7 +89,7 @@ def _transformer(model: nn.Module, known: set[str]) -> list[Stream]:
     if getattr(model, "attn_pool", None) is not None:
         raise UnclearError("attention pooling has a stream of its own")
     # A table says it: a patch embedding may be a whole CNN.
-    width = cast(nn.Conv2d, model.get_submodule("patch_embed.proj")).weight.shape[0]
+    width = width_of(model, "patch_embed.proj")
     stream = Stream(model, NAME, width)
     stream.writes("patch_embed.proj")
     stream.carries("patch_embed.norm")
@@ -98,19 +108,18 @@ def _swin(model: nn.Module, known: set[str]) -> list[Stream]:
     streams: list[Stream] = []
     for number, (name, stage) in enumerate(_children(model, "layers")):
         merging = f"{name}.downsample"
-        merges = not isinstance(stage.get_submodule("downsample"), nn.Identity)
+        merges = not isinstance(module_at(stage, "downsample"), nn.Identity)
         writer = f"{merging}.reduction" if merges else "patch_embed.proj"
         if number and not merges:  # the same stream goes on
             raise UnclearError(f"{name} begins without patch merging")
-        stream = Stream(model, f"{NAME}.{number}", len(cast(Tensor, model.get_submodule(writer).weight)))
+        stream = Stream(model, f"{NAME}.{number}", width_of(model, writer))
         stream.writes(writer)
         if merges:
             before = streams[-1]
             before.gates.append(merging)
             before.reads(writer)
             # Swin's norm lies before the merging layer, that of V2 behind it.
-            norm = model.get_submodule(f"{merging}.norm")
-            is_behind = len(cast(Tensor, norm.weight)) == stream.size
+            is_behind = width_of(model, f"{merging}.norm") == stream.size
             (stream if is_behind else before).carries(f"{merging}.norm")
         else:
             stream.carries("patch_embed.norm")
@@ -127,11 +136,11 @@ def _convnext(model: nn.Module, known: set[str]) -> list[Stream]:
     layers = [name for name, layer in stem.items() if isinstance(layer, nn.Conv2d)]
     streams: list[Stream] = []
     for number, (name, stage) in enumerate(_children(model, "stages")):
-        downsample = stage.get_submodule("downsample")
+        downsample = module_at(stage, "downsample")
         writer = layers[-1] if not number else f"{name}.downsample.1"
         if isinstance(downsample, nn.Identity) == bool(number):
             raise UnclearError(f"{name} begins otherwise than the published models")
-        width = len(cast(Tensor, model.get_submodule(writer).weight))
+        width = width_of(model, writer)
         stream = Stream(model, f"{NAME}.{number}", width, gate_dim=1)
         stream.writes(writer)
         if number:
@@ -140,10 +149,10 @@ def _convnext(model: nn.Module, known: set[str]) -> list[Stream]:
         else:
             stream.carries(list(stem)[-1])
         for block, module in _children(model, f"{name}.blocks"):
-            if not isinstance(module.get_submodule("shortcut"), nn.Identity):
+            if not isinstance(module_at(module, "shortcut"), nn.Identity):
                 raise UnclearError(f"{block} has no plain shortcut")
             _check_known(module, block, "mlp", known)
-            if not isinstance(module.get_submodule("mlp"), ConstantOutput):  # which reads nothing
+            if not isinstance(module_at(module, "mlp"), ConstantOutput):  # which reads nothing
                 stream.gates.append(f"{block}.conv_dw")
             stream.carries(f"{block}.conv_dw", f"{block}.norm")
             stream.reads(f"{block}.mlp.fc1")
@@ -165,7 +174,7 @@ def _cnn(model: nn.Module, known: set[str], layout: stages.Layout) -> list[Strea
 
 def _block(stream: Stream, name: str, known: set[str]) -> None:
     """A transformer's block; timm's `ParallelThingsBlock` has several of each part."""
-    block = stream.model.get_submodule(name)
+    block = module_at(stream.model, name)
     if isinstance(block, ParallelThingsBlock):
         branches = [
             branch for kind in ("attns", "ffns") for branch in _children(stream.model, f"{name}.{kind}")
@@ -185,10 +194,10 @@ def _block(stream: Stream, name: str, known: set[str]) -> None:
 
 def _part(stream: Stream, block: str, part: str, gate: str, known: set[str]) -> None:
     """The attention or the FFN of a block, and the module through which it reads the stream."""
-    module = stream.model.get_submodule(block)
+    module = module_at(stream.model, block)
     _check_known(module, block, part, known)
     inner = f"{block}.{part}"
-    if not isinstance(module.get_submodule(part), ConstantOutput):  # which reads nothing
+    if not isinstance(module_at(module, part), ConstantOutput):  # which reads nothing
         stream.gates.append(gate)
     for leaf in ("qkv", "q_proj", "k_proj", "v_proj", "q", "k", "v", "gate", "fc1", "fc1_g", "fc1_x"):
         stream.reads(f"{inner}.{leaf}")
@@ -197,13 +206,13 @@ def _part(stream: Stream, block: str, part: str, gate: str, known: set[str]) -> 
 
 def _output(stream: Stream, name: str) -> None:
     """The last layer of an attention or FFN; of an emptied one the bias is left."""
-    module = stream.model.get_submodule(name)
+    module = module_at(stream.model, name)
     leaves = (module.output,) if isinstance(module, ConstantOutput) else ("proj", "fc2")
     stream.writes(*(f"{name}.{leaf}" for leaf in leaves))
 
 
 def _check_known(block: nn.Module, name: str, part: str, known: set[str]) -> None:
-    if f"{name}.{part}" not in known and not isinstance(block.get_submodule(part), ConstantOutput):
+    if f"{name}.{part}" not in known and not isinstance(module_at(block, part), ConstantOutput):
         raise UnclearError(f"no family knows {name}.{part}")
 
 
@@ -221,14 +230,14 @@ def _end(stream: Stream, norm: str) -> None:
 
 def _head(stream: Stream, *names: str) -> None:
     for name in [name for name in names if find_module(stream.model, name) is not None]:
-        if not isinstance(stream.model.get_submodule(name), nn.Linear | nn.Conv2d):
+        if not isinstance(module_at(stream.model, name), nn.Linear | nn.Conv2d):
             raise UnclearError("without a classifier the channels are the model's outputs")
         stream.reads(name)
 
 
 def _children(model: nn.Module, name: str) -> list[tuple[str, nn.Module]]:
     """The modules in a list of the model, with their full names; none where it has no such list."""
-    holder = getattr(model, name, None) if "." not in name else model.get_submodule(name)
+    holder = getattr(model, name, None) if "." not in name else module_at(model, name)
     return [] if holder is None else [(f"{name}.{leaf}", child) for leaf, child in holder.named_children()]
 
 

@@ -18,13 +18,13 @@ from timm.layers.pool2d_same import AvgPool2dSame, MaxPool2dSame
 from timm.models import _efficientnet_blocks as timm_blocks
 from timm.models import regnet as timm_regnet
 from timm.models import resnet as timm_resnet
-from torch import Tensor, nn
+from torch import nn
 from torchvision.models import resnet as torchvision_resnet
 
 from stepwell.pruning.constant import ConstantConv
 from stepwell.pruning.families import cifar, inverted, resnet
 from stepwell.pruning.filters import NORMS, SQUEEZE_EXCITES, is_conv, is_elementwise, leaves_of
-from stepwell.pruning.streams import Stream, UnclearError, find_module
+from stepwell.pruning.streams import Stream, UnclearError, find_module, module_at, width_of
 from stepwell.zoo.cifar_nets import BasicBlock, PreActBlock, SubsampleShortcut
 
 Shortcut = Literal["none", "plain", "projection"]
@@ -91,8 +91,8 @@ def cnn_streams(model: nn.Module, layout: Layout, prefix: str) -> list[Stream]:
     streams: list[Stream] = []
 
     def begin(writer: str) -> Stream:
-        conv = model.get_submodule(writer)
-        size = conv.out_channels if isinstance(conv, ConstantConv) else len(cast(Tensor, conv.weight))
+        conv = module_at(model, writer)
+        size = conv.out_channels if isinstance(conv, ConstantConv) else width_of(model, writer)
         streams.append(Stream(model, f"{prefix}.{len(streams)}", size, gate_dim=1))
         return streams[-1]
 
@@ -124,7 +124,7 @@ def cnn_streams(model: nn.Module, layout: Layout, prefix: str) -> list[Stream]:
 
 def _blocks(model: nn.Module, lists: Sequence[str]) -> Iterator[tuple[str, nn.Module]]:
     for name in lists:
-        for leaf, child in model.get_submodule(name).named_children():
+        for leaf, child in module_at(model, name).named_children():
             if type(child) in BEHIND:
                 yield f"{name}.{leaf}", child
             elif isinstance(child, nn.Sequential):
@@ -181,18 +181,18 @@ def _carried(stream: Stream, name: str, module: nn.Module) -> None:
 
 def _shortcut(name: str, block: nn.Module) -> tuple[Shortcut, str]:
     """How the block's input comes to its output, and the name of a projection."""
+    if not inverted.has_shortcut(block):
+        return "none", ""
     if hasattr(block, "has_skip"):
-        return ("plain" if block.has_skip else "none"), ""
+        return "plain", ""
     leaf = {BasicBlock: "shortcut", PreActBlock: "convShortcut"}.get(type(block), "downsample")
     module = cast(nn.Module | None, getattr(block, leaf))
     is_empty = isinstance(module, nn.Identity) or (isinstance(module, nn.Sequential) and not len(module))
-    if module is None and isinstance(block, timm_regnet.Bottleneck):
-        return "none", ""
     return ("plain", "") if module is None or is_empty else ("projection", f"{name}.{leaf}")
 
 
 def _project(before: Stream, after: Stream, name: str) -> None:
-    leaves = list(leaves_of(name, before.model.get_submodule(name)))
+    leaves = list(leaves_of(name, module_at(before.model, name)))
     convs = [n for n, module in leaves if is_conv(module) or type(module) is SubsampleShortcut]
     if len(convs) != 1:
         raise UnclearError(f"{name} is no projection that we know")
@@ -202,7 +202,7 @@ def _project(before: Stream, after: Stream, name: str) -> None:
 
 
 def _classify(stream: Stream, name: str) -> None:
-    layer = stream.model.get_submodule(name)
+    layer = module_at(stream.model, name)
     if not isinstance(layer, nn.Linear) or layer.weight.shape[1] != stream.size:
         raise UnclearError("no classifier that reads each channel once")
     stream.gates.append(name)

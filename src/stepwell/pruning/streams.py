@@ -97,7 +97,7 @@ class Stream:
 
 
 class UnclearError(Exception):
-    """Internal: a model is put together otherwise than we know it, so its channels stay whole."""
+    """Internal: a model is put together otherwise than we know it, so its channels stay whole; says how."""
 
 
 def as_groups(streams: Sequence[Stream], others: Sequence[Group]) -> list[Group]:
@@ -199,6 +199,30 @@ def find_module(model: nn.Module, name: str) -> nn.Module | None:
         return model.get_submodule(name)
     except AttributeError:
         return None
+
+
+def module_at(model: nn.Module, name: str) -> nn.Module:
+    """The submodule of that name.
+
+    Raises:
+        UnclearError: There is none.
+    """
+    module = find_module(model, name)
+    if module is None:
+        raise UnclearError(f"{type(model).__name__} has no {name} here")
+    return module
+
+
+def width_of(model: nn.Module, layer: str) -> int:
+    """Number of outputs of the layer of that name.
+
+    Raises:
+        UnclearError: It is not there, or has no weight.
+    """
+    weight = dict(_own_tensors(module_at(model, layer))).get("weight")
+    if weight is None:
+        raise UnclearError(f"{layer} has no weight")
+    return len(weight)
 
 
 def _own_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:

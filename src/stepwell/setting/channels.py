@@ -17,10 +17,11 @@ from stepwell.config.commands import CompressConfig
 from stepwell.errors import ConfigError, UnsupportedModelError
 from stepwell.models.plain import plain_recipe
 from stepwell.models.teacher import Teacher
-from stepwell.pruning.channels import KNOWN, channel_groups
+from stepwell.pruning.channels import clear_channel_groups
 from stepwell.pruning.dropped_blocks import droppable
 from stepwell.pruning.sections import last_groups
 from stepwell.pruning.skeleton import build_skeleton, leading_units, sort_units
+from stepwell.pruning.streams import UnclearError
 from stepwell.pruning.uniform import has_equal_blocks, uniform_widths
 from stepwell.pruning.units import Candidate, Group, tensors_of
 from stepwell.setting.repair import output_layers
@@ -43,11 +44,12 @@ def with_channels(
     Raises:
         UnsupportedModelError: Its channels cannot be cut.
     """
-    channels = channel_groups(model, groups)
     refused = f"--cut all: the residual stream of this {type(model).__name__} cannot be cut"
     instead = "--cut heads,neurons cuts what lies inside of blocks"
-    if not channels:
-        raise UnsupportedModelError(f"{refused}, but that of {KNOWN}; {instead}")
+    try:
+        channels = clear_channel_groups(model, groups)
+    except UnclearError as error:
+        raise UnsupportedModelError(f"{refused}: {error}; {instead}") from None
     every = [*groups, *channels]
     if not next(model.parameters()).is_meta and not _is_the_same_in_any_order(model, every, images[:2]):
         raise UnsupportedModelError(f"{refused}: something else in it reads its channels; {instead}")
@@ -95,8 +97,10 @@ def check_uniform(teacher: Teacher, groups: Sequence[Group], multiple: int) -> N
     elif not has_equal_blocks(groups):
         reason = "its blocks differ in heads or neurons"
     else:
-        widths = uniform_widths(groups, 0.5, 0.5, multiple)
-        if plain_recipe(build_skeleton(teacher.model, groups, widths), teacher.architecture) is None:
+        # Unequal shares: at equal ones every block has the teacher's ratio of neurons to width.
+        halves = [uniform_widths(groups, 0.5, neurons, multiple) for neurons in (1.0, 0.3)]
+        skeletons = (build_skeleton(teacher.model, groups, widths) for widths in halves)
+        if any(plain_recipe(skeleton, teacher.architecture) is None for skeleton in skeletons):
             reason = "timm does not build it by embed_dim, num_heads and mlp_ratio alone"
     if reason:
         raise ConfigError(f"--uniform is for plain vision transformers, not for {teacher.name}: {reason}")

@@ -42,9 +42,14 @@ def groups(name: str, module: nn.Module) -> list[Group]:
     """The channels inside of a block, if it expands at all."""
     path = PATHS.get(type(module))  # the exact class: a subclass may compute something else
     found = filter_groups(name, module, path) if path else []
-    return [replace(group, is_bridge=not _has_shortcut(module)) for group in found]
+    return [replace(group, is_bridge=not has_shortcut(module)) for group in found]
 
 
-def _has_shortcut(block: nn.Module) -> bool:
-    """Whether the input is added, as where neither resolution nor width changes; RegNet has projections."""
+def has_shortcut(block: nn.Module) -> bool:
+    """Whether the input is added: as it is, where neither resolution nor width changes, or projected.
+
+    RegNets have projections; RegNetZ has none, so that nothing leads past the first block of a stage.
+    """
+    if isinstance(block, timm_regnet.Bottleneck):
+        return block.downsample is not None
     return bool(getattr(block, "has_skip", getattr(block, "use_res_connect", True)))
