@@ -159,10 +159,10 @@ def given_rungs(student: float, options: CompressConfig) -> list[float]:
     """
     given = sizes_above(student, options) if options.ladder else sorted(set(options.assistants))
     if not given or given[0] <= student:
-        flag = "--ladder" if options.ladder else "--assistants"
+        flag, what = ("--ladder", "sizes") if options.ladder else ("--assistants", "assistants")
         words = " ".join(f"{ratio:g}" for ratio in sorted(set(options.ladder or given)))
         raise ConfigError(
-            f"{flag} {words}: --path {options.path} needs sizes that keep more than the student, which keeps "
+            f"{flag} {words}: --path {options.path} needs {what} that keep more than the student, which keeps "
             f"{student:g}"
         )
     return [student, *given]
