@@ -162,8 +162,8 @@ def given_rungs(student: float, options: CompressConfig) -> list[float]:
         flag, what = ("--ladder", "sizes") if options.ladder else ("--assistants", "assistants")
         words = " ".join(f"{ratio:g}" for ratio in sorted(set(options.ladder or given)))
         raise ConfigError(
-            f"{flag} {words}: --path {options.path} needs {what} that keep more than the student, which keeps "
-            f"{student:g}"
+            f"{flag} {words}: --path {options.path} needs {what} that keep more than the student, which "
+            f"keeps {student:g}"
         )
     return [student, *given]
 
