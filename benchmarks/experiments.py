@@ -289,6 +289,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark-experiments"))
+    parser.add_argument("--cells", type=Path, default=CELLS, help="where cells are kept, below it by setting")
     options = parser.parse_args()
     for name in options.only:
         setting = SETTINGS[name]
@@ -358,7 +359,7 @@ def cell(
         "device": options.device,
         "out_dir": options.out / "unfinished" / f"{name}-{arm}-{seed}",
     }
-    return Cell(arm, make_config(CompressConfig, values), CELLS / name / f"{arm}-{seed}.json")
+    return Cell(arm, make_config(CompressConfig, values), options.cells / name / f"{arm}-{seed}.json")
 
 
 if __name__ == "__main__":

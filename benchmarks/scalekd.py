@@ -4,9 +4,8 @@
 
 FOLDER holds cifar10.tar.xz, as benchmarks/cifar10.py takes it. The teacher is trained on all training images
 of CIFAR-10 (45,000 of 50,000, for a tenth selects), the students on 500 of each class. Every arm has the same
-epochs; the arms named `equal
-compute` have as many as cost what ScaleKD costs, and come last. Cells are kept in
-benchmarks/results/scalekd/STUDENT/ and not run again; `python benchmarks/tables.py` makes the tables of
+epochs; the arms named `equal compute` have as many as cost what ScaleKD costs, and come last. Cells are kept
+in benchmarks/results/scalekd/STUDENT/ and not run again; `python benchmarks/tables.py` makes the tables of
 docs/experiments.md of them, which says what was expected before the runs.
 """
 

@@ -124,14 +124,6 @@ def claims(
     tried = [checks for model in support.values() for checks in model["ratios"].values()]
     ways = {way: [cell["top1"] for cell in far[way]] for way in ("auto", "single-step")}
     gained = fmean(ways["auto"]) - fmean(ways["single-step"])
-    sizes = [tops_of_sizes(cell) for cell in far["ladder"]]
-    behind, fewest = {}, len(sizes)
-    for keep in sizes[0]:
-        alone = single_steps(far, keep, min(sizes[0]))
-        behind[keep] = fmean(cell["top1"] for cell in alone) - fmean(of[keep] for of in sizes)
-        fewest = min(fewest, len(alone))
-    seeds = f"{len(sizes)} seeds" + (f", of some single steps {fewest}" if fewest < len(sizes) else "")
-    smallest = min(behind)
     passed = sum(
         all(value == "ok" for value in checks.values() if isinstance(value, str)) for checks in tried
     )
@@ -147,17 +139,31 @@ def claims(
             f"{spread(ways['auto'], 1)} % against {spread(ways['single-step'], 1)} % "
             f"({len(ways['auto'])} seeds). Elsewhere it takes the single step, or is within a point of it. "
             f"[Figures](docs/results.md#methods-at-equal-cost)",
-            f"- **{len(behind)} sizes from one run**: slices of that ResNet-44 of "
-            f"{', '.join(f'{100 * keep:g}' for keep in sorted(behind, reverse=True))} %, each at most "
-            f"{max(behind.values()):.1f} points behind a single step of its own, the smallest "
-            f"{-behind[smallest]:.1f} ahead, for a third of what those cost together ({seeds}). "
-            f"[Figures](docs/results.md#several-sizes-from-one-run)",
+            claim_of_ladder(far),
             f"- **Small is fast**: a tenth of a ViT-S has {macs:.1f} % of its operations and takes "
             f"{ms:.1f} % of its time. [Figures](docs/results.md#what-a-cut-buys-in-milliseconds)",
             f"- **{len(support)} models** of timm, torchvision and transformers, cut at five ratios each: "
             f"{passed} of {len(tried)} compute exactly what the masked model does, train, reload, export and "
             f"compile. [Figures](docs/supported.md)",
         ]
+    )
+
+
+def claim_of_ladder(far: dict[str, list[dict[str, Any]]]) -> str:
+    """How far its sizes are behind single steps of their own."""
+    sizes = [tops_of_sizes(cell) for cell in far["ladder"]]
+    behind, fewest = {}, len(sizes)
+    for keep in sizes[0]:
+        alone = single_steps(far, keep, min(sizes[0]))
+        behind[keep] = fmean(cell["top1"] for cell in alone) - fmean(of[keep] for of in sizes)
+        fewest = min(fewest, len(alone))
+    seeds = f"{len(sizes)} seeds" + (f", of some single steps {fewest}" if fewest < len(sizes) else "")
+    keeps = ", ".join(f"{100 * keep:g}" for keep in sorted(behind, reverse=True))
+    return (
+        f"- **{len(behind)} sizes from one run**: slices of that ResNet-44 of {keeps} %, each at most "
+        f"{max(behind.values()):.1f} points behind a single step of its own, the smallest "
+        f"{-behind[min(behind)]:.1f} ahead, for a third of what those cost together ({seeds}). "
+        f"[Figures](docs/results.md#several-sizes-from-one-run)"
     )
 
 

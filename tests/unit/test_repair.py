@@ -119,7 +119,7 @@ def test_narrower_models_come_nearer_to_the_teacher(name: str) -> None:
 
 
 def patches(x: Tensor, layer: nn.Conv2d) -> Tensor:
-    """A row for each position of each image: what lies under the kernel there, and the 1 of the bias."""
+    """A row for each position of each image: what lies under the kernel there."""
     (height, width), (down, right) = layer.kernel_size, layer.stride
     x = nn.functional.pad(x, (layer.padding[1],) * 2 + (layer.padding[0],) * 2)
     rows = []
