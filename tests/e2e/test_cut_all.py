@@ -178,12 +178,14 @@ def test_a_uniform_student_loads_in_timm_without_us(teacher, data, tmp_path, qui
     torch.testing.assert_close(model(images), package.load(tmp_path / "run")(images), rtol=1e-6, atol=1e-6)
 
 
-def test_a_uniform_student_without_a_recipe_is_an_error(teacher, data, tmp_path, quick, fails, monkeypatch):
-    monkeypatch.setattr("stepwell.stages.deliver.plain_recipe", lambda *_: None)
+def test_a_uniform_student_without_a_recipe_is_refused_before_it_is_trained(
+    teacher, data, tmp_path, quick, fails, monkeypatch
+):
+    monkeypatch.setattr("stepwell.stages.grid.plain_recipe", lambda *_: None)
     words = ("--teacher", teacher, "--data", data, "--out", tmp_path / "run", *ALL, "--uniform")
     line = fails("compress", *words, "--path", "single-step", after_work=True)
     assert "--uniform: timm does not build this student" in line
-    assert not (tmp_path / "run" / "student").exists()
+    assert {stage.name for stage in (tmp_path / "run" / "stages").iterdir() if stage.is_dir()} == {"score"}
 
 
 @pytest.mark.parametrize(

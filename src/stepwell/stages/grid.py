@@ -9,6 +9,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 
+from torch import nn
+
 from stepwell.config.commands import CompressConfig
 from stepwell.config.extra_options import NEAR, sizes_beside
 from stepwell.config.path_options import GridOptions
@@ -18,6 +20,7 @@ from stepwell.measure.latency_table import LatencyTable
 from stepwell.measure.size import count_macs
 from stepwell.measure.whole import little_saved
 from stepwell.models.ladder import Ladder
+from stepwell.models.plain import plain_recipe
 from stepwell.pruning.ranking import EQUAL, Balance, Importance, Scores, widths_at
 from stepwell.pruning.skeleton import build_skeleton
 from stepwell.pruning.units import Candidate, Group
@@ -48,6 +51,8 @@ def grid(s: Setting, scores: Importance, rungs: Rungs) -> Ladder:
             check_sizes(candidates, scales, s.config)
             if len(candidates) > 1:
                 check_room(scales, s.config)
+            handed_out = (0, *size_indices([c.keep_ratio for c in candidates], s.config))
+            check_recipes(s, [skeletons[i] for i in handed_out])
             if text := little_saved(s.config, s.spec, s.groups, candidates[0], skeletons[0], scales[0]):
                 say(f"warning: {text}")
             stage.result = Ladder(
@@ -173,6 +178,21 @@ def check_sizes(candidates: Sequence[Candidate], scales: Sequence[float], option
                 f"--ladder: keep {smaller:g} and {larger:g} come to the same widths; leave one out, or try "
                 f"--round-to 1 (now {options.multiple})"
             )
+
+
+def check_recipes(s: Setting, skeletons: Sequence[nn.Module]) -> None:
+    """With `--uniform`: check that timm builds all that will be handed out, before anything is trained.
+
+    Raises:
+        ConfigError: It does not, although it did at the widths that were tried when the run began.
+    """
+    if not s.config.uniform or s.config.student is not None:
+        return
+    if any(plain_recipe(skeleton, s.teacher.architecture) is None for skeleton in skeletons):
+        raise ConfigError(
+            f"--uniform: timm does not build this student of {s.teacher.name} by embed_dim, num_heads and "
+            f"mlp_ratio: leave it out, or try another size"
+        )
 
 
 def size_indices(ratios: Sequence[float], options: CompressConfig) -> list[int]:
