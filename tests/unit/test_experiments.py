@@ -16,7 +16,7 @@ from experiments import CUTS, REPAIRED, SETTINGS, cell, suits
 
 
 def config_of(setting: str, arm: str):
-    options = Namespace(out=Path("out"), device="cpu")
+    options = Namespace(out=Path("out"), cells=Path("cells"), device="cpu")
     return cell(setting, arm, Path("data"), 1, {"teacher": "vit_tiny_patch16_224"}, options).config
 
 
