@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Iterable
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from stepwell.errors import RunDirError
 from stepwell.measure.hardware import hardware
+from stepwell.models.card import WEIGHTS, read_card
 from stepwell.report.result import Result
 from stepwell.report.table import result_table
 from stepwell.run.atomic import write_atomically
 
 RESULTS = Path(__file__).parent / "results"
+TEACHER_OF_CELLS = "teacher.json"
 
 
 def commit() -> str:
@@ -82,6 +86,27 @@ def one_origin(out: Path, device: torch.device) -> None:
         write_atomically(file, json.dumps(origin) + "\n")
     elif (found := json.loads(file.read_text(encoding="utf-8"))) != origin:
         raise SystemExit(f"{out} has runs of {found}, and this is {origin}: remove it, or take another --out")
+
+
+def one_teacher(folder: Path, cells: Path) -> None:
+    """Cells of one folder are of one teacher, that in `folder`, and of the images that it was trained on.
+
+    Raises:
+        RunDirError: Those that are there are of another one.
+    """
+    now = {
+        "weights": sha256((folder / WEIGHTS).read_bytes()).hexdigest(),
+        "images": read_card(folder).provenance["data_fingerprint"],
+    }
+    file = cells / TEACHER_OF_CELLS
+    if not file.exists():
+        cells.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, json.dumps(now, indent=1) + "\n")
+    elif json.loads(file.read_text(encoding="utf-8")) != now:
+        raise RunDirError(
+            f"the cells in {cells} are of another teacher, or of other images, than {folder}: give that one "
+            f"(--teacher), or move these cells away"
+        )
 
 
 def devices(cells: Iterable[dict[str, Any]]) -> list[str]:

@@ -5,8 +5,9 @@
 FOLDER holds cifar10.tar.xz, as benchmarks/cifar10.py takes it. The teacher is trained on all training images
 of CIFAR-10 (45,000 of 50,000, for a tenth selects), the students on 500 of each class. Every arm has the same
 epochs; the arms named `equal compute` have as many as cost what ScaleKD costs, and come last. Cells are kept
-in benchmarks/results/scalekd/STUDENT/ and not run again; `python benchmarks/tables.py` makes the tables of
-docs/experiments.md of them, which says what was expected before the runs.
+in benchmarks/results/scalekd/STUDENT/ and not run again; a file beside them says whose they are.
+`python benchmarks/tables.py` makes the tables of docs/experiments.md, which says what was expected before
+the runs.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from statistics import fmean
 from typing import Any
 
 from cifar10 import few_images, unpack
-from record import RESULTS, devices
+from record import RESULTS, devices, one_teacher
 from stepwell.commands import train
 from stepwell.compare.cells import Cell, CellResult
 from stepwell.compare.pool import run_all
@@ -115,6 +116,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark-scalekd"))
     options = parser.parse_args()
     teacher = options.teacher or trained_teacher(options)
+    one_teacher(teacher, CELLS)
     data = few_images(options.files / ARCHIVE, options.out, PER_CLASS)
     # Seed by seed, both students: what is there when the time ends is whole.
     for seed in options.seeds:
@@ -135,11 +137,11 @@ def main() -> None:
 
 
 def trained_teacher(options: argparse.Namespace) -> Path:
-    """Its folder; one teacher for all."""
+    """The folder of one teacher for all."""
     folder = options.out / "teacher"
     given = {"data": str(unpack(options.files / ARCHIVE, options.out / "cifar10")), "out_dir": folder}
     say(train.run(make_config(TrainConfig, {"device": options.device, **TEACHER, **given})))
-    return folder
+    return folder / "teacher"
 
 
 def cell(student: str, arm: str, seed: int, data: Path, teacher: Path, given: argparse.Namespace) -> Cell:

@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from cifar10 import unpack
-from record import RESULTS, devices
+from record import RESULTS, devices, one_teacher
 from stepwell.commands import train
 from stepwell.compare.cells import Cell
 from stepwell.compare.pool import run_all
@@ -38,16 +37,13 @@ from stepwell.config.files import make_config
 from stepwell.config.options import DataOptions
 from stepwell.data.splits import resolve_data
 from stepwell.data.transforms import eval_transform, normalise
-from stepwell.errors import RunDirError
 from stepwell.measure.size import short_number
-from stepwell.models.card import WEIGHTS, load_with_card, read_card
+from stepwell.models.card import load_with_card
 from stepwell.report.pictures import over
-from stepwell.run.atomic import write_atomically
 from stepwell.run.progress import say
 from stepwell.tasks.outputs import in_strips
 
 CELLS = RESULTS / "segmentation"
-IDENTITY = "teacher.json"
 PICTURE = Path(__file__).parent.parent / "docs" / "images" / "segmentation.jpg"
 ARCHIVE, ENCODER = "camvid.tar", "tf_efficientnet_lite0-imagenet.safetensors"
 CLASSES = (
@@ -103,7 +99,7 @@ def main() -> None:
     options = parser.parse_args()
     data = images(options.files, options.out)
     teacher = options.teacher or trained(options, data)
-    check_teacher(teacher, options.cells)
+    one_teacher(teacher, options.cells)
     # Seed by seed: what is there when the time ends is whole.
     for seed in options.seeds:
         for arms in ([arm for arm in options.arms if arm in ARMS], [EQUAL_COMPUTE]):
@@ -142,27 +138,6 @@ def trained(options: argparse.Namespace, data: Path) -> Path:
     }
     print(train.run(make_config(TrainConfig, given)), flush=True)
     return folder / "teacher"
-
-
-def check_teacher(folder: Path, cells: Path) -> None:
-    """Cells of one folder are of one teacher and of the same images.
-
-    Raises:
-        RunDirError: Those that are there are of another one.
-    """
-    now = {
-        "weights": sha256((folder / WEIGHTS).read_bytes()).hexdigest(),
-        "images": read_card(folder).provenance["data_fingerprint"],
-    }
-    file = cells / IDENTITY
-    if not file.exists():
-        cells.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, json.dumps(now, indent=1) + "\n")
-    elif json.loads(file.read_text(encoding="utf-8")) != now:
-        raise RunDirError(
-            f"the cells in {cells} are of another teacher, or of other images, than {folder}: give that "
-            f"--out again, or another --cells"
-        )
 
 
 def cell(arm: str, keep: float, seed: int, teacher: Path, data: Path, options: argparse.Namespace) -> Cell:
