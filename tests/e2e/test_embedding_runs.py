@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 import timm
 import torch
@@ -234,6 +235,20 @@ def test_a_backbone_of_its_own_width(data, tmp_path, quick, labelled, capsys):
         truth = teacher(asked).double().numpy()
     cosines = (found * truth).sum(1) / np.linalg.norm(found, axis=1) / np.linalg.norm(truth, axis=1)
     assert result.student.quality == pytest.approx(100 * cosines.mean(), abs=0.01)
+
+
+@pytest.mark.slow
+def test_a_backbone_is_an_onnx_file(tmp_path):
+    (tmp_path / "tower.py").write_text(TOWER.replace("patch_size=8", "patch_size=4"))
+    images, run = write_images(tmp_path / "flat", 60, seed=0, classes=()), tmp_path / "run"
+    words = ("--teacher", f"{tmp_path / 'tower.py'}:build", "--data", images, "--out", run, "--epochs", 1)
+    stepwell("compress", *words, *RESNET, "--logit-weight", 0)
+    session = onnxruntime.InferenceSession(run / "student" / "model.onnx")
+    asked = all_test_images(run)
+    (features,) = session.run(None, {session.get_inputs()[0].name: asked.numpy()})
+    assert features.shape == (len(asked), 16)
+    with torch.no_grad():
+        np.testing.assert_allclose(features, package.load(run / "student").eval()(asked).numpy(), atol=1e-4)
 
 
 def test_what_another_architecture_needs_to_learn_an_embedding(data, tower, fails, tmp_path, capsys):
