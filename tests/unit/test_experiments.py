@@ -28,7 +28,7 @@ def test_cuts_differ_from_the_plain_student_in_what_is_cut_alone(setting):
     for arm in filter(lambda arm: suits(setting, arm), (REPAIRED, *CUTS)):
         config = config_of(setting, arm)
         changed = {name for name, value in config if value != getattr(plain, name)} - {"out_dir"}
-        assert changed <= told | {"keep_ratio", "macs"}
+        assert changed <= told | {"keep_ratio", "macs"} | set(SETTINGS[setting].get("finer", {}))
         assert config.repair or config.cut == "all"
         if arm != REPAIRED:  # which has the plain student's widths
             assert config.keep_ratio is None
