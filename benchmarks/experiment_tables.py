@@ -277,7 +277,7 @@ def cuts_table(folders: Path, clock: Path) -> str:
     runs = json.loads(clock.read_text(encoding="utf-8"))["runs"] if clock.exists() else []
     timed = {run["setting"]: run for run in runs}
     rows = []
-    for setting in STUDENTS:
+    for setting in EVERYWHERE:
         arms = cells_by_arm(folders / setting)
         if len(arms.keys() & CUTS.keys()) < 2:
             continue
