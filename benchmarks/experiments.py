@@ -237,6 +237,7 @@ def arms() -> dict[str, dict[str, Any]]:
             found[f"{method}-{name}"] = {**METHODS[method], **recipe}
         for weight in FEATURE_WEIGHTS:
             found[f"{method}-states-{weight}"] = {**METHODS[method], "feature_weight": weight}
+    found["stock-states-10"] = {**METHODS["stock"], "feature_weight": 10}
     for name, options in ASSISTANTS_TRIED.items():
         found[f"amd-{name}"] = {**METHODS["amd"], **options}
     for name, factor in LENGTHS.items():
@@ -344,7 +345,7 @@ def cell(
 ) -> Cell:
     """One run."""
     of = SETTINGS[name]
-    options_of_arm = {**arms()[arm], **(of["stock"] if arm == "stock" else {})}
+    options_of_arm = {**arms()[arm], **(of["stock"] if arm.startswith("stock") else {})}
     of_arm = of[BUDGETS[arm][0]] if arm in BUDGETS else of["compress"]["budget_epochs"]
     budget = options_of_arm.pop("budgets", 1) * of_arm
     values = {
