@@ -176,6 +176,7 @@ def test_where_something_speaks_against_an_assistant_all_of_it_is_a_single_step(
     assert finished.way.endswith("without an assistant, for this is why.")
 
 
+@pytest.mark.slow
 def test_nothing_is_timed_where_the_operations_say_it_all(run_words, monkeypatch):
     timed = []
     monkeypatch.setattr(plan, "seconds_per_step", lambda *_words: timed.append(1) or 0.01)
@@ -186,6 +187,7 @@ def test_nothing_is_timed_where_the_operations_say_it_all(run_words, monkeypatch
     assert finished.way.endswith("without an assistant, for this is why.")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.4, 0.6])
 def test_the_clock_decides_where_there_are_minutes(run_words, monkeypatch, share):
     """Half of the time is left for the last step, so an assistant has to halve it."""
@@ -277,6 +279,7 @@ def test_stopped_after_every_stage(run_words, tmp_path, quick, monkeypatch, gap)
     assert not leftovers(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_minutes_are_shared_in_the_same_way(run_words, monkeypatch):
     monkeypatch.setattr(plan, "seconds_per_step", lambda *_words: 0.01)
     monkeypatch.setattr(auto, "gap_between", lambda *_candidates: 0.0)
@@ -347,6 +350,7 @@ def test_the_gap_of_a_run_is_that_of_its_candidates(run_words):
     assert bool(finished.assistants) == (gap >= 1)
 
 
+@pytest.mark.slow
 def test_the_minutes_of_a_control_that_is_none_are_the_students(run_words, monkeypatch):
     monkeypatch.setattr(plan, "seconds_per_step", lambda *_words: 0.01)
     monkeypatch.setattr(auto, "why_no_pilot", lambda *_words: "this is why")
@@ -396,6 +400,7 @@ def test_the_best_rate_is_used_for_every_training_and_for_the_control(run_words,
     assert figures(again) == figures(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_time_comes_off_the_minutes(run_words, monkeypatch):
     monkeypatch.setattr(plan, "seconds_per_step", lambda *_words: 0.01)
     words = run_words("--path", "single-step", "--tune", length=("--minutes", 0.1))

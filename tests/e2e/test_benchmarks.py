@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+sys.path.append(str(BENCHMARKS))
 SMALL = ("--models", "vit_tiny_patch16_224", "--batch", "2", "--device", "cpu")
 WORDS: dict[str, tuple[str, ...]] = {
     "throughput": (*SMALL, "--steps", "1"),
@@ -29,15 +32,17 @@ script = sys.argv.pop(1)
 sys.argv[0] = script + ".py"
 runpy.run_path(script + ".py", run_name="__main__")
 """
-TABLE = "import importlib, json, sys; module, name = sys.argv[1].split('.'); " + (
-    "print(getattr(importlib.import_module(module), name)(json.load(open(sys.argv[2]))))"
-)
 
 
-def python(program: str, *words: object) -> str:
-    """What it prints, in the folder of the benchmarks."""
-    command = [sys.executable, "-c", program, *map(str, words)]
-    return subprocess.run(command, cwd=BENCHMARKS, check=True, capture_output=True, text=True).stdout
+def run(*words: object) -> None:
+    """A benchmark in a process of its own, in its folder."""
+    command = [sys.executable, "-c", HERE, *map(str, words)]
+    subprocess.run(command, cwd=BENCHMARKS, check=True, capture_output=True, text=True)
+
+
+def table_of(name: str, record: dict[str, Any]) -> str:
+    module, function = TABLES.get(name, f"{name}.table").split(".")
+    return getattr(importlib.import_module(module), function)(record)
 
 
 @pytest.mark.slow
@@ -48,8 +53,8 @@ def test_a_benchmark_and_its_table(tmp_path, name):
     results.mkdir()
     if name == "predicted":  # reads what throughput.py has measured
         (results / "throughput.json").write_bytes((BENCHMARKS / "results/throughput.json").read_bytes())
-    python(HERE, results, name, *WORDS[name], *runs, "--name", f"{name}-try")
+    run(results, name, *WORDS[name], *runs, "--name", f"{name}-try")
     record = json.loads((results / f"{name}-try.json").read_text())
-    table = python(TABLE, TABLES.get(name, f"{name}.table"), results / f"{name}-try.json")
+    table = table_of(name, record)
     assert table.startswith("| ")
     assert record["commit"] in table

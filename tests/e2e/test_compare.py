@@ -35,7 +35,7 @@ from stepwell.pruning.skeleton import build_skeleton
 from stepwell.stages.grid import make_grid
 from stepwell.tasks import classification
 
-LARGE = {*suites.TO_OTHERS, *suites.PAIRS} - {"vgg-pair"}
+LARGE = {*suites.TO_OTHERS, *suites.PAIRS, "segmentation"} - {"vgg-pair"}
 PATHS = ("--paths", "single-step", "amd", "--feature-losses", "states", "sp", "--seeds", "0", "1")
 ROWS = [
     "single-step, states",

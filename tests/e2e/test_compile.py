@@ -130,6 +130,7 @@ def joint_of(folder: Path, *, compile: bool) -> tuple[JointStep, list]:
     return joint_step(s, store_of(s, ladder)), batches
 
 
+@pytest.mark.slow
 def test_one_graph_for_each_candidate_and_none_after_the_first_step(tmp_path, counting):
     """More than the eight that torch.compile keeps for one piece of code."""
     plain, batches = joint_of(tmp_path / "plain", compile=False)

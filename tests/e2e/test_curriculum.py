@@ -205,6 +205,7 @@ def test_other_classes_are_refused(data, teacher, tmp_path, fails):
         assert "class" in said
 
 
+@pytest.mark.slow
 @pytest.mark.brings(
     "model",
     "Several teachers of any kinds, with --path curriculum --teachers",

@@ -26,6 +26,7 @@ def blocks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 def test_a_run_that_resumes_with_it(reference, teacher, data, tmp_path, quick, monkeypatch, blocks):
     """As where memory did not suffice; joint training, distillation and the options in between."""
     words = ("--teacher", teacher, "--data", data, *QUICK, "--out", tmp_path / "out")

@@ -66,6 +66,7 @@ def error_of(capsys, *words) -> str:
     return err[-1]
 
 
+@pytest.mark.slow
 def test_doctor_says_what_can_be_cut(folder, weights, capsys):
     stepwell("doctor", "--teacher", FACTORY, "--teacher-weights", weights, "--data", folder, *QUICK)
     out = capsys.readouterr().out
@@ -191,6 +192,7 @@ def test_predict_takes_folders(model, tmp_path, capsys):
     assert said == f"stepwell: no image in the folder {tmp_path / 'empty'}"
 
 
+@pytest.mark.slow
 def test_masks_without_a_list_have_the_teachers_names(model, tmp_path, capsys):
     folder = write_masks(tmp_path / "unlisted", {"train": 4, "val": 2, "test": 2}, listed=False)
     stepwell("doctor", "--teacher", model, "--data", folder, "--ignore-index", VOID, *QUICK)

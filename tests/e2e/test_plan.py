@@ -25,6 +25,7 @@ def rows_of(text: str) -> dict[str, str]:
     return {line.split("  ")[0]: line for line in table.splitlines() if re.match(r"[a-z]", line)}
 
 
+@pytest.mark.slow
 def test_the_plan_has_the_stages_and_epochs_of_the_run(teacher, data, tmp_path, capsys, quick, quickly):
     words = ("--teacher", teacher, "--data", data, *SMALL, "--path", "takd", "--assistants", 0.5)
     words += ("--budget-epochs", 4, "--control", "equal_compute")

@@ -190,6 +190,7 @@ def test_another_loss_on_states_of_a_teacher_that_no_family_knows_is_behind_its_
     assert s.costs([1.0]).loss > 0
 
 
+@pytest.mark.slow
 def test_features_of_runs_with_and_without_the_second_view_side_by_side(
     data, teacher, tmp_path, quick, capsys, monkeypatch
 ):
@@ -242,6 +243,7 @@ def test_the_doctor_names_the_stages_and_wants_no_cut(capsys):
     assert "stage 4 of resnet18 ends with layer4: 512 channels on 5 x 5" in said
 
 
+@pytest.mark.slow
 def test_the_doctor_counts_the_loss_and_its_projectors(capsys, monkeypatch):
     monkeypatch.setattr(roughly, "seconds_of", lambda macs, _device: macs / 1e9)
     words = ("--teacher", "test_vit", "--path", "scalekd", "--student", "test_resnet")
@@ -264,6 +266,7 @@ def test_the_doctor_counts_the_loss_and_its_projectors(capsys, monkeypatch):
     assert "--feature-args heads: the loss scalekd takes original," in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_doctor_knows_a_teacher_without_classes(capsys):
     """By its name, and so without weights; the student then has its width, or one of its own."""
     words = ("--teacher", "test_vit", "--model-args", "num_classes=0", "--path", "scalekd", "--student")

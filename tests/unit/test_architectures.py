@@ -52,6 +52,7 @@ def test_the_loss_is_counted_on_shapes_as_on_tensors(name, given):
     assert counted == pytest.approx(real, rel=0.05)
 
 
+@pytest.mark.slow
 def test_the_printed_loss_is_made_of_what_is_asked_for():
     """As a run's is, with its errors."""
     models = "resnet18", "vit_tiny_patch16_224"

@@ -77,6 +77,7 @@ def test_neurons_fill_the_gap_that_heads_leave():
     assert abs(met.cost - 470) <= 0.03 * 470
 
 
+@pytest.mark.slow
 def test_of_near_enough_ones_the_shares_are_the_most_alike():
     """ViT-S at a tenth: 1 of 6 heads with 1,160 of 1,536 neurons came nearer to it than 2 with 272."""
     with torch.device("meta"):

@@ -210,6 +210,7 @@ def test_doctor_says_where_images_come_from(tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_doctor_says_that_four_views_take_the_memory_of_four_times_as_many_images():
     def said(**options: object) -> float:
         config = DoctorConfig(teacher="resnet18", image_size=32, path="single-step", device="cpu", **options)
@@ -219,6 +220,7 @@ def test_doctor_says_that_four_views_take_the_memory_of_four_times_as_many_image
     assert said(feature_loss="sskd", batch_size=512) == said(batch_size=2048) > 2 * said(batch_size=512)
 
 
+@pytest.mark.slow
 def test_doctor_says_what_the_operations_decide():
     """A stem and a classifier that stay whole leave more than an eighth."""
     words = {"teacher": "resnet18", "keep_ratio": 0.1, "budget_epochs": 20.0}

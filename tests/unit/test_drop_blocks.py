@@ -131,6 +131,7 @@ def test_a_dropped_block_is_one_that_is_masked(name):
         torch.testing.assert_close(weights[n].grad, whole[n].grad, rtol=1e-7, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_a_file_has_nothing_of_a_dropped_block_but_its_biases(tmp_path):
     model = tiny_vit()
     groups = find_groups(model)
@@ -147,6 +148,7 @@ def test_a_file_has_nothing_of_a_dropped_block_but_its_biases(tmp_path):
     torch.testing.assert_close(torch.from_numpy(found), student(images), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_search_drops_blocks_that_hold_nothing(vit):
     model, groups = vit
     scores, worth = uniform_scores(groups), {f"blocks.{i}": 1.0 if i in (0, 4) else 1e-3 for i in range(6)}
@@ -186,6 +188,7 @@ def test_a_budget_that_equal_shares_meet_is_met(capsys):
     assert "shares: equal ones; the budget cannot be met at those that the search found" in said
 
 
+@pytest.mark.slow
 def test_blocks_that_matter_alike_all_stay(vit):
     model, groups = vit
     config = CompressConfig(cut="all", shares="search", drop_blocks=True, macs="20%")

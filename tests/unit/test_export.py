@@ -268,6 +268,7 @@ def test_a_head_of_zeros_agrees_with_itself(tmp_path):
     assert export_program(model, SPEC, tmp_path / "model.pt2", IMAGES) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.brings(
     "model", "more than 1.8 GB of weights", "`model.onnx`, and the weights in `model.onnx.data`"
 )

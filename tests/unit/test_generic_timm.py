@@ -68,6 +68,7 @@ def test_groups_of_a_skeleton_are_those_of_the_model():
     assert generic.propose(skeleton, torch.zeros(1, 3, 32, 32)).groups == groups
 
 
+@pytest.mark.slow
 def test_doctor_tells_the_same_of_a_name(capsys):
     words = ["layers=(1,1,1,1)", "channels=(8,12,16,24)", "stem_chs=8"]
     assert (

@@ -77,6 +77,7 @@ def test_a_wider_model_never_takes_less():
         assert (found.diff(dim=dim) >= -1e-9).all()
 
 
+@pytest.mark.slow
 def test_widths_that_were_not_timed_lie_near_what_they_take(vit, counted):
     model, groups = vit
     kinds = [("head",), ("neuron",), ("channel",)]

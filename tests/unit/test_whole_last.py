@@ -66,6 +66,7 @@ def test_what_lies_behind_the_last_stage_stays_too():
     assert not any(s.tensor == "blocks.5.0.conv_pwl.weight" for g in streams for s in g.slices)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "args"), [("vit_tiny_patch16_224", {"img_size": 64, "depth": 3}), ("resnet18", {})]
 )
