@@ -30,6 +30,7 @@ def tables_of(folders: Path) -> dict[str, str]:
         "rates": variants_table(folders, RATES),
         "chains": methods_table(folders, CHAINS, of="chain-0.3", settings=EVERYWHERE),
         "feature-weights": variants_table(folders, WEIGHTS),
+        "searches": methods_table(folders, SEARCHES, of="single-step-unsearched", settings=EVERYWHERE),
         "dearer": methods_table(folders, DEARER, of="single-step-dearer"),
         "ladder": ladder_table(folders),
         "auto": auto_table(folders),
@@ -188,6 +189,12 @@ CHAINS = {
     "chain-0.3": "chain by 0.3",
     "chain-0.5": "chain by 0.5",
     "chain-0.5-0.2": "chain by 0.5 and 0.2",
+}
+SEARCHES = {
+    "single-step": "rate of a search before",
+    "single-step-unsearched": "1e-3",
+    "single-step-tune": "`--tune`: 4e-4, 1e-3, 2.5e-3",
+    "single-step-tune-wide": "`--tune-lrs`: 2e-4, 1e-3, 5e-3",
 }
 OF_ASSISTANT = {"": "AMD", "-trained-on": "trained on by itself", "-snapshots": "two snapshots first"}
 

@@ -204,6 +204,14 @@ ASSISTANTS_TRIED: dict[str, dict[str, Any]] = {
     "snapshots": {"snapshots": 2},
 }
 
+# From stepwell's own rate, which nobody has searched: is a search within the budget worth it, and how far
+# apart should what it tries be?
+SEARCHED: dict[str, dict[str, Any]] = {
+    "single-step-unsearched": {},
+    "single-step-tune": {"tune": True},
+    "single-step-tune-wide": {"tune_lrs": (2e-4, 1e-3, 5e-3)},
+}
+
 VIEWS = 5
 # With the budget that a setting has for them.
 BUDGETS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -237,6 +245,8 @@ def arms() -> dict[str, dict[str, Any]]:
             found[f"{method}-{name}"] = {**METHODS[method], **recipe}
         for weight in FEATURE_WEIGHTS:
             found[f"{method}-states-{weight}"] = {**METHODS[method], "feature_weight": weight}
+    for name, options in SEARCHED.items():
+        found[name] = {**METHODS["single-step"], "lr": 1e-3, **options}
     found["stock-states-10"] = {**METHODS["stock"], "feature_weight": 10}
     for name, options in ASSISTANTS_TRIED.items():
         found[f"amd-{name}"] = {**METHODS["amd"], **options}
