@@ -273,6 +273,7 @@ CUTS = {
     "cut-all-repair": "`--cut all --repair`",
     "cut-all-search": "`--cut all --shares search`",
     "cut-all-drop": "`--cut all --shares search --drop-blocks`",
+    "amd-cut-all-drop": "the same, by AMD",
     "cut-all-last": "`--cut all --whole-last`",
     "cut-all-uniform": "`--cut all --uniform`",
 }

@@ -233,6 +233,7 @@ CUTS: dict[str, dict[str, Any]] = {
     "cut-all-last": {"whole_last": True},
     "cut-all-uniform": {"uniform": True},
     "cut-all-repair": {"repair": True},
+    "amd-cut-all-drop": {"path": "amd", "shares": "search", "drop_blocks": True},
 }
 
 
