@@ -8,6 +8,7 @@ import shutil
 import pytest
 import timm
 import torch
+import transformers
 from safetensors.torch import load_file
 from small_world import QUICK, stepwell, student_weights
 
@@ -176,6 +177,27 @@ def test_a_uniform_student_loads_in_timm_without_us(teacher, data, tmp_path, qui
     )
     images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(model(images), package.load(tmp_path / "run")(images), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["ViT", "DeiT"])
+def test_a_uniform_student_loads_in_transformers_without_us(data, tmp_path, quick, kind):
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
+    config = getattr(transformers, f"{kind}Config")(image_size=16, patch_size=8, num_labels=3, **sizes)
+    torch.manual_seed(0)
+    getattr(transformers, f"{kind}ForImageClassification")(config).save_pretrained(tmp_path / "teacher")
+    words = ("--teacher", tmp_path / "teacher", "--data", data, "--out", tmp_path / "run", *ALL, "--uniform")
+    stepwell("compress", *words, "--path", "single-step")
+    student = tmp_path / "run" / "student"
+    recipe = json.loads((student / "stepwell.json").read_text())["provenance"]["transformers"]
+    config = transformers.AutoConfig.for_model(**recipe)
+    assert (config.hidden_size, config.num_attention_heads, config.intermediate_size) == (12, 2, 48)
+    model = transformers.AutoModelForImageClassification.from_config(config).eval()
+    tensors = load_file(student / "model.safetensors")
+    model.load_state_dict({name.removeprefix("model."): tensor for name, tensor in tensors.items()})
+    images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        ours = package.load(tmp_path / "run")(images)
+        torch.testing.assert_close(model(images).logits, ours, rtol=1e-5, atol=1e-5)
 
 
 def test_a_uniform_student_without_a_recipe_is_refused_before_it_is_trained(

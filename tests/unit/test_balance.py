@@ -137,10 +137,10 @@ def test_blocks_that_differ_have_no_recipe(vit):
 @pytest.mark.parametrize(
     ("name", "source", "reason"),
     [
-        ("vit_small_patch16_224", "factory", "it is not built by timm by name"),
+        ("vit_small_patch16_224", "factory", "neither timm nor transformers builds it"),
         ("convnext_atto", "timm", "its blocks differ in heads or neurons"),
         # Its class-attention blocks have a ratio of neurons to width of their own.
-        ("cait_xxs24_224", "timm", "timm does not build it by embed_dim, num_heads and mlp_ratio alone"),
+        ("cait_xxs24_224", "timm", "timm does not build it by width, heads and neurons alone"),
     ],
 )
 def test_what_cannot_be_uniform_is_refused(name, source, reason):

@@ -28,6 +28,7 @@ from stepwell.data.spec import InputSpec
 from stepwell.errors import ModelError, UnsupportedModelError
 from stepwell.models.card import Architecture, Card, narrow_and_load, save_model
 from stepwell.models.export import export_onnx
+from stepwell.models.huggingface import build
 from stepwell.pruning.channels import channel_groups, is_stream
 from stepwell.pruning.families import find_groups
 from stepwell.pruning.skeleton import build_skeleton, fill, leading_units
@@ -64,6 +65,22 @@ def torchvision_resnet() -> nn.Module:
     return TorchvisionResNet(Bottleneck, [1, 2, 1, 1], num_classes=5, width_per_group=8)
 
 
+def of_transformers(name: str) -> Callable[[], nn.Module]:
+    return lambda: build(
+        {
+            "model_type": name,
+            "architectures": [f"{ {'vit': 'ViT', 'deit': 'DeiT'}[name] }ForImageClassification"],
+            "image_size": 32,
+            "patch_size": 8,
+            "hidden_size": 24,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "intermediate_size": 40,
+            "num_labels": 5,
+        }
+    )
+
+
 def regnet() -> nn.Module:
     cfg = RegNetCfg(depth=6, w0=8, wa=8.0, wm=1.8, group_size=4, se_ratio=0.25, stem_width=8)
     return RegNet(cfg, num_classes=5)
@@ -86,6 +103,8 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "beit": vit("beit_base_patch16_224"),
     "beit v2": vit("beitv2_base_patch16_224", use_abs_pos_emb=True, use_rel_pos_bias=False),
     "cait": vit("cait_xxs24_224", depth_token_only=2),
+    "vit of transformers": of_transformers("vit"),
+    "deit of transformers": of_transformers("deit"),
     "swin": swin("swin_tiny_patch4_window7_224"),
     "swin v2": swin("swinv2_tiny_window8_256"),
     "convnext": convnext(),
@@ -139,8 +158,8 @@ def all_groups(model: nn.Module) -> list[Group]:
     return [*others, *channel_groups(model, others)]
 
 
-QUICK = ("vit", "deit, distilled", "eva02", "beit", "cait", "swin", "convnext v2", "resnext",
-         "cifar resnet, zeros", "regnet", "efficientnet", "mobilenet v3")  # fmt: skip
+QUICK = ("vit", "vit of transformers", "deit, distilled", "eva02", "beit", "cait", "swin", "convnext v2",
+         "resnext", "cifar resnet, zeros", "regnet", "efficientnet", "mobilenet v3")  # fmt: skip
 """The others differ from these by a layer or two, and are slow tests."""
 EVERY = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in MODELS]
 
@@ -205,7 +224,10 @@ def test_a_student_is_saved_loaded_and_cut_again(name: str, tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     "name",
-    ["vit", "beit", "cait", "eva02", "swin", "convnext v2", "cifar resnet, zeros", "regnet", "mobilenet v3"],
+    [
+        *("vit", "vit of transformers", "beit", "cait", "eva02", "swin", "convnext v2"),
+        *("cifar resnet, zeros", "regnet", "mobilenet v3"),
+    ],
 )
 @pytest.mark.slow
 def test_a_student_is_exported(name: str, tmp_path: Path) -> None:
@@ -220,6 +242,7 @@ def test_a_student_is_exported(name: str, tmp_path: Path) -> None:
     "name",
     [
         "vit",
+        "deit of transformers",
         "eva, post-norm, plain FFN",
         "cait",
         "swin",

@@ -27,8 +27,8 @@ class CutOptions(Options):
     """Cut nothing in the last block, or in the last stage of a pyramid, whose states the head reads
     (WideLast). With --cut all the channels of that stage stay too; a ViT has one stream, which is cut."""
     uniform: bool = False
-    """The same widths in every block, so that the student of a ViT is one that timm builds by name
-    (embed_dim, num_heads, mlp_ratio): its weights load there without stepwell. Needs --cut all."""
+    """The same widths in every block, so that the student of a ViT is one that timm builds by name, or
+    transformers from a configuration: its weights load there without stepwell. Needs --cut all."""
     repair: bool = False
     """After each cut of a single model, fit the output layers of attention and FFNs to what they returned
     before, by least squares on some training images; for paths whose models share no weights."""

@@ -1,6 +1,7 @@
 """Channels of the residual stream: what every block reads and writes, cut from the first layer to the head.
 
     VisionTransformer, Eva, Beit, Cait    one stream, the whole model's    "channels"
+    ViT, DeiT of transformers             likewise
     SwinTransformer (V2), ConvNeXt        one for each stage               "channels.0", "channels.1", ...
     ResNet, RegNet, EfficientNet, ...     one for each width               (pruning/stages.py)
 
@@ -37,12 +38,12 @@ from torchvision.models.resnet import ResNet as TorchvisionResNet
 from stepwell.pruning import stages
 from stepwell.pruning.constant import ConstantOutput
 from stepwell.pruning.streams import Stream, UnclearError, as_groups, find_module, module_at, width_of
-from stepwell.pruning.units import Group, unshared
+from stepwell.pruning.units import Group, full_name, unshared
 from stepwell.zoo.cifar_nets import CifarResNet, CifarWideResNet
 
 KNOWN = (
     "timm's ViT and DeiT, EVA, BEiT, CaiT, Swin and Swin V2, ConvNeXt, ResNet, RegNet, EfficientNet and "
-    "MobileNet V2 and V3"
+    "MobileNet V2 and V3, torchvision's ResNet, and ViT and DeiT of transformers with their classifiers"
 )
 NAME = "channels"
 POST_NORM = (ResPostBlock, EvaBlockPostNorm, SwinTransformerV2Block)
@@ -69,7 +70,8 @@ def clear_channel_groups(model: nn.Module, others: Sequence[Group]) -> list[Grou
     Raises:
         UnclearError: Its channels stay whole.
     """
-    find = _FIND.get(type(model))  # the exact class: a subclass may compute something else
+    # The exact class: a subclass may compute something else. A model of transformers is inside of ours.
+    find = _FIND.get(type(model)) or _FIND_INSIDE.get(full_name(getattr(model, "model", model)))
     if find is None:
         raise UnclearError(f"that of {KNOWN} can")
     groups = as_groups(find(model, {group.name for group in others}), others)
@@ -101,6 +103,22 @@ def _transformer(model: nn.Module, known: set[str]) -> list[Stream]:
     _end(stream, "norm")
     stream.carries("fc_norm")
     _head(stream, "head", "head_dist")
+    return [stream]
+
+
+def _transformers_vit(model: nn.Module, known: set[str]) -> list[Stream]:
+    name = next(name for name in ("model.vit", "model.deit") if find_module(model, name) is not None)
+    stream = Stream(model, NAME, width_of(model, f"{name}.embeddings.patch_embeddings.projection"))
+    stream.writes(f"{name}.embeddings.patch_embeddings.projection")
+    tables = ("cls_token", "distillation_token", "mask_token", "position_embeddings")
+    stream.holds(*(f"{name}.embeddings.{table}" for table in tables))
+    for block, _ in _children(model, f"{name}.layers"):
+        stream.carries(f"{block}.layernorm_before", f"{block}.layernorm_after")
+        _part(stream, block, "attention", f"{block}.layernorm_before", known)
+        _part(stream, block, "mlp", f"{block}.layernorm_after", known)
+        stream.returned_by.append(block)
+    _end(stream, f"{name}.layernorm")
+    _head(stream, *(f"model.{head}" for head in ("classifier", "cls_classifier", "distillation_classifier")))
     return [stream]
 
 
@@ -207,7 +225,7 @@ def _part(stream: Stream, block: str, part: str, gate: str, known: set[str]) -> 
 def _output(stream: Stream, name: str) -> None:
     """The last layer of an attention or FFN; of an emptied one the bias is left."""
     module = module_at(stream.model, name)
-    leaves = (module.output,) if isinstance(module, ConstantOutput) else ("proj", "fc2")
+    leaves = (module.output,) if isinstance(module, ConstantOutput) else ("proj", "o_proj", "fc2")
     stream.writes(*(f"{name}.{leaf}" for leaf in leaves))
 
 
@@ -262,4 +280,12 @@ _FIND: dict[type[nn.Module], Callable[[nn.Module, set[str]], list[Stream]]] = {
             MobileNetV3: stages.MOBILENETV3,
         }.items()
     },
+}
+_FIND_INSIDE = {
+    f"transformers.models.{name}": _transformers_vit
+    for name in (
+        "vit.modeling_vit.ViTForImageClassification",
+        "deit.modeling_deit.DeiTForImageClassification",
+        "deit.modeling_deit.DeiTForImageClassificationWithTeacher",
+    )
 }

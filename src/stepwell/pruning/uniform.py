@@ -1,6 +1,7 @@
 """`--uniform`: the same widths in every block, and a residual stream as wide as all heads of a block.
 
-So a student of a plain ViT is one that timm builds by name, of other `embed_dim`, `num_heads`, `mlp_ratio`.
+So a student of a plain ViT is one that timm builds by name, of other `embed_dim`, `num_heads`, `mlp_ratio`,
+or transformers from such a configuration.
 """
 
 from __future__ import annotations

@@ -81,7 +81,7 @@ def check_cut(teacher: Teacher, groups: Sequence[Group], config: CompressConfig)
 
 
 def check_uniform(teacher: Teacher, groups: Sequence[Group], multiple: int) -> None:
-    """Check that a student of equal blocks is one that timm builds.
+    """Check that a student of equal blocks is one that timm or transformers builds.
 
     Args:
         teacher: What is cut.
@@ -92,8 +92,9 @@ def check_uniform(teacher: Teacher, groups: Sequence[Group], multiple: int) -> N
         ConfigError: It is not.
     """
     reason = ""
-    if teacher.architecture.source != "timm":
-        reason = "it is not built by timm by name"
+    source = teacher.architecture.source
+    if source not in ("timm", "transformers"):
+        reason = "neither timm nor transformers builds it"
     elif not has_equal_blocks(groups):
         reason = "its blocks differ in heads or neurons"
     else:
@@ -101,7 +102,7 @@ def check_uniform(teacher: Teacher, groups: Sequence[Group], multiple: int) -> N
         halves = [uniform_widths(groups, 0.5, neurons, multiple) for neurons in (1.0, 0.3)]
         skeletons = (build_skeleton(teacher.model, groups, widths) for widths in halves)
         if any(plain_recipe(skeleton, teacher.architecture) is None for skeleton in skeletons):
-            reason = "timm does not build it by embed_dim, num_heads and mlp_ratio alone"
+            reason = f"{source} does not build it by width, heads and neurons alone"
     if reason:
         raise ConfigError(f"--uniform is for plain vision transformers, not for {teacher.name}: {reason}")
 

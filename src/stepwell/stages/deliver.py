@@ -248,12 +248,13 @@ def _widths(rung: Rung) -> dict[str, int]:
 
 
 def _recipe(s: Setting, model: nn.Module) -> dict[str, object]:
-    """With `--uniform`: how timm builds a slice, for those who load its weights without stepwell."""
+    """With `--uniform`: how its library builds a slice, for those who load its weights without stepwell."""
     if not s.config.uniform:
         return {}
-    recipe = plain_recipe(model, s.teacher.architecture)
+    architecture = s.teacher.architecture
+    recipe = plain_recipe(model, architecture)
     assert recipe is not None, "the grid has asked for it"
-    return {"timm": recipe}
+    return {architecture.source: recipe}
 
 
 def _provenance(s: Setting, figures: ModelResult, keep_ratio: float | None) -> dict[str, object]:

@@ -181,7 +181,7 @@ def check_sizes(candidates: Sequence[Candidate], scales: Sequence[float], option
 
 
 def check_recipes(s: Setting, skeletons: Sequence[nn.Module]) -> None:
-    """With `--uniform`: check that timm builds all that will be handed out, before anything is trained.
+    """With `--uniform`: check that the teacher's library builds all that is handed out, before any training.
 
     Raises:
         ConfigError: It does not, although it did at the widths that were tried when the run began.
@@ -190,8 +190,8 @@ def check_recipes(s: Setting, skeletons: Sequence[nn.Module]) -> None:
         return
     if any(plain_recipe(skeleton, s.teacher.architecture) is None for skeleton in skeletons):
         raise ConfigError(
-            f"--uniform: timm does not build this student of {s.teacher.name} by embed_dim, num_heads and "
-            f"mlp_ratio: leave it out, or try another size"
+            f"--uniform: {s.teacher.architecture.source} does not build this student of {s.teacher.name} by "
+            f"width, heads and neurons: leave it out, or try another size"
         )
 
 
