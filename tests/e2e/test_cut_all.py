@@ -190,6 +190,7 @@ def test_a_uniform_student_loads_in_transformers_without_us(data, tmp_path, quic
     student = tmp_path / "run" / "student"
     recipe = json.loads((student / "stepwell.json").read_text())["provenance"]["transformers"]
     config = transformers.AutoConfig.for_model(**recipe)
+    assert list(config.id2label.values()) == Result.load(tmp_path / "run" / "result.json").data.classes
     assert (config.hidden_size, config.num_attention_heads, config.intermediate_size) == (12, 2, 48)
     model = transformers.AutoModelForImageClassification.from_config(config).eval()
     tensors = load_file(student / "model.safetensors")
@@ -198,6 +199,11 @@ def test_a_uniform_student_loads_in_transformers_without_us(data, tmp_path, quic
     with torch.no_grad():
         ours = package.load(tmp_path / "run")(images)
         torch.testing.assert_close(model(images).logits, ours, rtol=1e-5, atol=1e-5)
+    # Once more: of what was cut before.
+    words = ("--teacher", tmp_path / "run", "--data", data, "--out", tmp_path / "again", *ALL, "--uniform")
+    stepwell("compress", *words, "--path", "single-step")
+    card = json.loads((tmp_path / "again" / "student" / "stepwell.json").read_text())
+    assert card["provenance"]["transformers"]["hidden_size"] == 6
 
 
 def test_a_uniform_student_without_a_recipe_is_refused_before_it_is_trained(

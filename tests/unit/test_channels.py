@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+import transformers
 from safetensors.torch import save_file
 from timm.layers import RmsNorm
 from timm.layers.norm import LayerNorm2d, RmsNorm2d
@@ -28,10 +29,11 @@ from stepwell.data.spec import InputSpec
 from stepwell.errors import ModelError, UnsupportedModelError
 from stepwell.models.card import Architecture, Card, narrow_and_load, save_model
 from stepwell.models.export import export_onnx
-from stepwell.models.huggingface import build
+from stepwell.models.huggingface import wrapped
 from stepwell.pruning.channels import channel_groups, is_stream
 from stepwell.pruning.families import find_groups
 from stepwell.pruning.skeleton import build_skeleton, fill, leading_units
+from stepwell.pruning.uniform import unequal
 from stepwell.pruning.units import Group, tensors_of
 from stepwell.setting.channels import with_channels
 from stepwell.stages.score import importance_by_gradient
@@ -65,20 +67,14 @@ def torchvision_resnet() -> nn.Module:
     return TorchvisionResNet(Bottleneck, [1, 2, 1, 1], num_classes=5, width_per_group=8)
 
 
-def of_transformers(name: str) -> Callable[[], nn.Module]:
-    return lambda: build(
-        {
-            "model_type": name,
-            "architectures": [f"{ {'vit': 'ViT', 'deit': 'DeiT'}[name] }ForImageClassification"],
-            "image_size": 32,
-            "patch_size": 8,
-            "hidden_size": 24,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "intermediate_size": 40,
-            "num_labels": 5,
-        }
+def of_transformers(kind: str, more: str = "", **args: object) -> Callable[[], nn.Module]:
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 40}
+    config = {"image_size": 32, "patch_size": 8, "num_labels": 5, **sizes, **args}
+    made = (
+        getattr(transformers, f"{kind}Config"),
+        getattr(transformers, f"{kind}ForImageClassification{more}"),
     )
+    return lambda: wrapped(made[1](made[0](**config)))
 
 
 def regnet() -> nn.Module:
@@ -103,8 +99,8 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "beit": vit("beit_base_patch16_224"),
     "beit v2": vit("beitv2_base_patch16_224", use_abs_pos_emb=True, use_rel_pos_bias=False),
     "cait": vit("cait_xxs24_224", depth_token_only=2),
-    "vit of transformers": of_transformers("vit"),
-    "deit of transformers": of_transformers("deit"),
+    "vit of transformers": of_transformers("ViT", qkv_bias=False, head_dim=8),
+    "deit of transformers": of_transformers("DeiT", "WithTeacher"),
     "swin": swin("swin_tiny_patch4_window7_224"),
     "swin v2": swin("swinv2_tiny_window8_256"),
     "convnext": convnext(),
@@ -158,8 +154,9 @@ def all_groups(model: nn.Module) -> list[Group]:
     return [*others, *channel_groups(model, others)]
 
 
-QUICK = ("vit", "vit of transformers", "deit, distilled", "eva02", "beit", "cait", "swin", "convnext v2",
-         "resnext", "cifar resnet, zeros", "regnet", "efficientnet", "mobilenet v3")  # fmt: skip
+QUICK = ("vit", "deit, distilled", "vit of transformers", "deit of transformers", "eva02", "beit", "cait",
+         "swin", "convnext v2", "resnext", "cifar resnet, zeros", "regnet", "efficientnet",
+         "mobilenet v3")  # fmt: skip
 """The others differ from these by a layer or two, and are slow tests."""
 EVERY = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in MODELS]
 
@@ -170,6 +167,11 @@ def test_slices_equal_masks(name: str) -> None:
     groups = all_groups(model)
     assert groups[-1].kind == "channel"
     check_sliced_equals_masked(model, noise(2, 3, 32, 32), RATIOS, masked=masked_channels, groups=groups)
+
+
+def test_heads_that_have_no_equal_share_of_the_channels_are_said() -> None:
+    groups = all_groups(of_transformers("ViT", hidden_size=26)())
+    assert unequal(groups) == "its 26 channels cannot be shared out among 4 heads"
 
 
 def mixed_widths(groups: Sequence[Group]) -> dict[str, int]:

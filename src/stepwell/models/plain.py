@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
@@ -24,46 +24,32 @@ def plain_recipe(student: nn.Module, architecture: Architecture) -> dict[str, An
         Of timm the arguments of `create_model`; of transformers a configuration, whose model's names begin
         with `model.` in our files. None where there is no such model.
     """
-    block = _first_block(student)
-    if block is None:
-        return None
-    heads, neurons, width = block
-    match architecture.source:
-        case "timm":
-            widths = {"embed_dim": width, "num_heads": heads, "mlp_ratio": _ratio(neurons, width)}
-            recipe = {"model_name": architecture.name, **architecture.args, **widths}
-            build = timm.create_model
-        case "transformers":
-            widths = {"hidden_size": width, "num_attention_heads": heads, "intermediate_size": neurons}
-            recipe = {**architecture.args, **widths}
-            build = _of_transformers
-        case _:
-            return None
+    args = architecture.args
     try:
         with torch.device("meta"):
-            twin = build(**recipe)
-    except Exception:  # whatever a constructor does with arguments that it cannot use
+            if architecture.source == "timm":
+                heads, neurons, width = _widths(student.get_submodule("blocks.0"), "attn", "num_heads")
+                widths = {"embed_dim": width, "num_heads": heads, "mlp_ratio": _ratio(neurons, width)}
+                recipe = {"model_name": architecture.name, **args, **widths}
+                twin = timm.create_model(**recipe)
+            elif architecture.source == "transformers":
+                trunk = f"model.{cast(Any, student).model.base_model_prefix}"
+                block = student.get_submodule(f"{trunk}.layers.0")
+                heads, neurons, width = _widths(block, "attention", "num_attention_heads")
+                widths = {"hidden_size": width, "num_attention_heads": heads, "intermediate_size": neurons}
+                recipe = {key: args[key] for key in args if key != "pooler_output_size"} | widths
+                twin = huggingface.build(recipe)
+            else:
+                return None
+    except Exception:  # no such block, or whatever a constructor does with arguments that it cannot use
         return None
     return recipe if _shapes(twin) == _shapes(student) else None
 
 
-def _of_transformers(**configuration: Any) -> nn.Module:  # noqa: ANN401
-    return huggingface.build(configuration)
-
-
-def _first_block(student: nn.Module) -> tuple[int, int, int] | None:
-    """Its heads and neurons, and the width of the stream."""
-    for name, attention, heads in (
-        ("blocks.0", "attn", "num_heads"),
-        *((f"model.{kind}.layers.0", "attention", "num_attention_heads") for kind in ("vit", "deit")),
-    ):
-        try:
-            block = student.get_submodule(name)
-            neurons, width = block.get_parameter("mlp.fc1.weight").shape
-            return getattr(block.get_submodule(attention), heads), neurons, width
-        except AttributeError:
-            continue
-    return None
+def _widths(block: nn.Module, attention: str, heads: str) -> tuple[int, int, int]:
+    """Heads and neurons, and the width of the stream."""
+    neurons, width = block.get_parameter("mlp.fc1.weight").shape
+    return getattr(block.get_submodule(attention), heads), neurons, width
 
 
 def _ratio(neurons: int, width: int) -> float:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any, cast
 
 from timm.models.beit import Beit
 from timm.models.cait import Cait
@@ -70,8 +71,9 @@ def clear_channel_groups(model: nn.Module, others: Sequence[Group]) -> list[Grou
     Raises:
         UnclearError: Its channels stay whole.
     """
-    # The exact class: a subclass may compute something else. A model of transformers is inside of ours.
-    find = _FIND.get(type(model)) or _FIND_INSIDE.get(full_name(getattr(model, "model", model)))
+    find = _FIND.get(type(model))  # the exact class: a subclass may compute something else
+    if full_name(model) == _AROUND and full_name(model.get_submodule("model")) in _VITS_OF_TRANSFORMERS:
+        find = _transformers_vit
     if find is None:
         raise UnclearError(f"that of {KNOWN} can")
     groups = as_groups(find(model, {group.name for group in others}), others)
@@ -107,7 +109,7 @@ def _transformer(model: nn.Module, known: set[str]) -> list[Stream]:
 
 
 def _transformers_vit(model: nn.Module, known: set[str]) -> list[Stream]:
-    name = next(name for name in ("model.vit", "model.deit") if find_module(model, name) is not None)
+    name = f"model.{cast(Any, model).model.base_model_prefix}"
     stream = Stream(model, NAME, width_of(model, f"{name}.embeddings.patch_embeddings.projection"))
     stream.writes(f"{name}.embeddings.patch_embeddings.projection")
     tables = ("cls_token", "distillation_token", "mask_token", "position_embeddings")
@@ -281,11 +283,9 @@ _FIND: dict[type[nn.Module], Callable[[nn.Module, set[str]], list[Stream]]] = {
         }.items()
     },
 }
-_FIND_INSIDE = {
-    f"transformers.models.{name}": _transformers_vit
-    for name in (
-        "vit.modeling_vit.ViTForImageClassification",
-        "deit.modeling_deit.DeiTForImageClassification",
-        "deit.modeling_deit.DeiTForImageClassificationWithTeacher",
-    )
+_AROUND = "stepwell.models.huggingface_calls.Classifier"  # which lies above this file
+_VITS_OF_TRANSFORMERS = {
+    "transformers.models.vit.modeling_vit.ViTForImageClassification",
+    "transformers.models.deit.modeling_deit.DeiTForImageClassification",
+    "transformers.models.deit.modeling_deit.DeiTForImageClassificationWithTeacher",
 }

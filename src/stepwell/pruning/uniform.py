@@ -16,7 +16,7 @@ def uniform_widths(groups: Sequence[Group], heads: float, neurons: float, multip
     """Equal widths for all groups of a kind; the channels follow the heads.
 
     Args:
-        groups: Those of a model with equal blocks: see `has_equal_blocks`.
+        groups: Those of a model with equal blocks: see `unequal`.
         heads: Share of the heads of each block; at least one is left.
         neurons: Share of the neurons of each block.
         multiple: Numbers of neurons are multiples of it.
@@ -30,15 +30,16 @@ def uniform_widths(groups: Sequence[Group], heads: float, neurons: float, multip
     return {group.name: widths.get(group.kind, group.num_units * kept_heads // num_heads) for group in groups}
 
 
-def has_equal_blocks(groups: Sequence[Group]) -> bool:
-    """Whether all blocks have as many heads and neurons, and one stream runs through them in which a head can
-    have its share of the channels."""
+def unequal(groups: Sequence[Group]) -> str:
+    """Why a model cannot have equal blocks of fewer heads; nothing where all blocks have as many heads and
+    neurons, and one stream runs through them in which a head can have its share of the channels."""
     kinds = {kind: groups_of(groups, kind) for kind in ("head", "neuron", "channel")}
-    if len(groups) != sum(map(len, kinds.values())) or not all(kinds.values()) or len(kinds["channel"]) > 1:
-        return False
     sizes = {kind: {group.num_units for group in members} for kind, members in kinds.items()}
-    (num_heads, *more_heads), (num_channels,) = sizes["head"], sizes["channel"]
-    return not more_heads and len(sizes["neuron"]) == 1 and num_channels % num_heads == 0
+    others = len(groups) - sum(map(len, kinds.values()))
+    if others or len(kinds["channel"]) != 1 or len(sizes["head"]) != 1 or len(sizes["neuron"]) != 1:
+        return "its blocks differ in heads or neurons"
+    (heads,), (channels,) = sizes["head"], sizes["channel"]
+    return f"its {channels} channels cannot be shared out among {heads} heads" if channels % heads else ""
 
 
 def groups_of(groups: Sequence[Group], kind: str) -> list[Group]:

@@ -15,6 +15,7 @@ from torch.func import functional_call
 
 from stepwell.config.commands import CompressConfig
 from stepwell.errors import ConfigError, UnsupportedModelError
+from stepwell.models.huggingface_calls import Wrapped
 from stepwell.models.plain import plain_recipe
 from stepwell.models.teacher import Teacher
 from stepwell.pruning.channels import clear_channel_groups
@@ -22,7 +23,7 @@ from stepwell.pruning.dropped_blocks import droppable
 from stepwell.pruning.sections import last_groups
 from stepwell.pruning.skeleton import build_skeleton, leading_units, sort_units
 from stepwell.pruning.streams import UnclearError
-from stepwell.pruning.uniform import has_equal_blocks, uniform_widths
+from stepwell.pruning.uniform import unequal, uniform_widths
 from stepwell.pruning.units import Candidate, Group, tensors_of
 from stepwell.setting.repair import output_layers
 
@@ -44,7 +45,8 @@ def with_channels(
     Raises:
         UnsupportedModelError: Its channels cannot be cut.
     """
-    refused = f"--cut all: the residual stream of this {type(model).__name__} cannot be cut"
+    inside = model.model if isinstance(model, Wrapped) else model
+    refused = f"--cut all: the residual stream of this {type(inside).__name__} cannot be cut"
     instead = "--cut heads,neurons cuts what lies inside of blocks"
     try:
         channels = clear_channel_groups(model, groups)
@@ -91,13 +93,10 @@ def check_uniform(teacher: Teacher, groups: Sequence[Group], multiple: int) -> N
     Raises:
         ConfigError: It is not.
     """
-    reason = ""
     source = teacher.architecture.source
     if source not in ("timm", "transformers"):
-        reason = "neither timm nor transformers builds it"
-    elif not has_equal_blocks(groups):
-        reason = "its blocks differ in heads or neurons"
-    else:
+        reason = "it is not known how timm or transformers would build it"
+    elif not (reason := unequal(groups)):
         # Unequal shares: at equal ones every block has the teacher's ratio of neurons to width.
         halves = [uniform_widths(groups, 0.5, neurons, multiple) for neurons in (1.0, 0.3)]
         skeletons = (build_skeleton(teacher.model, groups, widths) for widths in halves)

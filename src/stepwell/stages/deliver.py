@@ -254,6 +254,11 @@ def _recipe(s: Setting, model: nn.Module) -> dict[str, object]:
     architecture = s.teacher.architecture
     recipe = plain_recipe(model, architecture)
     assert recipe is not None, "the grid has asked for it"
+    if architecture.source == "transformers":
+        recipe |= {
+            "id2label": dict(enumerate(s.classes)),
+            "label2id": {c: i for i, c in enumerate(s.classes)},
+        }
     return {architecture.source: recipe}
 
 
