@@ -18,6 +18,11 @@ def tables_of(folders: Path) -> dict[str, str]:
     Args:
         folders: Holds one folder of cells for each setting.
     """
+    both_weights = {
+        setting: words
+        for setting, words in EVERYWHERE.items()
+        if any((folders / setting).glob("stock-[0-9].json"))
+    }
     return {
         **{f"experiment-{folder.name}": experiment_table(folder) for folder in folders.iterdir()},
         "methods": methods_table(folders),
@@ -30,6 +35,7 @@ def tables_of(folders: Path) -> dict[str, str]:
         "rates": variants_table(folders, RATES),
         "chains": methods_table(folders, CHAINS, of="chain-0.3", settings=EVERYWHERE),
         "feature-weights": variants_table(folders, WEIGHTS),
+        "stock-weights": methods_table(folders, STOCK_WEIGHTS, of=OLD_STOCK, settings=both_weights),
         "searches": methods_table(folders, SEARCHES, of="single-step-unsearched", settings=EVERYWHERE),
         "dearer": methods_table(folders, DEARER, of="single-step-dearer"),
         "ladder": ladder_table(folders),
@@ -79,6 +85,10 @@ METHODS = {
     "labels": "labels only",
     "stock": "stock network",
 }
+OLD_STOCK = "stock-states-0.1"
+"""Run before the states of another architecture counted ten times: what stands for `stock` where that is
+missing, with a mark."""
+STOCK_WEIGHTS = {OLD_STOCK: "stock network, a weight of 1", "stock": "of 10"}
 STUDENTS = {
     "resnet44-few": "ResNet-44 to 10 %, 200 images a class of CIFAR-10",
     "resnet44-few-keep-0.2": "ResNet-44 to 20 %, the same images",
@@ -121,7 +131,8 @@ def methods_table(
         values = []
         for arm in columns:
             cells = arms.get(arm, [])
-            values.append(of_seeds([cell["top1"] for cell in cells]))
+            mark = " †" if arm == "stock" and any(cell["arm"] == OLD_STOCK for cell in cells) else ""
+            values.append(of_seeds([cell["top1"] for cell in cells]) + mark)
         rows.append(f"| {words} | {teacher:.1f} | {' | '.join(values)} |")
     return "\n".join(rows)
 
@@ -323,6 +334,8 @@ def cells_by_arm(folder: Path) -> dict[str, list[dict[str, Any]]]:
     for file in sorted(folder.glob("*.json")):
         cell = json.loads(file.read_text(encoding="utf-8"))
         arms.setdefault(cell["arm"], []).append(cell)
+    if OLD_STOCK in arms:
+        arms.setdefault("stock", arms[OLD_STOCK])
     if (auto := arms.get("auto")) and all(set(cell["epochs"]) == {"distill"} for cell in auto):
         alone = {cell["seed"]: cell for cell in arms["single-step"]}
         assert all(cell["top1"] == alone[cell["seed"]]["top1"] for cell in auto), folder

@@ -249,7 +249,7 @@ def arms() -> dict[str, dict[str, Any]]:
             found[f"{method}-states-{weight}"] = {**METHODS[method], "feature_weight": weight}
     for name, options in SEARCHED.items():
         found[name] = {**METHODS["single-step"], "lr": 1e-3, **options}
-    found["stock-states-10"] = {**METHODS["stock"], "feature_weight": 10}
+    found["stock-states-0.1"] = {**METHODS["stock"], "feature_weight": 0.1}
     for name, options in ASSISTANTS_TRIED.items():
         found[f"amd-{name}"] = {**METHODS["amd"], **options}
     for name, factor in LENGTHS.items():

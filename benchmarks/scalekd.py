@@ -85,9 +85,9 @@ ARMS: dict[str, dict[str, Any]] = {
     "CAP, TPP": {"feature_args": {"alternative": 0.0}},
     "ScaleKD, weight 0.1": {"feature_weight": 0.1},
     "ScaleKD, weight 10": {"feature_weight": 10.0},
-    "hidden states, weight 10": {
+    "hidden states, weight 0.1": {
         "feature_loss": "states",
-        "feature_weight": 10.0,
+        "feature_weight": 0.1,
         "task_weight": 0.5,
         "logit_weight": 0.5,
     },

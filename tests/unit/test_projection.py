@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -12,7 +13,7 @@ from stepwell.data.spec import InputSpec
 from stepwell.errors import ConfigError
 from stepwell.losses.distillation import make_distillation
 from stepwell.losses.output import Output, as_maps
-from stepwell.losses.projection import Projections
+from stepwell.losses.projection import ProjectedStates, Projections
 from stepwell.models.card import Architecture
 from stepwell.models.ladder import Ladder
 from stepwell.models.student import OtherStudent, build_student
@@ -59,6 +60,17 @@ def test_states_are_paired_from_the_end_on_the_smaller_grid():
     first, second = as_maps(teacher)
     assert torch.equal(theirs[0], first)
     torch.testing.assert_close(theirs[1][:, :, 0, 0], second[:, :, :2, :2].mean((2, 3)))
+
+
+def test_projected_states_count_ten_times_their_distance():
+    student, teacher = [torch.randn(2, 4, 8, 8), torch.randn(2, 6, 4, 4)], [torch.randn(2, 17, 10)] * 2
+    loss = ProjectedStates(student, teacher, "teacher-power")
+    pairs = zip(*loss.projections(student, teacher), strict=True)
+    shares = [
+        np.mean((ours.detach().numpy() - theirs.numpy()) ** 2) / np.mean(theirs.numpy() ** 2)
+        for ours, theirs in pairs
+    ]
+    assert loss(student, teacher).item() == pytest.approx(10 * np.mean(shares), rel=1e-5)
 
 
 def run_distill(folder, student, teacher, blocks, student_blocks) -> Trained:

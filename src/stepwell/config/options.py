@@ -179,9 +179,10 @@ class LossOptions(Options):
     FILE.py:FUNCTION. Choosing one also sets the weights and the temperature that its authors use, where none
     are given."""
     feature_loss: str = "states"
-    """On hidden states: states (squared distance, AMD's), fitnet, at, fsp, nst, ab, ft, vid, review, sp, ofa
-    or scalekd (for --student alone); on the features before the classifier: cc, rkd, pkt, crd or sskd, and
-    of masks cwd, skd, ifvd or cirkd; or FILE.py:FUNCTION."""
+    """On hidden states: states (squared distance, AMD's; ten times that for a student of another
+    architecture), fitnet, at, fsp, nst, ab, ft, vid, review, sp, ofa or scalekd (for --student alone); on the
+    features before the classifier: cc, rkd, pkt, crd or sskd, and of masks cwd, skd, ifvd or cirkd; or
+    FILE.py:FUNCTION."""
     logit_args: dict[str, float] = {}
     """Arguments of the logit loss as name=value, such as beta=6 for dkd."""
     feature_args: dict[str, float] = {}

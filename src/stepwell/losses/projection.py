@@ -17,6 +17,10 @@ from stepwell.losses.maps import at_smaller_size
 from stepwell.losses.networks import LossWithNetworks
 from stepwell.losses.output import as_maps
 
+TIMES = 10.0
+"""A slice begins with the teacher's own states. A student of another architecture knows nothing of them, and
+at the same weight hardly hears them beside labels and logits: docs/experiments.md, section 14."""
+
 
 class Projections(nn.Module):
     """Projects a student's states onto those of a teacher of another architecture.
@@ -52,7 +56,8 @@ class Projections(nn.Module):
 
 
 class ProjectedStates(LossWithNetworks):
-    """`state_loss` of a student of another architecture: between its projected states and the teacher's.
+    """`TIMES` the `state_loss` of a student of another architecture: between its projected states and the
+    teacher's.
 
     Args:
         student: One state of each block of the student, of any batch; only shapes are read.
@@ -68,7 +73,7 @@ class ProjectedStates(LossWithNetworks):
         self.scale: Literal["teacher-power", "raw"] = scale
 
     def forward(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Float[Tensor, ""]:
-        """The mean over the pairs of states."""
+        """`TIMES` the mean over the pairs of states."""
         with self.autocast:
             projected, targets = self.projections(student, teacher)
-        return state_loss(projected, targets, self.scale)
+        return TIMES * state_loss(projected, targets, self.scale)
