@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -36,17 +38,20 @@ def main() -> None:
     runs: dict[str, Any] = {}
     if FILE.exists():
         runs = {run["setting"]: run for run in json.loads(FILE.read_text(encoding="utf-8"))["runs"]}
-    for setting in SETTINGS:
-        widths = widths_of(setting)
-        if widths.keys() - runs.get(setting, {"ms": {}})["ms"].keys():
-            runs[setting] = {"setting": setting, **timed(setting, widths)}
+    for folder in sorted(CELLS.iterdir()):
+        setting = re.sub("-other-teachers?$", "", folder.name)
+        widths = widths_of(setting, folder)
+        if widths.keys() - runs.get(folder.name, {"ms": {}})["ms"].keys():
+            runs[folder.name] = {"setting": folder.name, **timed(setting, widths)}
             save("cut-students", list(runs.values()), hardware(), weights="random")
-            print(runs[setting], flush=True)
+            print(runs[folder.name], flush=True)
 
 
-def widths_of(setting: str) -> dict[str, dict[str, int]]:
+def widths_of(setting: str, folder: Path) -> dict[str, dict[str, int]]:
     """The student's widths of each arm that has been run."""
-    files = {arm: CELLS / setting / f"{arm}-0.json" for arm in (REPAIRED, *CUTS) if suits(setting, arm)}
+    if setting not in SETTINGS:
+        return {}
+    files = {arm: folder / f"{arm}-0.json" for arm in (REPAIRED, *CUTS) if suits(setting, arm)}
     return {
         arm: json.loads(file.read_text(encoding="utf-8"))["widths"]
         for arm, file in files.items()
