@@ -1,0 +1,38 @@
+"""`benchmarks/record.py`: cells of one folder are of one teacher."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from stepwell.data.spec import InputSpec
+from stepwell.errors import RunDirError
+from stepwell.models.card import Architecture, Card, save_model
+from tiny import tiny_vit
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+from record import one_teacher
+
+CARD = Card(
+    architecture=Architecture(source="factory", name="tiny"),
+    widths={},
+    classes=list("abcde"),
+    input=InputSpec((16, 16), 3, (0.5,) * 3, (0.5,) * 3),
+    provenance={"data_fingerprint": "some images"},
+)
+
+
+def test_cells_are_of_one_teacher_and_its_images(tmp_path):
+    for folder, seed, images in (("a", 0, "some images"), ("b", 1, "some images"), ("c", 0, "others")):
+        card = CARD.model_copy(update={"provenance": {"data_fingerprint": images}})
+        (tmp_path / folder).mkdir()
+        save_model(tmp_path / folder, tiny_vit(seed=seed), card)
+    one_teacher(tmp_path / "a", tmp_path / "cells")
+    one_teacher(tmp_path / "a", tmp_path / "cells")
+    for other in ("b", "c"):
+        with pytest.raises(
+            RunDirError, match=r"are of another teacher, or of other images, than .*--teacher"
+        ):
+            one_teacher(tmp_path / other, tmp_path / "cells")
