@@ -32,7 +32,5 @@ def test_cells_are_of_one_teacher_and_its_images(tmp_path):
     one_teacher(tmp_path / "a", tmp_path / "cells")
     one_teacher(tmp_path / "a", tmp_path / "cells")
     for other in ("b", "c"):
-        with pytest.raises(
-            RunDirError, match=r"of another teacher, or of other images, than .*--teacher"
-        ):
+        with pytest.raises(RunDirError, match=r"of another teacher, or of other images, than .*--teacher"):
             one_teacher(tmp_path / other, tmp_path / "cells")
