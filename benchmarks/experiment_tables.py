@@ -280,7 +280,6 @@ PLAIN = "single-step"
 CUTS = {
     PLAIN: "heads and neurons, or filters",
     "single-step-repair": "the same, `--repair`",
-    "single-step-finer": "the same in steps of 4",
     "cut-all": "`--cut all`",
     "cut-all-repair": "`--cut all --repair`",
     "cut-all-search": "`--cut all --shares search`",

@@ -226,7 +226,6 @@ DEARER = 1.5
 RATES = (0.5, 2.0, 4.0)
 # A student of the plain one's size, repaired, or of the plain one's MACs, cut otherwise.
 REPAIRED = "single-step-repair"
-FINER = "single-step-finer"  # the plain cut in the steps that others need to meet the budget
 CUTS: dict[str, dict[str, Any]] = {
     "cut-all": {},
     "cut-all-search": {"shares": "search"},
@@ -260,7 +259,6 @@ def arms() -> dict[str, dict[str, Any]]:
         found[f"{method}-rate-{factor:g}"] = {**METHODS[method], "rates": factor}
     found |= {name: options for name, (_, options) in BUDGETS.items()}
     found[REPAIRED] = {**METHODS["single-step"], "repair": True}
-    found[FINER] = METHODS["single-step"]
     found |= {name: {**METHODS["single-step"], "cut": "all", **options} for name, options in CUTS.items()}
     for share in SHARES:
         for assistant in ASSISTANTS:
@@ -286,8 +284,6 @@ def suits(name: str, arm: str) -> bool:
         return BUDGETS[arm][0] in SETTINGS[name]
     if arm in CHAINS:
         return CHAINS[arm][-1] > SETTINGS[name]["compress"]["keep_ratio"]
-    if arm == FINER:
-        return "finer" in SETTINGS[name]
     if arm == REPAIRED or arm in CUTS:
         return "macs" in SETTINGS[name] and arm not in SETTINGS[name].get("cannot", ())
     of_ladder = arm.startswith(("ladder", "single-step-0", "third-"))
@@ -368,7 +364,7 @@ def cell(
         **teacher,
         "budget_epochs": round(budget, 2),
         "lr": options_of_arm.pop("rates", 1) * of["compress"]["lr"],
-        **({"keep_ratio": None, "macs": of["macs"], **of.get("finer", {})} if arm in (FINER, *CUTS) else {}),
+        **({"keep_ratio": None, "macs": of["macs"], **of.get("finer", {})} if arm in CUTS else {}),
         **options_of_arm,
         "data": str(data),
         "seed": seed,
