@@ -24,8 +24,7 @@ def config_of(setting: str, arm: str):
 def test_cuts_differ_from_the_plain_student_in_what_is_cut_alone(setting):
     plain = config_of(setting, "single-step")
     cell_of_plain = json.loads((experiments.CELLS / setting / "single-step-1.json").read_text())
-    told = {"cut", "shares", "drop_blocks", "whole_last", "uniform", "repair"}
-    told |= {"path"}  # of the one that AMD cuts
+    told = {"cut", "shares", "drop_blocks", "whole_last", "uniform", "repair", "path"}  # AMD cuts one
     for arm in filter(lambda arm: suits(setting, arm), (REPAIRED, *CUTS)):
         config = config_of(setting, arm)
         changed = {name for name, value in config if value != getattr(plain, name)} - {"out_dir"}
