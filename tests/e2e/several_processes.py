@@ -1,5 +1,6 @@
 """What each of two processes runs for test_processes.py: all checks in one launch, since importing torch
-takes seconds. RANK and its like are in the environment; the words are the folder of results, teacher, images.
+takes seconds. RANK and its like are in the environment; the words are the folder of results, teacher, images,
+and the names of checks where not all are asked for.
 
 Every check runs in both processes, which must come to the same place; what it finds goes to OUT/RANK.json.
 """
@@ -10,11 +11,13 @@ import json
 import sys
 import traceback
 from collections.abc import Callable
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from small_world import MODEL, QUICK, TIMM, StopAt, Stopped, config_of, stepwell, watched, write_shards
 from torch import Tensor, nn
@@ -28,7 +31,7 @@ from stepwell.data.batches import Batch, EvalBatches, TrainBatches, images_per_p
 from stepwell.data.images import ImageSet
 from stepwell.data.spec import InputSpec
 from stepwell.data.splits import resolve_data
-from stepwell.errors import ConfigError, DataError
+from stepwell.errors import ConfigError, DataError, LostProcessError
 from stepwell.losses.choose import Pair
 from stepwell.losses.distillation import make_distillation
 from stepwell.losses.observe import Observed
@@ -38,16 +41,17 @@ from stepwell.models.card import load, read_card
 from stepwell.models.timm_models import create_timm
 from stepwell.paths.from_labels import LabelStep
 from stepwell.pruning.families import find_groups
-from stepwell.run import checkpoint, graphs, processes
+from stepwell.run import checkpoint, distributed, graphs, processes
 from stepwell.run.device import scaler_of
 from stepwell.run.distributed import (
+    LONGEST_EXCHANGE,
     LONGEST_WAIT,
     copy_from_main,
     from_main,
     from_main_with_tensors,
-    group_of,
     joined,
     mean_gradients,
+    talking,
     whole,
 )
 from stepwell.run.observer import Observer, Split
@@ -100,8 +104,18 @@ def check_who_is_who(out: Path, teacher: Path, data: Path) -> None:
     with alone():
         assert (rank(), world(), joined([3])) == (0, 1, [3])
     assert is_main() == (rank() == 0)
-    host = group_of(CPU)._get_backend(CPU).options
-    assert host._timeout == LONGEST_WAIT  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def check_one_that_hangs_is_noticed(out: Path, teacher: Path, data: Path) -> None:
+    """By the clock of an exchange; while the first one works by itself, the others wait far longer."""
+    host, waiting = (group._get_backend(CPU) for group in distributed._on_hosts())
+    found = [group.options._timeout for group in (host, waiting)]  # pyright: ignore[reportAttributeAccessIssue]
+    assert found == [LONGEST_EXCHANGE, LONGEST_WAIT]
+    short = dist.new_group(backend="gloo", timeout=timedelta(seconds=1))
+    if is_main():
+        with pytest.raises(LostProcessError, match="another one has ended or does not answer"), talking():
+            dist.all_reduce(torch.ones(1), group=short)
+    from_main(lambda: None)  # the other one, which took no part, goes on after that
 
 
 def check_an_error_of_the_first_is_one_of_all(out: Path, teacher: Path, data: Path) -> None:
@@ -513,9 +527,9 @@ def check_where_each_has_other_images(out: Path, teacher: Path, data: Path) -> N
         watched(StopAt("score"), "--teacher", teacher, "--data", other, "--out", out / "none", *QUICK)
 
 
-def run_checks(out: Path, teacher: Path, data: Path) -> dict[str, str]:
+def run_checks(out: Path, teacher: Path, data: Path, only: list[str]) -> dict[str, str]:
     checks: list[Callable[[Path, Path, Path], None]] = [
-        check for name, check in globals().items() if name.startswith("check_")
+        check for name, check in globals().items() if name.startswith("check_") and name in (only or [name])
     ]
     found = {}
     for check in checks:
@@ -528,14 +542,17 @@ def run_checks(out: Path, teacher: Path, data: Path) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    out, teacher, data = map(Path, sys.argv[1:])
+    out, teacher, data = map(Path, sys.argv[1:4])
+    only = sys.argv[4:]
     torch.set_num_threads(1)
     checkpoint.SECONDS_BETWEEN, checkpoint.TIMES_AS_LONG, checkpoint.MOVES_BETWEEN = 0.0, 0, 1
     processes.PATIENCE = 0.5
     with pytest.MonkeyPatch.context() as monkeypatch:
         conftest.without_files(monkeypatch)
-        found = run_checks(out, teacher, data)
+        found = run_checks(out, teacher, data, only)
     (out / f"{rank()}.json").write_text(json.dumps(found))
+    if only:
+        sys.exit()
     # Last: one fails by itself, and the other must not wait for it.
     print("--- one fails", file=sys.stderr, flush=True)
     given = data if is_main() else data / "nothing"

@@ -152,8 +152,8 @@ def test_one_that_fails_stops_the_other(launched: Launched):
     (line,) = second
     assert line.startswith("stepwell: ")
     assert "nothing" in line
-    assert first[-1].startswith("stepwell: process 0 of 2: another one has ended (")
-    assert first[-1].endswith("); it has said why, unless it was killed")
+    assert first[-1].startswith("stepwell: process 0 of 2: another one has ended or does not answer (")
+    assert first[-1].endswith("); it has said why, unless it was killed or hangs")
     assert not [said for said in launched.said if "Traceback" in said]
 
 
@@ -172,6 +172,18 @@ def launch(*words: object) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     given = [str(word) for word in words]
     return subprocess.run(given, env=environment, capture_output=True, text=True, timeout=900, check=False)
+
+
+@pytest.mark.slow
+def test_four_processes_come_to_what_one_does(launched: Launched, teacher: Path, data: Path, tmp_path: Path):
+    """All weights of all runs: joint, distill, MMD, losses that relate or remember images, kept answers."""
+    four = started(4, HERE / "several_processes.py", tmp_path, teacher, data, "check_runs")
+    said = [process.communicate(timeout=600)[1] for process in four]
+    assert [process.returncode for process in four] == [0] * 4, said
+    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(4)]
+    assert found == [{"check_runs": ""}] * 4
+    for name in (*RUNS, "mixed"):
+        assert_same_to_rounding(tmp_path / name, launched.alone / name)
 
 
 @pytest.mark.slow

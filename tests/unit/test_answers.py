@@ -8,6 +8,7 @@ from test_cost import costs
 
 from stepwell.config.commands import CompressConfig
 from stepwell.config.files import make_config
+from stepwell.data import feed
 from stepwell.data.batches import TrainBatches
 from stepwell.data.spec import InputSpec
 from stepwell.errors import ConfigError, ModelError
@@ -60,6 +61,13 @@ def batches(tmp_path, number=20, **options) -> TrainBatches:
     config = make_config(CompressConfig, {"batch_size": 6, "workers": 0, **options})
     images = image_set(tmp_path, number)
     return TrainBatches(images, InputSpec((8, 8), 3, (0.5,) * 3, (0.25,) * 3), config, 0, CPU, recipe=config)
+
+
+@pytest.mark.parametrize("limit", [0, 2**20])
+def test_a_process_without_images_has_no_view_of_any(tmp_path, monkeypatch, limit):
+    """Of a last part with fewer images than processes; whether images are decoded or held in memory."""
+    monkeypatch.setattr(feed, "MEMORY_LIMIT", limit)
+    assert list(batches(tmp_path).of_view(0, range(5, 5))) == []
 
 
 @pytest.mark.parametrize("augment", ["crop", "affine", "resized-crop"])

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from stepwell.cli import main
-from stepwell.config.commands import CompareConfig, CompressConfig
+from stepwell.config.commands import CompareConfig, CompressConfig, TrainConfig
 from stepwell.config.files import make_config
 from stepwell.data.batches import images_per_process, part_of_batch
 from stepwell.errors import ConfigError, DataError, LostProcessError
 from stepwell.run import distributed, processes
-from stepwell.run.device import find_device
-from stepwell.run.processes import alone, is_main, rank, wait_for_the_end, world
+from stepwell.run.device import find_device, set_up_torch
+from stepwell.run.processes import alone, check_precision, is_main, rank, wait_for_the_end, world
 
 
 @pytest.fixture
@@ -38,13 +38,27 @@ def test_a_plain_run_is_a_world_of_one(monkeypatch):
 def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch, capsys, tmp_path):
     """Else each would write a run of its own into the same folder."""
     words = ["inspect", str(tmp_path / "nothing")]
-    for number in ("1", "4"):
-        monkeypatch.setenv("SLURM_STEP_NUM_TASKS", number)
+    for variable, who in (("SLURM_STEP_NUM_TASKS", "srun"), ("OMPI_COMM_WORLD_SIZE", "mpirun")):
+        for number in ("1", "4"):
+            monkeypatch.setenv(variable, number)
+            assert main(words) == 2
+            assert (f"{who} has started 4 processes" in capsys.readouterr().err) == (number == "4")
+        monkeypatch.setenv("LOCAL_RANK", "0")  # torchrun has started this one
         assert main(words) == 2
-        assert ("srun has started 4 processes" in capsys.readouterr().err) == (number == "4")
-    monkeypatch.setenv("LOCAL_RANK", "0")  # torchrun has started this one
-    assert main(words) == 2
-    assert "srun" not in capsys.readouterr().err
+        assert who not in capsys.readouterr().err
+        monkeypatch.delenv("LOCAL_RANK")
+        monkeypatch.delenv(variable)
+
+
+def test_a_number_format_that_a_launcher_asks_for_is_not_ignored(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    check_precision("fp32")  # no launcher has started this one
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    check_precision("bf16")
+    with pytest.raises(ConfigError, match="asks for bf16, and --precision is fp32: give both the same"):
+        set_up_torch(TrainConfig())
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    check_precision("fp32")
 
 
 @pytest.mark.usefixtures("second_of_three")

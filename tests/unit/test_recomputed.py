@@ -328,7 +328,7 @@ def test_it_takes_less_memory_and_doctor_knows_how_much(make):
     plain, ours = (peak(make(), recomputed=recomputed) - gradients for recomputed in (False, True))
     assert ours < 0.65 * plain
     for measured, recomputed in ((plain, False), (ours, True)):
-        counted = activation_bytes(make(), SPEC, 32, recomputed=recomputed)
+        counted = activation_bytes(make(), SPEC, 32, "fp32", recomputed=recomputed)
         assert 0.6 < measured / counted < 1.4, (measured, counted, recomputed)
 
 

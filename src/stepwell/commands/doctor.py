@@ -34,6 +34,7 @@ from stepwell.paths.begin import require
 from stepwell.paths.path import say_what_is_not_read
 from stepwell.paths.probe import with_head
 from stepwell.pruning import generic
+from stepwell.pruning.blocks import compared_blocks
 from stepwell.pruning.families import names_by_family
 from stepwell.pruning.ranking import uniform_scores
 from stepwell.pruning.skeleton import build_skeleton
@@ -83,7 +84,7 @@ def run(config: DoctorConfig) -> str:
         if config.plan:
             takes = plan_lines(Asked(config, teacher, known_groups(model), [], student, data, task))
         else:
-            takes = roughly(config, data, teacher, [student.model], student, beside, before)
+            takes = roughly(config, data, teacher, [student.model], student, student.blocks, beside, before)
         return "\n".join([*lines, *takes, *others[1:], *class_lines])
     if is_dense(model):
         teacher = with_parts(teacher)
@@ -106,7 +107,8 @@ def run(config: DoctorConfig) -> str:
     if config.plan:
         takes = plan_lines(Asked(config, teacher, groups, candidates, student, data, task))
     else:
-        takes = roughly(config, data, teacher, skeletons, student, [*sizes, *beside], before)
+        blocks = compared_blocks(groups, config.feature_layers)
+        takes = roughly(config, data, teacher, skeletons, student, blocks, [*sizes, *beside], before)
     lines = [
         f"{config.teacher}: supported ({'; '.join(_found_by(model, groups))})",
         *_sizes(model, spec),

@@ -137,7 +137,8 @@ def _table(alone: Forecast, shared: Forecast | None, devices: int) -> str:
 
 
 def _bytes(price: Price) -> tuple[str, str]:
-    memory = f"{price.memory / 2**30:.2f} GiB" if price.memory else ""
+    unit, size = ("GiB", 2**30) if price.memory >= 2**30 else ("MiB", 2**20)
+    memory = f"{price.memory / size:.3g} {unit}" if price.memory else ""
     disk = price.kept + price.passing
     return memory, f"{disk / 2**20:,.1f} MiB" if disk else ""
 
@@ -170,8 +171,8 @@ def _assumed(config: DoctorConfig, images: Images, alone: Forecast, shared: Fore
             "the teacher in parts: its weights are gathered in each step that asks it, at the same rate; "
             "scoring, which the whole one does on the CPU, was timed on this device"
         )
-    parts.append(
-        "memory and disk are counted, with checkpoints; not in it: loading and checks before the first "
-        "stage, the report after the last, other programs"
-    )
+    without = "loading and checks before the first stage, the report after the last, other programs"
+    if config.compile:
+        without += ", what compiling takes before each model's first step"
+    parts.append(f"memory and disk are counted, with checkpoints; not in it: {without}")
     return f"assumes {'; '.join(parts)}"

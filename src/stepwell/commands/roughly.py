@@ -27,6 +27,7 @@ def roughly(
     teacher: Teacher,
     skeletons: Sequence[nn.Module],
     student: OtherStudent | None,
+    blocks: tuple[str, ...],
     beside: Sequence[nn.Module],
     before: Sequence[Teacher],
 ) -> list[str]:
@@ -41,6 +42,7 @@ def roughly(
         teacher: Shapes will do.
         skeletons: Of the candidates.
         student: Of another architecture, if there is one.
+        blocks: Of what is trained, whose outputs are compared.
         beside: What else is handed out.
         before: Further teachers.
     """
@@ -73,7 +75,7 @@ def roughly(
     passes = of_student * config.equal_trainings + bill.get("more sizes", 0.0)
     passes += costs.probing + costs.answering
     seconds = seconds_of(passes * total, device)
-    losses = path.losses(len(scales), config)
+    losses = path.losses(len(scales), config).of(model, config.observed(blocks))
     memory, disk = memory_and_disk(config, model, skeletons, spec, num_train, losses)
     memory += 4 * sum(num_params(t.model) for t in before) + 16 * loss.num_params
     disk += 24 * loss.num_params  # in two checkpoints of which one is being written

@@ -148,8 +148,10 @@ class TrainBatches:
             yield batch
 
     def of_view(self, view: int, images: range) -> Iterator[Batch]:
-        """One of the views of some images, in their order."""
-        return self._of_view(view, torch.arange(images.start, images.stop).split(self.images_per_process))
+        """One of the views of some images, in their order; of no images none, as processes may have."""
+        # An empty tensor is split into one empty chunk.
+        chunks = torch.arange(images.start, images.stop).split(self.images_per_process) if images else ()
+        return self._of_view(view, chunks)
 
     def _of_view(self, view: int, chunks: Sequence[Tensor]) -> Iterator[Batch]:
         # A seed without a training's name: all of them see the same views.

@@ -1,19 +1,27 @@
-"""What a run will take, before it is begun: seconds, memory and disk, each within a factor of two."""
+"""What a run will take, before it is begun: seconds and disk within a factor of two, memory within a fifth.
+
+tests/unit/test_memory.py compares memory with what steps of three models took on a GPU.
+"""
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
 from stepwell.config.commands import CompressConfig
 from stepwell.data.spec import InputSpec
 from stepwell.losses.choose import memory_bytes
+from stepwell.losses.observe import Observed
 from stepwell.measure.size import num_params, shadow_of
 from stepwell.pruning.skeleton import build_skeleton
 from stepwell.training.recomputed import recomputed_blocks
@@ -26,21 +34,23 @@ EFFICIENCY = 0.4
 class Losses:
     """How many losses, each with a memory of its own, a path keeps at once, and how many a step computes.
 
-    `last_map` is as `memory_bytes` has it.
+    `last_map` is as `memory_bytes` has it; `states` are the blocks whose outputs are compared.
     """
 
     kept: int = 1
     in_a_step: int = 1
     last_map: tuple[int, int] = (0, 0)
+    states: tuple[str, ...] = ()
 
-    def of(self, teacher: nn.Module) -> Losses:
-        """The same, for the maps of this teacher."""
+    def of(self, teacher: nn.Module, states: tuple[str, ...]) -> Losses:
+        """The same, for the maps of this teacher, and these blocks of the student."""
+        here = replace(self, states=states)
         name = getattr(teacher, "last_convolution", "")
         weights = list(teacher.get_submodule(name).parameters()) if name else []
         kernels = [weight for weight in weights if weight.ndim == 4]  # several where it is taken apart
         if not kernels:
-            return self
-        return replace(self, last_map=(kernels[0].shape[0], sum(kernel.shape[1] for kernel in kernels)))
+            return here
+        return replace(here, last_map=(kernels[0].shape[0], sum(kernel.shape[1] for kernel in kernels)))
 
 
 def seconds_of(macs: float, device: torch.device) -> float:
@@ -89,7 +99,12 @@ def footprint(
     # What relates images or remembers them is computed of the whole batch on each device.
     banks, read = memory_bytes(config, num_train, batch_size * devices, losses.last_map)
     activations = activation_bytes(
-        trained, spec, batch_size * config.views, recomputed=config.gradient_checkpointing
+        trained,
+        spec,
+        batch_size * config.views,
+        config.precision,
+        recomputed=config.gradient_checkpointing,
+        states=losses.states,
     )
     # Of every trained parameter: weight, gradient, the average, and of a part, or of all, two moments.
     moments = 8 / (devices if config.shard_optimizer else 1)
@@ -133,9 +148,9 @@ def memory_and_disk(
         skeletons: Of the candidates, the largest last.
         spec: Input of the teacher.
         num_train: Training images.
-        losses: Of the path.
+        losses: Of the path, with the blocks that are compared.
     """
-    frozen, losses = num_params(model), losses.of(model)
+    frozen = num_params(model)
     found = footprint(config, frozen, skeletons[-1], spec, config.batch_size, num_train, losses)
     # The store and the students, and while it trains the checkpoints.
     return found.memory, found.kept + 16 * num_params(skeletons[0]) + found.passing
@@ -155,21 +170,41 @@ def macs_per_second(device: torch.device) -> float:
     return 4 * size**3 / seconds
 
 
-def activation_bytes(model: nn.Module, spec: InputSpec, batch_size: int, *, recomputed: bool = False) -> int:
-    """Bytes that autograd keeps between forward and backward, counted on the meta device.
+def activation_bytes(
+    model: nn.Module,
+    spec: InputSpec,
+    batch_size: int,
+    precision: str,
+    *,
+    recomputed: bool = False,
+    states: Sequence[str] = (),
+) -> int:
+    """Bytes that lie there between forward and backward, counted on tensors that have shapes and no values.
 
-    A forward pass that wants the values of tensors, which have none there, runs on the CPU, on two images.
+    A forward pass that wants values runs on the CPU, on two images. Which operations compute in half of the
+    bytes is what torch's autocast says of a CPU.
 
     Args:
         model: What is trained.
         spec: Its input.
         batch_size: Images.
+        precision: Number format of the forward pass.
         recomputed: Whether of each block the input alone is kept, and the rest of one block at a time.
+        states: Blocks whose outputs are compared with a teacher's, which are taken to be as large. Both are
+            compared in fp32.
     """
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    counted = partial(_bytes_of_pass, dtype=dtype, recomputed=recomputed, states=states)
     try:
-        return _kept_bytes(build_skeleton(model, [], {}).to("meta"), spec, batch_size, recomputed)
+        skeleton = build_skeleton(model, [], {})
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            return counted(skeleton, _images(batch_size, spec))
     except Exception:  # whatever it raises where it finds no values
-        return _kept_bytes(shadow_of(model, "cpu"), spec, 2, recomputed) * batch_size // 2
+        return counted(shadow_of(model, "cpu"), _images(2, spec)) * batch_size // 2
+
+
+def _images(number: int, spec: InputSpec) -> Tensor:
+    return torch.zeros(number, spec.channels, *spec.size)
 
 
 class _Kept:
@@ -191,17 +226,30 @@ class _Kept:
         return torch.autograd.graph.saved_tensors_hooks(self.add, lambda tensor: tensor)
 
 
-def _kept_bytes(model: nn.Module, spec: InputSpec, batch_size: int, recomputed: bool) -> int:
+def _bytes_of_pass(
+    model: nn.Module,
+    images: Tensor,
+    dtype: torch.dtype | None,
+    recomputed: bool,
+    states: Sequence[str],
+) -> int:
     kept, of_blocks = _Kept(), [0]
     if recomputed:
         for block in recomputed_blocks(model).values():
             block.forward = _counted_apart(block.forward, kept, of_blocks)
-    parameters = [p.requires_grad_() for p in model.train().parameters()]
-    images = torch.zeros(batch_size, spec.channels, *spec.size, device=parameters[0].device)
-    with kept.hooks():
-        output = model(images)
-    del output
-    return kept.total + max(of_blocks)
+    known = dict(model.named_modules())
+    observed = Observed(model.train(), [block for block in states if block in known])
+    values = {
+        name: torch.zeros(tensor.shape, dtype=tensor.dtype).requires_grad_(isinstance(tensor, nn.Parameter))
+        for name, tensor in itertools.chain(observed.named_parameters(), observed.named_buffers())
+    }
+    with kept.hooks(), torch.autocast("cpu", dtype, enabled=dtype is not None):
+        output = functional_call(observed, values, (images,))
+    compared = output.in_full_precision().states
+    of_teacher = sum(state.nbytes for state in compared)
+    for state in compared:
+        kept.add(state)
+    return kept.total + max(of_blocks) + of_teacher
 
 
 def _counted_apart(forward: Callable[..., Any], kept: _Kept, of_blocks: list[int]) -> Callable[..., Any]:

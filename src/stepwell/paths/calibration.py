@@ -120,7 +120,7 @@ class Calibration:
         seconds = reading + seconds_of_all(run, len(batches), s.device)
         # Of a batch's mean gradient a device computes whole batches.
         size = self.share * (self.devices if s.config.score_reduction == "batch" else 1)
-        kept = activation_bytes(s.model, s.spec, min(size, s.config.score_images))
+        kept = activation_bytes(s.model, s.spec, min(size, s.config.score_images), s.config.precision)
         return Price(seconds / len(batches.labels), 4 * num_params(s.model) + kept)
 
     def _forward(self, scale: float) -> Price:
@@ -144,7 +144,7 @@ class Calibration:
         *_, course = joint.courses_of(s, _no_stage("joint"), step, 1.0)
         seconds, timed = seconds_of_training_step(course, step, s.train, s.config, s.config)
         seconds *= usual_step(s, ladder, timed)
-        losses = self.way.losses(len(ladder.candidates), s.config)
+        losses = self.way.losses(len(ladder.candidates), s.config).of(s.model, s.blocks)
         return self._price(seconds, shared.skeletons[-1], self._num_answering, losses)
 
     def _step(self, student: float, teachers: Sequence[float], drop: int) -> Price:
@@ -155,7 +155,8 @@ class Calibration:
         seconds, _ = seconds_of_training_step(course, step, s.train, s.config, s.config)
         # The teacher lies there, whether it teaches or not.
         frozen = self._num_answering + sum(num_params(r.model) for r in uppers if r.candidate is not None)
-        losses = Losses(len(uppers), max(1, len(uppers) - drop))
+        compared, _ = s.compared(student == s.other_scale)
+        losses = Losses(len(uppers), max(1, len(uppers) - drop)).of(s.model, compared)
         return self._price(seconds, lower.model, frozen, losses, asks_teacher=1.0 in teachers)
 
     def _price(
@@ -175,7 +176,7 @@ class Calibration:
             s.spec,
             self.share,
             self.num_train,
-            losses.of(s.model),
+            losses,
             self.devices,
         )
         seconds *= self.share / s.train.batch_size

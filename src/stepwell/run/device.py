@@ -9,11 +9,16 @@ import torch
 
 from stepwell.config.options import TrainingOptions
 from stepwell.errors import ConfigError
-from stepwell.run.processes import local_rank, world
+from stepwell.run.processes import check_precision, local_rank, world
 
 
 def set_up_torch(options: TrainingOptions) -> torch.device:
-    """Seed torch, give it its threads, and return the device of a run."""
+    """Seed torch, give it its threads, and return the device of a run.
+
+    Raises:
+        ConfigError: torch cannot use the device, or a launcher asks for another number format.
+    """
+    check_precision(options.precision)
     torch.manual_seed(options.seed)
     if options.threads is not None:
         torch.set_num_threads(options.threads)

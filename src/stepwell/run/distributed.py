@@ -29,11 +29,13 @@ T = TypeVar("T")
 LONGEST_WAIT = timedelta(days=7)
 """For the first process, which may look for a latency or make files for hours while the others wait. One that
 is gone is noticed at once, by its sockets."""
+LONGEST_EXCHANGE = timedelta(minutes=30)
+"""For what all compute alike: who is not there by then hangs, or its machine is lost without a word."""
 
 
 @cache
-def _host() -> dist.ProcessGroup:
-    """Join the others, who do so at the same place; the group for what lies on the CPU."""
+def _on_hosts() -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+    """Join the others, who do so at the same place; the groups for what lies on the CPU, and for waiting."""
     try:
         from accelerate import PartialState  # late: a plain run has no need of it
     except ImportError:
@@ -41,9 +43,15 @@ def _host() -> dist.ProcessGroup:
             "several processes need Accelerate: pip install 'stepwell[many]', or run a single one"
         ) from None
     PartialState(cpu=not torch.cuda.is_available())
-    group = dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
-    assert isinstance(group, dist.ProcessGroup), "every process is in it"
-    return group
+    host, waiting = (dist.new_group(backend="gloo", timeout=t) for t in (LONGEST_EXCHANGE, LONGEST_WAIT))
+    assert isinstance(host, dist.ProcessGroup), "every process is in it"
+    assert isinstance(waiting, dist.ProcessGroup), "likewise"
+    return host, waiting
+
+
+def _host() -> dist.ProcessGroup:
+    """The group for what lies on the CPU."""
+    return _on_hosts()[0]
 
 
 def group_of(device: torch.device) -> dist.ProcessGroup:
@@ -62,7 +70,7 @@ def _group(tensor: Tensor) -> dist.ProcessGroup | None:
 
 @contextmanager
 def talking() -> Iterator[None]:
-    """Where another process has ended, gloo and nccl raise whatever their sockets do.
+    """Where another process has ended or hangs, gloo and nccl raise whatever their sockets or clocks do.
 
     Raises:
         LostProcessError: That has happened inside.
@@ -74,8 +82,8 @@ def talking() -> Iterator[None]:
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:120]
         raise LostProcessError(
-            f"process {rank()} of {world()}: another one has ended ({reason}); it has said why, unless it "
-            f"was killed"
+            f"process {rank()} of {world()}: another one has ended or does not answer ({reason}); it "
+            f"has said why, unless it was killed or hangs"
         ) from None
 
 
@@ -86,7 +94,7 @@ def join() -> None:
 
 def leave() -> None:
     """Part from the others, at the end of a command."""
-    if _host.cache_info().currsize:
+    if _on_hosts.cache_info().currsize:
         dist.destroy_process_group()
 
 
@@ -106,7 +114,7 @@ def from_main(function: Callable[[], T]) -> T:
         except StepwellError as error:
             outcome[1] = error
     with talking():
-        dist.broadcast_object_list(outcome, src=0, group=_host())
+        dist.broadcast_object_list(outcome, src=0, group=_on_hosts()[1])
     value, error = outcome
     if error is not None:
         raise error

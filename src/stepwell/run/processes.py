@@ -18,6 +18,9 @@ from stepwell.errors import ConfigError, LostProcessError, StepwellError
 PATIENCE = 30.0
 """Seconds in which a launcher ends all processes after the first of them has failed."""
 
+_NO_LAUNCHERS = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpiexec"}
+"""What says how many processes there are, though nobody has told them of each other."""
+
 _is_alone = False
 
 
@@ -30,13 +33,28 @@ def check_launcher() -> None:
     """Refuse to be one of several processes that do not know of each other: each would be a run of its own.
 
     Raises:
-        ConfigError: Slurm has started several, and no launcher.
+        ConfigError: Slurm or MPI has started several, and no launcher.
     """
-    number = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
-    if "LOCAL_RANK" not in os.environ and number != "1":
+    if "LOCAL_RANK" not in os.environ:
+        for name, who in _NO_LAUNCHERS.items():
+            if (number := os.environ.get(name, "1")) != "1":
+                raise ConfigError(
+                    f"{who} has started {number} processes, which do not know of each other: let it start "
+                    f"torchrun, once on each machine (examples/cluster/slurm.sh), or a single process"
+                )
+
+
+def check_precision(precision: str) -> None:
+    """Refuse to compute in another number format than the launcher was told.
+
+    Raises:
+        ConfigError: They differ.
+    """
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no") if "LOCAL_RANK" in os.environ else "no"
+    if asked not in ("no", precision):
         raise ConfigError(
-            f"srun has started {number} processes, which do not know of each other: let it start torchrun, "
-            f"once on each machine (examples/cluster/slurm.sh), or a single process (--ntasks 1)"
+            f"accelerate launch asks for {asked}, and --precision is {precision}: give both the same, or "
+            f"--mixed_precision no to the launcher"
         )
 
 
