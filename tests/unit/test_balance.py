@@ -21,7 +21,7 @@ from stepwell.models.plain import plain_recipe
 from stepwell.models.teacher import Teacher
 from stepwell.pruning.channels import channel_groups
 from stepwell.pruning.families import find_groups
-from stepwell.pruning.ranking import Balance, uniform_scores
+from stepwell.pruning.ranking import Balance, uniform_scores, widths_at
 from stepwell.pruning.skeleton import build_skeleton
 from stepwell.pruning.uniform import unequal, uniform_widths
 from stepwell.setting.channels import check_uniform
@@ -102,6 +102,15 @@ def test_a_model_of_convolutions_has_no_heads():
     groups = [*groups, *channel_groups(model, groups)]
     equal = make_grid(groups, uniform_scores(groups), [0.4], GridOptions())[0].widths
     assert search(model, groups, uniform_scores(groups), equal).heads == 1.0
+
+
+@pytest.mark.parametrize(("least", "kept"), [(0, 1), (2, 2), (99, 6)])
+def test_uniform_widths_keep_as_many_heads_as_are_asked_for(vit, least, kept):
+    _, groups = vit
+    options = GridOptions(min_heads_per_layer=least)
+    widths = widths_at(groups, uniform_scores(groups), 0.1, 0.5, options, Balance(uniform=True))
+    assert {widths[g.name] for g in groups if g.kind == "head"} == {kept}
+    assert {widths[g.name] for g in groups if g.kind == "channel"} == {64 * kept}
 
 
 def test_uniform_widths_follow_the_heads(vit):

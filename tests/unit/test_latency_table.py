@@ -22,6 +22,7 @@ from stepwell.measure.size import count_macs
 from stepwell.pruning.channels import channel_groups
 from stepwell.pruning.families import find_groups
 from stepwell.pruning.ranking import Balance, kept_counts, round_widths, uniform_scores
+from stepwell.pruning.sections import last_groups
 from stepwell.pruning.skeleton import build_skeleton
 from stepwell.stages.grid import make_grid
 
@@ -141,6 +142,27 @@ def test_a_model_without_heads_has_a_smaller_table():
     equal = make_grid(groups, uniform_scores(groups), [0.4], CompressConfig())[0].widths
     prices = Timed(table, 0.4, counted_macs(model, SPEC, groups, equal))
     assert searched(groups, uniform_scores(groups), prices) != Balance()
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "beit_base_patch16_224", "eva02_tiny_patch14_224"])
+def test_a_last_block_that_stays_whole_reads_what_is_left_of_the_stream(name):
+    model = timm.create_model(name, depth=2, num_classes=5)
+    groups = find_groups(model)
+    groups = [*groups, *channel_groups(model, groups)]
+    (heads, last_heads) = [group for group in groups if group.kind == "head"]
+    seen: list[tuple[int, ...]] = []
+
+    def clock(skeleton):
+        layers = [group.slices[0].tensor.rpartition(".")[0] for group in (heads, last_heads)]
+        seen.append(tuple(skeleton.get_submodule(layer).weight.shape[0] for layer in layers))
+        return count_macs(skeleton, InputSpec((224, 224), 3, (0.5,) * 3, (0.5,) * 3)) / 1e6
+
+    table = measured_table(
+        model, groups, uniform_scores(groups), CompressConfig(), clock, last_groups(groups)
+    )
+    assert len({first for first, _ in seen}) > 1
+    assert len({last for _, last in seen}) == 1
+    assert len(table.milliseconds) == len(KNOTS) ** 3
 
 
 def test_a_real_clock():

@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 from test_channels import convnext, swin, vit
+from timm.layers import Conv2dSame, StdConv2d
 from torch import Tensor, nn
 
 import stepwell.zoo  # noqa: F401  (whose models timm then knows)
@@ -15,7 +16,8 @@ from stepwell.pruning.channels import channel_groups
 from stepwell.pruning.families import find_groups
 from stepwell.pruning.skeleton import build_skeleton, fill, leading_units
 from stepwell.pruning.units import Group, tensors_of
-from stepwell.setting.repair import output_layers, repair
+from stepwell.setting.repair import _can_be_fitted, output_layers, repair
+from stepwell.training.statistics import recalibrate
 from tiny import random_images, tiny_vit
 
 BATCHES = [
@@ -116,6 +118,59 @@ def test_narrower_models_come_nearer_to_the_teacher(name: str) -> None:
     repair(student, model, layers, kept, sizes)
     after = [error(layer) for layer in layers]
     assert sum(after) < 0.8 * sum(before)
+
+
+def test_behind_norms_with_statistics_layers_are_fitted_to_what_these_return() -> None:
+    """Each layer that is fitted changes what the norm behind it reads."""
+    model = shaken(lambda: timm.create_model("cifar_resnet20", num_classes=4)).float().requires_grad_(False)
+    images = [Batch(random_images(32, seed=i, size=32), *BATCHES[0][1:]) for i in range(3)]
+    images = [batch._replace(labels=torch.zeros(32, dtype=torch.int64)) for batch in images]
+    recalibrate(model, model, images)
+    groups = find_groups(model)
+    student = cut(model, groups, 0.5)
+    recalibrate(student, student, images)
+
+    def error() -> float:
+        return sum(
+            (output_of(student, name, images[0].images) - output_of(model, name, images[0].images))
+            .square()
+            .mean()
+            .item()
+            for name in output_layers(model, groups)
+        )
+
+    before = error()
+    repair(student, model, output_layers(model, groups), {}, images)
+    after = error()
+    assert after < 0.6 * before, (after, before)
+    stored = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    recalibrate(student, student, images)
+    for name, tensor in student.state_dict().items():
+        torch.testing.assert_close(tensor, stored[name], msg=f"{name}: its statistics are its own at the end")
+
+
+class Cosine(nn.Linear):
+    """What classifiers of faces have: no product of its weight with what it reads."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return 16 * nn.functional.linear(nn.functional.normalize(input), nn.functional.normalize(self.weight))
+
+
+@pytest.mark.parametrize(
+    ("layer", "is_fitted"),
+    [
+        (lambda: nn.Linear(4, 4), True),
+        (lambda: nn.MultiheadAttention(4, 2).out_proj, True),  # a subclass that computes the same
+        (lambda: Cosine(4, 4), False),
+        (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), False),
+        (lambda: nn.Conv2d(4, 4, 3), True),
+        (lambda: Conv2dSame(4, 4, 1), True),
+        (lambda: Conv2dSame(4, 4, 3), False),
+        (lambda: StdConv2d(4, 4, 1), False),
+    ],
+)
+def test_what_is_no_product_with_its_weight_is_left_alone(layer, is_fitted: bool) -> None:
+    assert _can_be_fitted(layer()) == is_fitted
 
 
 def patches(x: Tensor, layer: nn.Conv2d) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import timm
 import torch
@@ -9,8 +11,9 @@ import torch
 from stepwell.config.commands import CompressConfig
 from stepwell.config.path_options import GridOptions
 from stepwell.data.spec import InputSpec
-from stepwell.measure.size import count_macs, macs_by_module
+from stepwell.measure.size import count_macs, macs_by_module, num_params
 from stepwell.measure.whole import little_saved, narrower
+from stepwell.pruning.channels import channel_groups
 from stepwell.pruning.families import find_groups
 from stepwell.pruning.ranking import uniform_scores
 from stepwell.pruning.skeleton import build_skeleton
@@ -46,15 +49,39 @@ def test_another_budget_needs_no_word(budget):
     assert told("mobilevitv2_050", SPEC, 0.1, CompressConfig(**budget)) is None
 
 
-@pytest.mark.parametrize(
-    "asked", [{"macs": "30%"}, {"params": "30%"}, {"latency_ms": 1.0}, {"whole_last": True}]
-)
-def test_what_cut_all_would_leave_is_said_of_a_share_of_the_units_alone(asked):
+@pytest.fixture(scope="module")
+def small_vit():
     with torch.device("meta"):
-        model = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=2)
-    groups = find_groups(model)
+        model = timm.create_model("vit_small_patch16_224", img_size=64, depth=2)
+    return model, find_groups(model)
+
+
+def test_what_cut_all_would_leave_is_said(small_vit):
+    model, groups = small_vit
     (line,) = narrower(model, SPEC, groups, 0.5, CompressConfig())
-    assert line.startswith("with --cut all, keep 0.5 of the channels too: ")
+    every = [*groups, *channel_groups(model, groups)]
+    skeleton = build_skeleton(model, every, {g.name: g.num_units // 2 for g in every})
+    macs = 100 * count_macs(skeleton, SPEC) / count_macs(model, SPEC)
+    params = 100 * num_params(skeleton) / num_params(model)
+    assert line == (
+        f"with --cut all, keep 0.5 of all units, the channels too: {params:.1f} % of the parameters, "
+        f"{macs:.1f} % of the MACs"
+    )
+
+
+@pytest.mark.parametrize(("name", "what"), [("macs", "MACs"), ("params", "parameters")])
+def test_what_cut_all_would_leave_is_said_within_the_same_budget(small_vit, name, what):
+    model, groups = small_vit
+    (line,) = narrower(model, SPEC, groups, 0.1, CompressConfig(**{name: "30%"}))
+    (share,) = (float(found) for found in re.findall(rf"([\d.]+) % of the {what}", line))
+    assert share == pytest.approx(30, rel=0.03)
+    keep = float(line.split("keep ")[1].split()[0])
+    assert 0.3 < keep < 0.75  # operations follow its square, where the stream is as narrow
+
+
+@pytest.mark.parametrize("asked", [{"latency_ms": 1.0}, {"whole_last": True}, {"macs": "0.1%"}])
+def test_where_it_is_not_known_nothing_is_said(small_vit, asked):
+    model, groups = small_vit
     assert narrower(model, SPEC, groups, 0.5, CompressConfig(**asked)) == []
 
 

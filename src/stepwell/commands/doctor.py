@@ -119,6 +119,7 @@ def run(config: DoctorConfig) -> str:
         "",
         _table(groups, candidates, skeletons, model, spec),
         *narrower(model, spec, groups, met.keep_ratio, config),
+        *_searched(config),
         *others,
         "",
         *takes,
@@ -126,6 +127,16 @@ def run(config: DoctorConfig) -> str:
         *(f"warning: {text}" for text in (*warnings_for(groups, candidates[0]), little) if text),
     ]
     return "\n".join(lines)
+
+
+def _searched(config: CompressConfig) -> list[str]:
+    """What the shares that are shown stand on."""
+    if config.shares == "equal":
+        return []
+    return [
+        "shares: searched as if all units of a kind were equally important; a run knows their importance, "
+        "and finds others within the same budget"
+    ]
 
 
 def _uncut(

@@ -39,7 +39,7 @@ from stepwell.run.progress import progress, say
 DEFAULT_KEEP = 0.1
 NOISE = 0.1
 """Largest spread of timings that is made allowance for: a busy machine must not stretch a limit."""
-_STEPS = {"macs": 24, "params": 24, "latency_ms": 8}  # halvings; a measurement takes seconds
+STEPS = {"macs": 24, "params": 24, "latency_ms": 8}  # halvings; a measurement takes seconds
 TOLERANCE = 0.03
 """Largest distance of a count from its budget, as a share of the budget."""
 
@@ -110,12 +110,12 @@ def student_widths(
     def at(coarse: float, fine: float, balance: Balance = equal) -> dict[str, int]:
         return widths_at(groups, scores, coarse, fine, config, balance)
 
-    priced = _budget_and_cost(config, model, spec)
+    priced = budget_and_cost(config, model, spec)
     if priced is None:
         keep = config.keep_ratio or min(config.ladder, default=DEFAULT_KEEP)
         return Met(keep_ratio=keep, widths=at(keep, keep), cost=keep, balance=equal)
     budget, cost = priced
-    steps = _STEPS[budget.kind]
+    steps = STEPS[budget.kind]
     if config.reads_latency_table:
         table = table or latency_table(config, model, spec, groups, scores)
     with progress(f"find {budget.text(budget.target)}", steps + 2) as advance:
@@ -154,10 +154,11 @@ def latency_table(
     """What a few widths take on this machine, for `--shares search` with a budget in milliseconds."""
     return measured_table(
         model,
-        _free(groups, config),
+        groups,
         scores,
         config,
         lambda skeleton: time_eager(with_random_weights(skeleton), spec, config.latency_threads),
+        last_groups(groups) if config.whole_last else (),
     )
 
 
@@ -181,7 +182,7 @@ def _shares(groups: Sequence[Group], met: Met) -> str:
     return f"{shares}; {left} of {len(members)} blocks"
 
 
-def _budget_and_cost(
+def budget_and_cost(
     config: CompressConfig, model: nn.Module, spec: InputSpec
 ) -> tuple[Budget, Callable[[nn.Module], float]] | None:
     """What may be spent, and what a model spends of it; None where a share of the units is asked for."""

@@ -68,7 +68,12 @@ def _between(knots: Sequence[float], wanted: Sequence[float]) -> Float[Tensor, "
 
 
 def measured_table(
-    model: nn.Module, groups: Sequence[Group], scores: Scores, options: GridOptions, clock: Clock
+    model: nn.Module,
+    groups: Sequence[Group],
+    scores: Scores,
+    options: GridOptions,
+    clock: Clock,
+    whole: Sequence[str] = (),
 ) -> LatencyTable:
     """Time models of a few widths.
 
@@ -78,8 +83,10 @@ def measured_table(
         scores: Normalised importance per unit: which layer keeps how many.
         options: How widths are rounded.
         clock: What tells their time.
+        whole: Names of groups that keep all of their units.
     """
-    members = [[group for group in groups if group.kind in kinds] for kinds in KINDS]
+    free = [group for group in groups if group.name not in whole]
+    members = [[group for group in free if group.kind in kinds] for kinds in KINDS]
     shares = [list(KNOTS) if its else [1.0] for its in members]
     combinations = list(itertools.product(*shares))
     milliseconds = []
@@ -88,7 +95,8 @@ def measured_table(
             counts: dict[str, int] = {}
             for its, share in zip(members, each, strict=True):
                 counts |= kept_counts(its, scores, share)
-            skeleton = build_skeleton(model, groups, round_widths(groups, counts, options))
+            widths = {group.name: group.num_units for group in groups} | round_widths(free, counts, options)
+            skeleton = build_skeleton(model, groups, widths)
             milliseconds.append(clock(skeleton))
             advance(f"{milliseconds[-1]:.3g} ms")
     return LatencyTable(shares=shares, milliseconds=milliseconds)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 
 from torch import nn
 
 from stepwell.config.commands import CompressConfig
 from stepwell.config.options import TaskOptions
 from stepwell.data.spec import InputSpec
+from stepwell.errors import ConfigError
+from stepwell.measure.budget import budget_and_cost, meet
 from stepwell.measure.size import count_macs, macs_by_module, num_params
 from stepwell.pruning.channels import channel_groups
 from stepwell.pruning.ranking import uniform_scores, widths_at
@@ -56,9 +59,9 @@ def little_saved(
 def narrower(
     model: nn.Module, spec: InputSpec, groups: Sequence[Group], keep: float, config: CompressConfig
 ) -> list[str]:
-    """A line on what the same share of every kind leaves if the residual stream is cut too; none where it
-    cannot be, or is cut already. Nor where a budget decides the share, which would be another one then, or
-    the last block stays whole.
+    """A line on what would be left if the residual stream were cut too: at the same share of every kind, or
+    within the same budget of operations or parameters. None where it cannot be cut, or is cut already; nor of
+    milliseconds, which would be timed a second time, or where the last block stays whole.
 
     Args:
         model: The teacher; its shapes are enough.
@@ -67,17 +70,27 @@ def narrower(
         keep: Share of the units.
         config: How widths are rounded, and what was asked for.
     """
-    if _is_counted(config) or config.whole_last:
+    if config.latency_ms is not None or config.whole_last:
         return []
     if any(group.kind == "channel" for group in groups) or not (channels := channel_groups(model, groups)):
         return []
     every = [*groups, *channels]
-    skeleton = build_skeleton(model, every, widths_at(every, uniform_scores(every), keep, keep, config))
+    at = partial(widths_at, every, uniform_scores(every), options=config)
+    if (priced := budget_and_cost(config, model, spec)) is None:
+        widths = at(keep, keep)
+    else:
+        budget, cost = priced
+        try:
+            met = meet(budget, lambda widths: cost(build_skeleton(model, every, widths)), at)
+        except ConfigError:  # it cannot be met that way: then there is nothing to choose
+            return []
+        widths, keep = met.widths, met.keep_ratio
+    skeleton = build_skeleton(model, every, widths)
     macs = count_macs(skeleton, spec) / count_macs(model, spec)
     params = num_params(skeleton) / num_params(model)
     return [
-        f"with --cut all, keep {keep:.3g} of the channels too: {100 * params:.1f} % of the parameters, "
-        f"{100 * macs:.1f} % of the MACs"
+        f"with --cut all, keep {keep:.3g} of all units, the channels too: {100 * params:.1f} % of the "
+        f"parameters, {100 * macs:.1f} % of the MACs"
     ]
 
 

@@ -98,7 +98,8 @@ def widths_at(
     """Widths at a keep ratio of heads and channels, and one of neurons and filters: see `Balance.ratios`."""
     ratios = balance.ratios(coarse, fine)
     if balance.uniform:
-        return uniform_widths(groups, ratios["head"], ratios["neuron"], options.multiple)
+        least = options.min_heads_per_layer
+        return uniform_widths(groups, ratios["head"], ratios["neuron"], options.multiple, least)
     widths = {group.name: group.num_units if group.name in balance.whole else 0 for group in groups}
     free = [group for group in groups if group.name not in balance.whole]
     counts = {

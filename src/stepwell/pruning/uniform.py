@@ -12,18 +12,21 @@ from collections.abc import Sequence
 from stepwell.pruning.units import Group
 
 
-def uniform_widths(groups: Sequence[Group], heads: float, neurons: float, multiple: int) -> dict[str, int]:
+def uniform_widths(
+    groups: Sequence[Group], heads: float, neurons: float, multiple: int, least_heads: int = 1
+) -> dict[str, int]:
     """Equal widths for all groups of a kind; the channels follow the heads.
 
     Args:
         groups: Those of a model with equal blocks: see `unequal`.
-        heads: Share of the heads of each block; at least one is left.
+        heads: Share of the heads of each block.
         neurons: Share of the neurons of each block.
         multiple: Numbers of neurons are multiples of it.
+        least_heads: So many are left in each block, if it has as many.
     """
     num_heads = groups_of(groups, "head")[0].num_units
     num_neurons = groups_of(groups, "neuron")[0].num_units
-    kept_heads = max(1, math.floor(heads * num_heads + 0.5))
+    kept_heads = min(num_heads, max(1, least_heads, math.floor(heads * num_heads + 0.5)))
     steps = max(1, math.floor(neurons * num_neurons / multiple + 0.5))
     kept_neurons = min(num_neurons, steps * multiple)
     widths = {"head": kept_heads, "neuron": kept_neurons}

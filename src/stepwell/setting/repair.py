@@ -3,9 +3,10 @@
     minimise over W, b:   mean over images and positions of |W x + b - y|^2  +  lambda |W - W_cut|^2
 
 y is what the layer returned in the model above, on the channels that are left; x is what it reads in the cut
-model, whose layers before it are fitted by then: of a convolution, all that lies under its kernel. It has a
-closed form, and lambda holds the cut weights where the images say little. What an emptied layer returns, its
-bias, becomes the mean of y; one without a bias stays empty.
+model, whose layers before it are fitted by then, and whose BatchNorms know what they return: of a
+convolution, all that lies under its kernel. It has a closed form, and lambda holds the cut weights where the
+images say little. What an emptied layer returns, its bias, becomes the mean of y; one without a bias stays
+empty.
 """
 
 from __future__ import annotations
@@ -16,12 +17,15 @@ from typing import cast
 
 import torch
 from jaxtyping import Float
+from timm.layers import Conv2dSame
 from torch import Tensor, nn
 
 from stepwell.data.batches import Batch
 from stepwell.pruning.constant import ConstantOutput
 from stepwell.pruning.units import Group
+from stepwell.run.processes import alone
 from stepwell.run.progress import progress
+from stepwell.training.statistics import recalibrate
 
 RIDGE = 1e-3
 """lambda, as a share of the mean square of what the layer reads."""
@@ -55,8 +59,11 @@ def repair(
 ) -> int:
     """Fit the output layers of a cut model, one after the other, in place.
 
+    After each of them the statistics of BatchNorm are taken again: the norm behind it reads other numbers by
+    then, and the next layer would be fitted to what a wrong norm returns.
+
     Args:
-        student: The cut model, in eval mode.
+        student: The cut model, in eval mode; its statistics are those of the slice.
         above: The model that it was cut from, in eval mode.
         layers: Names of layers of `above`, in the order in which they run.
         kept: Which of their outputs are left.
@@ -73,6 +80,8 @@ def repair(
                 _fit_constant(around.get_submodule(leaf), above, name, kept.get(name), batches)
             else:
                 _fit_layer(student, above, name, kept.get(name), batches)
+            with alone():  # every process sees all images here
+                recalibrate(student, student, batches)
             advance("")
     return sum(len(batch.labels) for batch in batches)
 
@@ -135,10 +144,13 @@ def _solve(
 
 def _can_be_fitted(layer: nn.Module) -> bool:
     """Whether what a layer returns is a product of its weight with numbers that `_rows` finds."""
+    if not isinstance(layer._parameters.get("weight"), nn.Parameter):
+        return False  # it is made of others, anew in each pass (weight norm)
     if isinstance(layer, nn.Conv2d):
-        is_plain = type(layer) is nn.Conv2d or layer.kernel_size == (1, 1)  # others may pad by themselves
+        # Subclasses standardise their weights, or pad by themselves, which a kernel of 1 x 1 does not need.
+        is_plain = type(layer) is nn.Conv2d or (type(layer) is Conv2dSame and layer.kernel_size == (1, 1))
         return is_plain and layer.groups == 1 and layer.padding_mode == "zeros" and layer.padding != "same"
-    return isinstance(layer, nn.Linear)
+    return isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward
 
 
 class _EnoughError(Exception):

@@ -139,13 +139,13 @@ def repair_rung(s: Setting, rung: Rung) -> float:
     above, candidate = rung.cut_from, rung.candidate
     if not s.config.repair or above is None or candidate is None:
         return 0.0
-    whole, recalibrated = above.model, 0.0
+    whole, recalibrated, has_statistics = above.model, 0.0, bool(norms_with_statistics(rung.model))
     if above.candidate is None:
         # Torch's attention uses its output layer without calling it; what replaces it in skeletons calls it.
         widths = {group.name: group.num_units for group in s.groups}
         whole = fill(build_skeleton(s.model, s.groups, widths), tensors_of(s.model)).to(s.device)
         # As `rung_below` does of other slices: layers are fitted to what they will read in training.
-        if norms_with_statistics(rung.model):
+        if has_statistics:
             recalibrate(rung.model.eval(), rung.model, s.of_statistics.share())
             recalibrated = len(s.of_statistics.labels) * rung.scale
     kinds = nn.Linear | nn.Conv2d  # what is no such layer was emptied before
@@ -157,8 +157,9 @@ def repair_rung(s: Setting, rung: Rung) -> float:
             width = candidate.widths[group.name]
             kept[name] = range(width) if above.candidate is not None else rung.order[group.name][:width]
     num_images = repair(rung.model.eval(), whole.eval(), layers, kept, s.of_statistics)
-    # For each layer both models run up to it: on average half of the way.
-    return recalibrated + len(layers) * num_images * (above.scale + rung.scale) / 2
+    # For each layer both models run up to it, on average half of the way; then all of it for statistics.
+    each = (above.scale + rung.scale) / 2 + (rung.scale if has_statistics else 0.0)
+    return recalibrated + len(layers) * num_images * each
 
 
 def _rung(model: nn.Module, ladder: Ladder, index: int) -> Rung:
