@@ -15,7 +15,7 @@ class CutOptions(Options):
     cut: Literal["heads,neurons", "all"] = "heads,neurons"
     """`heads,neurons`: what lies inside of blocks (the paper's; in a CNN its filters), so that every block
     returns the teacher's width. `all`: the channels of the residual stream too, from the first layer to the
-    head, which saves time where `heads,neurons` saves operations alone."""
+    head. At equal operations small networks were slower by it; `doctor` shows what each would leave."""
     shares: Literal["equal", "search"] = "equal"
     """`equal`: every kind of unit keeps the same share. `search`: more of that kind which keeps the most
     importance for a budget of --macs, --params or --latency-ms; nothing is trained for it. For milliseconds
@@ -30,8 +30,8 @@ class CutOptions(Options):
     """The same widths in every block, so that the student of a ViT is one that timm builds by name, or
     transformers from a configuration: its weights load there without stepwell. Needs --cut all."""
     repair: bool = False
-    """After each cut of a single model, fit the output layers of attention and FFNs to what they returned
-    before, by least squares on some training images; for paths whose models share no weights."""
+    """After each cut of a single model, fit the output layers of its blocks to what they returned before, by
+    least squares on some training images; for paths whose models share no weights."""
 
     @property
     def cuts_channels(self) -> bool:
