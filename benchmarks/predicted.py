@@ -68,6 +68,7 @@ class Plan:
 
 PLANS = (
     Plan("ImageNet", "vit_base_patch16_224", 1_281_167, 8, 128, 60),
+    Plan("ImageNet", "vit_large_patch16_224", 1_281_167, 8, 128, 60),
     Plan("ImageNet-21k", "vit_base_patch16_224", 14_197_122, 8, 128, 30),
     Plan("ImageNet-21k", "vit_large_patch16_224", 14_197_122, 64, 64, 30),
     Plan("a billion", "vit_large_patch16_224", 1_000_000_000, 1024, 32, 3),
