@@ -108,8 +108,8 @@ def table(record: dict[str, Any]) -> str:
             *rows,
             "",
             f"Over a single step with as many epochs of the student, {record['epochs']:g}; "
-            f"{record['joint_epochs']:g} of the candidates together; within a budget, of a single step with the "
-            f"same one, {record['budget_epochs']:g}; {record['images']:,} images; median of "
+            f"{record['joint_epochs']:g} of the candidates together; within a budget, of a single step "
+            f"with the same one, {record['budget_epochs']:g}; {record['images']:,} images; median of "
             f"{repeats}; {machine['processor']}, {machine['threads']} threads, torch {machine['torch']}; "
             f"commit {record['commit']}.",
         ]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -66,7 +67,12 @@ def main(argv: Sequence[str]) -> int:
         # Names of folders and classes may hold what a terminal cannot show; that must not cost the answer.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        return _run(argv)
+        code = _run(argv)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # whoever reads has seen enough: `stepwell --help | head -3`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush at the end
+        return 0
     except StepwellError as error:
         wait_for_the_end(error)
         print(f"stepwell: {printable(' '.join(str(error).split()))}", file=sys.stderr)

@@ -226,6 +226,8 @@ def test_a_loss_of_ones_own_in_one_file(data, teacher, tmp_path, quick, capsys):
         (("--feature-loss", "crdd"), "no feature_loss 'crdd' (did you mean crd?)"),
         (("--logit-args", "gamma=2"), "--logit-args gamma: the loss kd takes none"),
         (("--logit-loss", "dkd", "--logit-args", "gamma=2"), "the loss dkd takes alpha, beta"),
+        (("--feature-args", "tpp=0"), "--feature-args tpp: the loss states takes none"),
+        (("--logit-loss", "dkd", "--logit-args", "beta=-1"), "the loss dkd takes no negative number there"),
         (("--feature-loss", "missing.py:f"), "no file missing.py (from --feature-loss missing.py:f)"),
     ],
 )

@@ -205,3 +205,15 @@ def test_lowest_versions_are_the_ones_that_are_tested() -> None:
         (bound,) = requirement.specifier
         assert bound.operator == ">="
         assert pinned[canonicalize_name(requirement.name)] == Version(bound.version), line
+
+
+def test_who_reads_three_lines_gets_no_traceback():
+    """`stepwell --help | head -3`, where the reader is gone before a word is written."""
+    late = "import time; time.sleep(0.5); from stepwell.__main__ import main; main()"
+    words = [sys.executable, "-c", late, "--help"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as command:
+        assert command.stdout is not None
+        assert command.stderr is not None
+        command.stdout.close()
+        assert command.wait() == 0
+        assert command.stderr.read() == ""

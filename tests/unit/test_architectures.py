@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+import yaml
 from timm.models.mlp_mixer import MlpMixer
 
 from stepwell.compare.architectures import Counted, gpu_hours, loss_macs_of, loss_passes
 from stepwell.compare.pairs import PAIRS
-from stepwell.config.options import LossOptions
+from stepwell.compare.paper import paper
+from stepwell.compare.scales import size_of
+from stepwell.config.commands import CompareConfig
+from stepwell.config.options import LossOptions, Suite
 from stepwell.errors import ConfigError
 from stepwell.losses.choose import Pair
 from stepwell.losses.distillation import loss_macs, make_distillation
@@ -79,7 +85,29 @@ def test_the_mixer_that_has_no_name():
 def test_the_hours_of_a_pair_are_its_operations():
     (pair,) = (pair for pair in PAIRS if pair.name == "Swin-S -> ResNet-50")
     hours, share = gpu_hours(pair)
-    # 8.7 G of the teacher, three times 4.1 G of the student, and the loss, for 100 epochs.
-    alone = (8.7e9 + 3 * 4.1e9) * 1_281_167 * 100 / 1e14 / 3600
+    # 8.7 G of the teacher, three times 4.1 G of the student, which is a CNN, and the loss, for 100 epochs.
+    alone = (8.7e9 / 1e14 + 3 * 4.1e9 / 2e13) * 1_281_167 * 100 / 3600
     assert hours * (1 - share) == pytest.approx(alone, rel=0.02)
-    assert 0.5 < share < 0.7
+    assert 0.2 < share < 0.3
+
+
+def test_the_suites_agree_on_what_a_cnn_takes():
+    """A ResNet-50 has two and a half times the operations of a ResNet-18, and so it takes as many hours."""
+
+    def hours(suite: Suite, row: str) -> float:
+        (line,) = (
+            line for line in paper(suite, CompareConfig()).splitlines() if line.startswith(f"  {row} ")
+        )
+        return float(line.split()[-1 if suite != "imagenet-pair" else -3])
+
+    ratio = hours("scalekd", "labels alone") / hours("imagenet-pair", "student alone")
+    assert ratio == pytest.approx(4.1 / 1.82, rel=0.03)
+    assert hours("teacher-size", "labels alone") == pytest.approx(hours("scalekd", "labels alone"), rel=0.01)
+
+
+def test_the_printed_recipe_is_the_file():
+    file = Path(__file__).parents[2] / "examples" / "scalekd" / "traditional.yaml"
+    recipe = yaml.safe_load(file.read_text(encoding="utf-8"))
+    assert recipe.pop("path") == "scalekd"
+    assert size_of("scalekd", "paper").compress == recipe
+    assert "examples/scalekd/traditional.yaml" in paper("scalekd", CompareConfig())

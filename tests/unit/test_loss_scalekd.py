@@ -331,6 +331,18 @@ def test_without_tpp_stage_3_is_compared_with_the_teachers_stage_3(lesson):
         ({"tpp": 0.5}, "--feature-args tpp=0.5: the loss scalekd takes 0 or 1 there"),
         ({"own_queries": 2}, "--feature-args own_queries=2: the loss scalekd takes 0 or 1 there"),
         ({"num_heads_3": 2.5}, "--feature-args num_heads_3=2.5: the loss scalekd takes a whole number there"),
+        (
+            {"num_heads_3": -2},
+            "--feature-args num_heads_3=-2: the loss scalekd takes no negative number",
+        ),
+        ({"original": -1}, "--feature-args original=-1: the loss scalekd takes no negative number"),
+        ({"alternative_4": -1}, "--feature-args alternative_4=-1: the loss scalekd takes no negative number"),
+        (
+            {"softmax_scale": 0},
+            "--feature-args softmax_scale=0: the loss scalekd takes a number above 0",
+        ),
+        ({"original": math.nan}, "--feature-args original=nan: give a number"),
+        ({"tpp": math.inf}, "--feature-args tpp=inf: give a number"),
     ],
 )
 def test_what_it_does_not_take(lesson, given, said):

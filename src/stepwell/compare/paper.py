@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from stepwell.compare.architectures import loss_passes, published_pairs
+from stepwell.compare.architectures import loss_passes, published_pairs, rate_of
 from stepwell.compare.arms import Arm, given_to_runs
 from stepwell.compare.scales import CONTROLLED, Size, filled, size_of
 from stepwell.compare.suites import NOTES, OF_MASKS, OTHER_ARCHITECTURE, PAIRS, TEACHER_SIZE
@@ -55,12 +55,12 @@ def paper(suite: Suite, config: CompareConfig) -> str:
     size = size_of(suite, "paper")
     values = over(size.compress, given_to_runs(config))
     if suite == TEACHER_SIZE:
-        return paper_of_sizes(filled(suite, size), values, size.macs_per_second)
+        return paper_of_sizes(filled(suite, size), values)
     sets = ["Cityscapes"] if suite == OF_MASKS else ["CIFAR-100", "ImageNet"]
     if suite in PAIRS or suite == OTHER_ARCHITECTURE:
         sets = ["ImageNet"] if suite in ("imagenet-pair", OTHER_ARCHITECTURE) else ["CIFAR-100"]
     macs = count_macs(*_model(size.model, size.model_args))
-    other_student = count_macs(*_model(size.student, size.student_args)) / macs if size.student else 1.0
+    other_student = _passes_of(size, size.student, size.student_args) if size.student else 1.0
     arms = filled(suite, size)
     hours = {
         arm.name: [
@@ -83,7 +83,7 @@ def paper(suite: Suite, config: CompareConfig) -> str:
     lines += [
         "",
         f"Published on {sets[0]}, {_of_teacher(size)}. Counted operations, at "
-        f"{size.macs_per_second:.0e} MACs per second; every rate of --lrs comes on top.",
+        f"{size.macs_per_second:.0e} MACs per second{_slower(size)}; every rate of --lrs comes on top.",
         f"It runs with --teacher{' and --teachers' * bool(size.other_teachers)} and --data: "
         f"{'trained teachers' if size.other_teachers else 'a trained teacher'} and the images.",
         *(["", *published_pairs()] if suite == OTHER_ARCHITECTURE else []),
@@ -91,6 +91,13 @@ def paper(suite: Suite, config: CompareConfig) -> str:
         *(_OF_MASKS if suite == OF_MASKS else []),
     ]
     return "\n".join(lines)
+
+
+def _slower(size: Size) -> str:
+    others = [(size.student, size.student_args)] if size.student else []
+    models = [(size.model, size.model_args), *others, *size.other_teachers]
+    (teacher, *rates) = (rate_of(*_model(*model)) for model in models)
+    return f", of CNNs at {min(rates):.0e}" if min(rates, default=teacher) < teacher else ""
 
 
 def _of_teacher(size: Size) -> str:
@@ -117,8 +124,15 @@ def _passes(suite: Suite, arm: Arm, other_student: float, values: Mapping[str, A
 @cache
 def _other_teachers(suite: Suite) -> list[OtherTeacher]:
     size = size_of(suite, "paper")
-    macs = count_macs(*_model(size.model, size.model_args))
-    return [OtherTeacher(count_macs(*_model(*model)) / macs) for model in size.other_teachers]
+    return [OtherTeacher(_passes_of(size, *model)) for model in size.other_teachers]
+
+
+def _passes_of(size: Size, name: str, args: dict[str, str]) -> float:
+    """What a pass of another model takes, in passes of the teacher: of a CNN's operations a GPU does fewer a
+    second."""
+    (other, its_spec), (teacher, spec) = _model(name, args), _model(size.model, size.model_args)
+    slower = rate_of(teacher, spec) / rate_of(other, its_spec)
+    return slower * count_macs(other, its_spec) / count_macs(teacher, spec)
 
 
 @cache

@@ -104,9 +104,10 @@ _OTHER_ARCHITECTURE = {
         student_args={"layers": "(1,1,1,1)", "channels": "(8,8,8,16)", "output_stride": "8"},
     ),
     "gpu": replace(VIT["gpu"], student="cifar_resnet20", student_args={}),
-    # The traditional recipe, with a cosine instead of three steps.
+    # examples/scalekd/traditional.yaml: the traditional recipe, with a cosine instead of three steps.
     "paper": replace(
         _IMAGENET,
+        compress={**_IMAGENET.compress, "warmup": 0.0, "clip_norm": 0.0, "augment": "resized-crop"},
         model=SWIN_L,
         student="resnet50",
         teacher_top1=TEACHER_TOP1[SWIN_L],

@@ -13,6 +13,7 @@ from typing import Any
 from stepwell.compare.architectures import EPOCHS, NUM_IMAGES, counted, gpu_hours
 from stepwell.compare.arms import Arm
 from stepwell.compare.pairs import PAIRS, TEACHER_TOP1, PublishedPair
+from stepwell.compare.sizes import CNN_MACS_PER_SECOND, TRANSFORMER_MACS_PER_SECOND
 from stepwell.compare.suites import TEACHER_SIZES
 from stepwell.data.digits import MODEL, MODEL_ARGS
 from stepwell.measure.size import short_number
@@ -33,13 +34,12 @@ MODELS: dict[str, dict[str, tuple[str, dict[str, str]]]] = {
 _PUBLISHED = dict(zip(TEACHER_SIZES, ("Swin-S", "Swin-B", "Swin-L"), strict=True))
 
 
-def paper_of_sizes(arms: Sequence[Arm], values: Mapping[str, Any], macs_per_second: float) -> str:
+def paper_of_sizes(arms: Sequence[Arm], values: Mapping[str, Any]) -> str:
     """What the published sizes take with ResNet-50 on ImageNet, and what is known of larger teachers.
 
     Args:
         arms: Of the suite.
         values: Options of the recipe.
-        macs_per_second: Of the GPU that hours are told of.
     """
     epochs = float(values["epochs"])
     lines = [
@@ -49,7 +49,7 @@ def paper_of_sizes(arms: Sequence[Arm], values: Mapping[str, Any], macs_per_seco
     ]
     total = 0.0
     for arm in arms:
-        hours = _hours(arm, epochs, macs_per_second)
+        hours = _hours(arm, epochs)
         total += hours
         lines.append(f"  {arm.name:<30}{hours:>11.2f}")
     lines += [
@@ -58,20 +58,21 @@ def paper_of_sizes(arms: Sequence[Arm], values: Mapping[str, Any], macs_per_seco
         f"  {'published, by student':<36}{'MACs':>7}{'top-1':>11}{'alone':>11}{'taught':>11}",
         *(_line(pair) for pair in _with_two_teachers()),
         "",
-        f"Counted operations, at {macs_per_second:.0e} MACs per second; MACs and top-1 are the teacher's. Of",
+        f"Counted operations, at {TRANSFORMER_MACS_PER_SECOND:.0e} MACs per second, of ResNet-50 at "
+        f"{CNN_MACS_PER_SECOND:.0e}; MACs and top-1 are the teacher's. Of",
         "Swin-S and Swin-B the authors' configurations are known, and their figures from pictures alone.",
     ]
     return "\n".join(lines)
 
 
-def _hours(arm: Arm, epochs: float, macs_per_second: float) -> float:
+def _hours(arm: Arm, epochs: float) -> float:
     teacher = _PUBLISHED[arm.options.get("teacher", "middle")]
     (pair,) = (pair for pair in PAIRS if pair.name == f"{teacher} -> ResNet-50")
     student, above = counted(pair.name)
     if arm.options.get("feature_weight") != 0:
         return gpu_hours(pair)[0] * epochs / EPOCHS[pair.strategy]
-    macs = 3 * student.macs + (above.macs if arm.options.get("logit_weight") else 0)
-    return macs * NUM_IMAGES * epochs / macs_per_second / 3600
+    seconds = 3 * student.seconds + (above.seconds if arm.options.get("logit_weight") else 0.0)
+    return seconds * NUM_IMAGES * epochs / 3600
 
 
 def _with_two_teachers() -> list[PublishedPair]:

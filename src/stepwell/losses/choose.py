@@ -9,6 +9,7 @@ arguments that were given; it returns what is then called as loss(student, teach
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -148,8 +149,8 @@ def feature_loss(options: LossOptions, pair: Pair) -> Call | None:
     match name:
         case "states":
             if pair.is_other_student:
-                return ProjectedStates(student.states, teacher.states, options.feature_scale)
-            return partial(state_loss, scale=options.feature_scale)
+                return made(ProjectedStates)(student.states, teacher.states, options.feature_scale)
+            return made(state_loss, scale=options.feature_scale)
         case "fitnet":  # RepDistiller's hint is the middle one of its stages
             middle = len(s_channels) // 2
             return made(FitNet)(s_channels[middle], t_channels[middle])
@@ -272,15 +273,38 @@ def _made(name: str, option: str, given: Mapping[str, float], loss: Callable[...
     """`loss` with the arguments that the user gave; those with a default may be given."""
     parameters = inspect.signature(loss).parameters.values()
     known = {p.name: p.default for p in parameters if p.default is not p.empty and p.name not in fixed}
-    for argument in given:
+    for argument, value in given.items():
         if argument not in known:
             raise ConfigError(f"{option} {argument}: the loss {name} takes {', '.join(known) or 'none'}")
+        if not math.isfinite(value):
+            raise ConfigError(f"{option} {argument}={value}: give a number")
     values = {
         argument: value if (default := known[argument]) is None else type(default)(value)
         for argument, value in given.items()
     }
+    is_ours = name in LOGIT_LOSSES or name in FEATURE_LOSSES
     for argument, value in given.items():
+        takes = ""
         if values[argument] != value:
             takes = "0 or 1" if isinstance(known[argument], bool) else "a whole number"
+        elif is_ours:
+            takes = _out_of_range(argument, float(value))
+        if takes:
             raise ConfigError(f"{option} {argument}={value:g}: the loss {name} takes {takes} there")
     return partial(loss, **fixed, **values)
+
+
+_ABOVE_ZERO = (
+    "temperature", "tau", "softmax_scale", "embed_dim", "max_mid_channels", "num_negatives", "num_pixels",
+    "num_positions", "paraphrase_rate", "initial_variance",
+)  # fmt: skip
+_SHARES = ("momentum", "kept_logits", "kept_rows", "start", "decay")
+
+
+def _out_of_range(argument: str, value: float) -> str:
+    """What an argument of a loss of ours takes instead; nothing where the value is one."""
+    if argument in _SHARES:
+        return "" if 0 <= value <= 1 else "a number from 0 to 1"
+    if argument in _ABOVE_ZERO:
+        return "" if value > 0 else "a number above 0"
+    return "" if value >= 0 else "no negative number"  # it would train away from the teacher

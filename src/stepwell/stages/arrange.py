@@ -61,11 +61,11 @@ def arrange(s: Setting) -> Arrangement:
     found = stage.result
     words = ", ".join(f"{found.names[i]} ({found.quality[i]:.1f} %)" for i in found.order)
     say(f"arrange: they teach in this order: {words}")
-    better = [name for name, q in zip(found.names, found.quality, strict=True) if q > found.quality[-1]]
-    if better:
+    best = found.quality.index(max(found.quality))
+    if found.quality[best] > found.quality[-1]:
         say(
-            f"warning: {better[0]} does better on the selection images than --teacher {found.names[-1]}, who "
-            f"teaches last: is it the best?"
+            f"warning: {found.names[best]} does best on the selection images, and not --teacher "
+            f"{found.names[-1]}, who teaches last: should it?"
         )
     return found
 
