@@ -53,7 +53,7 @@ class Parts:
         stage_4: Whether stage 4 has one.
         tpp: Whether the teacher's tail runs; without it stage 3 is compared with the teacher's stage 3.
         own_queries: Stage 4 has learned queries instead of the tail's outputs.
-        softmax_scale: See `CrossAttentionProjector`: 5, or 1 between transformers of a kind.
+        softmax_scale: See `CrossAttentionProjector`; published are 5, and 1 for students without BatchNorm.
         num_heads_3: Of the projectors of stage 3; 0 takes the teacher's own.
         num_heads_4: Of those of stage 4, likewise.
         layer_norm: See `CrossAttentionProjector`.
