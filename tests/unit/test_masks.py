@@ -212,6 +212,22 @@ def test_a_number_that_is_no_class(folder):
     assert len(resolve_data(options(folder, ignore_index=(37,))).classes) == 3
 
 
+@pytest.mark.parametrize("listed", [True, False])
+@pytest.mark.parametrize("number", [-3, -(2**31), 2**31 - 1])
+def test_a_number_that_only_32_bits_hold(folder, listed, number):
+    mask = np.zeros((32, 48), np.int32)
+    mask[5, 7] = number
+    Image.fromarray(mask).save(folder / "masks/val/000.tif")
+    (folder / "masks/val/000.png").unlink()
+    if not listed:
+        (folder / "classes.csv").unlink()
+    allowed = "0 to 2, ignored 9, 255" if listed else "0 to 9, ignored 255"
+    assert error_of(folder) == (
+        f"{folder}/masks/val/000.tif: pixel at row 5, column 7 is {number}, which is no class (there are "
+        f"{allowed}): mend the mask, numbers of classes are 0 to 65535, and 255 counts nowhere"
+    )
+
+
 def test_other_refusals(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "jpeg")
     Image.open(folder / "masks/train/000.png").convert("L").save(tmp_path / "jpeg/masks/train/000.jpg")
