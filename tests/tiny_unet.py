@@ -32,3 +32,17 @@ class TinyUnet(nn.Module):
 def teacher():
     torch.manual_seed(0)
     return TinyUnet()
+
+
+class OfOneSize(TinyUnet):
+    def __init__(self, size=(32, 48)):
+        super().__init__()
+        self.positions = nn.Parameter(torch.zeros(3, *size))
+
+    def forward(self, images):
+        return {"out": super().forward(images)["out"] + self.positions}
+
+
+def of_one_size():
+    torch.manual_seed(0)
+    return OfOneSize()

@@ -126,6 +126,18 @@ def test_from_a_teacher_to_masks(folder, weights, tmp_path, capsys):
     assert "mIoU" in capsys.readouterr().out
 
 
+@pytest.mark.slow  # several exports to ONNX
+def test_a_model_of_one_size_is_timed_and_handed_out(folder, tmp_path, capfd):
+    words = ("compress", "--teacher", f"{TEACHER}:of_one_size", "--data", folder, "--out", tmp_path / "run")
+    stepwell(*words, *QUICK, "--path", "single-step", "--epochs", "1")
+    result, err = result_of(tmp_path / "run"), capfd.readouterr().err
+    assert "agrees with it to" in err
+    assert "for 32 x 48 alone" in err
+    assert "onnxruntime:" not in err  # its own log
+    assert [each.not_exported for each in (result.teacher, result.student)] == ["", ""]
+    assert result.student.latency.onnx_batch1 > 0
+
+
 @pytest.fixture
 def model(tmp_path) -> Path:
     """Of masks, untrained, of classes whose numbers have gaps."""

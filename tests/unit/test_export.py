@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,9 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stepwell.errors import ExportError, ExportMismatchError
-from stepwell.models import onnx_graph
+from stepwell.models import export, onnx_graph
+from stepwell.models.card import Architecture, Card
 from stepwell.models.export import export_onnx, export_program, onnx_difference, sizes_taken, why_not_onnx
 from stepwell.models.input import input_spec
+from stepwell.report import figures
 from stepwell.tasks.outputs import as_logits
 from tiny import SPEC, random_images
 
@@ -322,13 +325,80 @@ class Halves(nn.Module):
         return self.head(torch.cat([images, up], dim=1))
 
 
+MASKS = replace(SPEC, size=(32, 64), channels=3, mean=(0.5,) * 3, std=(0.5,) * 3)
+
+
 @pytest.mark.parametrize(("by_factor", "sizes"), [(False, "any"), (True, "multiples of 32")])
-def test_a_file_says_which_sizes_it_was_run_on(tmp_path, by_factor, sizes):
+def test_a_file_says_which_sizes_it_was_run_on(tmp_path, by_factor, sizes, capfd):
     model = as_logits(Halves(by_factor=by_factor), "maps").eval()
-    spec = replace(SPEC, size=(32, 64), channels=3, mean=(0.5,) * 3, std=(0.5,) * 3)
-    export_onnx(model, spec, tmp_path / "m.onnx", torch.randn(2, 3, 32, 64))
+    export_onnx(model, MASKS, tmp_path / "m.onnx", torch.randn(2, 3, 32, 64))
+    assert capfd.readouterr() == ("", "")  # onnxruntime does not report the sizes that are only tried
     assert sizes_taken(tmp_path / "m.onnx") == sizes
     images = torch.randn(1, 3, *((96, 32) if by_factor else (37, 51)))
     session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
     (found,) = session.run(None, {"images": images.numpy()})
     assert np.allclose(found, model(images).detach().numpy(), atol=1e-4)
+
+
+class OfOneSize(nn.Module):
+    """Masks of a model with a position table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.positions = nn.Conv2d(3, 3, 1), nn.Parameter(torch.randn(1, 3, *MASKS.size))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(images) + self.positions
+
+
+class OtherElsewhere(nn.Module):
+    """Masks of a model that computes something else in a graph for any size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Conv2d(3, 3, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        traced = torch.compiler.is_exporting() and not isinstance(images.shape[2], int)
+        return self.head(images) * (2 if traced else 1)
+
+
+@pytest.mark.slow  # four exports
+@pytest.mark.parametrize("kind", [OfOneSize, OtherElsewhere])
+def test_a_file_for_one_size_where_that_for_any_is_not_the_model(tmp_path, kind):
+    """However large a difference is allowed: such a file is timed."""
+    model = as_logits(kind(), "maps").eval()
+    images = torch.randn(2, 3, *MASKS.size)
+    assert export_onnx(model, MASKS, tmp_path / "m.onnx", images, tolerance=math.inf) < 1e-5
+    assert sizes_taken(tmp_path / "m.onnx") == ""
+    assert onnx_difference(model, tmp_path / "m.onnx", images) < 1e-5
+
+
+@pytest.mark.parametrize("difference", [math.inf, 0.1])
+def test_no_file_that_fails_for_any_size_is_taken_where_all_differences_are_allowed(
+    tmp_path, monkeypatch, difference
+):
+    monkeypatch.setattr(export, "_for_any_size", lambda *_: difference)
+    monkeypatch.setattr(export, "write_onnx", lambda *given: given[2].write_text("for one size"))
+    monkeypatch.setattr(export, "onnx_difference", lambda *_: 0.2)
+    model = as_logits(OfOneSize(), "maps").eval()
+    images = torch.randn(2, 3, *MASKS.size)
+    assert export_onnx(model, MASKS, tmp_path / "m.onnx", images, tolerance=math.inf) == 0.2
+    assert (tmp_path / "m.onnx").read_text() == "for one size"
+
+
+def test_files_that_are_tried_or_timed_are_for_one_size(monkeypatch):
+    written: list[bool] = []
+
+    def refused(*_given: object, any_size: bool = False) -> None:
+        written.append(any_size)
+        raise ExportError("not here")
+
+    monkeypatch.setattr(export, "write_onnx", refused)
+    monkeypatch.setattr(figures, "measure_latency", lambda *_: None)
+    model = as_logits(OfOneSize(), "maps").eval()
+    mine = Architecture(source="factory", name="mine", outputs="maps")
+    card = Card(architecture=mine, classes=["a", "b", "c"], input=MASKS, task="segmentation")
+    figures._timed(model, card, torch.randn(2, 3, *MASKS.size), 1)
+    assert why_not_onnx(model, MASKS) == "not here"
+    assert written == [False, False]

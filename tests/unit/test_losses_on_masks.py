@@ -74,6 +74,14 @@ def test_other_widths_pass_through_a_convolution():
     }
 
 
+def test_masks_at_a_maps_size_are_where_the_map_is():
+    """The edge of two halves, over all places where it can be, against the mean over each window."""
+    places = torch.arange(81)
+    halves = (torch.arange(80) >= places[:, None]).long()[:, None].expand(-1, 8, -1)
+    means = F.adaptive_avg_pool2d(halves.float(), (2, 16)).sum(dim=(1, 2))
+    assert (labels_at(halves, (2, 16)).sum(dim=(1, 2)) - means).mean().abs() < 0.01
+
+
 def test_skd_is_a_loop_over_pairs_of_positions():
     s, t = random(2, 3, 4, 6), random(2, 5, 4, 6, seed=1)
     total, count = 0.0, 0

@@ -12,9 +12,10 @@ from PIL import Image
 from masks import CLASSES, VOID, write_masks
 from stepwell.config.options import DataOptions
 from stepwell.config.recipe_options import RecipeOptions
-from stepwell.data import feed
+from stepwell.data import feed, mask_transforms
 from stepwell.data.batches import EvalBatches, TrainBatches
 from stepwell.data.mask_classes import IGNORED, numbered_classes, palette, ranges, read_classes
+from stepwell.data.mask_transforms import MaskTrainTransform
 from stepwell.data.spec import InputSpec
 from stepwell.data.splits import resolve_data
 from stepwell.errors import ConfigError, DataError
@@ -211,6 +212,22 @@ def test_a_number_that_is_no_class(folder):
     assert len(resolve_data(options(folder, ignore_index=(37,))).classes) == 3
 
 
+@pytest.mark.parametrize("listed", [True, False])
+@pytest.mark.parametrize("number", [-3, -(2**31), 2**31 - 1])
+def test_a_number_that_only_32_bits_hold(folder, listed, number):
+    mask = np.zeros((32, 48), np.int32)
+    mask[5, 7] = number
+    Image.fromarray(mask).save(folder / "masks/val/000.tif")
+    (folder / "masks/val/000.png").unlink()
+    if not listed:
+        (folder / "classes.csv").unlink()
+    allowed = "0 to 2, ignored 9, 255" if listed else "0 to 9, ignored 255"
+    assert error_of(folder) == (
+        f"{folder}/masks/val/000.tif: pixel at row 5, column 7 is {number}, which is no class (there are "
+        f"{allowed}): mend the mask, numbers of classes are 0 to 65535, and 255 counts nowhere"
+    )
+
+
 def test_other_refusals(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "jpeg")
     Image.open(folder / "masks/train/000.png").convert("L").save(tmp_path / "jpeg/masks/train/000.jpg")
@@ -271,6 +288,28 @@ def test_image_and_mask_are_augmented_alike(folder):
         inner = [image[known & (labels == c)].median().item() for c in labels[known].unique().tolist()]
         assert inner == sorted(inner)
     assert (batch.labels == IGNORED).any()  # a crop beyond the image
+
+
+@pytest.mark.parametrize("axis", ["rows", "columns"])
+@pytest.mark.parametrize("scale", [0.5, 1.0, 1.7])
+def test_a_mask_lies_where_its_image_does(scale, axis, monkeypatch):
+    """The edge of an image of two halves and that of its mask, over all places where it can be."""
+    monkeypatch.setattr(mask_transforms, "SCALES", (scale, scale))
+    augmented = MaskTrainTransform(SPEC)
+    shifts = []
+    for place in range(45, 100):
+        mask = np.zeros((140, 150), np.uint8)
+        (mask if axis == "rows" else mask.T)[place:] = 1
+        torch.manual_seed(place)
+        seen = augmented(*(Image.fromarray(pixels) for pixels in (60 + 60 * mask, mask))).float()
+        seen = seen if axis == "rows" else seen.mT
+        image, labels = seen[0].mean(dim=1), seen[3].amin(dim=1)
+        image, labels = image[labels != IGNORED], labels[labels != IGNORED]
+        if len(labels.unique()) == 2:  # else the edge is beyond the crop
+            light = (image - image.min()) / (image.max() - image.min())
+            shifts.append((light.sum() - labels.sum()).item())  # mirrored or not
+    assert len(shifts) > 10
+    assert abs(np.mean(shifts)) < 0.1
 
 
 def test_what_an_image_looks_like_depends_on_seed_epoch_and_image_alone(folder, monkeypatch):

@@ -9,17 +9,20 @@ import torch
 from torch import Tensor, nn
 
 from masks import write_masks
-from stepwell.config.options import DataOptions
+from stepwell.config.options import DataOptions, LossOptions
 from stepwell.data.spec import InputSpec
 from stepwell.data.splits import resolve_data
-from stepwell.errors import ModelError
+from stepwell.errors import ConfigError, ModelError
+from stepwell.losses.choose import feature_loss
 from stepwell.losses.observe import Observed
+from stepwell.measure.estimate import Losses
 from stepwell.models import own_module
 from stepwell.models.card import Architecture, Card, load, save_model
 from stepwell.models.reached import LeftOut, leave_out, with_logits_alone
 from stepwell.models.teacher import Teacher
 from stepwell.setting.masks import settle_masks
 from stepwell.tasks.outputs import AsLogits
+from tiny import pair
 
 SPEC = InputSpec((16, 24), 3, (0.5,) * 3, (0.5,) * 3, "bilinear", 1.0, "squash")
 
@@ -60,13 +63,13 @@ def test_losses_read_the_map_of_the_first_head():
     images = torch.randn(2, 3, 16, 24)
     expected = model.model.neck(model.model.body(images))
     assert with_logits_alone(model, SPEC) == ["model.deep", "model.never"]
-    assert model.last_convolution == "model.head"
+    assert model.last_layer == "model.head"
     assert torch.equal(Observed(model, ())(images).features, expected)
 
 
 def test_the_first_heads_map_is_read_where_the_second_stays():
     model = taken(TwoHeads())
-    model.last_convolution = "model.head"
+    model.last_layer = "model.head"
     assert Observed(model, ())(torch.randn(2, 3, 16, 24)).features.shape == (2, 6, 16, 24)
 
 
@@ -115,7 +118,74 @@ class OfOneSize(TwoHeads):
 def test_a_model_of_one_size_is_looked_at_in_that_size():
     model = taken(OfOneSize())
     assert with_logits_alone(model, replace(SPEC, size=(160, 32))) == ["model.deep", "model.never"]
-    assert model.last_convolution == "model.head"
+    assert model.last_layer == "model.head"
+
+
+class OnTokens(nn.Module):
+    """Of patches; the way from tokens to logits is given."""
+
+    def __init__(self, head: nn.Module, *behind: nn.Module) -> None:
+        super().__init__()
+        self.embed, self.mix = nn.Conv2d(3, 8, 4, 4), nn.Sequential(nn.Linear(8, 8), nn.GELU())
+        self.head, self.behind = head, nn.Sequential(*behind)
+
+    def forward(self, images: Tensor) -> Tensor:
+        patches = self.embed(images)
+        tokens = self.mix(patches.flatten(2).mT)
+        if isinstance(self.head, nn.Linear):
+            tokens = self.head(tokens)
+        found = tokens.mT.unflatten(2, patches.shape[2:])
+        return self.behind(found if isinstance(self.head, nn.Linear) else self.head(found))
+
+
+def features_of(model: AsLogits) -> Tensor:
+    return Observed(model, ())(torch.randn(2, 3, 16, 24)).features
+
+
+@pytest.mark.parametrize("behind", [(), (nn.ConvTranspose2d(3, 3, 4, 4),)])
+def test_what_a_linear_layer_reads_is_no_map_and_not_the_images(behind):
+    model = taken(OnTokens(nn.Linear(8, 3), *behind))
+    assert with_logits_alone(model, SPEC) == []
+    assert model.last_layer == "model.head"
+    assert features_of(model).shape == (2, 4 * 6, 8)
+
+
+@pytest.mark.parametrize("head", [nn.Conv2d(8, 3, 1), nn.ConvTranspose2d(8, 3, 4, 4)])
+def test_the_map_that_a_convolution_of_either_kind_reads(head):
+    model = taken(OnTokens(head))
+    with_logits_alone(model, SPEC)
+    assert model.last_layer == "model.head"
+    assert features_of(model).shape == (2, 8, 4, 6)
+    assert Losses().of(model, ()).last_map == (3, 8)
+
+
+def test_a_convolution_that_only_scales_logits_is_not_the_last_layer():
+    model = taken(OnTokens(nn.Conv2d(8, 3, 1), nn.ConvTranspose2d(3, 3, 4, 4, groups=3)))
+    with_logits_alone(model, SPEC)
+    assert model.last_layer == "model.head"
+
+
+class NoLayer(nn.Module):
+    """It has none that anybody knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.weight * images
+
+
+@pytest.mark.parametrize("model", [NoLayer(), OnTokens(nn.Linear(8, 3))])
+@pytest.mark.parametrize("name", ["cwd", "skd", "ifvd", "cirkd"])
+def test_losses_on_maps_are_refused_where_there_is_none(model, name):
+    model, images = taken(model), torch.randn(2, 3, 16, 24)
+    with_logits_alone(model, SPEC)
+    answer = Observed(model, ())(images)
+    with_map = answer._replace(features=torch.randn(2, 8, 4, 6))
+    for who, student, teacher in (("teacher", with_map, answer), ("student", answer, with_map)):
+        with pytest.raises(ConfigError, match=f"{name} compares the maps .* the {who}'s logits come from no"):
+            feature_loss(LossOptions(feature_loss=name), pair(student, teacher, task="segmentation"))
 
 
 def test_what_is_not_there_cannot_be_left_out():

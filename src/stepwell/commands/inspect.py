@@ -138,7 +138,7 @@ def _latencies(run: Path, result: Result, factory: Factory | None) -> list[Laten
             noise = example_images(card.input)
             file: Path | None = Path(folder) / ONNX
             try:
-                export_onnx(model, card.input, Path(folder) / ONNX, noise)
+                export_onnx(model, card.input, Path(folder) / ONNX, noise, any_size=False)
             except ExportError as error:
                 say(f"keep {candidate.keep_ratio:g}: timed without an ONNX file ({error})")
                 file = None

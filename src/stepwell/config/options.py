@@ -70,7 +70,7 @@ class DataOptions(Options):
     class_list: Path | None = None
     """Of masks: a file with their classes, with columns name and, where wanted, index, colour (or r,g,b) and
     ignore; classes.csv beside images/ and masks/ if not given, else the numbers in the masks."""
-    ignore_index: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    ignore_index: tuple[Annotated[int, Field(ge=0, le=65535)], ...] = ()
     """Numbers in masks whose pixels count nowhere, neither in training nor in figures; 255 always does."""
     image_column: str | None = None
     """Column of the images in hfds/NAME; found by its type if not given."""

@@ -23,6 +23,8 @@ from stepwell.errors import DataError
 IGNORED = 255
 """Of a pixel whose class counts nowhere, in every tensor and array of ours."""
 MOST_CLASSES = 255
+HIGHEST = 65535
+"""Number of a class in a mask."""
 LISTS = ("classes.csv", "class_dict.csv", "classes.txt")
 """Names of such a file, where none is given."""
 
@@ -73,12 +75,15 @@ class MaskClasses:
 
     def of_numbers(self, found: Shaped[np.ndarray, "h w"]) -> tuple[UInt8[np.ndarray, "h w"], list[int]]:
         """Numbers of a mask as classes, and those numbers that are none."""
-        highest = max(int(found.max(initial=0)), max(self.numbers, default=0))
-        table = np.full(highest + 1, IGNORED, dtype=np.uint8)
+        # Masks of 32 bits hold negative numbers and billions: they share both ends of the table.
+        places = found.clip(-1, HIGHEST + 1) + 1
+        table = np.full(HIGHEST + 3, IGNORED, dtype=np.uint8)
         for number, place in self.numbers.items():
-            table[number] = place
-        there = np.flatnonzero(np.bincount(found.ravel(), minlength=1))
-        return table[found], [int(n) for n in there if int(n) not in self.numbers]
+            table[number + 1] = place
+        there = np.flatnonzero(np.bincount(places.ravel())) - 1
+        if self.numbers.keys() >= set(there.tolist()):
+            return table[places], []
+        return table[places], np.setdiff1d(found, list(self.numbers)).tolist()
 
     def of_colours(self, found: UInt8[np.ndarray, "h w 3"]) -> tuple[UInt8[np.ndarray, "h w"], list[Colour]]:
         """Colours of a mask as classes, and those that are none."""
@@ -213,7 +218,7 @@ def _classes(file: Path, rows: Sequence[Mapping[str, str]]) -> MaskClasses:
 
 
 def _number(text: str, where: str) -> int:
-    if not text.isdigit() or int(text) > 65535:
+    if not text.isdigit() or int(text) > HIGHEST:
         raise DataError(f"{where}: {text!r} is no number of a class")
     return int(text)
 

@@ -57,6 +57,9 @@ class MaskTrainTransform:
         self._resize: Any = v2.functional.resize
         self._as_image: Any = tv_tensors.Image
         self._as_mask: Any = tv_tensors.Mask
+        # Plain "nearest", which all masks get, takes a corner of what a pixel stands for, up to half a pixel
+        # from where the image has it.
+        self._nearest = v2.InterpolationMode.NEAREST_EXACT
         mean = tuple(round(255 * min(max(value, 0.0), 1.0)) for value in spec.mean)
         fill = {tv_tensors.Image: mean, tv_tensors.Mask: IGNORED}
         self._rest: Any = v2.Compose(
@@ -73,8 +76,9 @@ class MaskTrainTransform:
         scale = low + (high - low) * torch.rand(()).item()
         size = [max(1, round(side * scale)) for side in self._spec.size]
         pixels = self._as_image(to_pixels(image, self._spec.channels))
-        classes = self._as_mask(to_pixels(mask, 1))
-        pixels, classes = self._rest(self._resize(pixels, size), self._resize(classes, size))
+        # Scaled before it is a mask: of one, older versions of torchvision do not read the interpolation.
+        classes = self._as_mask(self._resize(to_pixels(mask, 1), size, interpolation=self._nearest))
+        pixels, classes = self._rest(self._resize(pixels, size), classes)
         return torch.cat([pixels.as_subclass(Tensor), classes.as_subclass(Tensor)])
 
 

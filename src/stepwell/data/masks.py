@@ -15,7 +15,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from stepwell.data.images import one_line
-from stepwell.data.mask_classes import Colour, MaskClasses
+from stepwell.data.mask_classes import HIGHEST, IGNORED, Colour, MaskClasses
 from stepwell.errors import DataError
 
 _INTEGERS = ("1", "L", "I", "I;16", "I;16B", "I;16L")
@@ -69,10 +69,12 @@ def classes_of(file: Path, classes: MaskClasses) -> UInt8[np.ndarray, "h w"]:
     found, strange = classes.of_numbers(numbers)
     if strange:
         row, column = np.argwhere(numbers == strange[0])[0].tolist()
+        way_out = f"mend the mask, name the class in the list, or pass --ignore-index {strange[0]}"
+        if not 0 <= strange[0] <= HIGHEST:
+            way_out = f"mend the mask, numbers of classes are 0 to {HIGHEST}, and {IGNORED} counts nowhere"
         raise DataError(
             f"{file}: pixel at row {row}, column {column} is {strange[0]}, which is no class (there are "
-            f"{classes.in_words()}): mend the mask, name the class in the list, or pass --ignore-index "
-            f"{strange[0]}"
+            f"{classes.in_words()}): {way_out}"
         )
     return found
 

@@ -142,6 +142,8 @@ def feature_loss(options: LossOptions, pair: Pair) -> Call | None:
         return None
     if facts.needs_maps or name == "ofa" or (name == "states" and pair.is_other_student):
         _check_square(name, pair)
+    if facts.masks == "only":
+        _check_maps(name, pair)
     made = partial(_made, name, "--feature-args", options.feature_args)
     s_dim, t_dim = student.features.shape[1], teacher.features.shape[1]
     s_channels = [m.shape[1] for m in maps(student, teacher)] if facts.needs_maps else []
@@ -231,6 +233,17 @@ def _check_square(name: str, pair: Pair) -> None:
             raise ConfigError(
                 f"--feature-loss {name} compares maps, and of images of {height} x {width} it cannot be told "
                 f"how states of shape {tuple(shape[1:])} lie: take another loss, or square images"
+            )
+
+
+def _check_maps(name: str, pair: Pair) -> None:
+    """Of what a linear layer reads nobody can tell how it lies, and before it there may be no map at all."""
+    for who, output in (("teacher", pair.teacher), ("student", pair.student)):
+        if output.features.ndim != 4:
+            raise ConfigError(
+                f"--feature-loss {name} compares the maps that the last convolutions read, and the {who}'s "
+                f"logits come from no convolution: let its last layer be nn.Conv2d(channels, classes, 1), or "
+                f"take --logit-loss cwd-logits or dist"
             )
 
 

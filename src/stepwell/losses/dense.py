@@ -43,8 +43,9 @@ def at_most(
 def labels_at(
     labels: Int[Tensor, "batch height width"], size: tuple[int, int] | torch.Size
 ) -> Int[Tensor, "batch h w"]:
-    """Masks of another size, by nearest neighbours."""
-    return F.interpolate(labels[:, None].float(), tuple(size), mode="nearest")[:, 0].long()
+    """Masks of another size, by nearest neighbours: of the pixels that a position stands for, the middle one
+    (as "nearest" takes the first, masks would lie beside their maps)."""
+    return F.interpolate(labels[:, None].float(), tuple(size), mode="nearest-exact")[:, 0].long()
 
 
 def rows_of(maps: Float[Tensor, "batch dim height width"]) -> Float[Tensor, "batch positions dim"]:

@@ -18,7 +18,7 @@ from torch.func import functional_call
 from torch.utils.hooks import RemovableHandle
 
 from stepwell.losses.output import Output
-from stepwell.tasks.outputs import is_dense
+from stepwell.tasks.outputs import LAYERS, is_dense
 
 
 class Seen:
@@ -33,9 +33,10 @@ class Seen:
         """By a block."""
         self._states.append(tensor_of(output))
 
-    def read(self, _layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def read(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         """By what may be the classifier: of several layers it is the last to run."""
-        self._read[:] = inputs[:1]
+        rows = self.is_dense and isinstance(layer, nn.Linear)
+        self._read[:] = [read.reshape(len(read), -1, read.shape[-1]) if rows else read for read in inputs[:1]]
 
     def output(self, answer: object) -> Output:
         """All of it; it is forgotten here, for the next pass."""
@@ -44,7 +45,7 @@ class Seen:
         self._states.clear()
         self._read.clear()
         if self.is_dense:
-            return Output(logits, states, read[0])
+            return Output(logits, states, read[0] if read else logits.new_empty(len(logits), 0))
         return Output(logits, states, pooled(read[0] if read else states[-1] if states else logits))
 
 
@@ -53,8 +54,9 @@ class Observed(nn.Module):
 
     A state has whatever shape its block returns, tokens (B, N, C) or a map (B, C, H, W); it is the same for
     every candidate, since only what lies inside of blocks is cut. The features are what its last linear layer
-    reads; of a model without one, the mean of its last state. Of a model that tells each pixel they are the
-    map that the last convolution reads from which the logits come.
+    reads; of a model without one, the mean of its last state. Of a model that tells each pixel they are
+    what the last layer reads from which the logits come: of a convolution the map (B, C, H, W), of a linear
+    layer rows (B, N, C), since nobody can tell how its positions lie.
 
     Args:
         model: Kept as attribute `model`, so its parameters are named `model.NAME` here.
@@ -82,8 +84,8 @@ class Observed(nn.Module):
         blocks = [self.model.get_submodule(name) for name in self.blocks]
         readers = [] if self.classifier is None else [self.model.get_submodule(self.classifier)]
         if self.is_dense:
-            last = getattr(self.model, "last_convolution", "")
-            layers = [layer for layer in self.model.modules() if isinstance(layer, nn.Conv2d)]
+            last = getattr(self.model, "last_layer", "")
+            layers = [layer for layer in self.model.modules() if isinstance(layer, LAYERS)]
             readers = [self.model.get_submodule(last)] if last else layers
         return [
             *(block.register_forward_hook(seen.returned) for block in blocks),

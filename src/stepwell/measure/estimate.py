@@ -45,8 +45,11 @@ class Losses:
     def of(self, teacher: nn.Module, states: tuple[str, ...]) -> Losses:
         """The same, for the maps of this teacher, and these blocks of the student."""
         here = replace(self, states=states)
-        name = getattr(teacher, "last_convolution", "")
-        weights = list(teacher.get_submodule(name).parameters()) if name else []
+        name = getattr(teacher, "last_layer", "")
+        last = teacher.get_submodule(name) if name else nn.Identity()
+        if isinstance(last, nn.ConvTranspose2d):
+            return replace(here, last_map=(last.out_channels, last.in_channels))
+        weights = list(last.parameters())
         kernels = [weight for weight in weights if weight.ndim == 4]  # several where it is taken apart
         if not kernels:
             return here

@@ -1,5 +1,5 @@
 """What of a model its logits come from: second heads of a user's own are left out, whatever they are called,
-and losses compare the map that the right convolution reads."""
+and losses compare the map that the right layer reads."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from stepwell.data.spec import InputSpec
-from stepwell.tasks.outputs import AsLogits
+from stepwell.tasks.outputs import LAYERS, AsLogits
 
 _ENOUGH = 128  # pixels
 
@@ -41,7 +41,7 @@ def leave_out(model: nn.Module, names: Iterable[str]) -> None:
 
 
 def with_logits_alone(model: AsLogits, spec: InputSpec) -> list[str]:
-    """Leave out what does not reach the logits, and note in the model which its last convolution is.
+    """Leave out what does not reach the logits, and note in the model which its last layer is.
 
     Args:
         model: Of masks; changed in place.
@@ -56,7 +56,7 @@ def with_logits_alone(model: AsLogits, spec: InputSpec) -> list[str]:
         images = torch.randn(2, spec.channels, *size, generator=torch.Generator().manual_seed(0))
         images = images.to(next(trial.parameters()).dtype)
         with suppress(Exception):  # of a forward pass, or a backward pass of the user's own
-            model.last_convolution, unused = _reached(trial, images)
+            model.last_layer, unused = _reached(trial, images)
             _, unused_in_training = _reached(copy.deepcopy(trial).train(), images)
             return _left_out(model, trial, unused & unused_in_training, images)
     return []
@@ -72,20 +72,26 @@ def _left_out(model: nn.Module, trial: nn.Module, unused: set[str], images: Tens
 
 
 def _reached(model: nn.Module, images: Float[Tensor, "batch channels height width"]) -> tuple[str, set[str]]:
-    """The last convolution to run that the logits depend on, and the parameters that they do not."""
-    maps: list[tuple[str, Tensor]] = []
+    """The last layer to run that the logits depend on, and the parameters that they do not."""
+    seen: list[tuple[str, Tensor]] = []
     with ExitStack() as stack, torch.enable_grad():
         for name, module in model.named_modules():
-            if isinstance(module, nn.Conv2d):
-                note = lambda _module, _inputs, output, name=name: maps.append((name, output))  # noqa: E731
+            if isinstance(module, LAYERS) and not _only_scales(module):
+                note = lambda _module, _inputs, output, name=name: seen.append((name, output))  # noqa: E731
                 stack.callback(module.register_forward_hook(note).remove)
         logits = model(images)
+        maps = [(name, output) for name, output in seen if output.requires_grad]
         parameters = dict(model.named_parameters())
         tensors = [*(output for _, output in maps), *parameters.values()]
         found = torch.autograd.grad(logits.sum(), tensors, allow_unused=True)
     last = [name for (name, _), gradient in zip(maps, found, strict=False) if gradient is not None]
     of_parameters = zip(parameters, found[len(maps) :], strict=True)
     return (last[-1] if last else ""), {name for name, gradient in of_parameters if gradient is None}
+
+
+def _only_scales(layer: nn.Module) -> bool:
+    """Whether it is such a layer as stands behind the classifier (FCN), and makes its logits larger."""
+    return isinstance(layer, nn.ConvTranspose2d) and layer.in_channels == layer.out_channels
 
 
 def _largest(model: nn.Module, unused: set[str]) -> list[str]:

@@ -91,7 +91,11 @@ class Calibration:
         macs = count_macs(model, self.s.spec)
         # By torch and, where there is a file, by onnxruntime, which is taken to be as fast.
         timed = 2 * sum(seconds_to_time(batch * macs / self._rate) for batch in (1, 32))
-        return self.forward(scale) * num_images + Price(self._export + timed)
+        return self.forward(scale) * num_images + Price(timed) + self._export(any_size=False)
+
+    def file(self) -> Price:
+        """The ONNX file of a model that is handed out: of masks, for images of any size where that can be."""
+        return self._export(any_size=self.s.data.task == "segmentation")
 
     def num_params(self, scale: float) -> int:
         """Parameters of the model of this scale."""
@@ -202,13 +206,16 @@ class Calibration:
             self.s, self.ladder, min(range(len(scales)), key=lambda i: abs(scales[i] - scale))
         )
 
-    @cached_property
-    def _export(self) -> float:
-        """Seconds of a file of the student, written and checked."""
-        start, model = time.perf_counter(), self._student
-        with suppress(ExportError), temporary_folder() as folder:  # the run will have none either
-            export_onnx(model, self.s.spec, folder / ONNX, example_images(self.s.spec, 8))
-        return time.perf_counter() - start
+    def _export(self, *, any_size: bool) -> Price:
+        """A file of the student, written and checked."""
+
+        def found() -> Price:
+            start, model, spec = time.perf_counter(), self._student, self.s.spec
+            with suppress(ExportError), temporary_folder() as folder:  # the run will have none either
+                export_onnx(model, spec, folder / ONNX, example_images(spec, 8), any_size=any_size)
+            return Price(time.perf_counter() - start)
+
+        return self._once(("export", any_size), found)
 
     @cached_property
     def _rate(self) -> float:

@@ -141,6 +141,7 @@ def _delivering(s: Setting, ladder: Ladder, clock: Calibration, counted: Costs, 
     measured = [1.0, *[middle(counted)] * assistants, *handed_out]
     measured += [counted.student] * ((config.control != "none") + (s.baseline is not None))
     found = sum((clock.figures(scale, number) for scale in measured), Price(0.0))
+    found = sum((clock.file() for _ in handed_out), found)
     # Weights and an ONNX file of each.
     files = sum(8.0 * clock.num_params(scale) for scale in handed_out)
     return found + Price(0.0, kept=files)

@@ -38,6 +38,8 @@ IN_WORDS: Mapping[Outputs, str] = {
     "taken off, and the student returns logits, log p - log(1 - p)",
 }
 """What is done with outputs that are no logits, for people."""
+LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
+"""What turns features into the logits of each pixel."""
 
 _SAME = 1e-6
 """Relative difference below which the answers to two images are rounding of the same."""
@@ -64,8 +66,8 @@ class AsLogits(nn.Module):
         super().__init__()
         self.model = model
         self.outputs: Outputs = outputs
-        self.last_convolution = ""
-        """Of maps: the one that the logits come from, as far as that has been found out."""
+        self.last_layer = ""
+        """Of maps: the one of `LAYERS` that the logits come from, as far as that has been found out."""
 
     @property
     def pretrained_cfg(self) -> Any:  # noqa: ANN401  (as timm has it)
