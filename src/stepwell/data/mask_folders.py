@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from stepwell.config.mask_layout import IMAGES, MASKS, has_masks
 from stepwell.config.options import DataOptions
 from stepwell.data.found import Found
 from stepwell.data.images import FolderReader, ImageSet, in_threads, num_cpus
@@ -24,7 +25,6 @@ from stepwell.data.masks import Masks, classes_of, numbers_of, open_mask
 from stepwell.errors import DataError
 from stepwell.run.progress import say
 
-IMAGES, MASKS = "images", "masks"
 _LOSSY = (".jpg", ".jpeg", ".jpe", ".jfif")
 
 
@@ -39,11 +39,6 @@ class _Split:
     @property
     def keys(self) -> tuple[str, ...]:
         return tuple(self.files)
-
-
-def has_masks(folder: Path) -> bool:
-    """Whether a folder holds images and masks of them."""
-    return (folder / IMAGES).is_dir() and (folder / MASKS).is_dir()
 
 
 def find_masks(folder: Path, options: DataOptions, splits: Mapping[str, str]) -> Found:
