@@ -163,6 +163,9 @@ def relabelled(images: ImageSet, before: Sequence[str], after: Sequence[str]) ->
     """The same images with the labels that their classes have in the order `after`."""
     if tuple(before) == tuple(after):
         return images
+    if images.masks is not None:
+        # Masks are among what is decoded.
+        return replace(images, masks=images.masks.in_order([before.index(c) for c in after]), cache={})
     # The cache of decoded images is the same: it knows no labels.
     return replace(images, labels=reordered(images.labels, before, after))
 
