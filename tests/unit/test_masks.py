@@ -94,6 +94,22 @@ def test_other_colours_are_another_fingerprint(tmp_path):
     assert found[0] != found[1]
 
 
+@pytest.mark.parametrize("split", ["train", "val", "test", "more"])
+def test_a_repainted_mask_is_another_fingerprint(folder, split):
+    """Two pixels that change places, so that each class has as many as before."""
+    write_masks(folder / "more", {"": 2}, listed=False)
+    given = options(folder, selection_data=folder / "more" if split == "more" else None)
+    before = resolve_data(given).fingerprint
+    file = folder / "more/masks/001.png" if split == "more" else folder / f"masks/{split}/001.png"
+    mask = np.array(Image.open(file))
+    save_mask(file, mask)
+    assert resolve_data(given).fingerprint == before
+    (row, column), (other_row, other_column) = (np.argwhere(mask == c)[0] for c in (1, 2))
+    mask[row, column], mask[other_row, other_column] = 2, 1
+    save_mask(file, mask)
+    assert resolve_data(given).fingerprint != before
+
+
 def test_the_number_of_each_class_is_kept(tmp_path):
     write_masks(tmp_path, {"": 12})
     (tmp_path / "classes.csv").write_text("name,index,ignore\nground,1,\ndisc,0,\nbar,2,\nvoid,9,yes")

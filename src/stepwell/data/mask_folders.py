@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
@@ -62,12 +63,12 @@ def find_masks(folder: Path, options: DataOptions, splits: Mapping[str, str]) ->
     sets: dict[str, ImageSet] = {}
     for split, part in read.items():
         masks = Masks(part.masks, part.files, classes, by_palette)
-        pixels = _checked(part, masks)
+        pixels, digests = _checked(part, masks)
         unseen = [name for name, number in zip(classes.names, pixels, strict=True) if not number]
         if unseen:
             where = "nothing is learnt of it" if split == "train" else "nothing is known of it there"
             say(f"warning: no pixel of class {', '.join(unseen[:3])} in {part.masks}: {where}")
-        sets[split] = _image_set(part, masks)
+        sets[split] = _image_set(part, replace(masks, digests=digests))
     given = [(sets[s], f"{IMAGES}/{splits[s]}/") for s in ("test", "validation") if s in sets]
     test, selection = (*given, (None, ""), (None, ""))[:2]
     return Found(classes.names, sets["train"], *test, *selection)
@@ -80,8 +81,8 @@ def masks_like(folder: Path, train: ImageSet, skip: Sequence[str]) -> ImageSet:
         raise DataError(f"{folder} must hold {IMAGES}/ and {MASKS}/, as the training images do")
     part = _matched(folder / IMAGES, folder / MASKS, skip)
     masks = replace(train.masks, root=part.masks, files=part.files)
-    _checked(part, masks)
-    return _image_set(part, masks)
+    _, digests = _checked(part, masks)
+    return _image_set(part, replace(masks, digests=digests))
 
 
 def _image_set(part: _Split, masks: Masks) -> ImageSet:
@@ -186,10 +187,10 @@ def _palettes_are_listed(parts: Iterable[_Split], classes: MaskClasses) -> bool:
     return True
 
 
-def _checked(part: _Split, masks: Masks) -> np.ndarray:
-    """Look at every mask; returns how many pixels each class has."""
+def _checked(part: _Split, masks: Masks) -> tuple[np.ndarray, dict[str, str]]:
+    """Look at every mask; returns how many pixels each class has, and a hash of each mask's classes."""
 
-    def look(index: int) -> np.ndarray:
+    def look(index: int) -> tuple[np.ndarray, str]:
         key = part.keys[index]
         mask, found = masks.path(key), masks.read(key)
         try:
@@ -202,10 +203,14 @@ def _checked(part: _Split, masks: Masks) -> np.ndarray:
                 f"{mask} has {found.shape[1]} x {found.shape[0]} pixels, and {part.images / key} has "
                 f"{size[0]} x {size[1]}: a mask must have its image's size"
             )
-        return np.bincount(found.ravel(), minlength=IGNORED + 1)[:num_classes]
+        counts = np.bincount(found.ravel(), minlength=IGNORED + 1)[:num_classes]
+        return counts, blake2b(found.tobytes(), digest_size=8).hexdigest()
 
     num_classes = len(masks.classes.names)
     pixels = np.zeros(num_classes, dtype=np.int64)
-    for counts in in_threads(look, len(part.files), "looking at masks", num_cpus()):
+    digests: dict[str, str] = {}
+    looks = in_threads(look, len(part.files), "looking at masks", num_cpus())
+    for key, (counts, digest) in zip(part.keys, looks, strict=True):
         pixels += counts
-    return pixels
+        digests[key] = digest
+    return pixels, digests

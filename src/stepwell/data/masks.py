@@ -31,6 +31,7 @@ class Masks:
         root: Their folder.
         files: The file of each image, by the image's key; relative to `root`.
         classes: What numbers and colours mean.
+        digests: A hash of the classes of each mask, by the image's key.
         by_palette: Whether a mask with a palette is read by its colours, and not by its numbers: all of a set
             alike.
     """
@@ -39,6 +40,7 @@ class Masks:
     files: Mapping[str, str] = field(hash=False, repr=False)
     classes: MaskClasses
     by_palette: bool = False
+    digests: Mapping[str, str] = field(default_factory=dict, hash=False, repr=False)
 
     def path(self, key: str) -> Path:
         """The mask of an image."""
