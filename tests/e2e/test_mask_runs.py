@@ -171,7 +171,7 @@ def test_predict_writes_the_numbers_of_the_users_masks(model, tmp_path, capsys):
     card = read_card(model).model_copy(update={"colours": colours})
     (model / "stepwell.json").write_text(card.model_dump_json())
     stepwell("predict", model, image, "--out", tmp_path / "masks")
-    assert "(numbers in masks: the list's own)" in capsys.readouterr().out
+    assert "(numbers in masks: as in those it learnt from)" in capsys.readouterr().out
     with Image.open(tmp_path / "masks/a.png") as mask:
         written, shown = np.array(mask), np.array(mask.convert("RGB"))
     with torch.no_grad():
