@@ -27,7 +27,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from cifar10 import unpack
-from record import RESULTS, devices, one_teacher
+from record import RESULTS, devices, one_teacher, teacher_must_be_here
 from stepwell.commands import train
 from stepwell.compare.cells import Cell
 from stepwell.compare.pool import run_all
@@ -126,6 +126,7 @@ def images(files: Path, out: Path) -> Path:
 def trained(options: argparse.Namespace, data: Path) -> Path:
     """The teacher's folder."""
     folder = options.out / "teacher"
+    teacher_must_be_here(folder / "teacher", options.cells, "another folder for cells (--cells)")
     given = {
         **SHARED,
         **TEACHER,
