@@ -92,8 +92,8 @@ def teacher_must_be_here(made: Path, cells: Path, or_else: str = "move these cel
     """Before a teacher is trained in `made`: it would be another one than that of the cells."""
     if (cells / TEACHER_OF_CELLS).exists() and not (made / WEIGHTS).exists():
         raise SystemExit(
-            f"the cells in {cells} are of a teacher that is not in {made}, and one that is trained anew would "
-            f"not be it: give its folder (--teacher), or {or_else}"
+            f"the cells in {cells} are of a teacher that is not in {made}, and one trained anew would not be "
+            f"it: give its folder (--teacher), or {or_else}"
         )
 
 
