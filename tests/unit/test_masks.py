@@ -169,7 +169,7 @@ def test_a_palette_is_read_by_its_colours_where_all_are_listed(tmp_path):
 
 
 def test_a_palette_is_judged_once_for_all_masks(tmp_path, capsys):
-    """A mask of one class shows one colour, here that of what is ignored: by itself it would count nowhere."""
+    """A mask of one class shows one colour, here that of void: by itself it would count nowhere."""
     write_masks(tmp_path, {"": 12})
     grey = [level for level in range(256) for _ in range(3)]
     for i, file in enumerate(sorted((tmp_path / "masks").iterdir())):
