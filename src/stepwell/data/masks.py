@@ -16,7 +16,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from stepwell.data.images import one_line
-from stepwell.data.mask_classes import IGNORED, Colour, MaskClasses
+from stepwell.data.mask_classes import IGNORED, Colour, MaskClasses, packed_colours, unpack
 from stepwell.errors import DataError
 
 _INTEGERS = ("1", "L", "I", "I;16", "I;16B", "I;16L")
@@ -139,8 +139,9 @@ def unlisted_colour(file: Path, classes: MaskClasses) -> Colour | None:
     with suppress(OSError), Image.open(file) as image:  # what cannot be opened is told where it is read
         if image.mode not in _WITH_PALETTE:
             return None
-    used = open_mask(file).convert("RGB").getcolors(256) or []
-    return min({colour for _, colour in used} - (classes.by_colour or {}).keys(), default=None)
+    packed = np.unique(packed_colours(np.array(open_mask(file).convert("RGB"))))
+    used = {unpack(int(value)) for value in packed}
+    return min(used - (classes.by_colour or {}).keys(), default=None)
 
 
 def _colours_of(image: Image.Image, classes: MaskClasses, by_palette: bool) -> np.ndarray | None:
