@@ -162,7 +162,7 @@ class CheckedMasks(Checked):
 
 
 def any_size(name: str) -> None:
-    """An ONNX file of the smallest slice for any height and width, or multiples of 32, run on two such sizes."""
+    """An ONNX file of the smallest slice, for any height and width or multiples of 32, run on two such."""
     with contextlib.redirect_stderr(io.StringIO()), tempfile.TemporaryDirectory() as folder:
         checked, file = CheckedMasks.of_masks(name), Path(folder) / "model.onnx"
         small, spec = checked.smallest(), checked.spec
