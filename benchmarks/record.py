@@ -88,6 +88,15 @@ def one_origin(out: Path, device: torch.device) -> None:
         raise SystemExit(f"{out} has runs of {found}, and this is {origin}: remove it, or take another --out")
 
 
+def teacher_must_be_here(made: Path, cells: Path, or_else: str = "move these cells away") -> None:
+    """Before a teacher is trained in `made`: it would be another one than that of the cells."""
+    if (cells / TEACHER_OF_CELLS).exists() and not (made / WEIGHTS).exists():
+        raise SystemExit(
+            f"the cells in {cells} are of a teacher that is not in {made}, and one trained anew would not be "
+            f"it: give its folder (--teacher), or {or_else}"
+        )
+
+
 def one_teacher(folder: Path, cells: Path) -> None:
     """Cells of one folder are of one teacher, that in `folder`, and of the images that it was trained on.
 

@@ -19,7 +19,7 @@ from statistics import fmean
 from typing import Any
 
 from cifar10 import few_images, unpack
-from record import RESULTS, devices, one_teacher
+from record import RESULTS, devices, one_teacher, teacher_must_be_here
 from stepwell.commands import train
 from stepwell.compare.cells import Cell, CellResult
 from stepwell.compare.pool import run_all
@@ -139,6 +139,7 @@ def main() -> None:
 def trained_teacher(options: argparse.Namespace) -> Path:
     """The folder of one teacher for all."""
     folder = options.out / "teacher"
+    teacher_must_be_here(folder / "teacher", CELLS)
     given = {"data": str(unpack(options.files / ARCHIVE, options.out / "cifar10")), "out_dir": folder}
     say(train.run(make_config(TrainConfig, {"device": options.device, **TEACHER, **given})))
     return folder / "teacher"

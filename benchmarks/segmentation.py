@@ -18,8 +18,10 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import mean
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -27,7 +29,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from cifar10 import unpack
-from record import RESULTS, devices, one_teacher
+from record import RESULTS, devices, one_teacher, teacher_must_be_here
 from stepwell.commands import train
 from stepwell.compare.cells import Cell
 from stepwell.compare.pool import run_all
@@ -58,7 +60,10 @@ TEACHER: dict[str, Any] = {
     "lr": 1e-3,
     "label_smoothing": 0.0,
 }
+TEACHER_PARAMS = 3_861_339
+"""With 11 classes; cells do not hold it."""
 KEEPS = (0.3, 0.15)
+SEEDS = (0, 1, 2)
 ALONE = {"path": "single-step", "feature_weight": 0.0}
 ARMS: dict[str, dict[str, Any]] = {
     "labels": {**ALONE, "logit_weight": 0.0},
@@ -87,7 +92,7 @@ def main() -> None:
     every = [*ARMS, EQUAL_COMPUTE]
     parser.add_argument("--arms", nargs="+", choices=every, default=every)
     parser.add_argument("--keeps", type=float, nargs="+", default=list(KEEPS))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--teacher", type=Path, help="folder of one that is trained already")
     parser.add_argument("--teacher-epochs", type=float, default=40)
     parser.add_argument("--budget-epochs", type=float, default=20)
@@ -126,6 +131,7 @@ def images(files: Path, out: Path) -> Path:
 def trained(options: argparse.Namespace, data: Path) -> Path:
     """The teacher's folder."""
     folder = options.out / "teacher"
+    teacher_must_be_here(folder / "teacher", options.cells, "another folder for cells (--cells)")
     given = {
         **SHARED,
         **TEACHER,
@@ -189,22 +195,66 @@ def table(folder: Path = CELLS) -> str:
         "| | keep | mIoU % | pixels right % | params | MACs | epochs | cost | seeds |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
         f"| teacher | | {some['teacher_top1']:.1f} | {some['teacher_pixel_accuracy']:.1f} | "
-        f"| {short_number(some['teacher_macs'])} | | | |",
+        f"{short_number(TEACHER_PARAMS)} | {short_number(some['teacher_macs'])} | | | |",
     ]
     order = [*ARMS, EQUAL_COMPUTE]
     for keep, arm in sorted(found, key=lambda key: (-key[0], order.index(key[1]))):
-        rows.append(_row(keep, arm, found[keep, arm], found.get((keep, "kd"))))
+        # The states of a single step have no operations to be counted: it costs what KD costs.
+        rows.append(
+            _row(keep, arm, found[keep, arm], found.get((keep, "kd"), found.get((keep, "single-step"))))
+        )
+    several = (
+        "mean and standard deviation over the seeds" if max(map(len, found.values())) > 1 else "one seed"
+    )
+    said = [
+        _in_words(keep, {arm: found[keep, arm] for arm in order if (keep, arm) in found}) for keep in KEEPS
+    ]
     return "\n".join(
         [
             *rows,
             "",
             f"CamVid, {some['num_test']} test images, seen at {SHARED['image_size']}, measured at the "
-            f"masks' own size; mean and standard deviation over the seeds; cost: counted operations, KD "
-            f"being 1; trained on {' and '.join(devices(c for of_arm in found.values() for c in of_arm))}; "
+            f"masks' own size; {several}; cost: counted operations, KD or the single step being 1; trained "
+            f"on {' and '.join(devices(cell for of_arm in found.values() for cell in of_arm))}; "
             f"stepwell {some['stepwell_version']}.",
+            "",
+            *(fill(f"- {words}", 128, subsequent_indent="  ") for words in [*said, _not_run(found)] if words),
             *([f"\n![Image, truth, teacher, students](images/{PICTURE.name})"] * PICTURE.exists()),
         ]
     )
+
+
+def _in_words(keep: float, cells: dict[str, list[dict[str, Any]]]) -> str:
+    """What the cells of one size show: whether the 95 % intervals over images tell best and worst apart."""
+    if len(cells) < 2:
+        return ""
+    top = {arm: mean(cell["top1"] for cell in of_arm) for arm, of_arm in cells.items()}
+    best, worst = max(top, key=top.__getitem__), min(top, key=top.__getitem__)
+    sides = {arm: of_arm[0]["top1_interval"] for arm, of_arm in cells.items()}
+    wide = mean((high - low) / 2 for low, high in sides.values())
+    apart = sides[best][0] > sides[worst][1]
+    said = f"{best} is clearly ahead of {worst}" if apart else "no arm is clearly ahead of another"
+    amd = [
+        f"{arm} ({top['amd'] - top[arm]:+.1f})" for arm in ("single-step", "labels") if {arm, "amd"} <= {*top}
+    ]
+    against = f"; AMD's {top['amd']:.1f} stands against {' and '.join(amd)}" if amd else ""
+    return (
+        f"At {keep:g} {said}: {top[worst]:.1f} to {top[best]:.1f}, with 95 % intervals over images of "
+        f"about ±{wide:.1f}{against}."
+    )
+
+
+def _not_run(found: Mapping[tuple[float, str], Sequence[dict[str, Any]]]) -> str:
+    """The cells that are missing."""
+    parts = []
+    for keep in KEEPS:
+        if missing := [arm for arm in (*ARMS, EQUAL_COMPUTE) if (keep, arm) not in found]:
+            parts.append(f"{', '.join(missing)} at {keep:g}")
+    if few := [arm for arm, cells in found.items() if len(cells) < len(SEEDS)]:
+        parts.append(
+            f"all {len(SEEDS)} seeds of {'any' if len(few) == len(found) else f'{len(few)} other'} arm"
+        )
+    return f"Not run: {'; '.join(parts)}." if parts else ""
 
 
 def _row(keep: float, arm: str, cells: Sequence[dict[str, Any]], kd: Sequence[dict[str, Any]] | None) -> str:

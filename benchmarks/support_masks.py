@@ -5,7 +5,7 @@
 
 As support.py does it for classifiers: random weights, a random ranking, and for each keep ratio `exact`,
 `backward` and `reload`; then, in a second round and of the smallest slice alone, since it takes longest,
-`onnx`: exported for images of any size, and run by onnxruntime on two sizes. Writes
+`onnx`: exported for images of any size, and run by onnxruntime on two that are multiples of 32. Writes
 benchmarks/results/support-masks.json and its section of docs/supported.md; needs segmentation-models-pytorch.
 """
 
@@ -162,7 +162,7 @@ class CheckedMasks(Checked):
 
 
 def any_size(name: str) -> None:
-    """An ONNX file of the smallest slice whose images have any height and width, run on two sizes."""
+    """An ONNX file of the smallest slice, for any height and width or multiples of 32, run on two such."""
     with contextlib.redirect_stderr(io.StringIO()), tempfile.TemporaryDirectory() as folder:
         checked, file = CheckedMasks.of_masks(name), Path(folder) / "model.onnx"
         small, spec = checked.smallest(), checked.spec
@@ -214,8 +214,9 @@ def section(done: Mapping[str, Any]) -> str:
         f"encoder and decoder together, at keep ratios {ratios} and 64 x 96 pixels (PAN: 128 x 192).",
         "",
         f"`onnx`: at {RATIOS[0]:g}, exported for images of any height and width, and run by onnxruntime on",
-        "two sizes. *Apart*: convolutions of a concatenation that were taken apart, so that each part is cut",
-        "by itself. Those of transformers are small ones, that of UperNet over a ResNet.",
+        "two sizes that are multiples of 32; whether it takes odd ones too, each export finds out and says.",
+        "*Apart*: convolutions of a concatenation that were taken apart, so that each part is cut by itself.",
+        "Those of transformers are small ones, that of UperNet over a ResNet.",
         "",
         "| model | " + " | ".join(CHECKS) + " | apart | params at 0.1 | MACs at 0.1 |",
         "|---|" + "---|" * len(CHECKS) + "---:|---:|---:|",

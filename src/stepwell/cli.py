@@ -216,7 +216,7 @@ def _from_file(kind: type[Options], words: Sequence[str]) -> dict[str, Any]:
 def _defaults(from_file: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any]:
     """What holds where the command line is silent: the config file's values over what others imply."""
     values = dict(from_file)
-    for name in ("preset", "path", "logit_loss", "feature_loss"):
+    for name in ("preset", "path", "logit_loss", "feature_loss", "data", "task"):
         if (word := _value_of(f"--{name.replace('_', '-')}", words)) is not None:
             values[name] = word
     return {**implied(values), **from_file}

@@ -421,6 +421,14 @@ def test_a_process_that_is_killed_is_one_line(teacher, data, tmp_path, capsys, m
     assert "fewer --jobs" in line
 
 
+@pytest.mark.parametrize("suite", sorted({"segmentation", "steps", *suites.PAIRS}))
+def test_hours_are_counted_at_the_rate_of_the_models_kind(suite):
+    """A transformer keeps a GPU busier than a CNN does, and small CNNs keep it waiting."""
+    size = scales.size_of(suite, "paper")
+    rate = 1e14 if size.model.startswith("vit") else 2e12 if size.model.startswith("cifar") else 2e13
+    assert size.macs_per_second == rate
+
+
 @pytest.mark.parametrize("scale", ["cpu", "gpu", "paper"])
 @pytest.mark.parametrize("suite", suites.ARMS)
 def test_every_arm_of_a_suite_can_be_built(suite, scale, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -183,7 +184,7 @@ def test_predict_writes_the_numbers_of_the_users_masks(model, tmp_path, capsys):
     card = read_card(model).model_copy(update={"colours": colours})
     (model / "stepwell.json").write_text(card.model_dump_json())
     stepwell("predict", model, image, "--out", tmp_path / "masks")
-    assert "(numbers in masks: the list's own)" in capsys.readouterr().out
+    assert "(numbers in masks: as in those it learnt from)" in capsys.readouterr().out
     with Image.open(tmp_path / "masks/a.png") as mask:
         written, shown = np.array(mask), np.array(mask.convert("RGB"))
     with torch.no_grad():
@@ -235,6 +236,34 @@ def test_losses_for_masks_in_the_joint_training(folder, weights, tmp_path, loss)
         assert all(0 < value < math.inf for value in losses["feature"])
     assert result.teacher.pixel_accuracy > 60
     assert set(result.student.iou_by_class) <= set(CLASSES)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("here")
+def test_a_comparison_from_its_cells_to_its_table(folder, weights, tmp_path, capsys):
+    data, out = tmp_path / "data", tmp_path / "out"
+    shutil.copytree(folder, data)
+    words = ("compare", "--teacher", FACTORY, "--teacher-weights", weights, "--data", data, *QUICK)
+    words = (*words, "--paths", "single-step", "--logit-losses", "kd", "dist", "--epochs", "1")
+    words = (*words, "--seeds", "0", "--out", out)
+    stepwell(*words)
+    table = capsys.readouterr().out
+    cells = {file.stem: json.loads(file.read_text()) for file in (out / "cells").iterdir()}
+    assert {name: cell["options"]["logit_weight"] for name, cell in cells.items()} == {
+        "single-step-kd-0": 1.0,
+        "single-step-dist-0": 1.0,
+    }
+    for cell in cells.values():
+        assert (cell["measure"], cell["num_test"], set(cell["iou_by_class"])) == ("mIoU", 6, set(CLASSES))
+        assert cell["top1"] == pytest.approx(np.mean(list(cell["iou_by_class"].values())))
+        assert f"{cell['top1']:.2f}" in table
+    assert "mIoU" in table
+    written = {file: file.stat().st_mtime_ns for file in (out / "cells").iterdir()}
+    stepwell(*words)
+    assert {file: file.stat().st_mtime_ns for file in (out / "cells").iterdir()} == written
+    # Cells of a mask that was painted anew would be of other images.
+    Image.fromarray(np.ones((32, 48), np.uint8)).save(data / "masks/test/000.png")
+    assert "was begun with another data (its content has changed)" in error_of(capsys, *words)
 
 
 @pytest.mark.slow

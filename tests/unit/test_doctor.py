@@ -71,7 +71,7 @@ def test_memory_knows_the_queues_of_cirkd():
     teacher = AsLogits(nn.Sequential(nn.Conv2d(3, 6, 3), nn.Conv2d(6, 3, 1)), "maps")
     spec = InputSpec((16, 16), 3, (0.5,) * 3, (0.5,) * 3)
     before = memory_and_disk(config, teacher, [teacher], spec, 500, Losses(kept=9).of(teacher, ()))
-    teacher.last_convolution = "model.1"
+    teacher.last_layer = "model.1"
     after = memory_and_disk(config, teacher, [teacher], spec, 500, Losses(kept=9).of(teacher, ()))
     assert [a - b for a, b in zip(after, before, strict=True)] == [9 * queues, 2 * 9 * queues]
 

@@ -219,7 +219,10 @@ def test_half_precision_and_nameless_classes(tmp_path, capsys):
     assert found.classes is None
     assert {p.dtype for p in found.model.parameters()} == {torch.float32}
     assert found.spec.mean == (0.5, 0.5, 0.5)
+    assert not found.says_input
     assert "has no preprocessor_config.json" in " ".join(capsys.readouterr().err.split())
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.4], "image_std": [0.2]}))
+    assert load_teacher(str(tmp_path), None, {}, 5).says_input
 
 
 def test_a_module_is_wrapped_and_left_alone():

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from stepwell.cli import parse
 from stepwell.config.commands import CompressConfig
 from stepwell.config.files import make_config
 from stepwell.config.loss_facts import (
@@ -124,6 +125,25 @@ def test_a_name_brings_the_options_of_its_authors_where_none_are_given(name):
     assert others == plain.model_copy(update=implied)
     for option in implied:
         assert getattr(make_config(CompressConfig, {kind: name, option: 0.75}), option) == 0.75
+
+
+def test_the_authors_of_dist_weigh_it_otherwise_for_masks(tmp_path):
+    """By the task, or by what lies in the folder; nobody has to know it."""
+    (tmp_path / "masks/images").mkdir(parents=True)
+    (tmp_path / "masks/masks").mkdir()
+    masks, classes = str(tmp_path / "masks"), str(tmp_path)
+
+    def weight(**more) -> float:
+        return make_config(CompressConfig, {"logit_loss": "dist", **more}).logit_weight
+
+    assert weight(data=classes) == weight(data=masks, task="classification") == 2.0
+    assert weight(data=masks) == weight(task="segmentation") == 1.0
+    assert weight(data=masks, logit_weight=2.0) == 2.0
+    words = ["--logit-loss", "dist", "--data"]
+    for folder, expected in ((masks, 1.0), (classes, 2.0)):
+        config = parse("compress", CompressConfig, [*words, folder])
+        assert isinstance(config, CompressConfig)
+        assert config.logit_weight == expected
 
 
 READ = {

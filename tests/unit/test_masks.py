@@ -17,7 +17,7 @@ from stepwell.data.batches import EvalBatches, TrainBatches
 from stepwell.data.mask_classes import IGNORED, numbered_classes, palette, ranges, read_classes
 from stepwell.data.mask_transforms import MaskTrainTransform
 from stepwell.data.spec import InputSpec
-from stepwell.data.splits import resolve_data
+from stepwell.data.splits import in_order, resolve_data
 from stepwell.errors import ConfigError, DataError
 
 CPU = torch.device("cpu")
@@ -95,6 +95,22 @@ def test_other_colours_are_another_fingerprint(tmp_path):
     assert found[0] != found[1]
 
 
+@pytest.mark.parametrize("split", ["train", "val", "test", "more"])
+def test_a_repainted_mask_is_another_fingerprint(folder, split):
+    """Two pixels that change places, so that each class has as many as before."""
+    write_masks(folder / "more", {"": 2}, listed=False)
+    given = options(folder, selection_data=folder / "more" if split == "more" else None)
+    before = resolve_data(given).fingerprint
+    file = folder / "more/masks/001.png" if split == "more" else folder / f"masks/{split}/001.png"
+    mask = np.array(Image.open(file))
+    save_mask(file, mask)
+    assert resolve_data(given).fingerprint == before
+    (row, column), (other_row, other_column) = (np.argwhere(mask == c)[0] for c in (1, 2))
+    mask[row, column], mask[other_row, other_column] = 2, 1
+    save_mask(file, mask)
+    assert resolve_data(given).fingerprint != before
+
+
 def test_the_number_of_each_class_is_kept(tmp_path):
     write_masks(tmp_path, {"": 12})
     (tmp_path / "classes.csv").write_text("name,index,ignore\nground,1,\ndisc,0,\nbar,2,\nvoid,9,yes")
@@ -151,6 +167,57 @@ def test_a_palette_is_read_by_its_colours_where_all_are_listed(tmp_path):
     assert by_colour.classes == ("bar", "disc", "ground")
     turned = np.array(by_colour.train.opened(0)[1])
     assert (turned == np.where(first == IGNORED, IGNORED, 2 - first)).all()
+
+
+def test_a_palette_is_judged_once_for_all_masks(tmp_path, capsys):
+    """A mask of one class shows one colour, here that of void: by itself it would count nowhere."""
+    write_masks(tmp_path, {"": 12})
+    grey = [level for level in range(256) for _ in range(3)]
+    for i, file in enumerate(sorted((tmp_path / "masks").iterdir())):
+        mask = np.array(Image.open(file))
+        image = Image.fromarray(np.zeros_like(mask) if i < 6 else mask).convert("P")
+        image.putpalette(grey)
+        image.save(file)
+    rows = ["ground,0,#808080,", "disc,1,#800000,", "bar,2,#000080,", f"void,{VOID},#000000,yes"]
+    (tmp_path / "classes.csv").write_text("\n".join(["name,index,colour,ignore", *rows]))
+    data = resolve_data(options(tmp_path))
+    for split in (data.train, data.selection, data.test):
+        for i, key in enumerate(split.keys):
+            raw = np.array(Image.open(tmp_path / "masks" / key))
+            assert (np.array(split.opened(i)[1]) == np.where(raw == VOID, IGNORED, raw)).all()
+    said = " ".join(capsys.readouterr().err.split())
+    assert "006.png shows the colour (1, 1, 1), which is no class of the list" in said
+
+
+@pytest.mark.parametrize("coloured", [False, True])
+def test_classes_in_another_order_take_their_pixels_along(tmp_path, coloured):
+    write_masks(tmp_path / "data", {"": 12})
+    paints = np.array([(9, 9, i) for i in range(10)], np.uint8)
+    for file in (tmp_path / "data/masks").iterdir() if coloured else ():
+        save_mask(file, paints[np.array(Image.open(file))])
+    rows = [f"{name},{i},#09090{i}," for i, name in enumerate(CLASSES)]
+    (tmp_path / "data/classes.csv").write_text(
+        "\n".join(["name,index,colour,ignore", *rows, f"void,{VOID},#090909,yes"])
+    )
+    (tmp_path / "order.txt").write_text("bar\nground\ndisc\n")
+    before = resolve_data(options(tmp_path / "data"))
+    after = resolve_data(options(tmp_path / "data", class_order=tmp_path / "order.txt"))
+    assert after.classes == ("bar", "ground", "disc")
+    assert after.mask_numbers == [2, 0, 1]
+    assert after.colours == [(9, 9, 2), (9, 9, 0), (9, 9, 1)]
+    assert after.fingerprint != before.fingerprint
+    moved_to = np.array([1, 2, 0, *[IGNORED] * 253])
+    for i in range(len(before.train)):
+        one, other = (np.array(data.train.opened(i)[1]) for data in (before, after))
+        assert (moved_to[one] == other).all()
+    # What has been decoded holds masks, too.
+    list(EvalBatches(before.train, SPEC, options(tmp_path), CPU))
+    moved = in_order(before, after.classes)
+    seen, expected = (
+        torch.cat([batch.labels for batch in EvalBatches(data.train, SPEC, options(tmp_path), CPU)])
+        for data in (moved, after)
+    )
+    assert torch.equal(seen, expected)
 
 
 def test_a_suffix_that_all_masks_have(folder):

@@ -118,6 +118,16 @@ def test_an_encoder_starts_from_a_classifiers_file(encoder: str, classifier: Cal
             assert torch.equal(tensor, before[key]), key
 
 
+def test_torchvisions_mobilenet_calls_its_encoder_features(tmp_path):
+    """Its file is what the suite of masks starts its teacher from."""
+    given = torchvision.models.mobilenet_v3_large(num_classes=3)
+    model = build("torchvision:deeplabv3_mobilenet_v3_large", {"num_classes": 3})
+    load_encoder(model, weights_of(given, tmp_path), "torchvision:deeplabv3_mobilenet_v3_large")
+    ours, theirs = encoder_of(model).state_dict(), given.features.state_dict()
+    assert len(ours) > 200
+    assert all(torch.equal(tensor, theirs[key]) for key, tensor in ours.items())
+
+
 def test_another_architectures_file_is_refused(tmp_path):
     """Before anything of the model has changed."""
     file = weights_of(timm.create_model("test_resnet", num_classes=3), tmp_path)

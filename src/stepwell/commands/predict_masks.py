@@ -59,7 +59,8 @@ def predict_masks(config: PredictConfig, model: nn.Module, card: Card) -> str:
             over(image, classes, colours).save(out / f"{file.stem}-overlay.png")
         name = printable(readable(str(file)))
         lines.append(f"{name:<{width}}  {_shares(classes, card.classes, config.top)}")
-    same = "the list's own" if numbers == card.numbers else "those of the classes in their order, from 0"
+    is_theirs = numbers == card.numbers
+    same = "as in those it learnt from" if is_theirs else "those of the classes in their order, from 0"
     return "\n".join([*lines, f"masks and overlays: {out} (numbers in masks: {same})"])
 
 

@@ -78,5 +78,6 @@ SIZES_OF_MASKS = {
             "precision": "bf16",
         },
         teacher_top1=78.07,
+        macs_per_second=CNN_MACS_PER_SECOND,
     ),
 }

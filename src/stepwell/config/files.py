@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from stepwell.config.base import FLAGS, LENGTHS
 from stepwell.config.loss_facts import feature_facts, logit_facts
+from stepwell.config.mask_layout import are_of_masks
 from stepwell.config.options import Options
 from stepwell.errors import ConfigError, did_you_mean
 
@@ -73,7 +74,9 @@ def implied(values: Mapping[str, object]) -> dict[str, object]:
     path = PATHS.get(str(values.get("path", "")), {})
     named = {**preset, **path, **values}
     losses = logit_facts(str(named.get("logit_loss", ""))), feature_facts(str(named.get("feature_loss", "")))
-    return {**preset, **path, **losses[0].implied, **losses[1].implied}
+    of_masks = are_of_masks(named)
+    by_loss = [{**facts.implied, **(facts.implied_of_masks if of_masks else {})} for facts in losses]
+    return {**preset, **path, **by_loss[0], **by_loss[1]}
 
 
 def is_of_one_path(kind: type[Options]) -> bool:

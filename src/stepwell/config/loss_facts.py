@@ -40,6 +40,7 @@ class LossFacts:
         pretraining_share: Epochs of that training as a share of those of the student's.
         rotations: Whether it makes four images of each, by turns of 90 degrees, which both models see.
         implied: Options that its authors use, where the user gives none.
+        implied_of_masks: Of these, those that are others for masks.
         masks: Whether it is for one class an image alone (`never`), for one class a pixel as well (`too`), or
             for that alone (`only`).
         exclusive: Whether it is defined only where each image has one class: it has a softmax, or asks which.
@@ -56,6 +57,7 @@ class LossFacts:
     pretraining_share: float = 1 / 8
     rotations: bool = False
     implied: Mapping[str, Any] = field(default_factory=dict)
+    implied_of_masks: Mapping[str, Any] = field(default_factory=dict)
     exclusive: bool = False
     masks: Literal["never", "too", "only"] = "never"
     between_slices: Mapping[str, Any] = field(default_factory=dict)
@@ -114,7 +116,12 @@ LOGIT_LOSSES: Mapping[str, LossFacts] = {
         exclusive=True,
     ),
     "dist": LossFacts(
-        reads=("logits",), implied={"logit_weight": 2.0}, exclusive=True, masks="too", relates_images=True
+        reads=("logits",),
+        implied={"logit_weight": 2.0},
+        implied_of_masks={"logit_weight": 1.0},
+        exclusive=True,
+        masks="too",
+        relates_images=True,
     ),
     # The labels are in it.
     "pld": LossFacts(reads=("logits",), given=("labels",), implied={"task_weight": 0.0}, exclusive=True),

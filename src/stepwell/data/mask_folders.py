@@ -8,23 +8,24 @@ DIR/classes.csv                                                                n
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from stepwell.config.mask_layout import IMAGES, MASKS, has_masks
 from stepwell.config.options import DataOptions
 from stepwell.data.found import Found
 from stepwell.data.images import FolderReader, ImageSet, in_threads, num_cpus
 from stepwell.data.listing import list_images
 from stepwell.data.mask_classes import IGNORED, LISTS, MaskClasses, numbered_classes, read_classes
-from stepwell.data.masks import Masks, classes_of, numbers_of, open_mask
+from stepwell.data.masks import Masks, numbers_of, open_mask, unlisted_colour
 from stepwell.errors import DataError
 from stepwell.run.progress import say
 
-IMAGES, MASKS = "images", "masks"
 _LOSSY = (".jpg", ".jpeg", ".jpe", ".jfif")
 
 
@@ -39,11 +40,6 @@ class _Split:
     @property
     def keys(self) -> tuple[str, ...]:
         return tuple(self.files)
-
-
-def has_masks(folder: Path) -> bool:
-    """Whether a folder holds images and masks of them."""
-    return (folder / IMAGES).is_dir() and (folder / MASKS).is_dir()
 
 
 def find_masks(folder: Path, options: DataOptions, splits: Mapping[str, str]) -> Found:
@@ -63,14 +59,16 @@ def find_masks(folder: Path, options: DataOptions, splits: Mapping[str, str]) ->
         for split, name in (splits or {"train": ""}).items()
     }
     classes = _classes(folder, options, read["train"])
+    by_palette = _palettes_are_listed(read.values(), classes)
     sets: dict[str, ImageSet] = {}
     for split, part in read.items():
-        pixels = _checked(part, classes)
+        masks = Masks(part.masks, part.files, classes, by_palette)
+        pixels, digests = _checked(part, masks)
         unseen = [name for name, number in zip(classes.names, pixels, strict=True) if not number]
         if unseen:
             where = "nothing is learnt of it" if split == "train" else "nothing is known of it there"
             say(f"warning: no pixel of class {', '.join(unseen[:3])} in {part.masks}: {where}")
-        sets[split] = _image_set(part, classes)
+        sets[split] = _image_set(part, replace(masks, digests=digests))
     given = [(sets[s], f"{IMAGES}/{splits[s]}/") for s in ("test", "validation") if s in sets]
     test, selection = (*given, (None, ""), (None, ""))[:2]
     return Found(classes.names, sets["train"], *test, *selection)
@@ -82,13 +80,13 @@ def masks_like(folder: Path, train: ImageSet, skip: Sequence[str]) -> ImageSet:
     if not has_masks(folder):
         raise DataError(f"{folder} must hold {IMAGES}/ and {MASKS}/, as the training images do")
     part = _matched(folder / IMAGES, folder / MASKS, skip)
-    _checked(part, train.masks.classes)
-    return _image_set(part, train.masks.classes)
+    masks = replace(train.masks, root=part.masks, files=part.files)
+    _, digests = _checked(part, masks)
+    return _image_set(part, replace(masks, digests=digests))
 
 
-def _image_set(part: _Split, classes: MaskClasses) -> ImageSet:
+def _image_set(part: _Split, masks: Masks) -> ImageSet:
     root = Path(os.path.realpath(part.images))
-    masks = Masks(part.masks, part.files, classes)
     return ImageSet(part.keys, (-1,) * len(part.files), FolderReader(root), masks=masks)
 
 
@@ -170,13 +168,31 @@ def _classes(folder: Path, options: DataOptions, train: _Split) -> MaskClasses:
     return classes
 
 
-def _checked(part: _Split, classes: MaskClasses) -> np.ndarray:
-    """Look at every mask; returns how many pixels each class has."""
+def _palettes_are_listed(parts: Iterable[_Split], classes: MaskClasses) -> bool:
+    """Whether the colours of palettes are those of the list: in all masks, for one by itself may happen to
+    show colours alone that are listed for something else."""
+    if classes.by_colour is None:
+        return False
+    files = [part.masks / name for part in parts for name in part.files.values()]
+    looks = in_threads(
+        lambda i: unlisted_colour(files[i], classes), len(files), "looking at palettes", num_cpus()
+    )
+    for file, colour in zip(files, list(looks), strict=True):
+        if colour is not None:
+            say(
+                f"masks with a palette are read by their numbers: {file} shows the colour {colour}, which is "
+                f"no class of the list"
+            )
+            return False
+    return True
 
-    def look(index: int) -> np.ndarray:
+
+def _checked(part: _Split, masks: Masks) -> tuple[np.ndarray, dict[str, str]]:
+    """Look at every mask; returns how many pixels each class has, and a hash of each mask's classes."""
+
+    def look(index: int) -> tuple[np.ndarray, str]:
         key = part.keys[index]
-        mask = part.masks / part.files[key]
-        found = classes_of(mask, classes)
+        mask, found = masks.path(key), masks.read(key)
         try:
             with Image.open(part.images / key) as image:
                 size = image.size
@@ -187,9 +203,14 @@ def _checked(part: _Split, classes: MaskClasses) -> np.ndarray:
                 f"{mask} has {found.shape[1]} x {found.shape[0]} pixels, and {part.images / key} has "
                 f"{size[0]} x {size[1]}: a mask must have its image's size"
             )
-        return np.bincount(found.ravel(), minlength=IGNORED + 1)[: len(classes.names)]
+        counts = np.bincount(found.ravel(), minlength=IGNORED + 1)[:num_classes]
+        return counts, blake2b(found.tobytes(), digest_size=8).hexdigest()
 
-    pixels = np.zeros(len(classes.names), dtype=np.int64)
-    for counts in in_threads(look, len(part.files), "looking at masks", num_cpus()):
+    num_classes = len(masks.classes.names)
+    pixels = np.zeros(num_classes, dtype=np.int64)
+    digests: dict[str, str] = {}
+    looks = in_threads(look, len(part.files), "looking at masks", num_cpus())
+    for key, (counts, digest) in zip(part.keys, looks, strict=True):
         pixels += counts
-    return pixels
+        digests[key] = digest
+    return pixels, digests

@@ -6,8 +6,9 @@ pixels (JPEG) are no masks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,11 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from stepwell.data.images import one_line
-from stepwell.data.mask_classes import HIGHEST, IGNORED, Colour, MaskClasses
+from stepwell.data.mask_classes import HIGHEST, IGNORED, Colour, MaskClasses, packed_colours, unpack
 from stepwell.errors import DataError
 
 _INTEGERS = ("1", "L", "I", "I;16", "I;16B", "I;16L")
+_WITH_PALETTE = ("P", "PA")
 
 
 @dataclass(frozen=True)
@@ -29,11 +31,16 @@ class Masks:
         root: Their folder.
         files: The file of each image, by the image's key; relative to `root`.
         classes: What numbers and colours mean.
+        digests: A hash of the classes of each mask, by the image's key.
+        by_palette: Whether a mask with a palette is read by its colours, and not by its numbers: all of a set
+            alike.
     """
 
     root: Path
     files: Mapping[str, str] = field(hash=False, repr=False)
     classes: MaskClasses
+    by_palette: bool = False
+    digests: Mapping[str, str] = field(default_factory=dict, hash=False, repr=False)
 
     def path(self, key: str) -> Path:
         """The mask of an image."""
@@ -50,17 +57,33 @@ class Masks:
         Raises:
             DataError: It cannot be decoded, or holds what is no class; the message names file and value.
         """
-        return Image.fromarray(classes_of(self.path(key), self.classes))
+        return Image.fromarray(self.read(key))
+
+    def read(self, key: str) -> UInt8[np.ndarray, "h w"]:
+        """The class of each pixel of an image.
+
+        Raises:
+            DataError: As in `open`.
+        """
+        return _classes_of(self.path(key), self.classes, self.by_palette)
+
+    def in_order(self, order: Sequence[int]) -> Masks:
+        """The same with the classes in another order, given as their numbers before."""
+        now = {before: place for place, before in enumerate(order)} | {IGNORED: IGNORED}
+        names, colours, by_colour = self.classes.names, self.classes.colours, self.classes.by_colour
+        classes = replace(
+            self.classes,
+            names=tuple(names[i] for i in order),
+            colours=tuple(colours[i] for i in order),
+            numbers={number: now[place] for number, place in self.classes.numbers.items()},
+            by_colour=None if by_colour is None else {c: now[place] for c, place in by_colour.items()},
+        )
+        return replace(self, classes=classes)
 
 
-def classes_of(file: Path, classes: MaskClasses) -> UInt8[np.ndarray, "h w"]:
-    """The class of each pixel.
-
-    Raises:
-        DataError: As in `Masks.open`.
-    """
+def _classes_of(file: Path, classes: MaskClasses, by_palette: bool) -> UInt8[np.ndarray, "h w"]:
     image = open_mask(file)
-    if (colours := _colours_of(image, classes)) is not None:
+    if (colours := _colours_of(image, classes, by_palette)) is not None:
         found, unknown = classes.of_colours(colours)
         if unknown:
             raise DataError(_no_class(file, colours, unknown[0]))
@@ -99,7 +122,7 @@ def numbers_of(image: Image.Image, file: Path) -> np.ndarray:
     Raises:
         DataError: It is coloured, and no list of classes says what its colours mean.
     """
-    if image.mode in _INTEGERS or image.mode in ("P", "PA"):
+    if image.mode in _INTEGERS or image.mode in _WITH_PALETTE:
         array = np.array(image if image.mode != "PA" else image.getchannel(0))
         array = array[..., 0] if array.ndim == 3 else array
         return array.astype(np.uint8 if array.dtype == bool else np.int64).astype(np.int64)
@@ -112,16 +135,21 @@ def numbers_of(image: Image.Image, file: Path) -> np.ndarray:
     )
 
 
-def _colours_of(image: Image.Image, classes: MaskClasses) -> np.ndarray | None:
-    """The colours of a mask that is read by them: a coloured one; and one with a palette, if all colours that
-    it uses are on the list."""
-    if classes.by_colour is None or image.mode in _INTEGERS:
-        return None
-    pixels = np.array(image.convert("RGB"))
-    if image.mode in ("P", "PA"):
-        used = {(int(r), int(g), int(b)) for r, g, b in np.unique(pixels.reshape(-1, 3), axis=0)}
-        return pixels if used <= classes.by_colour.keys() else None
-    return pixels
+def unlisted_colour(file: Path, classes: MaskClasses) -> Colour | None:
+    """A colour that a mask with a palette shows, and the list of classes lacks; of other masks no more than
+    the header is read."""
+    with suppress(OSError), Image.open(file) as image:  # what cannot be opened is told where it is read
+        if image.mode not in _WITH_PALETTE:
+            return None
+    packed = np.unique(packed_colours(np.array(open_mask(file).convert("RGB"))))
+    used = {unpack(int(value)) for value in packed}
+    return min(used - (classes.by_colour or {}).keys(), default=None)
+
+
+def _colours_of(image: Image.Image, classes: MaskClasses, by_palette: bool) -> np.ndarray | None:
+    """The colours of a mask that is read by them."""
+    is_by_number = image.mode in _INTEGERS or (image.mode in _WITH_PALETTE and not by_palette)
+    return None if classes.by_colour is None or is_by_number else np.array(image.convert("RGB"))
 
 
 def _no_class(file: Path, pixels: np.ndarray, colour: Colour) -> str:

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from stepwell.config.mask_layout import IMAGES, MASKS, has_masks
 from stepwell.config.options import DataOptions
 from stepwell.data import timm_sets
 from stepwell.data.folders import (
@@ -28,7 +29,7 @@ from stepwell.data.folders import (
 )
 from stepwell.data.found import Found
 from stepwell.data.listing import subfolders
-from stepwell.data.mask_folders import IMAGES, MASKS, find_masks, has_masks
+from stepwell.data.mask_folders import find_masks
 from stepwell.data.table_files import labels_are
 from stepwell.data.tables import say_unread
 from stepwell.errors import DataError

@@ -49,7 +49,7 @@ class Data:
         selection_from: Where the selection split comes from, in words for the report.
         num_bad_images: Images left out because they cannot be decoded.
         fingerprint: Hash over all keys, labels and splits: equal means the same files, by name, with the same
-            labels in the same splits.
+            labels, or masks of the same classes, in the same splits.
         white_level: The value of white in images of more than 8 bits; None where they have 8, or say it.
         task: Whether each image has one class, or may have several, or each pixel has one.
     """
@@ -163,6 +163,9 @@ def relabelled(images: ImageSet, before: Sequence[str], after: Sequence[str]) ->
     """The same images with the labels that their classes have in the order `after`."""
     if tuple(before) == tuple(after):
         return images
+    if images.masks is not None:
+        # Masks are among what is decoded.
+        return replace(images, masks=images.masks.in_order([before.index(c) for c in after]), cache={})
     # The cache of decoded images is the same: it knows no labels.
     return replace(images, labels=reordered(images.labels, before, after))
 
@@ -241,7 +244,8 @@ def _fingerprint(classes: Sequence[str], splits: Mapping[str, ImageSet]) -> str:
             if images.masks.classes.by_colour is not None:
                 digest.update(f"{sorted(images.masks.classes.by_colour.items())}\n".encode())
         for key, label in zip(images.keys, images.labels, strict=True):
-            digest.update(f"{key}\0{label}\n".encode("utf-8", "surrogateescape"))
+            known = label if images.masks is None else images.masks.digests[key]
+            digest.update(f"{key}\0{known}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
 

@@ -25,7 +25,7 @@ def dist_loss(
     """tau^2 * (beta * inter + gamma * intra): 1 - correlation over classes, 1 - correlation over images.
 
     A row or column without variance correlates with nothing and counts as 1; so does a batch of one image in
-    `intra`. Default weight 2 beside cross-entropy with weight 1.
+    `intra`. Default weight 2 beside cross-entropy with weight 1; of masks 1.
 
     Args:
         student_logits: Logits of the model that learns.

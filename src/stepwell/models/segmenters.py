@@ -168,8 +168,10 @@ def load_encoder(model: nn.Module, file: Path, name: str) -> None:
     wanted = encoder.state_dict()
     best: dict[str, Any] = {}
     for found in read_weights(file).state_dicts:
-        # timm takes encoders apart: stages.0 becomes stages_0.
-        theirs = {key.replace("_", "."): tensor for key, tensor in found.tensors.items()}
+        # timm takes encoders apart: stages.0 becomes stages_0. torchvision's MobileNets call theirs features.
+        theirs = {
+            key.removeprefix("features.").replace("_", "."): tensor for key, tensor in found.tensors.items()
+        }
         fits = {
             key: theirs[same].to(tensor.dtype)
             for key, tensor in wanted.items()

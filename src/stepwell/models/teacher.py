@@ -28,6 +28,7 @@ from stepwell.models.card import (
 from stepwell.models.converted import take_images_of
 from stepwell.models.factory import load_factory
 from stepwell.models.fitting import load_whole
+from stepwell.models.image_processor import PROCESSOR
 from stepwell.models.input import has_one_size, input_spec
 from stepwell.models.recognise import recognise
 from stepwell.models.timm_folder import LOCAL, create_from_folder, is_timm_folder, read_config
@@ -54,6 +55,7 @@ class Teacher:
         notes: What was found out about it that a careful reader should be told.
         task: What it was trained for, where something says that.
         own_spec: The images that it was trained on, where those of `spec` are brought to them on the way in.
+        says_input: Whether its card or its image processor says how its images are normalised.
         sharded: What answers in place of `model`, where each of several processes holds a part of it.
     """
 
@@ -68,6 +70,7 @@ class Teacher:
     notes: tuple[str, ...] = ()
     task: TaskName | None = None
     own_spec: InputSpec | None = None
+    says_input: bool = False
     sharded: nn.Module | None = None
 
     @property
@@ -199,6 +202,7 @@ def _from_directory(path: Path, weights: Path | None, key: str | None, args: Map
         widths=card.widths,
         trained_on=card.provenance.get("data_fingerprint") if weights is None else None,
         task=card.task,
+        says_input=True,
     )
 
 
@@ -247,7 +251,10 @@ def _from_transformers(folder: Path, weights: Path | None) -> Teacher:
     _check_numbers(model, str(folder))
     architecture = recognise(model, spec) or Architecture(source="factory", name=str(folder))
     task = huggingface.task_of(model, str(folder))
-    return Teacher(model, architecture, spec, classes, {}, str(folder), digest(model), task=task)
+    says_input = (folder / PROCESSOR).is_file()
+    return Teacher(
+        model, architecture, spec, classes, {}, str(folder), digest(model), task=task, says_input=says_input
+    )
 
 
 def _from_segmenter(source: str, weights: Path | None, key: str | None, args: Mapping[str, Any]) -> Teacher:

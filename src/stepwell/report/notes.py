@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from stepwell.config.path_options import JointOptions
+from stepwell.config.commands import CompressConfig
 from stepwell.data.splits import TEST_BY_HASH
 from stepwell.measure.cost import FEW_JOINT_STEPS
 from stepwell.models.teacher import Teacher
@@ -16,13 +16,13 @@ FEW_SELECTION_IMAGES = 200
 BATCHES: tuple[Literal[1, 32], ...] = (1, 32)
 
 
-def notes(result: Result, teacher: Teacher, options: JointOptions) -> list[str]:
+def notes(result: Result, teacher: Teacher, options: CompressConfig) -> list[str]:
     """One sentence for each thing.
 
     Args:
         result: All figures of the run.
         teacher: The model that was compressed.
-        options: How the candidates were trained together, if they were.
+        options: How its images are normalised, and how the candidates were trained together.
     """
     data, told = result.data, [note if note[-1] in ".?!" else f"{note}." for note in teacher.notes]
     if result.student_name is not None:
@@ -42,7 +42,7 @@ def notes(result: Result, teacher: Teacher, options: JointOptions) -> list[str]:
             "The test images were set aside by stepwell: a teacher that was trained on this folder elsewhere "
             "has seen them, and its accuracy is then too high."
         )
-    if getattr(teacher.model, "pretrained_cfg", None) is None:
+    if _normalisation_is_assumed(teacher, options):
         told.append(
             f"The model does not say how its input is normalised: mean {teacher.spec.mean} and std "
             f"{teacher.spec.std} were assumed."
@@ -66,6 +66,11 @@ def notes(result: Result, teacher: Teacher, options: JointOptions) -> list[str]:
             f"Only {data.num_selection} selection images: the choice of the assistant is mostly noise."
         )
     return told
+
+
+def _normalisation_is_assumed(teacher: Teacher, options: CompressConfig) -> bool:
+    is_said = teacher.says_input or getattr(teacher.model, "pretrained_cfg", None) is not None
+    return not is_said and not (options.mean and options.std)
 
 
 def _too_short(result: Result) -> list[str]:

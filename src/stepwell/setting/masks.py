@@ -101,7 +101,7 @@ def _named(teacher: Teacher, data: Data) -> Data:
     )
     raise DataError(
         f"{teacher.name} has the class {teacher.classes[where]} where the list of {data.source} has "
-        f"{data.classes[where]}: give a list in the teacher's order, with a column index (--class-list FILE)"
+        f"{data.classes[where]}: give the names in the teacher's order (--class-order FILE)"
     )
 
 
