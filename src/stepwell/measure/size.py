@@ -70,7 +70,7 @@ def _counted(model: nn.Module, spec: InputSpec, block: str = "") -> _Counter:
         return _counted_with_numbers(model, spec, block)
 
 
-def _counted_with_numbers(model: nn.Module, spec: InputSpec, block: str) -> _Counter:
+def _counted_with_numbers(model: nn.Module, spec: InputSpec, block: str = "") -> _Counter:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         shadow = shadow_of(model, "cpu").to("cpu")
