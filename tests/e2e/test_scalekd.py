@@ -345,6 +345,19 @@ def test_a_student_of_another_size_than_its_teacher(data, teacher, tmp_path, qui
         assert torch.equal(s.teacher.model(images), load(teacher / "teacher")(resized))
 
 
+def test_features_of_a_teacher_that_sees_another_size_lie_on_its_own_grid(data, teacher, tmp_path):
+    """Of images of 40 x 16 it sees 16 x 16: 2 x 2 positions, not 4 x 1."""
+    more = ("--path", "scalekd", "--student-size", "40x16", *WORDS)
+    s = begin(
+        config_of("--teacher", teacher, "--data", data, "--out", tmp_path / "run", *more), exports=False
+    )
+    assert s.stages is not None
+    looked = inspect_features._looked_teacher(s)
+    assert looked.stages == s.stages[1]
+    layout = looked.stages.third.layout
+    assert (layout.height, layout.width, layout.num_prefix) == (2, 2, 1)
+
+
 def test_slices_have_the_teachers_size(data, teacher, tmp_path, capsys):
     more = ("--path", "amd", "--student-size", 32)
     assert main(["compress", *words(teacher, data, tmp_path / "run", *more)]) == 2
