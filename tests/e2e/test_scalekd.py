@@ -27,7 +27,7 @@ from stepwell.commands import inspect_features, roughly
 from stepwell.compare.arms import arms_of, cell_of
 from stepwell.config.commands import CompareConfig, CompressConfig
 from stepwell.config.files import read_yaml
-from stepwell.measure.cost import Epochs
+from stepwell.measure.cost import Costs, Epochs
 from stepwell.models.card import load
 from stepwell.paths import path_of
 from stepwell.paths.begin import begin
@@ -264,6 +264,20 @@ def test_the_doctor_counts_the_loss_and_its_projectors(capsys, monkeypatch):
     assert whole[1] > part[1] > none[1]
     assert main(["doctor", *words, "--feature-args", "heads=2"]) == 2
     assert "--feature-args heads: the loss scalekd takes original," in capsys.readouterr().err
+
+
+def test_the_doctor_reads_stages_of_a_teacher_that_does_not_name_them(capsys, monkeypatch):
+    """By its blocks, as a run does; so its loss is counted, too."""
+    counted: list[float] = []
+    monkeypatch.setattr(
+        roughly, "Costs", lambda *args, **more: counted.append(more["loss"]) or Costs(*args, **more)
+    )
+    words = ("--teacher", "cifar_resnet14", "--path", "scalekd", "--student", "cifar_resnet8")
+    assert main(["doctor", *words]) == 0
+    said = capsys.readouterr().out
+    assert "stage 3 of teacher ends with layer2.1: 32 channels on 16 x 16" in said
+    assert "stage 4 of teacher ends with layer3.1: 64 channels on 8 x 8" in said
+    assert counted[0] > 0
 
 
 @pytest.mark.slow

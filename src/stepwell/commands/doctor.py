@@ -152,7 +152,7 @@ def _uncut(
         *_sizes(model, teacher.own_spec or spec),
         *size_line("student", student, model, spec),
         *(f"  {words}" for words in teacher.resized),
-        *stage_lines(config, teacher, student),
+        *stage_lines(config, teacher, compared_blocks(known_groups(model)), student),
         *images_in_words(data),
         "",
     ]

@@ -34,7 +34,7 @@ def loss_between(
     options: LossOptions,
     teacher: nn.Module,
     student: nn.Module,
-    blocks: tuple[str, ...],
+    blocks: tuple[tuple[str, ...], tuple[str, ...]],
     spec: InputSpec,
     teacher_size: tuple[int, int],
 ) -> LossOnShapes:
@@ -44,7 +44,7 @@ def loss_between(
         options: Which loss, and its parts.
         teacher: Shapes will do, as of the student.
         student: Of another architecture.
-        blocks: The student's, for a model that does not name its stages.
+        blocks: The student's and the teacher's, for models that do not name their stages.
         spec: Input of both.
         teacher_size: Height and width to which the teacher resizes it.
 
@@ -54,8 +54,8 @@ def loss_between(
     if not options.feature_weight or not options.feature_facts.reads_stages:
         return LossOnShapes()
     parts = parts_of(options.feature_args)
-    theirs = find_stages(teacher, _blank(teacher, spec.channels, teacher_size))
-    ours = find_stages(student, _blank(student, spec.channels, spec.size), blocks)
+    theirs = find_stages(teacher, _blank(teacher, spec.channels, teacher_size), blocks[1])
+    ours = find_stages(student, _blank(student, spec.channels, spec.size), blocks[0])
     if ours is None or theirs is None:
         return LossOnShapes()
     return scalekd_on_shapes(ours, theirs, tail_macs(teacher, theirs, spec), parts)
