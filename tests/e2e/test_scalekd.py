@@ -272,11 +272,11 @@ def test_the_doctor_reads_stages_of_a_teacher_that_does_not_name_them(capsys, mo
     monkeypatch.setattr(
         roughly, "Costs", lambda *args, **more: counted.append(more["loss"]) or Costs(*args, **more)
     )
-    words = ("--teacher", "cifar_resnet14", "--path", "scalekd", "--student", "cifar_resnet8")
+    words = ("--teacher", "cifar_resnet8", "--path", "scalekd", "--student", "cifar_resnet8")
     assert main(["doctor", *words]) == 0
     said = capsys.readouterr().out
-    assert "stage 3 of teacher ends with layer2.1: 32 channels on 16 x 16" in said
-    assert "stage 4 of teacher ends with layer3.1: 64 channels on 8 x 8" in said
+    assert "stage 3 of teacher ends with layer2.0: 32 channels on 16 x 16" in said
+    assert "stage 4 of teacher ends with layer3.0: 64 channels on 8 x 8" in said
     assert counted[0] > 0
 
 

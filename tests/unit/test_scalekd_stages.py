@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import cache
 
@@ -208,6 +209,15 @@ def test_a_model_that_does_not_say_how_its_maps_lie_is_told_by_the_images_sides(
     grids = [(96, size[0] // 8, size[1] // 8), (192, size[0] // 16, size[1] // 16)]
     shapes = [(1, *grid) if kind == "map" else (1, *grid[1:], grid[0]) for grid in grids]
     assert list(layouts_of(nn.Identity(), shapes, size)) == [Layout(kind, *grid) for grid in grids]
+
+
+@pytest.mark.parametrize("rounded", [math.floor, math.ceil])
+@pytest.mark.parametrize("size", [(200, 50), (50, 200), (224, 40)], ids=str)
+def test_sides_of_long_images_are_rounded(size, rounded):
+    """Of 200 x 50 and stride 32 a map has 7 x 2 positions, which is not four to one."""
+    grid = [rounded(side / 32) for side in size]
+    assert list(layouts_of(nn.Identity(), [(1, *grid, 96)], size)) == [Layout("channels-last", 96, *grid)]
+    assert list(layouts_of(nn.Identity(), [(1, 96, *grid)], size)) == [Layout("map", 96, *grid)]
 
 
 def test_a_map_of_equal_sides_lies_as_the_others_of_its_model():

@@ -158,8 +158,8 @@ def layouts_of(
 
 
 def _fit(height: int, width: int, image_size: Sequence[int]) -> bool:
-    """Whether a map of these sides may be one of the image, by their ratio and within rounding."""
-    return abs(height - width * image_size[0] / image_size[1]) < 1
+    """Whether a map of these sides may be one of the image: both divided by one stride, both rounded alike."""
+    return abs(height * image_size[1] - width * image_size[0]) < max(image_size)
 
 
 def _grid(num_tokens: int, image_size: Sequence[int], num_prefix: int | None) -> tuple[int, int]:
