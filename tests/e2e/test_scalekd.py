@@ -160,6 +160,11 @@ def test_a_teacher_that_cannot_be_cut_teaches_all_the_same(data, tmp_path, quick
             ("--path", "scalekd", *WORDS[:6], "--feature-args", "original=0", "alternative=0"),
             "--feature-args: scalekd: nothing of it is left",
         ),
+        (
+            ("--path", "scalekd", "--student", "cifar_vgg8", "--student-args", "num_classes=3"),
+            "--feature-loss scalekd: the stages of --student cifar_vgg8 cannot be told: it has no blocks that "
+            "are known; take --feature-weight 0, or another model",
+        ),
     ],
 )
 def test_what_cannot_be_is_said_before_anything_is_begun(data, teacher, tmp_path, capsys, more, said):
@@ -278,6 +283,12 @@ def test_the_doctor_reads_stages_of_a_teacher_that_does_not_name_them(capsys, mo
     assert "stage 3 of teacher ends with layer2.0: 32 channels on 16 x 16" in said
     assert "stage 4 of teacher ends with layer3.0: 64 channels on 8 x 8" in said
     assert counted[0] > 0
+
+
+def test_the_doctor_says_which_stages_are_missing(capsys):
+    words = ("--teacher", "cifar_resnet8", "--path", "scalekd", "--student", "cifar_vgg8")
+    assert main(["doctor", *words]) == 0
+    assert "  stages of cifar_vgg8 cannot be told: it has no blocks that are known" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from stepwell.config.files import make_config
 from stepwell.losses.choose import parts_of
 from stepwell.losses.observe import Observed
 from stepwell.losses.scalekd.loss import PUBLISHED_POSITIONS
-from stepwell.losses.scalekd.stages import Layout, Stages, find_stages, layouts_of
+from stepwell.losses.scalekd.stages import Layout, Stages, find_stages, layouts_of, why_no_stages
 from stepwell.pruning.blocks import compared_blocks
 from stepwell.pruning.families import find_groups
 from stepwell.zoo import cifar  # noqa: F401  (its names become names of timm)
@@ -153,6 +153,21 @@ def test_models_that_do_not_name_their_stages_are_read_by_their_blocks():
     assert find_stages(nn.Sequential(nn.Flatten(), nn.Linear(12, 3)), torch.zeros(1, 3, 2, 2)) is None
 
 
+@pytest.mark.parametrize(
+    ("name", "blocks", "said"),
+    [
+        ("hrnet_w18_small", (), "none of its stages (stage2, stage3, stage4) returns one map, or one row of"),
+        ("mvitv2_tiny", (), "its stages (block.0, block.1, block.2, block.3) are not there by these names"),
+        ("cifar_resnet8", (), "it has no blocks that are known"),
+        ("cifar_resnet8", ("fc",), "none of its stages (fc) returns one map, or one row of tokens"),
+    ],
+)
+def test_it_is_said_which_stages_are_missing(name, blocks, said):
+    with torch.device("meta"):
+        model = timm.create_model(name).eval()
+    assert why_no_stages(model, blocks).startswith(said)
+
+
 @pytest.mark.parametrize("size", [(16, 32), (32, 16), (32, 32), (24, 40)], ids=str)
 @pytest.mark.parametrize(
     "args", [{}, {"reg_tokens": 4}, {"class_token": False, "global_pool": "avg"}], ids=str
@@ -200,6 +215,24 @@ class Returned(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         x = self.blocks[0](images.unflatten(2, (8, -1)).mean((1, 3)).unflatten(2, (8, -1))[..., :4])
         return self.head(self.blocks[1](x[:, ::2, ::2])).mean((1, 2))
+
+
+class Backwards(nn.Module):
+    """Its last stage is made before the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last, self.first = nn.Conv2d(4, 6, 2, 2), nn.Conv2d(3, 4, 2, 2)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.last(self.first(images)).mean((2, 3)))
+
+
+def test_stages_follow_each_other_as_they_run_and_not_as_they_are_named():
+    found = find_stages(Backwards(), torch.zeros(1, 3, 16, 16), ("last", "first"))
+    assert found is not None
+    assert found.blocks == ("first", "last")
 
 
 @pytest.mark.parametrize("size", [(64, 96), (96, 64), (64, 64)], ids=str)

@@ -16,7 +16,7 @@ from stepwell.config.own_code import is_own_code
 from stepwell.data.batches import EvalBatches
 from stepwell.errors import ConfigError, ModelError
 from stepwell.losses.observe import Observed
-from stepwell.losses.scalekd.stages import find_stages
+from stepwell.losses.scalekd.stages import find_stages, why_no_stages
 from stepwell.measure.features import Features, LeftOver, Looked, look
 from stepwell.models.card import load
 from stepwell.models.factory import load_factory
@@ -106,7 +106,7 @@ def _looked(
     blank = torch.zeros(1, s.spec.channels, *seen_size, device=s.device)
     stages = find_stages(model.eval(), blank, blocks)
     if stages is None:
-        raise ModelError(f"--features: {name} has no blocks that are known, so its stages cannot be told")
+        raise ModelError(f"--features: the stages of {name} cannot be told: {why_no_stages(model, blocks)}")
     return Looked(Observed(model, stages.blocks), stages)
 
 

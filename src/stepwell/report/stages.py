@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from stepwell.config.options import LossOptions
-from stepwell.losses.scalekd.stages import find_stages
+from stepwell.losses.scalekd.stages import find_stages, why_no_stages
 from stepwell.models.student import OtherStudent
 from stepwell.models.teacher import Teacher
 
@@ -30,7 +30,7 @@ def stage_lines(
     ):
         blank = torch.zeros(1, teacher.spec.channels, *size, device=next(model.parameters()).device)
         if (stages := find_stages(model, blank, known)) is None:
-            lines.append(f"  stages of {name}: cannot be told")
+            lines.append(f"  stages of {name} cannot be told: {why_no_stages(model, known)}")
             continue
         for number, stage in ((3, stages.third), (4, stages.fourth)):
             lay = stage.layout
