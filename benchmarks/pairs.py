@@ -49,6 +49,20 @@ from stepwell.run.atomic import write_atomically
 
 PAGE = Path(__file__).parent.parent / "docs" / "pairs.md"
 FILE = RESULTS / "pairs.json"
+NOT_TAKEN = (
+    "## Not taken",
+    "",
+    "Of one model of each of timm's 98 families, built without memory, stages are read, but of these:",
+    "",
+    "- HRNet and CrossViT, whose stages return several maps, or rows of tokens, at once;",
+    "- CoaT, whose stages are lists that are never called, and whose last one returns several, too;",
+    "- Gemma's vision tower, whose blocks are not there by the names that timm gives, and are not known;",
+    "- `cifar_vgg*`, the plain VGGs of the CIFAR literature, which have neither stages nor blocks.",
+    "",
+    "`compress` refuses them as teacher or student, and says which stages are missing; `doctor` says it",
+    "beforehand. MViTv2 and Twins do not have the stages that timm names: theirs are read by their blocks.",
+)
+"""Tried with timm 1.0.31."""
 CHECKS = ("forward", "backward", "file")
 NUM_CLASSES = 10
 SIZE = 64
@@ -271,7 +285,7 @@ def page(done: Mapping[str, Mapping[str, Any]]) -> str:
         for label, (name, _) in models.items():
             record = next(r for pair, r in done.items() if label == pair.split(" -> ")[kind == "student"])
             lines.append(f"| {kind} {label} | `{name}` | {' | '.join(record[key])} |")
-    return "\n".join([*lines, "", *published()]) + "\n"
+    return "\n".join([*lines, "", *NOT_TAKEN, "", *published()]) + "\n"
 
 
 def published() -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from small_world import (
     watched,
     write_images,
 )
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import made_once
 from stepwell.cli import main, parse
@@ -238,3 +241,19 @@ def test_minutes_are_for_all_teachers(data, teacher, cnn, tmp_path, quick, monke
     assert len(seen) == 2
     left = 12 - result.seconds["arrange"]
     assert result.epochs["teacher 1"] == result.epochs["distill"] == pytest.approx(left / 4, abs=0.34)
+
+
+def test_the_doctor_counts_each_teacher_at_its_own_size(teacher, cnn, capsys):
+    """The best one, a ViT, takes images of 16 x 16 only, the other one of 24 x 24."""
+    assert main(["doctor", "--teacher", str(teacher), *PATH, "--teachers", str(cnn), "--keep", "0.3"]) == 0
+    told = capsys.readouterr().out
+    (share,) = re.findall(r"other teacher: .* MACs \((.*) %\)", told)
+    models = [load(folder / "teacher") for folder in (cnn, teacher)]
+    macs = [_macs(model, size) for model, size in zip(models, (24, 16), strict=True)]
+    assert float(share) == pytest.approx(100 * macs[0] / macs[1], abs=0.05)
+
+
+def _macs(model: torch.nn.Module, size: int) -> float:
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, 3, size, size))
+    return counter.get_total_flops() / 2

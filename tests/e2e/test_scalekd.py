@@ -27,7 +27,7 @@ from stepwell.commands import inspect_features, roughly
 from stepwell.compare.arms import arms_of, cell_of
 from stepwell.config.commands import CompareConfig, CompressConfig
 from stepwell.config.files import read_yaml
-from stepwell.measure.cost import Epochs
+from stepwell.measure.cost import Costs, Epochs
 from stepwell.models.card import load
 from stepwell.paths import path_of
 from stepwell.paths.begin import begin
@@ -160,6 +160,11 @@ def test_a_teacher_that_cannot_be_cut_teaches_all_the_same(data, tmp_path, quick
             ("--path", "scalekd", *WORDS[:6], "--feature-args", "original=0", "alternative=0"),
             "--feature-args: scalekd: nothing of it is left",
         ),
+        (
+            ("--path", "scalekd", "--student", "cifar_vgg8", "--student-args", "num_classes=3"),
+            "--feature-loss scalekd: the stages of --student cifar_vgg8 cannot be told: it has no blocks that "
+            "are known; take --feature-weight 0, or another model",
+        ),
     ],
 )
 def test_what_cannot_be_is_said_before_anything_is_begun(data, teacher, tmp_path, capsys, more, said):
@@ -266,6 +271,26 @@ def test_the_doctor_counts_the_loss_and_its_projectors(capsys, monkeypatch):
     assert "--feature-args heads: the loss scalekd takes original," in capsys.readouterr().err
 
 
+def test_the_doctor_reads_stages_of_a_teacher_that_does_not_name_them(capsys, monkeypatch):
+    """By its blocks, as a run does; so its loss is counted, too."""
+    counted: list[float] = []
+    monkeypatch.setattr(
+        roughly, "Costs", lambda *args, **more: counted.append(more["loss"]) or Costs(*args, **more)
+    )
+    words = ("--teacher", "cifar_resnet8", "--path", "scalekd", "--student", "cifar_resnet8")
+    assert main(["doctor", *words]) == 0
+    said = capsys.readouterr().out
+    assert "stage 3 of teacher ends with layer2.0: 32 channels on 16 x 16" in said
+    assert "stage 4 of teacher ends with layer3.0: 64 channels on 8 x 8" in said
+    assert counted[0] > 0
+
+
+def test_the_doctor_says_which_stages_are_missing(capsys):
+    words = ("--teacher", "cifar_resnet8", "--path", "scalekd", "--student", "cifar_vgg8")
+    assert main(["doctor", *words]) == 0
+    assert "  stages of cifar_vgg8 cannot be told: it has no blocks that are known" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_the_doctor_knows_a_teacher_without_classes(capsys):
     """By its name, and so without weights; the student then has its width, or one of its own."""
@@ -343,6 +368,19 @@ def test_a_student_of_another_size_than_its_teacher(data, teacher, tmp_path, qui
     resized = torch.nn.functional.interpolate(images, (16, 16), mode="bilinear", antialias=True)
     with torch.no_grad():
         assert torch.equal(s.teacher.model(images), load(teacher / "teacher")(resized))
+
+
+def test_features_of_a_teacher_that_sees_another_size_lie_on_its_own_grid(data, teacher, tmp_path):
+    """Of images of 40 x 16 it sees 16 x 16: 2 x 2 positions, not 4 x 1."""
+    more = ("--path", "scalekd", "--student-size", "40x16", *WORDS)
+    s = begin(
+        config_of("--teacher", teacher, "--data", data, "--out", tmp_path / "run", *more), exports=False
+    )
+    assert s.stages is not None
+    looked = inspect_features._looked_teacher(s)
+    assert looked.stages == s.stages[1]
+    layout = looked.stages.third.layout
+    assert (layout.height, layout.width, layout.num_prefix) == (2, 2, 1)
 
 
 def test_slices_have_the_teachers_size(data, teacher, tmp_path, capsys):

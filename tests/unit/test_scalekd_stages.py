@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import cache
 
@@ -17,7 +18,7 @@ from stepwell.config.files import make_config
 from stepwell.losses.choose import parts_of
 from stepwell.losses.observe import Observed
 from stepwell.losses.scalekd.loss import PUBLISHED_POSITIONS
-from stepwell.losses.scalekd.stages import Layout, Stages, find_stages, layouts_of
+from stepwell.losses.scalekd.stages import Layout, Stages, find_stages, layouts_of, why_no_stages
 from stepwell.pruning.blocks import compared_blocks
 from stepwell.pruning.families import find_groups
 from stepwell.zoo import cifar  # noqa: F401  (its names become names of timm)
@@ -152,6 +153,21 @@ def test_models_that_do_not_name_their_stages_are_read_by_their_blocks():
     assert find_stages(nn.Sequential(nn.Flatten(), nn.Linear(12, 3)), torch.zeros(1, 3, 2, 2)) is None
 
 
+@pytest.mark.parametrize(
+    ("name", "blocks", "said"),
+    [
+        ("hrnet_w18_small", (), "none of its stages (stage2, stage3, stage4) returns one map, or one row of"),
+        ("mvitv2_tiny", (), "its stages (block.0, block.1, block.2, block.3) are not there by these names"),
+        ("cifar_resnet8", (), "it has no blocks that are known"),
+        ("cifar_resnet8", ("fc",), "none of its stages (fc) returns one map, or one row of tokens"),
+    ],
+)
+def test_it_is_said_which_stages_are_missing(name, blocks, said):
+    with torch.device("meta"):
+        model = timm.create_model(name).eval()
+    assert why_no_stages(model, blocks).startswith(said)
+
+
 @pytest.mark.parametrize("size", [(16, 32), (32, 16), (32, 32), (24, 40)], ids=str)
 @pytest.mark.parametrize(
     "args", [{}, {"reg_tokens": 4}, {"class_token": False, "global_pool": "avg"}], ids=str
@@ -201,6 +217,24 @@ class Returned(nn.Module):
         return self.head(self.blocks[1](x[:, ::2, ::2])).mean((1, 2))
 
 
+class Backwards(nn.Module):
+    """Its last stage is made before the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last, self.first = nn.Conv2d(4, 6, 2, 2), nn.Conv2d(3, 4, 2, 2)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.last(self.first(images)).mean((2, 3)))
+
+
+def test_stages_follow_each_other_as_they_run_and_not_as_they_are_named():
+    found = find_stages(Backwards(), torch.zeros(1, 3, 16, 16), ("last", "first"))
+    assert found is not None
+    assert found.blocks == ("first", "last")
+
+
 @pytest.mark.parametrize("size", [(64, 96), (96, 64), (64, 64)], ids=str)
 @pytest.mark.parametrize("kind", ["map", "channels-last"])
 def test_a_model_that_does_not_say_how_its_maps_lie_is_told_by_the_images_sides(size, kind):
@@ -208,6 +242,15 @@ def test_a_model_that_does_not_say_how_its_maps_lie_is_told_by_the_images_sides(
     grids = [(96, size[0] // 8, size[1] // 8), (192, size[0] // 16, size[1] // 16)]
     shapes = [(1, *grid) if kind == "map" else (1, *grid[1:], grid[0]) for grid in grids]
     assert list(layouts_of(nn.Identity(), shapes, size)) == [Layout(kind, *grid) for grid in grids]
+
+
+@pytest.mark.parametrize("rounded", [math.floor, math.ceil])
+@pytest.mark.parametrize("size", [(200, 50), (50, 200), (224, 40)], ids=str)
+def test_sides_of_long_images_are_rounded(size, rounded):
+    """Of 200 x 50 and stride 32 a map has 7 x 2 positions, which is not four to one."""
+    grid = [rounded(side / 32) for side in size]
+    assert list(layouts_of(nn.Identity(), [(1, *grid, 96)], size)) == [Layout("channels-last", 96, *grid)]
+    assert list(layouts_of(nn.Identity(), [(1, 96, *grid)], size)) == [Layout("map", 96, *grid)]
 
 
 def test_a_map_of_equal_sides_lies_as_the_others_of_its_model():

@@ -76,7 +76,7 @@ def run(config: DoctorConfig) -> str:
     baseline = baseline_network(config, model, spec, asked)
     others = [*size_line("student", student, model, spec), *size_line("baseline", baseline, model, spec)]
     before = other_teachers(config, model, spec)
-    others = [*others, *(size_line("other teacher", t, model, t.spec)[0] for t in before)]
+    others = [*others, *(size_line("other teacher", t, model, spec)[0] for t in before)]
     beside = [] if baseline is None else [baseline.model]
     if not path.cuts(config):
         assert student is not None, "the path's check asks for one"
@@ -152,7 +152,7 @@ def _uncut(
         *_sizes(model, teacher.own_spec or spec),
         *size_line("student", student, model, spec),
         *(f"  {words}" for words in teacher.resized),
-        *stage_lines(config, teacher, student),
+        *stage_lines(config, teacher, compared_blocks(known_groups(model)), student),
         *images_in_words(data),
         "",
     ]

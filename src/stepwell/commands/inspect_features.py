@@ -16,7 +16,7 @@ from stepwell.config.own_code import is_own_code
 from stepwell.data.batches import EvalBatches
 from stepwell.errors import ConfigError, ModelError
 from stepwell.losses.observe import Observed
-from stepwell.losses.scalekd.stages import find_stages
+from stepwell.losses.scalekd.stages import find_stages, why_no_stages
 from stepwell.measure.features import Features, LeftOver, Looked, look
 from stepwell.models.card import load
 from stepwell.models.factory import load_factory
@@ -47,7 +47,7 @@ def look_at_features(run: Path, beside: Sequence[Path]) -> str:
             f"--features fits a map on training images and judges it on selection images: {run} has "
             f"{len(fitted.labels)} and {len(judged.labels)}, and {FEWEST_IMAGES} of each are needed"
         )
-    teacher = _looked(s, s.model, compared_blocks(s.groups), s.teacher.name)
+    teacher = _looked_teacher(s)
     names = _names([run, *beside])
     students = {names[0]: _student_of(s, run)}
     for other, name in zip(beside, names[1:], strict=True):
@@ -62,7 +62,7 @@ def look_at_features(run: Path, beside: Sequence[Path]) -> str:
             )
         students[name] = _student_of(s_other, other)
     if (fresh := s.fresh_student()) is not None:
-        students[UNTRAINED] = _looked(s, fresh, _own_blocks(s), UNTRAINED)
+        students[UNTRAINED] = _looked(s, fresh, s.spec.size, _own_blocks(s), UNTRAINED)
     features = look(teacher, students, _images(fitted), _images(judged))
     file = run / "features.svg"
     write_atomically(file, features_figure(features, UNTRAINED))
@@ -87,18 +87,26 @@ def _setting(run: Path) -> Setting:
 def _student_of(s: Setting, run: Path) -> Looked:
     source = s.config.student or s.config.teacher
     factory = load_factory(source) if is_own_code(source) else None
-    return _looked(s, load(run / "student", factory=factory).to(s.device), _own_blocks(s), f"{run}/student")
+    student = load(run / "student", factory=factory).to(s.device)
+    return _looked(s, student, s.spec.size, _own_blocks(s), f"{run}/student")
+
+
+def _looked_teacher(s: Setting) -> Looked:
+    """It may see the student's images in another size, and then has another grid."""
+    return _looked(s, s.model, s.teacher.seen_size, compared_blocks(s.groups), s.teacher.name)
 
 
 def _own_blocks(s: Setting) -> Sequence[str]:
     return s.other_student.blocks if s.other_student else compared_blocks(s.groups)
 
 
-def _looked(s: Setting, model: nn.Module, blocks: Sequence[str], name: str) -> Looked:
-    blank = torch.zeros(1, s.spec.channels, *s.spec.size, device=s.device)
+def _looked(
+    s: Setting, model: nn.Module, seen_size: tuple[int, int], blocks: Sequence[str], name: str
+) -> Looked:
+    blank = torch.zeros(1, s.spec.channels, *seen_size, device=s.device)
     stages = find_stages(model.eval(), blank, blocks)
     if stages is None:
-        raise ModelError(f"--features: {name} has no blocks that are known, so its stages cannot be told")
+        raise ModelError(f"--features: the stages of {name} cannot be told: {why_no_stages(model, blocks)}")
     return Looked(Observed(model, stages.blocks), stages)
 
 

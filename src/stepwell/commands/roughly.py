@@ -17,7 +17,9 @@ from stepwell.models.teacher import Teacher
 from stepwell.paths import path_of
 from stepwell.paths.plan import epochs_of
 from stepwell.paths.probe import probe_line
+from stepwell.pruning.blocks import compared_blocks
 from stepwell.run.device import find_device
+from stepwell.setting.prepare import known_groups
 from stepwell.training.answers import bytes_of
 
 
@@ -54,7 +56,8 @@ def roughly(
     others = [OtherTeacher(count_macs(t.model, t.spec) / total) for t in before]
     loss = LossOnShapes()
     if student is not None:
-        loss = loss_between(config, model, student.model, student.blocks, spec, teacher.seen_size)
+        both = student.blocks, compared_blocks(known_groups(model))
+        loss = loss_between(config, model, student.model, both, spec, teacher.seen_size)
     costs = Costs(
         config,
         scales,

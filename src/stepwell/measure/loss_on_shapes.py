@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +14,7 @@ from stepwell.data.spec import InputSpec
 from stepwell.losses.choose import parts_of
 from stepwell.losses.scalekd.loss import Parts, ScaleKD
 from stepwell.losses.scalekd.stages import Layout, Stages, find_stages
-from stepwell.measure.size import macs_by_module, num_params
+from stepwell.measure.size import macs_behind, num_params
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ def loss_between(
     options: LossOptions,
     teacher: nn.Module,
     student: nn.Module,
-    blocks: tuple[str, ...],
+    blocks: tuple[tuple[str, ...], tuple[str, ...]],
     spec: InputSpec,
     teacher_size: tuple[int, int],
 ) -> LossOnShapes:
@@ -45,7 +44,7 @@ def loss_between(
         options: Which loss, and its parts.
         teacher: Shapes will do, as of the student.
         student: Of another architecture.
-        blocks: The student's, for a model that does not name its stages.
+        blocks: The student's and the teacher's, for models that do not name their stages.
         spec: Input of both.
         teacher_size: Height and width to which the teacher resizes it.
 
@@ -55,8 +54,8 @@ def loss_between(
     if not options.feature_weight or not options.feature_facts.reads_stages:
         return LossOnShapes()
     parts = parts_of(options.feature_args)
-    theirs = find_stages(teacher, _blank(teacher, spec.channels, teacher_size))
-    ours = find_stages(student, _blank(student, spec.channels, spec.size), blocks)
+    theirs = find_stages(teacher, _blank(teacher, spec.channels, teacher_size), blocks[1])
+    ours = find_stages(student, _blank(student, spec.channels, spec.size), blocks[0])
     if ours is None or theirs is None:
         return LossOnShapes()
     return scalekd_on_shapes(ours, theirs, tail_macs(teacher, theirs, spec), parts)
@@ -82,11 +81,8 @@ def scalekd_on_shapes(student: Stages, teacher: Stages, tail: float, parts: Part
 
 
 def tail_macs(teacher: nn.Module, stages: Stages, spec: InputSpec) -> int:
-    """Those of what follows stage 3: the blocks beside it with higher numbers, as `layers.3` of Swin."""
-    list_name, number = stages.third.block.rsplit(".", 1)
-    block = re.compile(rf"{re.escape(list_name)}\.(\d+)(\.|$)")
-    found = ((block.match(name), macs) for name, macs in macs_by_module(teacher, spec).items())
-    return sum(macs for match, macs in found if match and int(match[1]) > int(number))
+    """Those of what follows stage 3, in the order in which the model runs."""
+    return macs_behind(teacher, spec, stages.third.block)
 
 
 def _blank(model: nn.Module, channels: int, size: tuple[int, int]) -> Tensor:

@@ -27,6 +27,13 @@ def count_macs(model: nn.Module, spec: InputSpec) -> int:
     return _counted(model, spec).get_total_flops() // 2
 
 
+def macs_behind(model: nn.Module, spec: InputSpec, block: str) -> int:
+    """Multiply-accumulates of one image of what runs once `block` has returned: all that is left to be run,
+    whatever the model calls it."""
+    counter = _counted(model, spec, block)
+    return (counter.get_total_flops() - counter.until_block) // 2
+
+
 def macs_by_module(model: nn.Module, spec: InputSpec) -> dict[str, int]:
     """Multiply-accumulates of one image by the name of the module that computes them, without its parts'."""
     counts = {
@@ -45,21 +52,31 @@ def macs_by_module(model: nn.Module, spec: InputSpec) -> dict[str, int]:
     return own
 
 
-def _counted(model: nn.Module, spec: InputSpec) -> FlopCounterMode:
+class _Counter(FlopCounterMode):
+    """Knows how much had been counted when a block returned, for the last time if it runs more than once."""
+
+    until_block = 0
+
+    def note(self, *_call: object) -> None:
+        """As a hook of the block."""
+        self.until_block = self.get_total_flops()
+
+
+def _counted(model: nn.Module, spec: InputSpec, block: str = "") -> _Counter:
     try:
         shadow = shadow_of(model, "meta").to("meta")
-        return _count(shadow, torch.empty(1, spec.channels, *spec.size, device="meta"))
+        return _count(shadow, torch.empty(1, spec.channels, *spec.size, device="meta"), block)
     except (RuntimeError, NotImplementedError):  # what a tensor without numbers says when it is asked for one
-        return _counted_with_numbers(model, spec)
+        return _counted_with_numbers(model, spec, block)
 
 
-def _counted_with_numbers(model: nn.Module, spec: InputSpec) -> FlopCounterMode:
+def _counted_with_numbers(model: nn.Module, spec: InputSpec, block: str = "") -> _Counter:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         shadow = shadow_of(model, "cpu").to("cpu")
         for parameter in shadow.parameters():
             nn.init.normal_(parameter, std=0.02)
-        return _count(shadow, torch.randn(1, spec.channels, *spec.size))
+        return _count(shadow, torch.randn(1, spec.channels, *spec.size), block)
 
 
 def shadow_of(model: nn.Module, device: str) -> nn.Module:
@@ -71,9 +88,10 @@ def shadow_of(model: nn.Module, device: str) -> nn.Module:
     return copy.deepcopy(model, memo).eval().requires_grad_(False)
 
 
-def _count(shadow: nn.Module, images: Float[Tensor, "one channels height width"]) -> FlopCounterMode:
+def _count(shadow: nn.Module, images: Float[Tensor, "one channels height width"], block: str) -> _Counter:
     # The fused attention kernels are not all known to the counter; the plain one is two matrix products.
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _Counter(display=False) as counter:
+        shadow.get_submodule(block).register_forward_hook(counter.note)  # it goes with the copy
         shadow(images)
     return counter
 

@@ -103,10 +103,12 @@ def check_same_classes(name: str, classes: int, last: str, num_classes: int) -> 
 def size_line(
     role: str, other: OtherStudent | Teacher | None, teacher: nn.Module, spec: InputSpec
 ) -> list[str]:
-    """A line on its size; none where there is no such model."""
+    """A line on its size, beside the teacher's; none where there is no such model. Another teacher has images
+    of its own size, a student has those of the teacher."""
     if other is None:
         return []
-    params, macs = num_params(other.model), count_macs(other.model, spec)
+    own = other.spec if isinstance(other, Teacher) else spec
+    params, macs = num_params(other.model), count_macs(other.model, own)
     return [
         f"{role}: {other.name}, {short_number(params)} parameters "
         f"({100 * params / num_params(teacher):.1f} %), {short_number(macs)} MACs "

@@ -19,7 +19,7 @@ from stepwell.data.splits import Data
 from stepwell.errors import ConfigError, DataError
 from stepwell.losses.distillation import Phase
 from stepwell.losses.output import TrainingImages
-from stepwell.losses.scalekd.stages import Stages, find_stages
+from stepwell.losses.scalekd.stages import Stages, find_stages, why_no_stages
 from stepwell.measure.cost import Costs, OtherTeacher
 from stepwell.measure.size import count_macs
 from stepwell.models.card import Architecture, Card
@@ -144,8 +144,8 @@ class Setting:
                 if not facts.reads_stages:
                     return None
                 raise ConfigError(
-                    f"--feature-loss {config.feature_loss}: {name} has no blocks that are known, so its "
-                    f"stages cannot be told; take --feature-weight 0, or a model of timm"
+                    f"--feature-loss {config.feature_loss}: the stages of {name} cannot be told: "
+                    f"{why_no_stages(model, blocks)}; take --feature-weight 0, or another model"
                 )
             found.append(stages)
         return found[0], found[1]

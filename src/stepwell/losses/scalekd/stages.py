@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from stepwell.data.folders import join
 from stepwell.losses.observe import tensor_of
 
 _MOST_PREFIX = 16
@@ -115,12 +116,12 @@ def find_stages(
     Args:
         model: In eval mode, on any device, `meta` among them.
         images: An example of its input.
-        blocks: Its blocks in their order, for models that do not name them in timm's `feature_info`.
+        blocks: Its blocks, for models that do not name them in timm's `feature_info`.
     """
     named = [name for name in _named_by_timm(model) if _has(model, name)] or list(blocks)
     order = _order_of(model, images[:1])
     shapes = {name: shape for name, shape in order if name in named and len(shape) in (3, 4)}
-    ends = [name for name in named if name in shapes]
+    ends = list(shapes)  # in the order in which they run, which names need not have
     if not ends:
         return None
     layouts = dict(zip(ends, layouts_of(model, [shapes[n] for n in ends], images.shape[2:]), strict=True))
@@ -136,6 +137,15 @@ def find_stages(
         Stage(third, layouts[third], _num_heads(model, third, layouts[third].channels)),
         Stage(fourth, last, _num_heads(model, ends[-1], last.channels)),
     )
+
+
+def why_no_stages(model: nn.Module, blocks: Sequence[str] = ()) -> str:
+    """Why `find_stages` knows none in `model`, in words: which stages are missing."""
+    named = _named_by_timm(model)
+    if there := [name for name in named if _has(model, name)] or list(blocks):
+        return f"none of its stages ({join(there)}) returns one map, or one row of tokens"
+    missing = f"its stages ({join(named)}) are not there by these names, and " if named else ""
+    return f"{missing}it has no blocks that are known"
 
 
 def layouts_of(
@@ -158,8 +168,8 @@ def layouts_of(
 
 
 def _fit(height: int, width: int, image_size: Sequence[int]) -> bool:
-    """Whether a map of these sides may be one of the image, by their ratio and within rounding."""
-    return abs(height - width * image_size[0] / image_size[1]) < 1
+    """Whether a map of these sides may be one of the image: divided by one stride, rounded alike."""
+    return abs(height * image_size[1] - width * image_size[0]) < max(image_size)
 
 
 def _grid(num_tokens: int, image_size: Sequence[int], num_prefix: int | None) -> tuple[int, int]:
