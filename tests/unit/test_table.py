@@ -42,11 +42,11 @@ def test_top1_where_it_decided() -> None:
 
 def test_the_control_has_not_what_the_path_adds() -> None:
     likelihoods = ({"selection_log_likelihood": -0.25}, {"selection_log_likelihood": -0.5})
-    for path, alone in (
-        ("amd", "trained without an assistant."),
-        ("curriculum", "taught by the best teacher alone."),
+    for teachers, alone in (
+        ({}, "trained without an assistant."),
+        ({"teacher 1": "resnet18", "distill": "vit"}, "taught by the best teacher alone."),
     ):
-        text = words(**models(*likelihoods), decided_by="likelihood", path=path)
+        text = words(**models(*likelihoods), decided_by="likelihood", teachers=teachers)
         assert f"The control is the same student, {alone}" in text
 
 

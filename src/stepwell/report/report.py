@@ -151,7 +151,7 @@ def _render(
         sizes=handed_out_sizes(result) if result.sizes else [],
         rules=wording.RULES,
         stage_name=partial(wording.stage, teachers=result.teachers),
-        alone=wording.alone(result.path),
+        alone=wording.alone(result.teachers),
         units=wording.units(result),
         heat_maps=_heat_maps(result),
         changes=shown,

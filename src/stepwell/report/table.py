@@ -74,7 +74,7 @@ def _why_this_one(result: Result) -> str:
         return "* handed out. "
     return (
         f"* handed out: {why}.\n  The test images above decide nothing. The control is the same student, "
-        f"{alone(result.path)}.\n"
+        f"{alone(result.teachers)}.\n"
     )
 
 

@@ -93,7 +93,7 @@ def stage(name: str, teachers: Mapping[str, str] | None = None) -> str:
         if name in teachers:
             return f"taught by {teachers[name]}"
         if name == "control":
-            return f"control: {alone('curriculum')}"
+            return f"control: {alone(teachers)}"
     return STAGES.get(name) or {
         "assistant": f"train {name}",
         "teacher": f"taught by {name}",
@@ -104,9 +104,9 @@ def stage(name: str, teachers: Mapping[str, str] | None = None) -> str:
     }.get(name.partition(" ")[0], name)
 
 
-def alone(path: str) -> str:
-    """How the control is taught, which has not what the path adds."""
-    return "taught by the best teacher alone" if path == "curriculum" else "trained without an assistant"
+def alone(teachers: Mapping[str, str]) -> str:
+    """How the control is taught, which has not what the path adds: several teachers, or an assistant."""
+    return "taught by the best teacher alone" if teachers else "trained without an assistant"
 
 
 def _fixed(value: float | None) -> str:

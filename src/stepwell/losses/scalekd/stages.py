@@ -168,7 +168,7 @@ def layouts_of(
 
 
 def _fit(height: int, width: int, image_size: Sequence[int]) -> bool:
-    """Whether a map of these sides may be one of the image: both divided by one stride, both rounded alike."""
+    """Whether a map of these sides may be one of the image: divided by one stride, both rounded alike."""
     return abs(height * image_size[1] - width * image_size[0]) < max(image_size)
 
 
