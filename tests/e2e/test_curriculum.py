@@ -83,6 +83,10 @@ def test_a_slice_is_taught_by_all_of_them_and_a_run_resumes(
     assert tuple(result.epochs) == ("teacher 1", "teacher 2", "distill", "control")
     assert set(result.teacher_passes) == {"score", "arrange", "teacher 1", "teacher 2", "distill"}
     assert result.way.startswith("Several teachers taught the student one after another: ")
+    assert [result.way.index(f"{name} (") for name in result.teachers.values()] == sorted(
+        result.way.index(f"{name} (") for name in map(str, (cnn, other_vit, teacher))
+    )
+    assert tuple(result.teachers) == ("teacher 1", "teacher 2", "distill")
     # As many operations as the whole run, but for the scores.
     single = result.teacher_passes["distill"] / result.epochs["distill"]
     spent = sum(result.teacher_passes.values()) - result.teacher_passes["score"]

@@ -162,8 +162,8 @@ def test_a_teacher_that_cannot_be_cut_teaches_all_the_same(data, tmp_path, quick
         ),
         (
             ("--path", "scalekd", "--student", "cifar_vgg8", "--student-args", "num_classes=3"),
-            "--feature-loss scalekd: the stages of --student cifar_vgg8 cannot be told: it has no blocks that "
-            "are known; take --feature-weight 0, or another model",
+            "--feature-loss scalekd: the stages of --student cifar_vgg8 cannot be told: it has no blocks "
+            "that are known; take --feature-weight 0, or another model",
         ),
     ],
 )

@@ -323,6 +323,36 @@ def test_paths_that_choose_no_assistant_by_rule(write, no_figures, path, way, sa
     assert ("via each assistant" in page.text) == ("80.25" in page.text) == (path == "mmd")
 
 
+@pytest.mark.usefixtures("no_figures")
+def test_a_curriculum_names_who_taught_in_each_stage_and_has_no_assistant(write):
+    stages = ("teacher 1", "teacher 2", "distill", "control")
+    page = Page(
+        write(
+            make_result(
+                path="curriculum",
+                way="",
+                assistant=None,
+                selection=None,
+                candidates=[],
+                handed_out="control",
+                control=make_model(88.0, 0.1, 0.1),
+                seconds=dict.fromkeys(stages, 60.0),
+                teachers={"teacher 1": "ResNet18", "teacher 2": "Mixer", "distill": "ViT"},
+            )
+        )
+    )
+    for words in (
+        "taught by ResNet18",
+        "taught by Mixer",
+        "taught by ViT",
+        "control: taught by the best teacher",
+    ):
+        assert words in page.text
+    assert "control : taught by the best teacher alone; it was better" in page.text
+    assert "taught by teacher" not in page.text
+    assert "assistant" not in page.text
+
+
 def test_every_path_says_how_it_went():
     ladder = "The teacher taught a ladder of 9 nested candidates together, "
     assert amd.words(9, 1) == f"{ladder}of which one was chosen as the assistant."

@@ -157,7 +157,7 @@ def test_models_that_do_not_name_their_stages_are_read_by_their_blocks():
     ("name", "blocks", "said"),
     [
         ("hrnet_w18_small", (), "none of its stages (stage2, stage3, stage4) returns one map, or one row of"),
-        ("mvitv2_tiny", (), "its stages (block.0, block.1, block.2, block.3) are not there by these names"),
+        ("mvitv2_tiny", (), "its stages (block.0, block.1, block.2 and 1 more) are not there by these names"),
         ("cifar_resnet8", (), "it has no blocks that are known"),
         ("cifar_resnet8", ("fc",), "none of its stages (fc) returns one map, or one row of tokens"),
     ],

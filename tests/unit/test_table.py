@@ -40,6 +40,16 @@ def test_top1_where_it_decided() -> None:
     assert "its top1 on the 5000 selection images, which decide, is 90.2 %, the other's 89.5 %." in text
 
 
+def test_the_control_has_not_what_the_path_adds() -> None:
+    likelihoods = ({"selection_log_likelihood": -0.25}, {"selection_log_likelihood": -0.5})
+    for teachers, alone in (
+        ({}, "trained without an assistant."),
+        ({"teacher 1": "resnet18", "distill": "vit"}, "taught by the best teacher alone."),
+    ):
+        text = words(**models(*likelihoods), decided_by="likelihood", teachers=teachers)
+        assert f"The control is the same student, {alone}" in text
+
+
 def test_a_result_of_an_older_version_or_without_a_control_gives_no_reason() -> None:
     for changes in ({"control": None}, {"decided_by": None}):
         assert "* handed out. top1 on" in words(**changes)

@@ -32,7 +32,7 @@ _COMPRESS: Groups = {
         ("--ladder S S ...", "or: several sizes from one run"),
     ),
     "how": (
-        ("--control NAME", "equal_compute: also without an assistant; the better is kept"),
+        ("--control NAME", "equal_compute: also by the teacher alone; the better is kept"),
         ("--student MODEL", "a student of another architecture"),
         ("--baseline MODEL", "also a stock network, to compare the student with"),
         ("--path NAME", "way down: with an assistant where one pays (auto)"),

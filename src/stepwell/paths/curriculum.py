@@ -33,7 +33,8 @@ def descend(s: Setting, deliver: Deliver[R]) -> R:
     for number, place in enumerate(order.order[:-1], start=1):
         student = _taught(s, ladder, s.other_teachers[place], f"teacher {number}", student, epochs)
     student = distill(s, ladder, "distill", [best], student, epochs)
-    return deliver(s, finish(s, ladder, epochs, student, [], words(order)))
+    finished = finish(s, ladder, epochs, student, [], words(order))
+    return deliver(s, replace(finished, teachers=teachers_of(order)))
 
 
 def _taught(s: Setting, ladder: Ladder, other: Setting, name: str, student: Rung, epochs: float) -> Rung:
@@ -88,6 +89,12 @@ def bill(costs: Costs, epochs: Epochs, options: CompressConfig) -> dict[str, flo
         "other teachers": sum(others),
         "distill": costs.single_step(epochs.distill),
     }
+
+
+def teachers_of(found: Arrangement) -> dict[str, str]:
+    """Who taught in which stage."""
+    *first, last = [found.names[i] for i in found.order]
+    return {f"teacher {number}": name for number, name in enumerate(first, start=1)} | {"distill": last}
 
 
 def words(found: Arrangement) -> str:

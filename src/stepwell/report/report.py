@@ -12,6 +12,7 @@ import io
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +150,8 @@ def _render(
         table=_table(result, percent),
         sizes=handed_out_sizes(result) if result.sizes else [],
         rules=wording.RULES,
-        stage_name=wording.stage,
+        stage_name=partial(wording.stage, teachers=result.teachers),
+        alone=wording.alone(result.teachers),
         units=wording.units(result),
         heat_maps=_heat_maps(result),
         changes=shown,

@@ -186,6 +186,8 @@ class Result(_Record):
     """The way down, as `--path` names it."""
     way: str = ""
     """How the path went, in a sentence; empty in results of older versions."""
+    teachers: dict[str, str] = {}
+    """By stage, who taught in it; empty where the student has one teacher."""
     measure: Measure = "top1"
     """What every `quality` is."""
     losses: dict[str, str]

@@ -10,7 +10,7 @@ from rich.table import Table
 from stepwell.measure.size import short_number
 from stepwell.report.beside import baseline_won
 from stepwell.report.result import ModelResult, Result
-from stepwell.report.wording import decision
+from stepwell.report.wording import alone, decision
 
 
 def result_table(result: Result, width: int = 110) -> str:
@@ -74,7 +74,7 @@ def _why_this_one(result: Result) -> str:
         return "* handed out. "
     return (
         f"* handed out: {why}.\n  The test images above decide nothing. The control is the same student, "
-        f"trained without an assistant.\n"
+        f"{alone(result.teachers)}.\n"
     )
 
 

@@ -82,8 +82,18 @@ STAGES = {
 }
 
 
-def stage(name: str) -> str:
-    """What a stage does, for people; those of a chain are numbered or named by what the assistant keeps."""
+def stage(name: str, teachers: Mapping[str, str] | None = None) -> str:
+    """What a stage does, for people; those of a chain are numbered or named by what the assistant keeps.
+
+    Args:
+        name: The stage.
+        teachers: By stage, who taught in it, where there are several.
+    """
+    if teachers:
+        if name in teachers:
+            return f"taught by {teachers[name]}"
+        if name == "control":
+            return f"control: {alone(teachers)}"
     return STAGES.get(name) or {
         "assistant": f"train {name}",
         "teacher": f"taught by {name}",
@@ -92,6 +102,11 @@ def stage(name: str) -> str:
         "distill": f"student {name.removeprefix('distill ')}",
         "size": f"last step of keep {name.removeprefix('size ')}",
     }.get(name.partition(" ")[0], name)
+
+
+def alone(teachers: Mapping[str, str]) -> str:
+    """How the control is taught, which has not what the path adds: several teachers, or an assistant."""
+    return "taught by the best teacher alone" if teachers else "trained without an assistant"
 
 
 def _fixed(value: float | None) -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from torch import nn
 
@@ -42,6 +42,7 @@ class Finished:
         way: How the path went, in a sentence.
         sizes: The other sizes of `--ladder`, from the largest down.
         baseline: A stock network that the teacher taught for comparison.
+        teachers: By stage, who taught in it, where the student has several teachers.
     """
 
     ladder: Ladder
@@ -54,3 +55,4 @@ class Finished:
     way: str
     sizes: Sequence[Size] = ()
     baseline: Rung | None = None
+    teachers: Mapping[str, str] = field(default_factory=dict)

@@ -290,6 +290,7 @@ def _result(
         student_name=s.other_student.name if s.other_student else None,
         path=s.config.path,
         way=finished.way,
+        teachers=dict(finished.teachers),
         measure=s.task.MEASURE,
         losses={"logits": s.config.logit_loss, "features": s.config.feature_loss},
         keep_ratio=delivered.student.keep_ratio,
