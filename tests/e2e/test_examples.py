@@ -110,10 +110,11 @@ def test_the_guide_shows_the_lines_of_the_example():
 
 def test_the_guide_lists_every_loss_with_its_weight():
     guide = (ROOT / "docs" / "guide" / "compare.md").read_text()
-    rows = re.findall(r"^\| `([\w-]+)`.* \| ([\d.]+) \| (.*)\|$", guide, flags=re.MULTILINE)
+    row = r"^\| `([\w-]+)`.* \| ([\d.]+)(?:, of masks ([\d.]+))? \| (.*)\|$"
+    rows = re.findall(row, guide, flags=re.MULTILINE)
     listed = {
         name: (float(weight), needs.startswith("labels"), "a pretraining" in needs)
-        for name, weight, needs in rows
+        for name, weight, _, needs in rows
     }
     expected = {}
     for kind, names in (("logit", LOGIT_LOSSES), ("feature", FEATURE_LOSSES)):
@@ -122,6 +123,10 @@ def test_the_guide_lists_every_loss_with_its_weight():
             weight, first = getattr(config, f"{kind}_weight"), config.pretraining_epochs(1) > 0
             expected[name] = (weight, facts.needs_labels, first)
     assert listed == expected
+    for name, _, of_masks, _ in rows:
+        if of_masks:
+            masks = make_config(CompressConfig, {"logit_loss": name, "task": "segmentation"})
+            assert masks.logit_weight == float(of_masks)
 
 
 @pytest.mark.parametrize("page", PAGES)

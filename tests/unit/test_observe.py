@@ -162,6 +162,22 @@ def test_the_features_of_a_model_without_a_linear_layer_are_the_mean_of_its_last
     assert torch.equal(Observed(model, ())(images()).features, model(images()))
 
 
+class HeadFirst(nn.Module):
+    """Whose classifier is named before a layer that runs before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.neck = nn.Linear(6, 4), nn.Linear(3, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.neck(x.mean((2, 3))))
+
+
+def test_the_features_are_what_the_last_layer_to_run_reads_whatever_the_order_of_the_names():
+    model = HeadFirst().double()
+    assert torch.equal(Observed(model, ())(images()).features, model.neck(images().mean((2, 3))))
+
+
 # --- the rest behind a block
 
 

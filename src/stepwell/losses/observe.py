@@ -53,10 +53,10 @@ class Observed(nn.Module):
     """Wraps a model, so that it returns what losses compare.
 
     A state has whatever shape its block returns, tokens (B, N, C) or a map (B, C, H, W); it is the same for
-    every candidate, since only what lies inside of blocks is cut. The features are what its last linear layer
-    reads; of a model without one, the mean of its last state. Of a model that tells each pixel they are
-    what the last layer reads from which the logits come: of a convolution the map (B, C, H, W), of a linear
-    layer rows (B, N, C), since nobody can tell how its positions lie.
+    every candidate, since only what lies inside of blocks is cut. The features are what the last of its
+    linear layers to run reads; of a model without one, the mean of its last state. Of a model that tells
+    each pixel they are what the last layer reads from which the logits come: of a convolution the map (B,
+    C, H, W), of a linear layer rows (B, N, C), since nobody can tell how its positions lie.
 
     Args:
         model: Kept as attribute `model`, so its parameters are named `model.NAME` here.
@@ -68,7 +68,6 @@ class Observed(nn.Module):
         self.model = model
         self.blocks = tuple(blocks)
         self.is_dense = is_dense(model)
-        self.classifier = None if self.is_dense else last_linear(model)
 
     def forward(self, images: Float[Tensor, "batch channels height width"]) -> Output:
         """Run the model; the hooks live for this call only."""
@@ -82,11 +81,14 @@ class Observed(nn.Module):
         """Let `seen` be told what the model computes, until these hooks are removed."""
         seen.is_dense = self.is_dense
         blocks = [self.model.get_submodule(name) for name in self.blocks]
-        readers = [] if self.classifier is None else [self.model.get_submodule(self.classifier)]
-        if self.is_dense:
-            last = getattr(self.model, "last_layer", "")
-            layers = [layer for layer in self.model.modules() if isinstance(layer, LAYERS)]
-            readers = [self.model.get_submodule(last)] if last else layers
+        kinds = LAYERS if self.is_dense else (nn.Linear,)
+        last = getattr(self.model, "last_layer", "") if self.is_dense else ""
+        # Which of them is the last to run is told by the pass: the order of the names need not be that.
+        readers = [
+            module
+            for name, module in self.model.named_modules()
+            if (name == last if last else isinstance(module, kinds))
+        ]
         return [
             *(block.register_forward_hook(seen.returned) for block in blocks),
             *(layer.register_forward_pre_hook(seen.read) for layer in readers),
@@ -192,12 +194,6 @@ def _returning(module: nn.Module, output: object) -> Iterator[None]:
 def tensor_of(output: Any) -> Tensor:  # noqa: ANN401
     """Some blocks return (states, attention maps, ...)."""
     return output if isinstance(output, Tensor) else output[0]
-
-
-def last_linear(model: nn.Module) -> str | None:
-    """Name of the layer that turns features into logits, None if there is no linear layer."""
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    return names[-1] if names else None
 
 
 def pooled(features: Shaped[Tensor, "batch ..."]) -> Shaped[Tensor, "batch dim"]:
