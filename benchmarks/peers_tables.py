@@ -20,7 +20,7 @@ def table(record: dict[str, Any]) -> str:
     ]
     machine = record["hardware"]
     where = (
-        f"{machine['training device']}, {machine['processor']}, {machine['threads']} threads, torch "
+        f"{machine['training device']}, {machine['processor']}, {machine['threads']} thread(s), torch "
         f"{machine['torch']}; commit {record['commit']}."
     )
     return "\n\n".join([*parts, where])
@@ -78,3 +78,15 @@ def brute_force_table(cells: list[dict[str, Any]]) -> str:
         rows.append(f"| {path} | {passes:,.0f} | {times[0]:.1f}x | {seconds:.1f} | {times[1]:.1f}x |")
     about = f"{cells[0]['images']:,} images of 32 x 32, 9 candidates, an epoch of each training."
     return "\n".join([*rows, "", about])
+
+
+def claim(record: dict[str, Any]) -> str:
+    """A line for the README."""
+    speeds = [cell["images_per_second"] for cell in record["runs"] if cell["part"] == "training"]
+    beside = {peer: [speed["logits"] / speed[peer] for speed in speeds] for peer in ("timm", "torchdistill")}
+    of_timm, of_torchdistill = (f"{min(of):.2f} to {max(of):.2f}" for of in beside.values())
+    return (
+        f"- **A step of distillation beside others' own**: {of_timm} times the images of timm's task, "
+        f"{of_torchdistill} times those of torchdistill ({record['hardware']['processor']}, "
+        f"{len(speeds)} models). [Figures](docs/performance.md#beside-other-tools)"
+    )

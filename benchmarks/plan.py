@@ -86,12 +86,17 @@ def plan(
     return json.loads(file.read_text(encoding="utf-8"))
 
 
+def off(cell: dict[str, Any]) -> float:
+    """By how much of the run its plan was wrong; above 0 it said too much."""
+    return sum(cell["planned"].values()) / sum(cell["measured"].values()) - 1
+
+
 def row(cell: dict[str, Any]) -> str:
     """Of one configuration: seconds as planned and as measured, in all and of the stages that both name."""
     planned, measured = cell["planned"], cell["measured"]
     total, took = sum(planned.values()), sum(measured.values())
     each = [f"{n} {planned[n]:.1f} / {measured[n]:.1f}" for n in planned if n in measured]
-    return f"| {cell['name']} | {total:.0f} s | {took:.0f} s | {total / took - 1:+.0%} | {', '.join(each)} |"
+    return f"| {cell['name']} | {total:.0f} s | {took:.0f} s | {off(cell):+.0%} | {', '.join(each)} |"
 
 
 def table(record: dict[str, Any]) -> str:
@@ -104,8 +109,19 @@ def table(record: dict[str, Any]) -> str:
             *map(row, record["runs"]),
             "",
             f"All stages of a run; {record['images']:,} images of 32 x 32; {machine['processor']}, "
-            f"{machine['threads']} threads, torch {machine['torch']}; commit {record['commit']}.",
+            f"{machine['threads']} thread(s), torch {machine['torch']}; commit {record['commit']}.",
         ]
+    )
+
+
+def claim(record: dict[str, Any]) -> str:
+    """A line for the README."""
+    wrong = {cell["name"]: abs(off(cell)) for cell in record["runs"]}
+    paths = {CONFIGURATIONS[name].get("path", COMMON["path"]) for name in wrong}
+    return (
+        f"- **Know before you spend**: what `doctor --plan` foretold of {len(wrong)} small runs by "
+        f"{len(paths)} paths was within {100 * max(wrong.values()):.0f} % of what they took. "
+        f"[Figures](docs/performance.md#how-near-a-plan-comes)"
     )
 
 

@@ -154,7 +154,7 @@ def table(record: dict[str, Any]) -> str:
         rows.append(f"{head} {shares} | {cell['calls']:,} | {top} |")
     machine = record["hardware"]
     rates = ", ".join(f"{name} {rate / 1e12:.3g} TFLOP/s" for name, rate in record["rates"].items())
-    where = f"{machine['training device']}, {machine['processor']}, {machine['threads']} threads"
+    where = f"{machine['training device']}, {machine['processor']}, {machine['threads']} thread(s)"
     return "\n".join(
         [
             *rows,

@@ -88,12 +88,12 @@ def one_origin(out: Path, device: torch.device) -> None:
         raise SystemExit(f"{out} has runs of {found}, and this is {origin}: remove it, or take another --out")
 
 
-def teacher_must_be_here(made: Path, cells: Path, or_else: str = "move these cells away") -> None:
+def teacher_must_be_here(made: Path, cells: Path, way_out: str) -> None:
     """Before a teacher is trained in `made`: it would be another one than that of the cells."""
     if (cells / TEACHER_OF_CELLS).exists() and not (made / WEIGHTS).exists():
         raise SystemExit(
             f"the cells in {cells} are of a teacher that is not in {made}, and one trained anew would not be "
-            f"it: give its folder (--teacher), or {or_else}"
+            f"it: {way_out}"
         )
 
 

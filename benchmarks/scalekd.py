@@ -5,7 +5,8 @@
 FOLDER holds cifar10.tar.xz, as benchmarks/cifar10.py takes it. The teacher is trained on all training images
 of CIFAR-10 (45,000 of 50,000, for a tenth selects), the students on 500 of each class. Every arm has the same
 epochs; the arms named `equal compute` have as many as cost what ScaleKD costs, and come last. Cells are kept
-in benchmarks/results/scalekd/STUDENT/ and not run again; a file beside them says whose they are.
+in benchmarks/results/scalekd/STUDENT/ and not run again; their teacher lies beside them, so that anyone can
+go on from them.
 `python benchmarks/tables.py` makes the tables of docs/experiments.md, which says what was expected before
 the runs.
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from shutil import copytree
 from statistics import fmean
 from typing import Any
 
@@ -29,6 +31,7 @@ from stepwell.config.files import make_config
 from stepwell.run.progress import say
 
 CELLS = RESULTS / "scalekd"
+TEACHER_HERE = CELLS / "teacher"
 ARCHIVE, PER_CLASS = "cifar10.tar.xz", 500
 TEACHER: dict[str, Any] = {
     # 0.5 M parameters, stages of 8 x 8 and 4 x 4 positions. Its overlapping patches make of one core's
@@ -110,25 +113,25 @@ def main() -> None:
     parser.add_argument("--only", choices=STUDENTS, nargs="+", default=list(STUDENTS))
     parser.add_argument("--arms", choices=[*ARMS, *EQUAL_COMPUTE], nargs="+", default=[*ARMS, *EQUAL_COMPUTE])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--teacher", type=Path, help="folder of one that is trained already")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark-scalekd"))
     options = parser.parse_args()
-    teacher = options.teacher or trained_teacher(options)
-    one_teacher(teacher, CELLS)
+    if not TEACHER_HERE.exists():
+        train_teacher(options)
+    one_teacher(TEACHER_HERE, CELLS)
     data = few_images(options.files / ARCHIVE, options.out, PER_CLASS)
     # Seed by seed, both students: what is there when the time ends is whole.
     for seed in options.seeds:
         cells = [
-            cell(student, arm, seed, data, teacher, options)
+            cell(student, arm, seed, data, options)
             for student in options.only
             for arm in options.arms
             if arm in ARMS
         ]
         told(run_all(cells, options.jobs, f"seed {seed}"))
         longer = [
-            cell(student, arm, seed, data, teacher, options)
+            cell(student, arm, seed, data, options)
             for student in options.only
             for arm in options.arms
             if arm in EQUAL_COMPUTE and is_priced(student, arm)
@@ -136,16 +139,16 @@ def main() -> None:
         told(run_all(longer, options.jobs, f"seed {seed}, equal compute"))
 
 
-def trained_teacher(options: argparse.Namespace) -> Path:
-    """The folder of one teacher for all."""
+def train_teacher(options: argparse.Namespace) -> None:
+    """One for all, kept beside the cells."""
+    teacher_must_be_here(TEACHER_HERE, CELLS, "restore it, or move these cells away")
     folder = options.out / "teacher"
-    teacher_must_be_here(folder / "teacher", CELLS)
     given = {"data": str(unpack(options.files / ARCHIVE, options.out / "cifar10")), "out_dir": folder}
     say(train.run(make_config(TrainConfig, {"device": options.device, **TEACHER, **given})))
-    return folder / "teacher"
+    copytree(folder / "teacher", TEACHER_HERE)
 
 
-def cell(student: str, arm: str, seed: int, data: Path, teacher: Path, given: argparse.Namespace) -> Cell:
+def cell(student: str, arm: str, seed: int, data: Path, given: argparse.Namespace) -> Cell:
     """One run."""
     same_as = EQUAL_COMPUTE.get(arm, arm)
     options = dict(ARMS[same_as])
@@ -154,7 +157,7 @@ def cell(student: str, arm: str, seed: int, data: Path, teacher: Path, given: ar
         **STUDENTS[student],
         "lr": options.pop("rates", 1) * STUDENTS[student]["lr"],
         **options,
-        "teacher": str(teacher),
+        "teacher": str(TEACHER_HERE),
         "data": str(data),
         "seed": seed,
         "device": given.device,

@@ -131,7 +131,8 @@ def images(files: Path, out: Path) -> Path:
 def trained(options: argparse.Namespace, data: Path) -> Path:
     """The teacher's folder."""
     folder = options.out / "teacher"
-    teacher_must_be_here(folder / "teacher", options.cells, "another folder for cells (--cells)")
+    way_out = "give its folder (--teacher), or another folder for cells (--cells)"
+    teacher_must_be_here(folder / "teacher", options.cells, way_out)
     given = {
         **SHARED,
         **TEACHER,

@@ -13,9 +13,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from cost import claim as cost_claim
 from cost import table as cost_table
 from experiment_tables import cells_by_arm, single_steps, tables_of, tops_of_sizes
+from peers_tables import claim as peers_claim
 from peers_tables import table as peers_table
+from plan import claim as plan_claim
 from plan import table as plan_table
 from predicted import table as predicted_table
 from profiled import table as profiled_table
@@ -225,6 +228,9 @@ def main() -> None:
     for name, table in made_by.items():
         if name in records:  # not all have been run yet
             parts[name] = table(records[name])
+    of_speed = {"cost": cost_claim, "plan": plan_claim, "peers": peers_claim}
+    lines = [claim(records[name]) for name, claim in of_speed.items() if name in records]
+    parts["claims-of-speed"] = "\n".join(lines)
     parts["scalekd-cost"] = scalekd_cost_table(records["scalekd-cost"])
     parts["segmentation"] = segmentation_table()
     parts |= tables_of(RESULTS / "experiments")

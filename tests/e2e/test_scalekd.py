@@ -287,8 +287,10 @@ def test_the_doctor_reads_stages_of_a_teacher_that_does_not_name_them(capsys, mo
 
 def test_the_doctor_says_which_stages_are_missing(capsys):
     words = ("--teacher", "cifar_resnet8", "--path", "scalekd", "--student", "cifar_vgg8")
-    assert main(["doctor", *words]) == 0
-    assert "  stages of cifar_vgg8 cannot be told: it has no blocks that are known" in capsys.readouterr().out
+    assert main(["doctor", *words]) == 2
+    assert (
+        "the stages of cifar_vgg8 cannot be told: it has no blocks that are known" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.slow

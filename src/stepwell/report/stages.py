@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from stepwell.config.options import LossOptions
-from stepwell.losses.scalekd.stages import find_stages, why_no_stages
+from stepwell.losses.scalekd.stages import find_stages, no_stages
 from stepwell.models.student import OtherStudent
 from stepwell.models.teacher import Teacher
 
@@ -20,6 +20,9 @@ def stage_lines(
         teacher: Shapes will do.
         blocks: Its blocks, for a model that does not name its stages.
         student: Of another architecture; knows its own.
+
+    Raises:
+        ConfigError: A model has no stages that are known.
     """
     if not options.feature_weight or not options.feature_facts.reads_stages:
         return []
@@ -30,8 +33,7 @@ def stage_lines(
     ):
         blank = torch.zeros(1, teacher.spec.channels, *size, device=next(model.parameters()).device)
         if (stages := find_stages(model, blank, known)) is None:
-            lines.append(f"  stages of {name} cannot be told: {why_no_stages(model, known)}")
-            continue
+            raise no_stages(options.feature_loss, name, model, known)
         for number, stage in ((3, stages.third), (4, stages.fourth)):
             lay = stage.layout
             size = f"{lay.channels} channels on {lay.height} x {lay.width}"

@@ -16,10 +16,10 @@ from stepwell.data.images import ImageSet
 from stepwell.data.labels import as_tensor, classes_of
 from stepwell.data.spec import InputSpec
 from stepwell.data.splits import Data
-from stepwell.errors import ConfigError, DataError
+from stepwell.errors import DataError
 from stepwell.losses.distillation import Phase
 from stepwell.losses.output import TrainingImages
-from stepwell.losses.scalekd.stages import Stages, find_stages, why_no_stages
+from stepwell.losses.scalekd.stages import Stages, find_stages, no_stages
 from stepwell.measure.cost import Costs, OtherTeacher
 from stepwell.measure.size import count_macs
 from stepwell.models.card import Architecture, Card
@@ -143,10 +143,7 @@ class Setting:
             if (stages := find_stages(model, blank, blocks)) is None:
                 if not facts.reads_stages:
                     return None
-                raise ConfigError(
-                    f"--feature-loss {config.feature_loss}: the stages of {name} cannot be told: "
-                    f"{why_no_stages(model, blocks)}; take --feature-weight 0, or another model"
-                )
+                raise no_stages(config.feature_loss, name, model, blocks)
             found.append(stages)
         return found[0], found[1]
 

@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from stepwell.data.folders import join
+from stepwell.errors import ConfigError
 from stepwell.losses.observe import tensor_of
 
 _MOST_PREFIX = 16
@@ -146,6 +147,14 @@ def why_no_stages(model: nn.Module, blocks: Sequence[str] = ()) -> str:
         return f"none of its stages ({join(there)}) returns one map, or one row of tokens"
     missing = f"its stages ({join(named)}) are not there by these names, and " if named else ""
     return f"{missing}it has no blocks that are known"
+
+
+def no_stages(feature_loss: str, name: str, model: nn.Module, blocks: Sequence[str]) -> ConfigError:
+    """That a loss reads stages where `find_stages` knows none of the model called `name`; to be raised."""
+    return ConfigError(
+    """That a loss reads stages where `find_stages` knows none of the model `name`; to be raised."""
+        "take --feature-weight 0, or another model"
+    )
 
 
 def layouts_of(
