@@ -51,7 +51,7 @@ TEACHER: dict[str, Any] = {
     "epochs": 16,
     "lr": 2e-3,
     "batch_size": 128,
-    "threads": 1,
+    "threads": 2,
 }
 RECIPE: dict[str, Any] = {"path": "scalekd", "augment": "crop", "epochs": 16, "batch_size": 64, "threads": 1}
 STUDENTS: dict[str, dict[str, Any]] = {
