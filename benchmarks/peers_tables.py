@@ -51,8 +51,8 @@ def cutting_table(cells: list[dict[str, Any]]) -> str:
 
         def both(what: str, unit: str, factor: float = 1.0, cell: dict[str, Any] = cell) -> str:
             ours, theirs = cell[what]["ours"], cell[what].get("theirs")
-            other = "cannot" if theirs is None else f"{factor * theirs:.3g}"
-            return f"{factor * ours:.3g} / {other} {unit}"
+            other = "cannot" if theirs is None else short(factor * theirs)
+            return f"{short(factor * ours)} / {other} {unit}"
 
         columns = [both("score", "ms", 1e3), both("cut", "s"), both("macs", "G", 1e-9)]
         columns += [both(f"ms_batch{batch}", "ms") for batch in (1, 32)]
@@ -61,6 +61,11 @@ def cutting_table(cells: list[dict[str, Any]]) -> str:
     notes = [f"- {c['model']}, {steps} steps: {e}" for c in cells for steps, e in c["errors"].items()]
     note = f"torch-pruning {cells[0]['torch-pruning']}; one thread; load {cells[0]['load']:.1f} at first."
     return "\n".join([*rows, "", *notes, *([""] if notes else []), note])
+
+
+def short(figure: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{figure:,.0f}" if figure >= 100 else f"{figure:.3g}"
 
 
 def brute_force_table(cells: list[dict[str, Any]]) -> str:
