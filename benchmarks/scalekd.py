@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from shutil import copytree
 from statistics import fmean
 from typing import Any
 
@@ -28,6 +27,7 @@ from stepwell.compare.pool import run_all
 from stepwell.compare.table import spread
 from stepwell.config.commands import CompressConfig, TrainConfig
 from stepwell.config.files import make_config
+from stepwell.models.card import load_with_card, save_model
 from stepwell.run.progress import say
 
 CELLS = RESULTS / "scalekd"
@@ -145,7 +145,10 @@ def train_teacher(options: argparse.Namespace) -> None:
     folder = options.out / "teacher"
     given = {"data": str(unpack(options.files / ARCHIVE, options.out / "cifar10")), "out_dir": folder}
     say(train.run(make_config(TrainConfig, {"device": options.device, **TEACHER, **given})))
-    copytree(folder / "teacher", TEACHER_HERE)
+    model, card = load_with_card(folder / "teacher")
+    provenance = {**card.provenance, "data": ARCHIVE}  # by its name, wherever it has been unpacked
+    TEACHER_HERE.mkdir(parents=True)
+    save_model(TEACHER_HERE, model, card.model_copy(update={"provenance": provenance}))
 
 
 def cell(student: str, arm: str, seed: int, data: Path, given: argparse.Namespace) -> Cell:

@@ -184,10 +184,9 @@ def _classes(teacher: Teacher, data: Data | None, config: CompressConfig) -> tup
         return teacher, []
     try:
         if not teacher.digest:  # no weights, so it can be asked for nothing but their number
-            classes = getattr(teacher.model, "num_classes", None) or len(
-                data.classes
-            )  # smp and torchvision: as built
-            task_of(data.task).check_classes(classes, "the model", data)
+            # Those of smp and torchvision do not say; they are built for the data.
+            num_classes = getattr(teacher.model, "num_classes", None) or len(data.classes)
+            task_of(data.task).check_classes(num_classes, "the model", data)
             return teacher, []
         teacher, data = settle(teacher, data, config, torch.device("cpu"))
     except DataError as error:

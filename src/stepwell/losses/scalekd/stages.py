@@ -150,10 +150,10 @@ def why_no_stages(model: nn.Module, blocks: Sequence[str] = ()) -> str:
 
 
 def no_stages(feature_loss: str, name: str, model: nn.Module, blocks: Sequence[str]) -> ConfigError:
-    """That a loss reads stages where `find_stages` knows none of the model called `name`; to be raised."""
+    """To be raised where a loss reads stages, and `find_stages` knows none of `model`, called `name`."""
     return ConfigError(
-    """That a loss reads stages where `find_stages` knows none of the model `name`; to be raised."""
-        "take --feature-weight 0, or another model"
+        f"--feature-loss {feature_loss}: the stages of {name} cannot be told: {why_no_stages(model, blocks)}; "
+        f"take --feature-weight 0, or another model"
     )
 
 
