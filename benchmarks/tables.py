@@ -27,6 +27,7 @@ from scalekd import table as scalekd_table
 from scalekd_cost import table as scalekd_cost_table
 from scaling import table as scaling_table
 from segmentation import table as segmentation_table
+from speed import cut_table
 from speed import table as speed_table
 from stepwell.compare.table import spread
 from stepwell.measure.size import short_number
@@ -216,6 +217,8 @@ def main() -> None:
     suites = {file.stem: json.loads(file.read_text("utf-8")) for file in (RESULTS / "suites").glob("*.json")}
     parts |= {f"suite-{name}": suite_table(record) for name, record in suites.items()}
     parts["speed"] = speed_table(records["speed"]["runs"])
+    if "cuts" in records:
+        parts["speed-cuts"] = cut_table(records["cuts"]["runs"])
     parts |= {n: throughput_table(record) for n, record in records.items() if n.startswith("throughput")}
     made_by = {
         "cost": cost_table,
