@@ -23,6 +23,7 @@ from plan import table as plan_table
 from predicted import table as predicted_table
 from profiled import table as profiled_table
 from record import RESULTS
+from scalekd import STUDENTS as SCALEKD_STUDENTS
 from scalekd import table as scalekd_table
 from scalekd_cost import table as scalekd_cost_table
 from scaling import table as scaling_table
@@ -237,8 +238,9 @@ def main() -> None:
     parts["scalekd-cost"] = scalekd_cost_table(records["scalekd-cost"])
     parts["segmentation"] = segmentation_table()
     parts |= tables_of(RESULTS / "experiments")
-    for folder in {file.parent for file in (RESULTS / "scalekd").glob("*/*.json")}:
-        parts[f"scalekd-{folder.name}"] = scalekd_table(folder)
+    for folder in sorted(RESULTS.glob("scalekd*/*/")):
+        if folder.name in SCALEKD_STUDENTS:
+            parts[f"{folder.parent.name}-{folder.name}"] = scalekd_table(folder)
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         new = text
