@@ -137,7 +137,7 @@ def claim(record: dict[str, Any]) -> str:
     more = [grown(found, model, "candidates") for model in models]
     return (
         f"- **Being automatic** takes {between(default)} times as long as one distillation of as many epochs "
-        f"where the teacher turns out to do, {between(by_assistant)} times where an assistant teaches "
+        f"where the teacher itself teaches, {between(by_assistant)} times where an assistant teaches "
         f"({len(models)} small models; the paper: 2.2), and joint training of 15 candidates {between(more)} "
         f"times as long as of 9. [Figures](docs/performance.md#what-being-automatic-costs)"
     )

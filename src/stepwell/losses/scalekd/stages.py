@@ -151,9 +151,10 @@ def why_no_stages(model: nn.Module, blocks: Sequence[str] = ()) -> str:
 
 def no_stages(feature_loss: str, name: str, model: nn.Module, blocks: Sequence[str]) -> ConfigError:
     """To be raised where a loss reads stages, and `find_stages` knows none of `model`, called `name`."""
+    why = why_no_stages(model, blocks)
     return ConfigError(
-        f"--feature-loss {feature_loss}: the stages of {name} cannot be told: {why_no_stages(model, blocks)}; "
-        f"take --feature-weight 0, or another model"
+        f"--feature-loss {feature_loss}: the stages of {name} cannot be told: {why}; take "
+        f"--feature-weight 0, or another model"
     )
 
 
