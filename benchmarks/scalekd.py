@@ -5,8 +5,7 @@
 FOLDER holds cifar10.tar.xz, as benchmarks/cifar10.py takes it. The teacher is trained on all training images
 of CIFAR-10 (45,000 of 50,000, for a tenth selects), the students on 500 of each class. Every arm has the same
 epochs; the arms named `equal compute` have as many as cost what ScaleKD costs, and come last. Cells are kept
-in benchmarks/results/scalekd/STUDENT/ and not run again; their teacher lies beside them, so that anyone can
-go on from them.
+in benchmarks/results/scalekd/STUDENT/ and not run again; a file beside them says whose they are.
 `python benchmarks/tables.py` makes the tables of docs/experiments.md, which says what was expected before
 the runs.
 """
@@ -27,11 +26,9 @@ from stepwell.compare.pool import run_all
 from stepwell.compare.table import spread
 from stepwell.config.commands import CompressConfig, TrainConfig
 from stepwell.config.files import make_config
-from stepwell.models.card import load_with_card, save_model
 from stepwell.run.progress import say
 
 CELLS = RESULTS / "scalekd"
-TEACHER_HERE = CELLS / "teacher"
 ARCHIVE, PER_CLASS = "cifar10.tar.xz", 500
 TEACHER: dict[str, Any] = {
     # 0.5 M parameters, stages of 8 x 8 and 4 x 4 positions. Its overlapping patches make of one core's
@@ -113,25 +110,25 @@ def main() -> None:
     parser.add_argument("--only", choices=STUDENTS, nargs="+", default=list(STUDENTS))
     parser.add_argument("--arms", choices=[*ARMS, *EQUAL_COMPUTE], nargs="+", default=[*ARMS, *EQUAL_COMPUTE])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--teacher", type=Path, help="folder of one that is trained already")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark-scalekd"))
     options = parser.parse_args()
-    if not TEACHER_HERE.exists():
-        train_teacher(options)
-    one_teacher(TEACHER_HERE, CELLS)
+    teacher = options.teacher or trained_teacher(options)
+    one_teacher(teacher, CELLS)
     data = few_images(options.files / ARCHIVE, options.out, PER_CLASS)
     # Seed by seed, both students: what is there when the time ends is whole.
     for seed in options.seeds:
         cells = [
-            cell(student, arm, seed, data, options)
+            cell(student, arm, seed, data, teacher, options)
             for student in options.only
             for arm in options.arms
             if arm in ARMS
         ]
         told(run_all(cells, options.jobs, f"seed {seed}"))
         longer = [
-            cell(student, arm, seed, data, options)
+            cell(student, arm, seed, data, teacher, options)
             for student in options.only
             for arm in options.arms
             if arm in EQUAL_COMPUTE and is_priced(student, arm)
@@ -139,19 +136,16 @@ def main() -> None:
         told(run_all(longer, options.jobs, f"seed {seed}, equal compute"))
 
 
-def train_teacher(options: argparse.Namespace) -> None:
-    """One for all, kept beside the cells."""
-    teacher_must_be_here(TEACHER_HERE, CELLS, "restore it, or move these cells away")
+def trained_teacher(options: argparse.Namespace) -> Path:
+    """The folder of one teacher for all."""
     folder = options.out / "teacher"
+    teacher_must_be_here(folder / "teacher", CELLS, "give its folder (--teacher), or move these cells away")
     given = {"data": str(unpack(options.files / ARCHIVE, options.out / "cifar10")), "out_dir": folder}
     say(train.run(make_config(TrainConfig, {"device": options.device, **TEACHER, **given})))
-    model, card = load_with_card(folder / "teacher")
-    provenance = {**card.provenance, "data": ARCHIVE}  # by its name, wherever it has been unpacked
-    TEACHER_HERE.mkdir(parents=True)
-    save_model(TEACHER_HERE, model, card.model_copy(update={"provenance": provenance}))
+    return folder / "teacher"
 
 
-def cell(student: str, arm: str, seed: int, data: Path, given: argparse.Namespace) -> Cell:
+def cell(student: str, arm: str, seed: int, data: Path, teacher: Path, given: argparse.Namespace) -> Cell:
     """One run."""
     same_as = EQUAL_COMPUTE.get(arm, arm)
     options = dict(ARMS[same_as])
@@ -160,7 +154,7 @@ def cell(student: str, arm: str, seed: int, data: Path, given: argparse.Namespac
         **STUDENTS[student],
         "lr": options.pop("rates", 1) * STUDENTS[student]["lr"],
         **options,
-        "teacher": str(TEACHER_HERE),
+        "teacher": str(teacher),
         "data": str(data),
         "seed": seed,
         "device": given.device,

@@ -45,12 +45,11 @@ def test_cells_are_of_one_teacher_and_its_images(tmp_path):
     ("train", "way_out"),
     [
         (lambda given: segmentation.trained(given, given.files), r"give its folder .* for cells \(--cells\)"),
-        (scalekd.train_teacher, "restore it, or move these cells away"),
+        (scalekd.trained_teacher, r"give its folder \(--teacher\), or move these cells away"),
     ],
 )
-def test_no_teacher_is_trained_that_the_cells_would_not_take(tmp_path, monkeypatch, train, way_out):
-    """Cells are in the repository, and their teacher is not."""
-    monkeypatch.setattr(scalekd, "TEACHER_HERE", tmp_path / "nowhere")
+def test_no_teacher_is_trained_that_the_cells_would_not_take(tmp_path, train, way_out):
+    """The cells are in the repository, and what has trained their teacher is not."""
     given = Namespace(files=tmp_path, out=tmp_path / "out", cells=segmentation.CELLS, device="cpu")
     with pytest.raises(SystemExit, match=way_out):
         train(given)
