@@ -175,7 +175,23 @@ class HeadFirst(nn.Module):
 
 def test_the_features_are_what_the_last_layer_to_run_reads_whatever_the_order_of_the_names():
     model = HeadFirst().double()
-    assert torch.equal(Observed(model, ())(images()).features, model.neck(images().mean((2, 3))))
+    observed = Observed(model, ())
+    for _ in range(2):  # the second pass knows which layer that is
+        assert torch.equal(observed(images()).features, model.neck(images().mean((2, 3))))
+
+
+class OtherHeadInTraining(HeadFirst):
+    """Whose neck feeds another classifier while it trains."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.neck(x.mean((2, 3))) if self.training else super().forward(x)
+
+
+def test_the_classifier_may_be_another_layer_in_training():
+    observed = Observed(OtherHeadInTraining().double(), ())
+    for _ in range(2):
+        assert observed.train()(images()).features.shape[1] == 3
+        assert observed.eval()(images()).features.shape[1] == 6
 
 
 # --- the rest behind a block

@@ -26,6 +26,7 @@ class Seen:
 
     def __init__(self) -> None:
         self.is_dense = False
+        self.reader: nn.Module | None = None
         self._states: list[Tensor] = []
         self._read: list[Tensor] = []
 
@@ -35,6 +36,7 @@ class Seen:
 
     def read(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         """By what may be the classifier: of several layers it is the last to run."""
+        self.reader = layer
         rows = self.is_dense and isinstance(layer, nn.Linear)
         self._read[:] = [read.reshape(len(read), -1, read.shape[-1]) if rows else read for read in inputs[:1]]
 
@@ -68,6 +70,9 @@ class Observed(nn.Module):
         self.model = model
         self.blocks = tuple(blocks)
         self.is_dense = is_dense(model)
+        # The name of the classifier, by whether the model trains, for it may have another end then.
+        last = getattr(model, "last_layer", "") if self.is_dense else ""
+        self._readers: dict[bool, str] = dict.fromkeys((False, True), last) if last else {}
 
     def forward(self, images: Float[Tensor, "batch channels height width"]) -> Output:
         """Run the model; the hooks live for this call only."""
@@ -75,24 +80,29 @@ class Observed(nn.Module):
         with ExitStack() as stack:
             for hook in self.watch(seen):
                 stack.callback(hook.remove)
-            return seen.output(self.model(images))
+            output = seen.output(self.model(images))
+        if seen.reader is not None and self.model.training not in self._readers:
+            names = {module: name for name, module in self.model.named_modules()}
+            self._readers[self.model.training] = names[seen.reader]
+        return output
 
     def watch(self, seen: Seen) -> list[RemovableHandle]:
         """Let `seen` be told what the model computes, until these hooks are removed."""
         seen.is_dense = self.is_dense
         blocks = [self.model.get_submodule(name) for name in self.blocks]
-        kinds = LAYERS if self.is_dense else (nn.Linear,)
-        last = getattr(self.model, "last_layer", "") if self.is_dense else ""
-        # Which of them is the last to run is told by the pass: the order of the names need not be that.
-        readers = [
-            module
-            for name, module in self.model.named_modules()
-            if (name == last if last else isinstance(module, kinds))
-        ]
         return [
             *(block.register_forward_hook(seen.returned) for block in blocks),
-            *(layer.register_forward_pre_hook(seen.read) for layer in readers),
+            *(layer.register_forward_pre_hook(seen.read) for layer in self._may_be_last()),
         ]
+
+    def _may_be_last(self) -> list[nn.Module]:
+        """The classifier, once a pass has told which that is; until then all layers that may be the last to
+        run, which the order of the names need not say. Hooks on all would cost a small model a third of its
+        pass."""
+        if (known := self._readers.get(self.model.training)) is not None:
+            return [self.model.get_submodule(known)]
+        kinds = LAYERS if self.is_dense else (nn.Linear,)
+        return [layer for layer in self.model.modules() if isinstance(layer, kinds)]
 
     def with_weights(
         self,
