@@ -85,7 +85,10 @@ def suite_table(record: dict[str, Any]) -> str:
     for row in record["rows"]:
         cell, name = row["cells"][0], row["arm"]
         if row["control_of"]:
-            name = f"&nbsp; the same compute in a single step, {cell['options']['epochs']:.0f} epochs"
+            what = name.removesuffix(f", compute of {row['control_of']}").replace(
+                "single-step", "a single step"
+            )
+            name = f"&nbsp; the same compute in {what}, {cell['options']['epochs']:.0f} epochs"
         seeds = [top1 for top1 in row["top1"]["seeds"] if top1 is not None]
         top1 = spread(seeds, 1) if seeds else "diverged"
         if seeds and row["diverged"]:

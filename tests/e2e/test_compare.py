@@ -19,6 +19,7 @@ import stepwell as package
 from conftest import InThisProcess
 from stepwell.cli import main, parse
 from stepwell.commands.compare import check
+from stepwell.compare import arms as arms_module
 from stepwell.compare import paper, pool, scales, suites
 from stepwell.compare.arms import Arm, Row, arms_of, cell_of, costs, run_arms
 from stepwell.compare.cells import CellResult, options_of
@@ -123,7 +124,7 @@ def test_the_figures_are_those_of_the_cells(compared, teacher, data, here, capsy
         cost = sum(sum(cell.teacher_passes.values()) for cell in mine) / 2 / unit
         assert row["cost"] == pytest.approx(cost)
         figures = f"{(first + second) / 2:.2f} ± {abs(first - second) / math.sqrt(2):.2f}"
-        name = "  single step, same compute" if row["control_of"] else row["arm"]
+        name = "  single-step, same compute" if row["control_of"] else row["arm"]
         (line,) = [x for x in printed.splitlines() if x.startswith(f"{name} ") and figures in x][:1]
         assert f" {cost:.1f}x " in line
     assert all(len(line) <= 118 for line in printed.splitlines()[:10])
@@ -335,7 +336,7 @@ def test_long_names_fit_a_terminal(compared):
     assert max(len(line) for line in text.splitlines()) <= 118
     assert text.splitlines()[1].startswith(names[0])
     assert text.count("80.19") == 4
-    assert "hollow: single step, same compute" in as_plot(rows)
+    assert "hollow: same compute" in as_plot(rows)
 
 
 @pytest.mark.parametrize(
@@ -474,6 +475,7 @@ def test_pruned_and_shallow_students_have_about_the_same_operations(scale):
         ("several-teachers", ("--teachers", "second"), True),
         ("vgg-pair", (), True),
         ("vgg-pair", ("--no-controls",), False),
+        ("scalekd", (), True),
         ("losses", (), False),
         ("losses", ("--controls",), True),
     ],
@@ -481,6 +483,36 @@ def test_pruned_and_shallow_students_have_about_the_same_operations(scale):
 def test_suites_with_paths_of_different_cost_have_controls(suite, words, controls, tmp_path):
     config = config_of("--suite", suite, "--data", "images", "--teacher", "teacher", *words)
     assert scales.prepared(suite, config, tmp_path)[1].controls == controls
+
+
+def test_what_scalekd_costs_more_is_given_to_kd_as_epochs(teacher, data, tmp_path):
+    """Its control is another arm for longer, not a shorter run of its own."""
+    arms = [arm for arm in suites.ARMS["scalekd"] if arm.name in ("KD", "CAP, DFM", "CAP, DFM, TPP")]
+    shape = {"layers": "(1,1,1,1)", "channels": "(8,8,8,16)", "output_stride": "8"}
+    student = {"student": "resnet18", "student_args": shape, "epochs": 1, "batch_size": 16, "threads": 1}
+    options = {"teacher": str(teacher), "data": str(data), "seeds": (0,), **student}
+    config = make_config(CompareConfig, options)
+    rows = {row.arm.name: row for row in run_arms(arms, config, tmp_path)}
+    assert len(rows) == 5
+    for dear in ("CAP, DFM", "CAP, DFM, TPP"):
+        control = rows[f"KD, compute of {dear}"]
+        (long,), (whole,), (short,) = control.cells, rows[dear].cells, rows["KD"].cells
+        assert control.control_of == dear
+        assert control.label == "KD, same compute"
+        assert whole.passes > 1.2 * short.passes
+        assert long.passes == pytest.approx(whole.passes, rel=0.03)
+        # In all but its length it is the other arm.
+        same = [{k: v for k, v in cell.options.items() if k != "epochs"} for cell in (long, short)]
+        assert same[0] == same[1]
+    assert run_arms(arms[:1], config.model_copy(update={"controls": False}), tmp_path)[0].label == "KD"
+
+
+def test_within_a_budget_nothing_needs_a_control_of_another_arm():
+    arms = suites.ARMS["scalekd"]
+    config = config_of("--budget-epochs", "2", "--seeds", "0")
+    assert config.budget is not None
+    cells = {arm.name: None for arm in arms}
+    assert arms_module._controls(arms, cells, config) == {}
 
 
 def test_paths_of_a_pair_have_the_loss_of_its_first_row():

@@ -1,8 +1,8 @@
 """The arms of a comparison, their controls, and how each gets its learning rate.
 
 wave 1    every arm, the first seed, every learning rate      -> its best rate, on the selection images
-wave 2    the control of every arm with more than one step: a single step for the same compute, with a
-          schedule and a search of learning rates of its own
+wave 2    the control of every arm with more than one step, a single step, and of every arm that has another
+          one `instead`: for the same compute, with a schedule and a search of learning rates of its own
 wave 3    all of them, the other seeds
 """
 
@@ -22,9 +22,12 @@ from stepwell.config.commands import CompareConfig, CompressConfig
 from stepwell.config.files import PATHS, implied, make_config
 from stepwell.config.own_code import is_own_code
 from stepwell.errors import ConfigError
+from stepwell.measure.cost import charged
 from stepwell.paths import CONTROL_PATH, WHOLE_PATH, path_of, takes_teachers
 from stepwell.run.progress import say
 
+CONTROLS = "controls of equal compute"
+"""All of them, in a plan."""
 _NOT_OF_A_RUN = frozenset(CompareConfig.model_fields) - frozenset(CompressConfig.model_fields)
 
 
@@ -36,11 +39,13 @@ class Arm:
         name: Its name, unlike all others.
         options: What it sets of `CompressConfig`, besides what all arms share.
         published: The figure of the literature that it mirrors, if there is one.
+        instead: The cheaper arm that could be trained for longer instead: its control, where it is not None.
     """
 
     name: str
     options: Mapping[str, Any]
     published: float | None = None
+    instead: str | None = None
 
     @property
     def is_single_step(self) -> bool:
@@ -64,6 +69,11 @@ class Row:
     lr: float
     cells: Sequence[CellResult]
     control_of: str | None = None
+
+    @property
+    def label(self) -> str:
+        """Its name; of a control what was run for the compute of the arm above it."""
+        return self.arm.name.replace(f", compute of {self.control_of}", ", same compute")
 
     @property
     def finished(self) -> list[CellResult]:
@@ -106,15 +116,8 @@ def run_arms(arms: Sequence[Arm], config: CompareConfig, out: Path) -> list[Row]
         raise ConfigError("two arms have the same name; the losses of FILE.py:FUNCTION need different ones")
     searched_with, *others = config.seeds
     searched = _search(arms, config, out, searched_with, "search" if len(config.lrs) > 1 else "first seed")
-    controls: dict[str, Arm] = {}
-    if config.controls:
-        for arm in arms:
-            if not arm.is_single_step and not _has_control(arm, arms, config):
-                epochs = searched[arm.name].epochs_of_equal_compute
-                length = {"epochs": round(epochs, 2), "budget_epochs": None}
-                options = {**arm.options, **_single_step_of(searched[arm.name]), **length}
-                controls[arm.name] = Arm(f"{options['path']}, compute of {arm.name}", options)
-        searched |= _search(list(controls.values()), config, out, searched_with, "controls")
+    controls = _controls(arms, searched, config) if config.controls else {}
+    searched |= _search(list(controls.values()), config, out, searched_with, "controls")
     everyone: list[tuple[Arm, str | None]] = []
     for arm in arms:
         everyone.append((arm, None))
@@ -132,6 +135,32 @@ def run_arms(arms: Sequence[Arm], config: CompareConfig, out: Path) -> list[Row]
         best = searched[arm.name]
         rows.append(Row(arm, best.options["lr"], [best, *cells], control_of))
     return rows
+
+
+def _controls(
+    arms: Sequence[Arm], searched: Mapping[str, CellResult], config: CompareConfig
+) -> dict[str, Arm]:
+    """The control of each arm that has one, by the arm's name."""
+    of_name = {arm.name: arm for arm in arms}
+    controls = {}
+    for arm in arms:
+        cell = searched[arm.name]
+        if arm.instead is not None and config.budget is None:  # within a budget they cost the same
+            name, options = arm.instead, of_name[arm.instead].options
+            epochs = _epochs_for(cell, searched[arm.instead])
+        elif not arm.is_single_step and not _has_control(arm, arms, config):
+            options = {**arm.options, **_single_step_of(cell)}
+            name, epochs = options["path"], cell.epochs_of_equal_compute
+        else:
+            continue
+        length = {"epochs": round(epochs, 2), "budget_epochs": None}
+        controls[arm.name] = Arm(f"{name}, compute of {arm.name}", {**options, **length})
+    return controls
+
+
+def _epochs_for(dear: CellResult, cheap: CellResult) -> float:
+    """How many epochs of the cheap run cost what the dear one costs: single steps, from the same teacher."""
+    return cheap.options["epochs"] * charged(dear.teacher_passes) / charged(cheap.teacher_passes)
 
 
 def _single_step_of(cell: CellResult) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from stepwell.compare.architectures import loss_passes, published_pairs, rate_of
-from stepwell.compare.arms import Arm, given_to_runs
+from stepwell.compare.arms import CONTROLS, Arm, given_to_runs
 from stepwell.compare.scales import CONTROLLED, Size, filled, size_of
 from stepwell.compare.suites import NOTES, OF_MASKS, OTHER_ARCHITECTURE, PAIRS, TEACHER_SIZE
 from stepwell.compare.teacher_sizes import paper_of_sizes
@@ -55,7 +55,7 @@ def paper(suite: Suite, config: CompareConfig) -> str:
     size = size_of(suite, "paper")
     values = over(size.compress, given_to_runs(config))
     if suite == TEACHER_SIZE:
-        return paper_of_sizes(filled(suite, size), values)
+        return paper_of_sizes(filled(suite, size), values, controls=config.controls)
     sets = ["Cityscapes"] if suite == OF_MASKS else ["CIFAR-100", "ImageNet"]
     if suite in PAIRS or suite == OTHER_ARCHITECTURE:
         sets = ["ImageNet"] if suite in ("imagenet-pair", OTHER_ARCHITECTURE) else ["CIFAR-100"]
@@ -71,8 +71,8 @@ def paper(suite: Suite, config: CompareConfig) -> str:
     }
     rows = [(arm.name, hours[arm.name], arm.published) for arm in arms]
     if config.controls and suite in CONTROLLED:
-        paths = [hours[arm.name] for arm in arms if not arm.is_single_step]
-        rows.append(("controls of equal compute", [sum(column) for column in zip(*paths, strict=True)], None))
+        dear = [hours[arm.name] for arm in arms if arm.instead or not arm.is_single_step]
+        rows.append((CONTROLS, [sum(column) for column in zip(*dear, strict=True)], None))
     rows.append(("all", [sum(column) for column in zip(*(row[1] for row in rows), strict=True)], None))
     columns = [*sets, *(["published"] if any(arm.published for arm in arms) else [])]
     head = f"  {'GPU-hours for one seed':<30}" + "".join(f"{name:>11}" for name in columns)

@@ -137,8 +137,8 @@ OF_THE_TEACHER = (
     "encoder_weights",
 )  # fmt: skip
 """Options of the comparison that the training of its teacher takes over: which images, and on what."""
-CONTROLLED: frozenset[Suite] = frozenset({"steps", "depth", SEVERAL_TEACHERS, *PAIRS})
-"""Suites with single steps beside paths that cost more."""
+CONTROLLED: frozenset[Suite] = frozenset({"steps", "depth", SEVERAL_TEACHERS, *TO_OTHERS, *PAIRS})
+"""Suites with cheap arms beside dear ones."""
 
 
 def size_of(suite: Suite, scale: str) -> Size:
@@ -258,5 +258,5 @@ def filled(suite: Suite, size: Size) -> list[Arm]:
                 "student_args": size.student_args,
                 "student_init": "teacher",
             }
-        arms.append(Arm(arm.name, options, arm.published))
+        arms.append(replace(arm, options=options))
     return arms

@@ -7,6 +7,7 @@ of the losses' papers. At the scales `cpu` and `gpu` the data, the models and th
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -217,9 +218,9 @@ ARMS: dict[Suite, tuple[Arm, ...]] = {
         Arm("KD", _KD),
         Arm("FitNet", {**_WITH_LOGITS, "feature_loss": "fitnet"}),
         Arm("CAP", {**_WITH_LOGITS, "feature_args": {"tpp": 0.0, "alternative": 0.0}}),
-        Arm("CAP, DFM", {**_WITH_LOGITS, "feature_args": {"tpp": 0.0}}),
+        Arm("CAP, DFM", {**_WITH_LOGITS, "feature_args": {"tpp": 0.0}}, instead="KD"),
         Arm("CAP, TPP", {**_WITH_LOGITS, "feature_args": {"alternative": 0.0}}),
-        Arm("CAP, DFM, TPP", _WITH_LOGITS),
+        Arm("CAP, DFM, TPP", _WITH_LOGITS, instead="KD"),
     ),
     # Table 6: of ViT-S; which teachers were there besides is not known to us.
     SEVERAL_TEACHERS: (
@@ -230,10 +231,16 @@ ARMS: dict[Suite, tuple[Arm, ...]] = {
     # The size stands where the teacher's folder comes to stand (teacher_sizes.py).
     TEACHER_SIZE: (
         Arm("labels alone", _LABELS_ALONE),
-        *(
-            Arm(f"{name}, {size} teacher", {**options, "teacher": size})
+        *itertools.chain.from_iterable(
+            (
+                Arm(f"KD, {size} teacher", {**_KD, "teacher": size}),
+                Arm(
+                    f"ScaleKD, {size} teacher",
+                    {**_WITH_LOGITS, "teacher": size},
+                    instead=f"KD, {size} teacher",
+                ),
+            )
             for size in TEACHER_SIZES
-            for name, options in (("KD", _KD), ("ScaleKD", _WITH_LOGITS))
         ),
     ),
     # Table 8.

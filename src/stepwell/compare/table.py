@@ -21,7 +21,6 @@ from stepwell.measure.size import short_number
 from stepwell.report.table import render
 from stepwell.report.wording import MEASURES
 
-CONTROL = "single step, same compute"
 COLUMNS = ("seeds", "params", "MACs", "assistants", "cost", "seconds", "lr")
 """After the measure."""
 
@@ -34,7 +33,7 @@ def as_table(rows: Sequence[Row], width: int = 118) -> str:
     for column in (*_columns(rows), *more):
         table.add_column(column, justify="right", no_wrap=True)
     for row, cost in zip(rows, costs(rows), strict=True):
-        name = f"  {CONTROL}" if row.control_of else row.arm.name
+        name = f"  {row.label}" if row.control_of else row.label
         table.add_row(escape(name), *_cells(row, cost, more))
     first = rows[0].cells[0]
     teacher = f"teacher: {mean(_teachers(rows)):.2f} %, {short_number(first.teacher_macs)} MACs"
@@ -114,7 +113,7 @@ def as_plot(rows: Sequence[Row]) -> str:
             label=None if row.control_of else row.arm.name,
         )
     if any(row.control_of for row in rows):
-        axes.plot([], [], "o", color="0.5", markerfacecolor="white", label=f"hollow: {CONTROL}")
+        axes.plot([], [], "o", color="0.5", markerfacecolor="white", label="hollow: same compute")
     if max(places) > 4 * min(places):
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

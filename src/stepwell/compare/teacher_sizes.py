@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from stepwell.compare.architectures import EPOCHS, NUM_IMAGES, counted, gpu_hours
-from stepwell.compare.arms import Arm
+from stepwell.compare.arms import CONTROLS, Arm
 from stepwell.compare.pairs import PAIRS, TEACHER_TOP1, PublishedPair
 from stepwell.compare.sizes import CNN_MACS_PER_SECOND, TRANSFORMER_MACS_PER_SECOND
 from stepwell.compare.suites import TEACHER_SIZES
@@ -34,12 +34,13 @@ MODELS: dict[str, dict[str, tuple[str, dict[str, str]]]] = {
 _PUBLISHED = dict(zip(TEACHER_SIZES, ("Swin-S", "Swin-B", "Swin-L"), strict=True))
 
 
-def paper_of_sizes(arms: Sequence[Arm], values: Mapping[str, Any]) -> str:
+def paper_of_sizes(arms: Sequence[Arm], values: Mapping[str, Any], *, controls: bool) -> str:
     """What the published sizes take with ResNet-50 on ImageNet, and what is known of larger teachers.
 
     Args:
         arms: Of the suite.
         values: Options of the recipe.
+        controls: Whether each ScaleKD has one, KD for the same compute.
     """
     epochs = float(values["epochs"])
     lines = [
@@ -47,13 +48,12 @@ def paper_of_sizes(arms: Sequence[Arm], values: Mapping[str, Any]) -> str:
         "",
         f"  {'GPU-hours for one seed':<30}{'ImageNet':>11}",
     ]
-    total = 0.0
-    for arm in arms:
-        hours = _hours(arm, epochs)
-        total += hours
-        lines.append(f"  {arm.name:<30}{hours:>11.2f}")
+    hours = {arm.name: _hours(arm, epochs) for arm in arms}
+    if controls:
+        hours[CONTROLS] = sum(hours[arm.name] for arm in arms if arm.instead)
+    hours["all"] = sum(hours.values())
     lines += [
-        f"  {'all':<30}{total:>11.2f}",
+        *(f"  {name:<30}{of_row:>11.2f}" for name, of_row in hours.items()),
         "",
         f"  {'published, by student':<36}{'MACs':>7}{'top-1':>11}{'alone':>11}{'taught':>11}",
         *(_line(pair) for pair in _with_two_teachers()),
