@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.tiny import tiny_vit
 
-from stepwell.commands.doctor import uniform_scores
 from stepwell.config.commands import CompressConfig
 from stepwell.config.files import make_config
 from stepwell.errors import ConfigError
@@ -21,6 +20,7 @@ from stepwell.measure.size import count_macs, num_params
 from stepwell.models.input import input_spec
 from stepwell.pruning.channels import channel_groups
 from stepwell.pruning.families import find_groups
+from stepwell.pruning.ranking import uniform_scores
 from stepwell.pruning.skeleton import build_skeleton
 
 

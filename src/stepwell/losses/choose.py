@@ -8,12 +8,9 @@ arguments that were given; it returns what is then called as loss(student, teach
 
 from __future__ import annotations
 
-import inspect
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
@@ -24,6 +21,7 @@ from stepwell.config.own_code import load_function
 from stepwell.errors import ConfigError
 from stepwell.losses.ab import AB
 from stepwell.losses.adversarial import SKD
+from stepwell.losses.arguments import given_arguments
 from stepwell.losses.at import at_loss
 from stepwell.losses.cc import CC
 from stepwell.losses.cirkd import CIRKD, queue_bytes
@@ -101,7 +99,7 @@ def logit_loss(options: LossOptions, pair: Pair) -> Call | None:
     if not options.logit_weight:
         return None
     name, temperature = options.logit_loss, options.temperature
-    made = partial(_made, name, "--logit-args", options.logit_args)
+    made = partial(given_arguments, name, "--logit-args", options.logit_args)
     if pair.task == "segmentation" and name in LOGIT_LOSSES and options.logit_facts.masks == "too":
         of_rows = logit_loss(options, replace(pair, task="classification"))
         assert of_rows is not None
@@ -144,7 +142,7 @@ def feature_loss(options: LossOptions, pair: Pair) -> Call | None:
         _check_square(name, pair)
     if facts.masks == "only":
         _check_maps(name, pair)
-    made = partial(_made, name, "--feature-args", options.feature_args)
+    made = partial(given_arguments, name, "--feature-args", options.feature_args)
     s_dim, t_dim = student.features.shape[1], teacher.features.shape[1]
     s_channels = [m.shape[1] for m in maps(student, teacher)] if facts.needs_maps else []
     t_channels = [m.shape[1] for m in maps(teacher, student)] if facts.needs_maps else []
@@ -221,7 +219,7 @@ def parts_of(feature_args: Mapping[str, float]) -> Parts:
     Raises:
         ConfigError: It has no such part, or not with this value.
     """
-    return _made("scalekd", "--feature-args", feature_args, Parts)()
+    return given_arguments("scalekd", "--feature-args", feature_args, Parts)()
 
 
 def _check_square(name: str, pair: Pair) -> None:
@@ -282,44 +280,3 @@ def _check_fsp(s_channels: list[int], t_channels: list[int]) -> None:
             f"--feature-loss fsp compares states of equal channels, and the student's have "
             f"{s_channels}, the teacher's {t_channels}; vid or review take any"
         )
-
-
-def _made(name: str, option: str, given: Mapping[str, float], loss: Callable[..., Any], **fixed: Any) -> Any:  # noqa: ANN401
-    """`loss` with the arguments that the user gave; those with a default may be given."""
-    parameters = inspect.signature(loss).parameters.values()
-    known = {p.name: p.default for p in parameters if p.default is not p.empty and p.name not in fixed}
-    for argument, value in given.items():
-        if argument not in known:
-            raise ConfigError(f"{option} {argument}: the loss {name} takes {', '.join(known) or 'none'}")
-        if not math.isfinite(value):
-            raise ConfigError(f"{option} {argument}={value}: give a number")
-    values = {
-        argument: value if (default := known[argument]) is None else type(default)(value)
-        for argument, value in given.items()
-    }
-    is_ours = name in LOGIT_LOSSES or name in FEATURE_LOSSES
-    for argument, value in given.items():
-        takes = ""
-        if values[argument] != value:
-            takes = "0 or 1" if isinstance(known[argument], bool) else "a whole number"
-        elif is_ours:
-            takes = _out_of_range(argument, float(value))
-        if takes:
-            raise ConfigError(f"{option} {argument}={value:g}: the loss {name} takes {takes} there")
-    return partial(loss, **fixed, **values)
-
-
-_ABOVE_ZERO = (
-    "temperature", "tau", "softmax_scale", "embed_dim", "max_mid_channels", "num_negatives", "num_pixels",
-    "num_positions", "paraphrase_rate", "initial_variance",
-)  # fmt: skip
-_SHARES = ("momentum", "kept_logits", "kept_rows", "start", "decay")
-
-
-def _out_of_range(argument: str, value: float) -> str:
-    """What an argument of a loss of ours takes instead; nothing where the value is one."""
-    if argument in _SHARES:
-        return "" if 0 <= value <= 1 else "a number from 0 to 1"
-    if argument in _ABOVE_ZERO:
-        return "" if value > 0 else "a number above 0"
-    return "" if value >= 0 else "no negative number"  # it would train away from the teacher

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from stepwell.config.commands import DEFAULT_EPOCHS, TrainConfig
 from stepwell.data.batches import EvalBatches, TrainBatches, images_per_process
-from stepwell.data.splits import resolve_data
+from stepwell.data.spec import InputSpec
+from stepwell.data.splits import Data, resolve_data
 from stepwell.errors import ConfigError
 from stepwell.measure.cost import Seconds, epochs_in
 from stepwell.measure.size import num_params
@@ -52,31 +56,14 @@ def train(config: TrainConfig) -> str:
         )
     check_class_weights(config.class_weights, data)
     device = set_up_torch(config)
-    dense = data.task == "segmentation"
-    if dense:
-        model, keeps_head, fresh = start_for_masks(config, data), False, ()
-    else:
-        model, keeps_head, fresh = _start(config, len(data.classes))
-    model = model.to(device)
-    trained_names = _trained_names(config, model, fresh)  # refused now, if there are none
-    layer_scales(model, config.layer_decay)  # refused now, if it cannot be
-    args = {"num_classes": len(data.classes), **parse_model_args(config.model_args)}
-    own = segmenters.input_spec(model) if dense else input_spec(model, args)
-    spec = as_asked(own, model, config, data.white_level)
-    if dense:
-        spec = for_masks(spec, data.train, config, has_size=False)
-    check_runs(model, spec, config.model, "--image-size, or --model-args img_size=", dense=dense)
-    check_trains(model, spec, config.model, images_per_process(config, len(data.train), config.mixes))
-    task = task_of(data.task)
-    if keeps_head and config.class_order is None and data.task == "classification":
-        data = in_order_of_model(model.eval(), spec, data, config, device)
-    model.train(not config.probe)  # frozen features are those of eval mode
+    start = _begun(config, data, device)
+    model, data, task = start.model, start.data, task_of(start.data.task)
     # Decoded now: a bad image is an error before the folder is made.
     batches = TrainBatches(
-        data.train, spec, config, config.seed, device, recipe=config, num_classes=len(data.classes)
+        data.train, start.spec, config, config.seed, device, recipe=config, num_classes=len(data.classes)
     )
-    selection = EvalBatches(data.selection, spec, config, device) if config.keep_best else None
-    test = EvalBatches(data.test, spec, config, device)
+    selection = EvalBatches(data.selection, start.spec, config, device) if config.keep_best else None
+    test = EvalBatches(data.test, start.spec, config, device)
     run = RunDir.open(config.out_dir, config)
     run.check_identity({"data": data.fingerprint})
     with run.stage("train", Trained) as stage:
@@ -85,35 +72,83 @@ def train(config: TrainConfig) -> str:
             auxiliary = (second, config.auxiliary_weight) if second is not None else None
             smoothing, weights = config.label_smoothing, config.class_weights
             step = label_step(task, model, config, smoothing, weights, auxiliary)
-            trained = _fit(config, model, step, trained_names, batches, selection, stage)
+            trained = _fit(config, model, step, start.trained_names, batches, selection, stage)
             # All of it: a model with BatchNorm is not whole without its statistics.
             stage.result = trained.model_copy(update={"tensors": model.state_dict()})
     model.load_state_dict(stage.result.tensors)
     segmenters.without_auxiliary(model)
     model.eval()
-
     meter = task.evaluate(model, test, "test images")
-    card = Card(
-        architecture=architecture_for_masks(config, args)
+    folder = config.out_dir / "teacher"
+    card = _card(config, start, {task.MEASURE: meter.quality})
+    from_main(lambda: _save_once(folder, model, card))
+    probed = " (a linear probe: its classifier alone was trained)" if config.probe else ""
+    return f"{folder}: {task.in_words(meter, data.test_from)}, {num_params(model):,} parameters{probed}"
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """What a training begins with.
+
+    Attributes:
+        model: On the device, in the mode that it is trained in.
+        spec: The images that it takes.
+        args: What it was built with.
+        trained_names: Of its parameters.
+        data: With the classes in the model's order.
+    """
+
+    model: nn.Module
+    spec: InputSpec
+    args: Mapping[str, Any]
+    trained_names: list[str]
+    data: Data
+
+
+def _begun(config: TrainConfig, data: Data, device: torch.device) -> _Begun:
+    """The model and its images; whatever cannot be trained is refused here, before anything is written."""
+    dense = data.task == "segmentation"
+    if dense:
+        model, keeps_head, fresh = start_for_masks(config, data), False, ()
+    else:
+        model, keeps_head, fresh = _start(config, len(data.classes))
+    model = model.to(device)
+    trained_names = _trained_names(config, model, fresh)
+    layer_scales(model, config.layer_decay)  # raises where it cannot be
+    args = {"num_classes": len(data.classes), **parse_model_args(config.model_args)}
+    own = segmenters.input_spec(model) if dense else input_spec(model, args)
+    spec = as_asked(own, model, config, data.white_level)
+    if dense:
+        spec = for_masks(spec, data.train, config, has_size=False)
+    check_runs(model, spec, config.model, "--image-size, or --model-args img_size=", dense=dense)
+    check_trains(model, spec, config.model, images_per_process(config, len(data.train), config.mixes))
+    if keeps_head and config.class_order is None and data.task == "classification":
+        data = in_order_of_model(model.eval(), spec, data, config, device)
+    model.train(not config.probe)  # frozen features are those of eval mode
+    return _Begun(model, spec, args, trained_names, data)
+
+
+def _card(config: TrainConfig, start: _Begun, measured: Mapping[str, float]) -> Card:
+    """What the teacher's folder says of it, with how good it is."""
+    data = start.data
+    dense = data.task == "segmentation"
+    return Card(
+        architecture=architecture_for_masks(config, start.args)
         if dense
-        else timm_architecture(config.model, model, args),
+        else timm_architecture(config.model, start.model, start.args),
         classes=list(data.classes),
-        input=spec,
+        input=start.spec,
         task=data.task,
         colours=data.colours,
         numbers=data.mask_numbers,
         provenance={
             "data": data.source,
             "data_fingerprint": data.fingerprint,
-            task.MEASURE: meter.quality,
+            **measured,
             "stepwell": __version__,
             "torch": torch.__version__,
         },
     )
-    folder = config.out_dir / "teacher"
-    from_main(lambda: _save_once(folder, model, card))
-    probed = " (a linear probe: its classifier alone was trained)" if config.probe else ""
-    return f"{folder}: {task.in_words(meter, data.test_from)}, {num_params(model):,} parameters{probed}"
 
 
 def _save_once(folder: Path, model: nn.Module, card: Card) -> None:
