@@ -1,7 +1,7 @@
 """What being automatic costs: `auto` and AMD over a single step with as many epochs of the student.
 
     python benchmarks/cost.py                   # some minutes on two quiet cores; resumes
-    python benchmarks/cost.py --epochs 1 --joint-epochs 1 --images 80 --models ViT --name cost-try
+    python benchmarks/cost.py --epochs 1 --joint-epochs 1 --budget-epochs 2 --images 80 --name cost-try
 
 `auto`, the default, and AMD for 9 and for 15 candidates train the student for --epochs, the candidates for
 --joint-epochs, whatever their number; a single step of as many epochs is run beside them. So 15 candidates

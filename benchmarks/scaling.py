@@ -74,8 +74,8 @@ class Cell:
 
 
 def cells(quick: bool, most_processes: int) -> list[Cell]:
-    """All runs, each axis from small to large; of a quick look two small ones of each."""
-    few, most = (8, 2) if quick else (1, None)
+    """All runs, each axis from small to large; of a quick look a small one of each, and of processes all."""
+    few, most = (8, 1) if quick else (1, None)
     large = {"batch_size": 8, "score_images": 16}
     return [
         *(Cell("images", f"{n // few:,}", images=n // few) for n in (320, 640, 1280, 2560)[:most]),

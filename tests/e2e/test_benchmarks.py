@@ -17,7 +17,10 @@ SMALL = ("--models", "vit_tiny_patch16_224", "--batch", "2", "--device", "cpu")
 WORDS: dict[str, tuple[str, ...]] = {
     "throughput": (*SMALL, "--steps", "1"),
     "profiled": (*SMALL, "--steps", "1"),
-    "cost": ("--epochs", "1", "--joint-epochs", "1", "--images", "80", "--repeats", "1", "--models", "ViT"),
+    "cost": (
+        *("--epochs", "1", "--joint-epochs", "1", "--budget-epochs", "2"),
+        *("--images", "80", "--repeats", "1", "--models", "ViT"),
+    ),
     "plan": ("--effort", "0.05", "--images", "80", "--only", "ViT, single step"),
     "scaling": ("--quick",),
     "predicted": (),

@@ -507,6 +507,32 @@ def test_what_scalekd_costs_more_is_given_to_kd_as_epochs(teacher, data, tmp_pat
     assert run_arms(arms[:1], config.model_copy(update={"controls": False}), tmp_path)[0].label == "KD"
 
 
+def test_a_comparison_with_scalekd_has_a_row_with_the_logits_alone():
+    config = config_of(
+        "--paths", "scalekd", "amd", "--feature-losses", "scalekd", "fitnet", "--student", "resnet18"
+    )
+    arms = {arm.name: arm for arm in arms_of(config)}
+    assert list(arms) == [
+        "scalekd, logits alone",
+        "scalekd, scalekd",
+        "scalekd, fitnet",
+        "amd, scalekd",
+        "amd, fitnet",
+    ]
+    assert {arm.instead for arm in arms.values()} == {None, "scalekd, logits alone"}
+    pair = [
+        make_config(CompressConfig, arms[name].options | {"student": "resnet18"}) for name in list(arms)[:2]
+    ]
+    assert pair[0].feature_weight == 0
+    assert (
+        (pair[0].task_weight, pair[0].logit_weight)
+        == (pair[1].task_weight, pair[1].logit_weight)
+        == (0.5, 0.5)
+    )
+    bare = config.model_copy(update={"controls": False})
+    assert "scalekd, logits alone" not in {arm.name for arm in arms_of(bare)}
+
+
 def test_within_a_budget_nothing_needs_a_control_of_another_arm():
     arms = suites.ARMS["scalekd"]
     config = config_of("--budget-epochs", "2", "--seeds", "0")

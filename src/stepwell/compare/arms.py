@@ -9,8 +9,8 @@ wave 3    all of them, the other seeds
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -20,6 +20,7 @@ from stepwell.compare.pool import run_all
 from stepwell.config.base import LENGTHS
 from stepwell.config.commands import CompareConfig, CompressConfig
 from stepwell.config.files import PATHS, implied, make_config
+from stepwell.config.loss_facts import feature_facts
 from stepwell.config.own_code import is_own_code
 from stepwell.errors import ConfigError
 from stepwell.measure.cost import charged
@@ -82,8 +83,9 @@ class Row:
 
 
 def arms_of(config: CompareConfig) -> list[Arm]:
-    """Every path with every loss on the logits and every one on the features."""
-    arms = []
+    """Every path with every loss on the logits and every one on the features; before a single step by ScaleKD,
+    which is dear, one with the logits alone: without a budget it is its control, for longer."""
+    arms: list[Arm] = []
     for path in config.paths:
         for logit in config.logit_losses or (config.logit_loss,):
             for feature in config.feature_losses or (config.feature_loss,):
@@ -96,8 +98,26 @@ def arms_of(config: CompareConfig) -> list[Arm]:
                 asked = {*given(config), *(("feature_loss",) if config.feature_losses else ())}
                 own = PATHS.get(path, {}).items()
                 options |= {name: value for name, value in own if name not in asked}
-                arms.append(Arm(", ".join(losses), options))
+                arm = Arm(", ".join(losses), options)
+                if config.controls and config.logit_weight and arm.is_single_step and _is_dear(arm):
+                    name = ", ".join([*losses[: 1 + bool(config.logit_losses)], "logits alone"])
+                    cheap = _with_logits_alone(arm, name, asked)
+                    arms.append(cheap)
+                    arm = replace(arm, instead=cheap.name)
+                arms.append(arm)
     return arms
+
+
+def _is_dear(arm: Arm) -> bool:
+    """Whether its loss on the features takes as long as the models: it runs projectors and a part of the teacher."""
+    return feature_facts(str(arm.options["feature_loss"])).reads_stages
+
+
+def _with_logits_alone(arm: Arm, name: str, asked: Collection[str]) -> Arm:
+    """The arm without its loss on the features, with the weights that come with that."""
+    own = implied({"feature_loss": arm.options["feature_loss"]}).items()
+    weights = {name: value for name, value in own if name not in (*asked, "feature_loss", "feature_weight")}
+    return Arm(name, {**weights, **arm.options, "feature_loss": "states", "feature_weight": 0.0})
 
 
 def run_arms(arms: Sequence[Arm], config: CompareConfig, out: Path) -> list[Row]:

@@ -217,10 +217,16 @@ ARMS: dict[Suite, tuple[Arm, ...]] = {
         Arm("labels alone", _LABELS_ALONE),
         Arm("KD", _KD),
         Arm("FitNet", {**_WITH_LOGITS, "feature_loss": "fitnet"}),
-        Arm("CAP", {**_WITH_LOGITS, "feature_args": {"tpp": 0.0, "alternative": 0.0}}),
-        Arm("CAP, DFM", {**_WITH_LOGITS, "feature_args": {"tpp": 0.0}}, instead="KD"),
-        Arm("CAP, TPP", {**_WITH_LOGITS, "feature_args": {"alternative": 0.0}}),
-        Arm("CAP, DFM, TPP", _WITH_LOGITS, instead="KD"),
+        Arm("hidden states", {**_WITH_LOGITS, "feature_loss": "states"}),
+        *(
+            Arm(parts, {**_WITH_LOGITS, **({"feature_args": args} if args else {})}, instead="KD")
+            for parts, args in (
+                ("CAP", {"tpp": 0.0, "alternative": 0.0}),
+                ("CAP, DFM", {"tpp": 0.0}),
+                ("CAP, TPP", {"alternative": 0.0}),
+                ("CAP, DFM, TPP", {}),
+            )
+        ),
     ),
     # Table 6: of ViT-S; which teachers were there besides is not known to us.
     SEVERAL_TEACHERS: (

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from stepwell.compare.architectures import EPOCHS, NUM_IMAGES, counted, gpu_hours
+from stepwell.compare.architectures import NUM_IMAGES, counted, loss_macs_of
 from stepwell.compare.arms import CONTROLS, Arm
 from stepwell.compare.pairs import PAIRS, TEACHER_TOP1, PublishedPair
 from stepwell.compare.sizes import CNN_MACS_PER_SECOND, TRANSFORMER_MACS_PER_SECOND
@@ -48,7 +48,7 @@ def paper_of_sizes(arms: Sequence[Arm], values: Mapping[str, Any], *, controls: 
         "",
         f"  {'GPU-hours for one seed':<30}{'ImageNet':>11}",
     ]
-    hours = {arm.name: _hours(arm, epochs) for arm in arms}
+    hours = {arm.name: _hours(arm, values) for arm in arms}
     if controls:
         hours[CONTROLS] = sum(hours[arm.name] for arm in arms if arm.instead)
     hours["all"] = sum(hours.values())
@@ -65,14 +65,17 @@ def paper_of_sizes(arms: Sequence[Arm], values: Mapping[str, Any], *, controls: 
     return "\n".join(lines)
 
 
-def _hours(arm: Arm, epochs: float) -> float:
-    teacher = _PUBLISHED[arm.options.get("teacher", "middle")]
-    (pair,) = (pair for pair in PAIRS if pair.name == f"{teacher} -> ResNet-50")
-    student, above = counted(pair.name)
-    if arm.options.get("feature_weight") != 0:
-        return gpu_hours(pair)[0] * epochs / EPOCHS[pair.strategy]
-    seconds = 3 * student.seconds + (above.seconds if arm.options.get("logit_weight") else 0.0)
-    return seconds * NUM_IMAGES * epochs / 3600
+def _hours(arm: Arm, values: Mapping[str, Any]) -> float:
+    options = {**values, **arm.options}
+    student, teacher = counted(f"{_PUBLISHED[options.get('teacher', 'middle')]} -> ResNet-50")
+    has_features = options.get("feature_weight") != 0
+    seconds = 3 * student.seconds
+    if has_features or options["logit_weight"]:
+        seconds += teacher.seconds
+    if has_features:
+        loss = loss_macs_of(student, teacher, options.get("feature_args", {}))
+        seconds += loss / TRANSFORMER_MACS_PER_SECOND
+    return seconds * NUM_IMAGES * float(options["epochs"]) / 3600
 
 
 def _with_two_teachers() -> list[PublishedPair]:

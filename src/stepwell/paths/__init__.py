@@ -55,7 +55,7 @@ def checked_path(options: CompressConfig) -> Path:
     if path.is_one_step and options.control != "none":
         raise ConfigError(
             f"--path {options.path} is a single step from the teacher, so it is its own control: leave "
-            f"--control {options.control} out"
+            f"--control {options.control} out; stepwell compare sets cheaper losses beside it"
         )
     if options.student_size is not None and path.cuts(options):
         raise ConfigError(
