@@ -338,14 +338,26 @@ def published() -> list[str]:
         "pair, and the pilots of Swin-S, which have no divergence of logits, and one view at stage 4.",
         "(Their files also ask for queries of its own there, which the code makes and does not read: it is",
         "always given the tail's outputs.) Published scales are 1 where the student has the teacher's grids",
-        "and is no CNN with BatchNorm, else 5, in all pairs but BEiT-L with ResNet-50. `options()` of",
-        "`stepwell/compare/pairs.py` gives each published configuration as options of `compress --path",
-        "scalekd`.",
+        "and is no CNN with BatchNorm, else 5, in all pairs but BEiT-L with ResNet-50; ours is 5.",
+        "",
+        "As options of `compress --path scalekd`, where weights are those of 7 x 7 positions:",
+        "",
+        *(f"- {pair.name}: `{as_flags(pair)}`" for pair in PAIRS),
         "",
         "Wrong in the published files:",
         "",
         *(f"- {pair.name}: {pair.trouble}." for pair in PAIRS if pair.trouble),
     ]
+
+
+def as_flags(pair: PublishedPair) -> str:
+    """The published configuration as words of a command."""
+    words = []
+    for name, value in pair.options().items():
+        assert isinstance(value, Mapping | float)
+        values = [f"{k}={v:.4g}" for k, v in value.items()] if isinstance(value, Mapping) else [f"{value:g}"]
+        words += [f"--{name.replace('_', '-')}", *values]
+    return " ".join(words)
 
 
 def stages_of(name: str, args: Mapping[str, Any], pair: PublishedPair) -> Stages:

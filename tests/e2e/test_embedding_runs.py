@@ -278,7 +278,7 @@ def test_what_another_architecture_needs_to_learn_an_embedding(data, tower, fail
     for more, warns in ((), True), (("class_token=False", "global_pool=avg"), False):
         capsys.readouterr()
         begin(config_of(*own, *more, "--logit-weight", 0, "--batch-size", 4), exports=False)
-        assert ("returns its class token, and what is compared are" in capsys.readouterr().err) == warns
+        assert ("answers by its class token, and what is compared are" in capsys.readouterr().err) == warns
         shutil.rmtree(tmp_path / "run")
     words = tuple("num_classes=0" if word == "output_stride=8" else word for word in words)
     said = fails(*words)

@@ -83,8 +83,8 @@ class Row:
 
 
 def arms_of(config: CompareConfig) -> list[Arm]:
-    """Every path with every loss on the logits and every one on the features; before a single step by ScaleKD,
-    which is dear, one with the logits alone: without a budget it is its control, for longer."""
+    """Every path with every loss on the logits and every one on the features. Before a single step of
+    ScaleKD, which is dear, one with the logits alone: without a budget it is its control, for longer."""
     arms: list[Arm] = []
     for path in config.paths:
         for logit in config.logit_losses or (config.logit_loss,):
@@ -109,7 +109,7 @@ def arms_of(config: CompareConfig) -> list[Arm]:
 
 
 def _is_dear(arm: Arm) -> bool:
-    """Whether its loss on the features takes as long as the models: it runs projectors and a part of the teacher."""
+    """Whether its loss on the features takes as long as the models, running a part of the teacher again."""
     return feature_facts(str(arm.options["feature_loss"])).reads_stages
 
 
@@ -117,7 +117,8 @@ def _with_logits_alone(arm: Arm, name: str, asked: Collection[str]) -> Arm:
     """The arm without its loss on the features, with the weights that come with that."""
     own = implied({"feature_loss": arm.options["feature_loss"]}).items()
     weights = {name: value for name, value in own if name not in (*asked, "feature_loss", "feature_weight")}
-    return Arm(name, {**weights, **arm.options, "feature_loss": "states", "feature_weight": 0.0})
+    usual = CompressConfig.model_fields["feature_loss"].get_default()
+    return Arm(name, {**weights, **arm.options, "feature_loss": usual, "feature_weight": 0.0})
 
 
 def run_arms(arms: Sequence[Arm], config: CompareConfig, out: Path) -> list[Row]:

@@ -123,7 +123,7 @@ def with_image_size(spec: InputSpec, model: nn.Module, image_size: int | str | N
     if has_one_size(model) and not runs(model, wanted):
         raise ConfigError(
             f"--image-size {image_size}: this {type(model).__name__} was built for {spec.size[0]} x "
-            f"{spec.size[1]}; train one with --model-args img_size={image_size}"
+            f"{spec.size[1]}; a model of timm by its name takes --model-args img_size={image_size}"
         )
     return wanted
 

@@ -11,6 +11,7 @@ from stepwell.config.options import TaskName
 from stepwell.config.own_code import is_own_code
 from stepwell.data.spec import InputSpec
 from stepwell.errors import DataError
+from stepwell.losses.scalekd.stages import warn_of_class_token
 from stepwell.measure.size import count_macs, num_params, short_number
 from stepwell.models.card import Architecture
 from stepwell.models.input import check_runs, input_spec
@@ -45,7 +46,9 @@ def other_student(
     options = config.model_copy(update={"student_pretrained": False})  # nothing is downloaded
     has_own_width = task == "features" and not config.logit_weight
     wanted = None if has_own_width else _num_classes(config, teacher, spec, task)
-    return build_student(options, wanted, spec, config.seed, task=task)
+    built = build_student(options, wanted, spec, config.seed, task=task)
+    warn_of_class_token(built.model, built.name, config)
+    return built
 
 
 def baseline_network(

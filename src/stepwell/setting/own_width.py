@@ -16,7 +16,6 @@ from stepwell.losses.distillation import make_distillation
 from stepwell.losses.observe import Observed
 from stepwell.losses.output import Target
 from stepwell.models.card import example_images
-from stepwell.run.progress import say
 from stepwell.setting.setting import Setting
 from stepwell.tasks import embedding
 from stepwell.tasks.measures import Forward
@@ -53,11 +52,6 @@ def check_all_is_trained(s: Setting) -> None:
         for phase in loss.phases[-1:]:
             loss.begin(phase)
         loss(student, answer, Target(indices, indices, 0.5))["loss"].backward()
-    if s.config.feature_facts.reads_stages and getattr(model, "global_pool", "") == "token":
-        say(
-            f"warning: --student {s.other_student.name} returns its class token, and what is compared are "
-            f"its positions: --student-args class_token=False global_pool=avg makes it return their mean"
-        )
     # Vectors are norms and biases, which begin as nothing.
     random = [name for name, p in model.named_parameters() if p.grad is None and p.ndim > 1]
     if random:

@@ -20,6 +20,7 @@ from stepwell.losses.choose import Pair
 from stepwell.losses.distillation import loss_macs, make_distillation
 from stepwell.losses.kept import Kept
 from stepwell.losses.observe import Observed
+from stepwell.losses.scalekd.stages import warn_of_class_token
 from stepwell.measure.budget import with_random_weights
 from stepwell.models.card import example_images
 from stepwell.models.input import check_runs, check_trains, too_few
@@ -171,7 +172,9 @@ def _other_student(
             "--logit-weight 0 makes the student a backbone, whose last layer nothing would train: leave out "
             "--student-args num_classes"
         )
-    return build_student(config, wanted, spec, config.seed, student, model, task=task)
+    built = build_student(config, wanted, spec, config.seed, student, model, task=task)
+    warn_of_class_token(built.model, built.name, config)
+    return built
 
 
 def _check_something_to_learn(s: Setting) -> None:

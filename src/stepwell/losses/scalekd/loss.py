@@ -53,7 +53,8 @@ class Parts:
         stage_4: Whether stage 4 has one.
         tpp: Whether the teacher's tail runs; without it stage 3 is compared with the teacher's stage 3.
         own_queries: Stage 4 has learned queries instead of the tail's outputs.
-        softmax_scale: See `CrossAttentionProjector`; published are 5, and 1 for students without BatchNorm.
+        softmax_scale: See `CrossAttentionProjector`; published are 5, and 1 for students with the
+            teacher's grids that are no CNN with BatchNorm.
         num_heads_3: Of the projectors of stage 3; 0 takes the teacher's own.
         num_heads_4: Of those of stage 4, likewise.
         layer_norm: See `CrossAttentionProjector`.
@@ -107,7 +108,8 @@ class ScaleKD(LossWithNetworks):
         self.weights_3 = self._weights(3, student.third, target)
         self.weights_4 = self._weights(4, student.fourth, teacher.fourth)
         if not any((*self.weights_3, *self.weights_4)):
-            raise ConfigError("--feature-args: scalekd: nothing of it is left: leave a view and a stage")
+            why = "; ".join(["leave a view and a stage", *self.notes])
+            raise ConfigError(f"--feature-args: scalekd: nothing of it is left: {why}")
         self.given_queries = parts.tpp and not parts.own_queries
         # A view that stage 4 alone has needs stage 3's projector all the same, where that makes its queries.
         needed_3 = [

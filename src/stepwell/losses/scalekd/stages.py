@@ -19,9 +19,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from stepwell.config.options import LossOptions
 from stepwell.data.folders import join
 from stepwell.errors import ConfigError
 from stepwell.losses.observe import tensor_of
+from stepwell.run.progress import say
 
 _MOST_PREFIX = 16
 """Class tokens and registers: 5 in DINOv2, 1 + 8 elsewhere; a grid that leaves more of a state is not its."""
@@ -147,6 +149,16 @@ def why_no_stages(model: nn.Module, blocks: Sequence[str] = ()) -> str:
         return f"none of its stages ({join(there)}) returns one map, or one row of tokens"
     missing = f"its stages ({join(named)}) are not there by these names, and " if named else ""
     return f"{missing}it has no blocks that are known"
+
+
+def warn_of_class_token(student: nn.Module, name: str, options: LossOptions) -> None:
+    """Say it where a ViT as student answers by its class token, and a loss that reads stages does not."""
+    reads_stages = options.feature_weight and options.feature_facts.reads_stages
+    if reads_stages and getattr(student, "global_pool", "") == "token":
+        say(
+            f"warning: --student {name} answers by its class token, and what is compared are its positions: "
+            f"--student-args class_token=False global_pool=avg makes it answer by their mean, as published"
+        )
 
 
 def no_stages(feature_loss: str, name: str, model: nn.Module, blocks: Sequence[str]) -> ConfigError:
