@@ -118,6 +118,7 @@ _SEVERAL_TEACHERS = {
     # Both are smaller than the best: one of its own kind, one of another.
     "cpu": replace(
         VIT["cpu"],
+        train={**VIT["cpu"].train, "image_size": int(MODEL_ARGS["img_size"])},  # a CNN has no size of its own
         other_teachers=(
             (MODEL, {**MODEL_ARGS, "depth": "2"}),
             (_OTHER_ARCHITECTURE["cpu"].student, _OTHER_ARCHITECTURE["cpu"].student_args),

@@ -18,6 +18,7 @@ from torch.func import functional_call
 from torch.utils.hooks import RemovableHandle
 
 from stepwell.losses.output import Output
+from stepwell.run.onednn import narrow_convolutions, with_channels_first
 from stepwell.tasks.outputs import LAYERS, is_dense
 
 
@@ -73,6 +74,7 @@ class Observed(nn.Module):
         # The name of the classifier, by whether the model trains, for it may have another end then.
         last = getattr(model, "last_layer", "") if self.is_dense else ""
         self._readers: dict[bool, str] = dict.fromkeys((False, True), last) if last else {}
+        self._narrow = narrow_convolutions(model)
 
     def forward(self, images: Float[Tensor, "batch channels height width"]) -> Output:
         """Run the model; the hooks live for this call only."""
@@ -93,6 +95,7 @@ class Observed(nn.Module):
         return [
             *(block.register_forward_hook(seen.returned) for block in blocks),
             *(layer.register_forward_pre_hook(seen.read) for layer in self._may_be_last()),
+            *with_channels_first(self._narrow),
         ]
 
     def _may_be_last(self) -> list[nn.Module]:

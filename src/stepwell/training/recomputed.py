@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from stepwell.errors import ConfigError
 from stepwell.losses.observe import Observed
 from stepwell.losses.output import Output
+from stepwell.run.onednn import narrow_convolutions, with_channels_first
 from stepwell.run.progress import say
 
 _LISTS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -152,7 +153,9 @@ class _Passes:
     def _again(self, args: tuple[Any, ...], options: dict[str, Any]) -> object:
         buffers = {name: buffer.clone() for name, buffer in self.buffers.items()}
         given = {f"block.{name}": tensor for name, tensor in (self.weights | buffers).items()}
-        with _as_then(self.state):
+        with _as_then(self.state), ExitStack() as stack:
+            for hook in with_channels_first(narrow_convolutions(self.block)):  # the observer's are gone
+                stack.callback(hook.remove)
             return functional_call(_Alone(self.block, self.forward), given, args, options)
 
 
