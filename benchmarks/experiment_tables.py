@@ -280,6 +280,9 @@ PLAIN = "single-step"
 CUTS = {
     PLAIN: "heads and neurons, or filters",
     "single-step-repair": "the same, `--repair`",
+    "plain-fine": "the same, in steps of 4, as all below",
+    "plain-larger": "and with 17 % more operations",
+    "plain-drop": "the first, `--shares search --drop-blocks`",
     "cut-all": "`--cut all`",
     "cut-all-repair": "`--cut all --repair`",
     "cut-all-search": "`--cut all --shares search`",

@@ -233,6 +233,10 @@ CUTS: dict[str, dict[str, Any]] = {
     "cut-all-last": {"whole_last": True},
     "cut-all-uniform": {"uniform": True},
     "cut-all-repair": {"repair": True},
+    # What of this is the channels', what the finer steps', what the operations'?
+    "plain-fine": {"cut": "heads,neurons"},
+    "plain-drop": {"cut": "heads,neurons", "shares": "search", "drop_blocks": True},
+    "plain-larger": {"cut": "heads,neurons", "dearer": 1.17},
     "amd-cut-all-drop": {"path": "amd", "shares": "search", "drop_blocks": True},
 }
 
@@ -359,12 +363,14 @@ def cell(
     options_of_arm = {**arms()[arm], **(of["stock"] if arm.startswith("stock") else {})}
     of_arm = of[BUDGETS[arm][0]] if arm in BUDGETS else of["compress"]["budget_epochs"]
     budget = options_of_arm.pop("budgets", 1) * of_arm
+    share = float(of.get("macs", "100%").rstrip("%")) * options_of_arm.pop("dearer", 1)
+    macs = f"{share:.3g}%"
     values = {
         **of["compress"],
         **teacher,
         "budget_epochs": round(budget, 2),
         "lr": options_of_arm.pop("rates", 1) * of["compress"]["lr"],
-        **({"keep_ratio": None, "macs": of["macs"], **of.get("finer", {})} if arm in CUTS else {}),
+        **({"keep_ratio": None, "macs": macs, **of.get("finer", {})} if arm in CUTS else {}),
         **options_of_arm,
         "data": str(data),
         "seed": seed,
