@@ -121,7 +121,11 @@ _SEVERAL_TEACHERS = {
         train={**VIT["cpu"].train, "image_size": int(MODEL_ARGS["img_size"])},  # a CNN has no size of its own
         other_teachers=(
             (MODEL, {**MODEL_ARGS, "depth": "2"}),
-            (_OTHER_ARCHITECTURE["cpu"].student, _OTHER_ARCHITECTURE["cpu"].student_args),
+            # Digits are gray; a student is told so by itself.
+            (
+                _OTHER_ARCHITECTURE["cpu"].student,
+                {**_OTHER_ARCHITECTURE["cpu"].student_args, "in_chans": "1"},
+            ),
         ),
     ),
     "gpu": replace(VIT["gpu"], other_teachers=((MODEL, {**_VIT_GPU, "depth": "6"}), ("cifar_resnet56", {}))),
