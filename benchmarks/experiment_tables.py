@@ -282,7 +282,7 @@ CUTS = {
     "single-step-repair": "the same, `--repair`",
     "plain-fine": "the same, in steps of 4, as all below",
     "plain-larger": "and with 17 % more operations",
-    "plain-drop": "the first, `--shares search --drop-blocks`",
+    "plain-drop": "and 9 %, `--shares search --drop-blocks`",
     "cut-all": "`--cut all`",
     "cut-all-repair": "`--cut all --repair`",
     "cut-all-search": "`--cut all --shares search`",
