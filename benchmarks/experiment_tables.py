@@ -280,9 +280,8 @@ PLAIN = "single-step"
 CUTS = {
     PLAIN: "heads and neurons, or filters",
     "single-step-repair": "the same, `--repair`",
-    "plain-fine": "the same, in steps of 4, as all below",
-    "plain-larger": "and with 17 % more operations",
-    "plain-drop": "and 9 %, `--shares search --drop-blocks`",
+    "plain-larger": "the same, in steps of 4 as all below, and 9 % more operations",
+    "plain-drop": "and `--shares search --drop-blocks`",
     "cut-all": "`--cut all`",
     "cut-all-repair": "`--cut all --repair`",
     "cut-all-search": "`--cut all --shares search`",

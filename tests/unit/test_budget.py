@@ -99,7 +99,7 @@ def test_a_refusal_says_what_is_reachable():
     ):
         meet(Budget("macs", 50), cost, widths_at)
     with pytest.raises(
-        ConfigError, match=r"nearest are 1\d\d MACs \(--keep .*\) and 1\d\d MACs \(--keep .*--round"
+        ConfigError, match=r"nearest are 1\d\d MACs and 1\d\d MACs, on the two sides of --keep .*--round"
     ):
         meet(Budget("macs", 130), cost, widths_at)
 

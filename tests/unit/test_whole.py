@@ -79,6 +79,15 @@ def test_what_cut_all_would_leave_is_said_within_the_same_budget(small_vit, name
     assert 0.3 < keep < 0.75  # operations follow its square, where the stream is as narrow
 
 
+def test_what_heads_and_neurons_alone_would_leave_is_said_within_the_same_budget(small_vit):
+    model, groups = small_vit
+    every = [*groups, *channel_groups(model, groups)]
+    (line,) = narrower(model, SPEC, every, 0.5, CompressConfig(macs="30%", cut="all"))
+    assert line.startswith("with --cut heads,neurons, keep 0.2")  # operations follow it in a line
+    (share,) = (float(found) for found in re.findall(r"([\d.]+) % of the MACs", line))
+    assert share == pytest.approx(30, rel=0.03)
+
+
 @pytest.mark.parametrize("asked", [{"latency_ms": 1.0}, {"whole_last": True}, {"macs": "0.1%"}])
 def test_where_it_is_not_known_nothing_is_said(small_vit, asked):
     model, groups = small_vit

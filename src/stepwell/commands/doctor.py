@@ -214,7 +214,7 @@ def _searched(config: CompressConfig) -> list[str]:
     if config.shares == "equal":
         return []
     return [
-        "shares: searched as if all units of a kind were equally important; a run knows their importance, "
+        "shares: searched as if all layers were equally important; a run knows the importance of every unit, "
         "and finds others within the same budget"
     ]
 

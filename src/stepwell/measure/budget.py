@@ -29,6 +29,7 @@ from stepwell.measure.size import count_macs, num_params, short_number
 from stepwell.models.card import ONNX
 from stepwell.models.export import temporary_folder
 from stepwell.models.onnx_graph import write_onnx
+from stepwell.pruning.channels import channel_groups
 from stepwell.pruning.dropped_blocks import droppable
 from stepwell.pruning.ranking import EQUAL, Balance, Scores, widths_at
 from stepwell.pruning.sections import last_groups
@@ -58,6 +59,10 @@ class Met:
     widths: dict[str, int]
     cost: float
     balance: Balance = EQUAL
+
+
+class _OutOfReachError(ConfigError):
+    """The smallest candidate costs more, or the largest less."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +130,14 @@ def student_widths(
             advance(budget.text(value))
             return value
 
-        met = replace(meet(budget, shown_cost, at, steps), balance=equal)
+        try:
+            met = replace(meet(budget, shown_cost, at, steps), balance=equal)
+        except _OutOfReachError as error:
+            if config.cuts_channels or not channel_groups(model, groups):
+                raise
+            raise ConfigError(f"{error}; --cut all cuts the residual stream too") from None
+        if met.widths == at(LEAST, LEAST):
+            say("warning: the budget leaves all that can be cut at its least: the rest is what stays whole")
         if config.shares == "search":
             if budget.kind == "params":
                 prices = counted_params(model, groups, met.widths)
@@ -257,7 +269,7 @@ def meet(budget: Budget, cost: Callable[[Widths], float], widths_at: WidthsAt, s
 
     least, most = cost_at(LEAST, LEAST), cost_at(MOST, MOST)
     if not least / (1 + budget.tolerance) <= budget.target <= most * (1 + budget.tolerance):
-        raise ConfigError(
+        raise _OutOfReachError(
             f"{_asked(budget)}: candidates take from {budget.text(least)} to {budget.text(most)}; what is "
             f"never cut is part of that"
         )
@@ -280,8 +292,8 @@ def meet(budget: Budget, cost: Callable[[Widths], float], widths_at: WidthsAt, s
     if not near:
         below, above = cost_at(low, low), cost_at(high, high)
         raise ConfigError(
-            f"{_asked(budget)}: nearest are {budget.text(below)} (--keep {low:.3f}) and {budget.text(above)} "
-            f"(--keep {high:.3f}); a smaller --round-to makes finer steps"
+            f"{_asked(budget)}: nearest are {budget.text(below)} and {budget.text(above)}, on the two sides "
+            f"of --keep {low:.3g}; a smaller --round-to makes finer steps"
         )
     # All of these are near enough: few heads with many neurons are no better for a count that is nearer.
     best = min(near, key=lambda shares: abs(math.log(shares[0] / shares[1])))

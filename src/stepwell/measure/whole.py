@@ -59,9 +59,10 @@ def little_saved(
 def narrower(
     model: nn.Module, spec: InputSpec, groups: Sequence[Group], keep: float, config: CompressConfig
 ) -> list[str]:
-    """A line on what would be left if the residual stream were cut too: at the same share of every kind, or
-    within the same budget of operations or parameters. None where it cannot be cut, or is cut already; nor of
-    milliseconds, which would be timed a second time, or where the last block stays whole.
+    """A line on what would be left if the residual stream were cut too, or, where it is, if it stayed whole:
+    at equal shares of every kind, the same ones or those of the same budget of operations or parameters. None
+    where it cannot be cut; nor of milliseconds, which would be timed a second time, or where blocks are alike
+    or the last one stays whole.
 
     Args:
         model: The teacher; its shapes are enough.
@@ -70,11 +71,15 @@ def narrower(
         keep: Share of the units.
         config: How widths are rounded, and what was asked for.
     """
-    if config.latency_ms is not None or config.whole_last:
+    if config.latency_ms is not None or config.whole_last or config.uniform:
         return []
-    if any(group.kind == "channel" for group in groups) or not (channels := channel_groups(model, groups)):
+    if any(group.kind == "channel" for group in groups):
+        every, how = [group for group in groups if group.kind != "channel"], "--cut heads,neurons"
+        what = "of the units inside blocks"
+    elif channels := channel_groups(model, groups):
+        every, how, what = [*groups, *channels], "--cut all", "of all units, the channels too"
+    else:
         return []
-    every = [*groups, *channels]
     at = partial(widths_at, every, uniform_scores(every), options=config)
     if (priced := budget_and_cost(config, model, spec)) is None:
         widths = at(keep, keep)
@@ -89,8 +94,8 @@ def narrower(
     macs = count_macs(skeleton, spec) / count_macs(model, spec)
     params = num_params(skeleton) / num_params(model)
     return [
-        f"with --cut all, keep {keep:.3g} of all units, the channels too: {100 * params:.1f} % of the "
-        f"parameters, {100 * macs:.1f} % of the MACs"
+        f"with {how}, keep {keep:.3g} {what}: {100 * params:.1f} % of the parameters, {100 * macs:.1f} % of "
+        f"the MACs"
     ]
 
 

@@ -6,7 +6,7 @@ y is what the layer returned in the model above, on the channels that are left; 
 model, whose layers before it are fitted by then, and whose BatchNorms know what they return: of a
 convolution, all that lies under its kernel. It has a closed form, and lambda holds the cut weights where the
 images say little. What an emptied layer returns, its bias, becomes the mean of y; one without a bias stays
-empty.
+empty, and so does one whose bias is a norm's.
 """
 
 from __future__ import annotations
@@ -39,19 +39,27 @@ Kept = Mapping[str, Sequence[int]]
 
 
 def output_layers(model: nn.Module, groups: Sequence[Group]) -> list[str]:
-    """The layers that read the units of a group and return what the block adds, in the order of the model.
+    """The layers that lose inputs, and whose outputs are whole or the channels of a stream, in the order of
+    the model.
 
-    Those of attention and FFNs, and convolutions at the end of a block. Their outputs are whole, or the
-    channels of a stream: a layer whose outputs are another group's units is not among them.
+    Those of attention and FFNs, convolutions at the end of a block, and of a stream that is cut what leads to
+    the next one and the classifier. A layer whose outputs are units inside a block is not among them.
     """
-    inside = [group for group in groups if group.kind != "channel"]
-    cut = {s.tensor.removesuffix(".weight") for group in inside for s in group.slices if s.dim == 0}
+    inside = {layer for group in groups if group.kind != "channel" for layer in _layers_of(group, dim=0)}
     found = set()
-    for group in inside:
-        readers = [s.tensor.removesuffix(".weight") for s in group.slices if s.dim == 1]
-        if readers and readers[-1] not in cut and _can_be_fitted(model.get_submodule(readers[-1])):
-            found.add(readers[-1])
+    for group in groups:
+        readers = _layers_of(group, dim=1)
+        # Of a group inside a block the last one; the others are its norms' and gates'.
+        for name in readers if group.kind == "channel" else readers[-1:]:
+            if name not in inside and _can_be_fitted(model.get_submodule(name)):
+                found.add(name)
     return [name for name, _ in model.named_modules() if name in found]
+
+
+def _layers_of(group: Group, dim: int) -> list[str]:
+    """Whose weights the group's units lie in, as outputs (0) or as inputs (1)."""
+    ends = [s.tensor for s in group.slices if s.dim == dim and s.tensor.endswith(".weight")]
+    return [tensor.removesuffix(".weight") for tensor in ends]
 
 
 def repair(
