@@ -133,6 +133,19 @@ def test_every_path_and_losses_on_states_of_other_widths(teacher, data, tmp_path
     assert package.load(tmp_path / "run").embed_dim == 12
 
 
+@pytest.mark.parametrize("path", ["amd", "single-step"])
+def test_states_can_be_projected_instead(teacher, data, tmp_path, quick, path):
+    """In the joint training of candidates too; the student has no more tensors for it."""
+    words = ("--teacher", teacher, "--data", data, *ALL, "--path", path, "--epochs", "1")
+    for name, more in ("kept", ()), ("projected", ("--project-states",)):
+        stepwell("compress", *words, *more, "--out", tmp_path / name)
+    kept, projected = (student_weights(tmp_path / name) for name in ("kept", "projected"))
+    assert kept.keys() == projected.keys()
+    assert any(not torch.equal(tensor, kept[name]) for name, tensor in projected.items())
+    bills = [Result.load(tmp_path / name / "result.json").teacher_passes for name in ("kept", "projected")]
+    assert sum(bills[1].values()) > sum(bills[0].values())  # what it multiplies is charged
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "model",
@@ -223,6 +236,7 @@ def test_a_uniform_student_without_a_recipe_is_refused_before_it_is_trained(
         (("--cut", "all", "--uniform", "--shares", "search", "--macs", "10%"), "leave --shares equal"),
         (("--drop-blocks", "--macs", "10%"), "--drop-blocks is a part of the search: give --shares search"),
         (("--cut", "all", "--uniform", "--whole-last"), "--whole-last keeps the last one: leave one out"),
+        (("--project-states",), "--project-states is for --cut all: the states of other slices have the"),
         (("--shares", "search"), "--shares search looks for the shares that suit a budget: give --macs"),
     ],
 )

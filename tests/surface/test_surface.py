@@ -50,7 +50,7 @@ COMPRESS = TRAINING | {
     "--min-heads-per-layer", "--num-candidates", "--num-random", "--preset", "--round-to", "--rule",
     "--sampling", "--score-images", "--score-reduction", "--task-weight", "--teacher", "--teacher-weights",
     "--temperature", "--macs", "--params", "--latency-ms", "--importance",
-    "--cut", "--shares", "--drop-blocks", "--whole-last", "--uniform", "--repair",
+    "--cut", "--shares", "--drop-blocks", "--whole-last", "--uniform", "--repair", "--project-states",
     "--student", "--student-args", "--student-init", "--student-pretrained", "--student-size",
     "--student-weights",
     "--student-weights-key", "--weights-key",

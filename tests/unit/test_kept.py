@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -41,6 +42,29 @@ def test_the_loss_is_0_where_a_slice_has_the_teachers_channels() -> None:
     assert loss(student, teacher, target)["loss"].item() == 0
     other = Output(logits, [torch.flip(state, (2,)) for state in ours], logits)
     assert loss(other, teacher, target)["loss"].item() > 0.5
+
+
+def test_projected_all_of_the_teachers_channels_count() -> None:
+    generator = torch.Generator().manual_seed(0)
+    theirs = [torch.randn(3, 17, 8, generator=generator) for _ in range(2)]
+    ours = [state[..., [5, 2, 7]].requires_grad_() for state in theirs]
+    logits = torch.zeros(3, 4)
+    student, teacher = Output(logits, ours, logits), Output(logits, theirs, logits)
+    options = LossOptions(task_weight=0, logit_weight=0, project_states=True)
+    loss = make_distillation(options, pair(student, teacher, kept=[Kept((5, 2, 7), -1)] * 2), seed=0)
+    target = Target(torch.zeros(3, dtype=torch.int64), torch.arange(3), 0.0)
+    found = loss(student, teacher, target)["loss"]
+    by_hand = 0.0
+    for conv, s, t in zip(loss.feature.projections.convs, ours, theirs, strict=True):
+        weight, bias = conv.weight[:, :, 0, 0].detach(), conv.bias.detach()
+        error = s.detach()[:, 1:] @ weight.T + bias - t[:, 1:]  # but for the class token, which is on no map
+        by_hand += float(error.square().mean() / t[:, 1:].square().mean()) / 2
+    assert found.item() == pytest.approx(by_hand, rel=1e-4)
+    found.backward()
+    assert all(parameter.grad is not None for parameter in (*loss.parameters(), *ours))
+    # Where no channel was cut there is nothing to be projected.
+    whole = make_distillation(options, pair(teacher, teacher), seed=0)
+    assert not list(whole.parameters())
 
 
 def test_slices_of_one_teacher_are_compared_channel_by_channel(tmp_path) -> None:

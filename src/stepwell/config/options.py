@@ -210,6 +210,9 @@ class LossOptions(Options):
     """Blocks, from 0, whose outputs are compared; by default six spread evenly, the last among them."""
     feature_scale: Literal["teacher-power", "raw"] = "teacher-power"
     """Divide each layer's squared error by the mean square of the teacher's states, or leave it raw."""
+    project_states: bool = False
+    """With --cut all: compare all of the teacher's channels with a learned projection of the student's, which
+    is dropped at delivery; by default the channels that the student kept."""
 
     @property
     def logit_facts(self) -> LossFacts:

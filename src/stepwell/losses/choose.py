@@ -44,7 +44,7 @@ from stepwell.losses.output import Output, TrainingImages, maps
 from stepwell.losses.pixels import over_pixels
 from stepwell.losses.pkt import pkt_loss
 from stepwell.losses.pld import pld_loss
-from stepwell.losses.projection import ProjectedStates
+from stepwell.losses.projection import TIMES, ProjectedStates
 from stepwell.losses.review import ReviewKD
 from stepwell.losses.rkd import rkd_loss
 from stepwell.losses.scalekd.loss import Parts, ScaleKD
@@ -138,7 +138,8 @@ def feature_loss(options: LossOptions, pair: Pair) -> Call | None:
         return None
     if facts.needs_teacher_states and not teacher.states:
         return None
-    if facts.needs_maps or name == "ofa" or (name == "states" and pair.is_other_student):
+    projects = pair.is_other_student or (options.project_states and any(pair.kept))
+    if facts.needs_maps or name == "ofa" or (name == "states" and projects):
         _check_square(name, pair)
     if facts.masks == "only":
         _check_maps(name, pair)
@@ -148,8 +149,9 @@ def feature_loss(options: LossOptions, pair: Pair) -> Call | None:
     t_channels = [m.shape[1] for m in maps(teacher, student)] if facts.needs_maps else []
     match name:
         case "states":
-            if pair.is_other_student:
-                return made(ProjectedStates)(student.states, teacher.states, options.feature_scale)
+            if projects:
+                times = TIMES if pair.is_other_student else 1.0
+                return made(ProjectedStates)(student.states, teacher.states, options.feature_scale, times)
             return made(state_loss, scale=options.feature_scale)
         case "fitnet":  # RepDistiller's hint is the middle one of its stages
             middle = len(s_channels) // 2

@@ -168,7 +168,8 @@ def make_distillation(options: LossOptions, pair: Pair, seed: int) -> Distillati
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         # A network that looks at the teacher alone is one for all candidates, so it sees all channels.
-        kept = () if options.feature_facts.pretraining == "loss" else pair.kept
+        sees_all = options.project_states or options.feature_facts.pretraining == "loss"
+        kept = () if sees_all else pair.kept
         seen = replace(pair, teacher=on_kept(pair.teacher, kept))
         logit, feature = logit_loss(options, seen), feature_loss(options, seen)
     loss = Distillation(options, logit, feature, pair.task, kept)

@@ -56,24 +56,29 @@ class Projections(nn.Module):
 
 
 class ProjectedStates(LossWithNetworks):
-    """`TIMES` the `state_loss` of a student of another architecture: between its projected states and the
-    teacher's.
+    """The `state_loss` between a student's projected states and the teacher's.
 
     Args:
         student: One state of each block of the student, of any batch; only shapes are read.
         teacher: The same of the teacher.
         scale: As in `state_loss`.
+        times: What it is multiplied by.
     """
 
     def __init__(
-        self, student: Sequence[Tensor], teacher: Sequence[Tensor], scale: Literal["teacher-power", "raw"]
+        self,
+        student: Sequence[Tensor],
+        teacher: Sequence[Tensor],
+        scale: Literal["teacher-power", "raw"],
+        times: float = TIMES,
     ) -> None:
         super().__init__()
         self.projections = Projections(student, teacher)
         self.scale: Literal["teacher-power", "raw"] = scale
+        self.times = times
 
     def forward(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Float[Tensor, ""]:
-        """`TIMES` the mean over the pairs of states."""
+        """The mean over the pairs of states, times that."""
         with self.autocast:
             projected, targets = self.projections(student, teacher)
-        return TIMES * state_loss(projected, targets, self.scale)
+        return self.times * state_loss(projected, targets, self.scale)

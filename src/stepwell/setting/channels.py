@@ -64,6 +64,10 @@ def check_cut(teacher: Teacher, groups: Sequence[Group], config: CompressConfig)
     Raises:
         ConfigError: It cannot.
     """
+    if config.project_states and not config.cuts_channels:
+        raise ConfigError(
+            "--project-states is for --cut all: the states of other slices have the teacher's channels anyway"
+        )
     if config.uniform:
         check_uniform(teacher, groups, config.multiple)
     if config.drop_blocks and not droppable(groups):
