@@ -282,6 +282,7 @@ CUTS = {
     "single-step-repair": "the same, `--repair`",
     "plain-larger": "the same, in steps of 4 as all below, and 9 % more operations",
     "plain-drop": "and `--shares search --drop-blocks`",
+    "amd-plain-drop": "the same, by AMD",
     "cut-all": "`--cut all`",
     "cut-all-repair": "`--cut all --repair`",
     "cut-all-search": "`--cut all --shares search`",

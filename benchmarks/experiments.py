@@ -238,6 +238,13 @@ CUTS: dict[str, dict[str, Any]] = {
     "plain-larger": {"cut": "heads,neurons", "dearer": 1.09},
     "plain-drop": {"cut": "heads,neurons", "shares": "search", "drop_blocks": True, "dearer": 1.09},
     "amd-cut-all-drop": {"path": "amd", "shares": "search", "drop_blocks": True},
+    "amd-plain-drop": {
+        "path": "amd",
+        "cut": "heads,neurons",
+        "shares": "search",
+        "drop_blocks": True,
+        "dearer": 1.09,
+    },
 }
 
 

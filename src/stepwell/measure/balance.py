@@ -5,8 +5,8 @@
 
 All shares of heads, of neurons and filters, and of channels on a coarse grid are looked at together, and of
 those that cost about what equal shares would, the ones of the largest gain are taken. With these weights
-equal shares are as good as any where all units matter alike, and are then taken: a kind is cut more as far as
-its importance lies in few units. What shares cost, measure/prices.py says.
+about equal shares are the best ones where all units matter alike: a kind is cut more as far as its importance
+lies in few units. What shares cost, measure/prices.py says, of widths before they are rounded.
 
 With `--drop-blocks` whole blocks are a kind of unit too, and how many of them stay is looked at as well. What
 a kind keeps is then compared with what it has in these. Where all blocks matter alike, all of them stay.
