@@ -123,7 +123,7 @@ def claims(
     speed: list[dict[str, Any]],
     support: dict[str, Any],
 ) -> str:
-    """Five lines of measured figures, each with a link to its table, for the README's first screen."""
+    """Six lines of measured figures, each with a link to its table, for the README's first screen."""
     runs = digits["runs"]
     teacher, student = (runs[0]["models"][role] for role in ("teacher", "student"))
     top1 = {role: spread([run["models"][role]["top1"] for run in runs], 1) for role in runs[0]["models"]}
@@ -147,6 +147,7 @@ def claims(
             f"{spread(ways['auto'], 1)} % against {spread(ways['single-step'], 1)} % "
             f"({len(ways['auto'])} seeds). Elsewhere it takes the single step, or is within a point of it. "
             f"[Figures](docs/results.md#methods-at-equal-cost)",
+            claim_of_blocks(far),
             claim_of_ladder(far),
             f"- **Small is fast**: a tenth of a ViT-S has {macs:.1f} % of its operations and takes "
             f"{ms:.1f} % of its time. [Figures](docs/results.md#what-a-cut-buys-in-milliseconds)",
@@ -154,6 +155,19 @@ def claims(
             f"{passed} of {len(tried)} compute exactly what the masked model does, train, reload, export and "
             f"compile. [Figures](docs/supported.md)",
         ]
+    )
+
+
+def claim_of_blocks(far: dict[str, list[dict[str, Any]]]) -> str:
+    """What it brings to give up whole blocks, by a single step and by AMD."""
+    arms = {arm: far[arm] for arm in ("plain-drop", "amd-plain-drop", "plain-larger")}
+    drop, by_amd, unit_by_unit = (spread([cell["top1"] for cell in cells], 1) for cells in arms.values())
+    share = 100 * fmean(cell["macs"] / cell["teacher_macs"] for cell in arms["plain-drop"])
+    return (
+        f"- **Whole blocks where units are not enough**: `--macs {share:.0f}% --shares search --drop-blocks "
+        f"--round-to 4` takes that ResNet-44 to {drop} % in a single step and to {by_amd} % by AMD, where the "
+        f"same size cut unit by unit has {unit_by_unit} % ({min(map(len, arms.values()))} seeds). "
+        f"[Figures](docs/experiments.md#12-what-should-be-cut)"
     )
 
 
