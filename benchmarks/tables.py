@@ -165,8 +165,8 @@ def claim_of_blocks(far: dict[str, list[dict[str, Any]]]) -> str:
     share = 100 * fmean(cell["macs"] / cell["teacher_macs"] for cell in arms["plain-drop"])
     return (
         f"- **Whole blocks where units are not enough**: `--macs {share:.0f}% --shares search --drop-blocks "
-        f"--round-to 4` takes that ResNet-44 to {drop} % in a single step and to {by_amd} % by AMD, where the "
-        f"same size cut unit by unit has {unit_by_unit} % ({min(map(len, arms.values()))} seeds). "
+        f"--round-to 4` takes that ResNet-44 to {drop} % in a single step and to {by_amd} % by AMD, where "
+        f"the same size cut unit by unit has {unit_by_unit} % ({min(map(len, arms.values()))} seeds). "
         f"[Figures](docs/experiments.md#12-what-should-be-cut)"
     )
 
