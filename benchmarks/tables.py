@@ -162,9 +162,9 @@ def claim_of_blocks(far: dict[str, list[dict[str, Any]]]) -> str:
     """What it brings to give up whole blocks, by a single step and by AMD."""
     arms = {arm: far[arm] for arm in ("plain-drop", "amd-plain-drop", "plain-larger")}
     drop, by_amd, unit_by_unit = (spread([cell["top1"] for cell in cells], 1) for cells in arms.values())
-    share = 100 * fmean(cell["macs"] / cell["teacher_macs"] for cell in arms["plain-drop"])
+    (macs,) = {cell["options"]["macs"] for cell in arms["plain-drop"]}
     return (
-        f"- **Whole blocks where units are not enough**: `--macs {share:.0f}% --shares search --drop-blocks "
+        f"- **Whole blocks where units are not enough**: `--macs {macs} --shares search --drop-blocks "
         f"--round-to 4` takes that ResNet-44 to {drop} % in a single step and to {by_amd} % by AMD, where "
         f"the same size cut unit by unit has {unit_by_unit} % ({min(map(len, arms.values()))} seeds). "
         f"[Figures](docs/experiments.md#12-what-should-be-cut)"

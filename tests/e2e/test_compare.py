@@ -19,7 +19,6 @@ import stepwell as package
 from conftest import InThisProcess
 from stepwell.cli import main, parse
 from stepwell.commands.compare import check
-from stepwell.compare import arms as arms_module
 from stepwell.compare import paper, pool, scales, suites
 from stepwell.compare.arms import Arm, Row, arms_of, cell_of, costs, run_arms
 from stepwell.compare.cells import CellResult, options_of
@@ -485,16 +484,21 @@ def test_suites_with_paths_of_different_cost_have_controls(suite, words, control
     assert scales.prepared(suite, config, tmp_path)[1].controls == controls
 
 
-def test_what_scalekd_costs_more_is_given_to_kd_as_epochs(teacher, data, tmp_path):
-    """Its control is another arm for longer, not a shorter run of its own."""
-    arms = [arm for arm in suites.ARMS["scalekd"] if arm.name in ("KD", "CAP, DFM", "CAP, DFM, TPP")]
+@pytest.mark.parametrize(
+    ("length", "names"),
+    [({"epochs": 1}, ("CAP, DFM", "CAP, DFM, TPP")), ({"budget_epochs": 1}, ("CAP, DFM",))],
+    ids=["epochs", "a budget"],
+)
+def test_what_scalekd_costs_more_is_given_to_kd_as_epochs(length, names, teacher, data, tmp_path):
+    """Its control is another arm for longer, not a shorter run of its own. A budget is of each arm's loss."""
+    arms = [arm for arm in suites.ARMS["scalekd"] if arm.name in ("KD", *names)]
     shape = {"layers": "(1,1,1,1)", "channels": "(8,8,8,16)", "output_stride": "8"}
-    student = {"student": "resnet18", "student_args": shape, "epochs": 1, "batch_size": 16, "threads": 1}
+    student = {"student": "resnet18", "student_args": shape, **length, "batch_size": 16, "threads": 1}
     options = {"teacher": str(teacher), "data": str(data), "seeds": (0,), **student}
     config = make_config(CompareConfig, options)
     rows = {row.arm.name: row for row in run_arms(arms, config, tmp_path)}
-    assert len(rows) == 5
-    for dear in ("CAP, DFM", "CAP, DFM, TPP"):
+    assert len(rows) == 1 + 2 * len(names)
+    for dear in names:
         control = rows[f"KD, compute of {dear}"]
         (long,), (whole,), (short,) = control.cells, rows[dear].cells, rows["KD"].cells
         assert control.control_of == dear
@@ -502,7 +506,8 @@ def test_what_scalekd_costs_more_is_given_to_kd_as_epochs(teacher, data, tmp_pat
         assert whole.passes > 1.2 * short.passes
         assert long.passes == pytest.approx(whole.passes, rel=0.03)
         # In all but its length it is the other arm.
-        same = [{k: v for k, v in cell.options.items() if k != "epochs"} for cell in (long, short)]
+        lengths = ("epochs", "budget_epochs", "rule")  # which is of paths with an assistant
+        same = [{k: v for k, v in cell.options.items() if k not in lengths} for cell in (long, short)]
         assert same[0] == same[1]
     assert run_arms(arms[:1], config.model_copy(update={"controls": False}), tmp_path)[0].label == "KD"
 
@@ -529,16 +534,9 @@ def test_a_comparison_with_scalekd_has_a_row_with_the_logits_alone():
         == (pair[1].task_weight, pair[1].logit_weight)
         == (0.5, 0.5)
     )
-    bare = config.model_copy(update={"controls": False})
-    assert "scalekd, logits alone" not in {arm.name for arm in arms_of(bare)}
-
-
-def test_within_a_budget_nothing_needs_a_control_of_another_arm():
-    arms = suites.ARMS["scalekd"]
-    config = config_of("--budget-epochs", "2", "--seeds", "0")
-    assert config.budget is not None
-    cells = {arm.name: None for arm in arms}
-    assert arms_module._controls(arms, cells, config) == {}
+    for without in ({"controls": False}, {"feature_weight": 0.0}, {"logit_weight": 0.0}):
+        others = arms_of(config.model_copy(update=without))
+        assert "scalekd, logits alone" not in {arm.name for arm in others}
 
 
 def test_paths_of_a_pair_have_the_loss_of_its_first_row():

@@ -20,7 +20,7 @@ from stepwell.measure.size import count_macs, num_params
 from stepwell.models.input import input_spec
 from stepwell.pruning.channels import channel_groups
 from stepwell.pruning.families import find_groups
-from stepwell.pruning.ranking import uniform_scores
+from stepwell.pruning.ranking import uniform_scores, widths_at
 from stepwell.pruning.skeleton import build_skeleton
 
 
@@ -90,6 +90,37 @@ def test_of_near_enough_ones_the_shares_are_the_most_alike():
     assert met.widths["channels"] == 128
     assert 0.1 < met.widths["blocks.0.mlp"] / 1536 < 0.3
     assert met.cost == pytest.approx(0.1 * count_macs(model, spec), rel=0.03)
+
+
+def test_a_budget_below_what_is_never_cut_is_refused_with_a_way_out():
+    with torch.device("meta"):
+        model = timm.create_model("resnet18")
+    groups, spec = find_groups(model), input_spec(model)
+    every = [*groups, *channel_groups(model, groups)]
+
+    def refusal(macs: str, its, **more) -> str:
+        config = make_config(CompressConfig, {"macs": macs, **more})
+        with pytest.raises(ConfigError) as error:
+            student_widths(config, model, spec, its, uniform_scores(its))
+        return str(error.value)
+
+    assert refusal("1%", groups).endswith(
+        "what is never cut is part of that; --cut all cuts the residual stream too"
+    )
+    assert refusal("300%", groups).endswith("what is never cut is part of that")
+    assert refusal("0.001%", every, cut="all").endswith("what is never cut is part of that")
+
+
+def test_a_budget_that_leaves_all_at_its_least_is_warned_of(capsys):
+    model = tiny_vit()
+    groups, spec = find_groups(model), input_spec(model)
+    scores = uniform_scores(groups)
+    least = widths_at(groups, scores, 0.001, 0.001, CompressConfig())
+    smallest = count_macs(build_skeleton(model, groups, least), spec)
+    for macs, warned in ((smallest, True), (1.5 * smallest, False)):
+        config = make_config(CompressConfig, {"macs": str(round(macs))})
+        student_widths(config, model, spec, groups, scores)
+        assert ("leaves all that can be cut at its least" in capsys.readouterr().err) == warned
 
 
 def test_a_refusal_says_what_is_reachable():

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from stepwell.config.options import LossOptions
+from stepwell.errors import ConfigError
 from stepwell.losses.distillation import make_distillation
 from stepwell.losses.kept import Kept, on_kept
 from stepwell.losses.observe import Observed
@@ -62,6 +63,9 @@ def test_projected_all_of_the_teachers_channels_count() -> None:
     assert found.item() == pytest.approx(by_hand, rel=1e-4)
     found.backward()
     assert all(parameter.grad is not None for parameter in (*loss.parameters(), *ours))
+    wrong = options.model_copy(update={"feature_args": {"times": 3.0}})
+    with pytest.raises(ConfigError, match="the loss states takes none"):
+        make_distillation(wrong, pair(student, teacher, kept=[Kept((5, 2, 7), -1)] * 2), seed=0)
     # Where no channel was cut there is nothing to be projected.
     whole = make_distillation(options, pair(teacher, teacher), seed=0)
     assert not list(whole.parameters())

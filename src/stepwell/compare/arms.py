@@ -84,7 +84,7 @@ class Row:
 
 def arms_of(config: CompareConfig) -> list[Arm]:
     """Every path with every loss on the logits and every one on the features. Before a single step of
-    ScaleKD, which is dear, one with the logits alone: without a budget it is its control, for longer."""
+    ScaleKD, which is dear, one with the logits alone: for longer, it is its control."""
     arms: list[Arm] = []
     for path in config.paths:
         for logit in config.logit_losses or (config.logit_loss,):
@@ -99,7 +99,8 @@ def arms_of(config: CompareConfig) -> list[Arm]:
                 own = PATHS.get(path, {}).items()
                 options |= {name: value for name, value in own if name not in asked}
                 arm = Arm(", ".join(losses), options)
-                if config.controls and config.logit_weight and arm.is_single_step and _is_dear(arm):
+                weights = config.logit_weight and config.feature_weight
+                if config.controls and weights and arm.is_single_step and _is_dear(arm):
                     name = ", ".join([*losses[: 1 + bool(config.logit_losses)], "logits alone"])
                     cheap = _with_logits_alone(arm, name, asked)
                     arms.append(cheap)
@@ -166,12 +167,12 @@ def _controls(
     controls = {}
     for arm in arms:
         cell = searched[arm.name]
-        if arm.instead is not None and config.budget is None:  # within a budget they cost the same
+        if arm.instead is not None:  # within a budget too: that is so many epochs with the arm's own loss
             name, options = arm.instead, of_name[arm.instead].options
             epochs = _epochs_for(cell, searched[arm.instead])
         elif not arm.is_single_step and not _has_control(arm, arms, config):
             options = {**arm.options, **_single_step_of(cell)}
-            name, epochs = options["path"], cell.epochs_of_equal_compute
+            name, epochs = CONTROL_PATH, cell.epochs_of_equal_compute
         else:
             continue
         length = {"epochs": round(epochs, 2), "budget_epochs": None}
@@ -181,7 +182,7 @@ def _controls(
 
 def _epochs_for(dear: CellResult, cheap: CellResult) -> float:
     """How many epochs of the cheap run cost what the dear one costs: single steps, from the same teacher."""
-    return cheap.options["epochs"] * charged(dear.teacher_passes) / charged(cheap.teacher_passes)
+    return cheap.epochs["distill"] * charged(dear.teacher_passes) / charged(cheap.teacher_passes)
 
 
 def _single_step_of(cell: CellResult) -> dict[str, Any]:

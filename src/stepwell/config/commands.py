@@ -203,7 +203,8 @@ class CompareConfig(CompressConfig):
     """Learning rates that every arm tries with the first seed; the best on the selection images is used for
     the others. `--lr` if not given."""
     controls: bool = True
-    """Beside every path of more than one step, a single step with the same compute."""
+    """Beside every path of more than one step a single step with the same compute; beside ScaleKD the logits
+    alone."""
     jobs: Count = 1
     """Runs side by side, each in a process of its own."""
     suite: Suite | None = None

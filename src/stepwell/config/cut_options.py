@@ -30,7 +30,7 @@ class CutOptions(Options):
     """The same widths in every block, so that the student of a ViT is one that timm builds by name, or
     transformers from a configuration: its weights load there without stepwell. Needs --cut all."""
     repair: bool = False
-    """After each cut of a single model, fit the output layers of its blocks to what they returned before, by
+    """After each cut of a single model, fit the layers that lost inputs to what they returned before, by
     least squares on some training images; for paths whose models share no weights."""
 
     @property

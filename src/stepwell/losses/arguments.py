@@ -26,7 +26,7 @@ def given_arguments(
     """`loss` with the arguments that the user gave; those with a default may be given.
 
     Args:
-        name: The loss, for messages.
+        name: The loss, for messages; of a loss of ours ranges are checked.
         option: The flag that gives them, likewise.
         given: By name; of the type that the default has.
         loss: A function, a class, or what makes a loss of the user's own.

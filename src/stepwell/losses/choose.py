@@ -151,7 +151,9 @@ def feature_loss(options: LossOptions, pair: Pair) -> Call | None:
         case "states":
             if projects:
                 times = TIMES if pair.is_other_student else 1.0
-                return made(ProjectedStates)(student.states, teacher.states, options.feature_scale, times)
+                return made(ProjectedStates, times=times)(
+                    student.states, teacher.states, options.feature_scale
+                )
             return made(state_loss, scale=options.feature_scale)
         case "fitnet":  # RepDistiller's hint is the middle one of its stages
             middle = len(s_channels) // 2
@@ -227,6 +229,7 @@ def parts_of(feature_args: Mapping[str, float]) -> Parts:
 def _check_square(name: str, pair: Pair) -> None:
     """Of images that are not square, states that are no maps (B, C, H, W) do not say how they lie."""
     height, width = pair.blank.shape[2:]
+    way_out = ", or leave --project-states out" if any(pair.kept) and name == "states" else ""
     for state in (*pair.student.states, *pair.teacher.states):
         shape = state.shape
         # One stride divides both sides, and each is rounded.
@@ -234,7 +237,7 @@ def _check_square(name: str, pair: Pair) -> None:
         if height != width and not is_map:
             raise ConfigError(
                 f"--feature-loss {name} compares maps, and of images of {height} x {width} it cannot be told "
-                f"how states of shape {tuple(shape[1:])} lie: take another loss, or square images"
+                f"how states of shape {tuple(shape[1:])} lie: take another loss, or square images{way_out}"
             )
 
 

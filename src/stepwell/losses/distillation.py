@@ -167,7 +167,8 @@ def make_distillation(options: LossOptions, pair: Pair, seed: int) -> Distillati
         options = options.model_copy(update=dict(options.feature_facts.between_slices))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        # A network that looks at the teacher alone is one for all candidates, so it sees all channels.
+        # All channels where the student's are projected onto them, and for a network that looks at the
+        # teacher alone, which is one for all candidates.
         sees_all = options.project_states or options.feature_facts.pretraining == "loss"
         kept = () if sees_all else pair.kept
         seen = replace(pair, teacher=on_kept(pair.teacher, kept))

@@ -61,8 +61,8 @@ class Met:
     balance: Balance = EQUAL
 
 
-class _OutOfReachError(ConfigError):
-    """The smallest candidate costs more, or the largest less."""
+class _TooSmallError(ConfigError):
+    """The smallest candidate costs more than the budget."""
 
 
 @dataclass(frozen=True)
@@ -132,12 +132,10 @@ def student_widths(
 
         try:
             met = replace(meet(budget, shown_cost, at, steps), balance=equal)
-        except _OutOfReachError as error:
+        except _TooSmallError as error:
             if config.cuts_channels or not channel_groups(model, groups):
                 raise
             raise ConfigError(f"{error}; --cut all cuts the residual stream too") from None
-        if met.widths == at(LEAST, LEAST):
-            say("warning: the budget leaves all that can be cut at its least: the rest is what stays whole")
         if config.shares == "search":
             if budget.kind == "params":
                 prices = counted_params(model, groups, met.widths)
@@ -153,6 +151,8 @@ def student_widths(
                 say(f"shares: {_shares(groups, met)}")
             except ConfigError:  # at their least, the blocks that it keeps may cost more than others do
                 say("shares: equal ones; the budget cannot be met at those that the search found")
+    if met.widths == at(LEAST, LEAST, met.balance):
+        say("warning: the budget leaves all that can be cut at its least: the rest is what stays whole")
     noise = f"; repeated timings differ by {budget.tolerance:.0%}" if budget.kind == "latency_ms" else ""
     say(
         f"budget: {budget.text(met.cost)}, asked {budget.text(budget.target)}{noise}; keep {met.keep_ratio:g}"
@@ -268,11 +268,14 @@ def meet(budget: Budget, cost: Callable[[Widths], float], widths_at: WidthsAt, s
         return known[key]
 
     least, most = cost_at(LEAST, LEAST), cost_at(MOST, MOST)
-    if not least / (1 + budget.tolerance) <= budget.target <= most * (1 + budget.tolerance):
-        raise _OutOfReachError(
-            f"{_asked(budget)}: candidates take from {budget.text(least)} to {budget.text(most)}; what is "
-            f"never cut is part of that"
-        )
+    reach = (
+        f"{_asked(budget)}: candidates take from {budget.text(least)} to {budget.text(most)}; what is never "
+        f"cut is part of that"
+    )
+    if budget.target < least / (1 + budget.tolerance):
+        raise _TooSmallError(reach)
+    if budget.target > most * (1 + budget.tolerance):
+        raise ConfigError(reach)
     low, high = _halve(lambda ratio: cost_at(ratio, ratio), budget.target, steps)
     if budget.kind == "latency_ms":  # a limit: the largest that holds it, as far as the clock can tell
         return Met(keep_ratio=round(low, 4), widths=dict(widths_at(low, low)), cost=cost_at(low, low))

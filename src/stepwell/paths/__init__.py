@@ -53,9 +53,15 @@ def checked_path(options: CompressConfig) -> Path:
     path = path_of(options.path)
     path.check(options)
     if path.is_one_step and options.control != "none":
+        dear = options.feature_weight and options.feature_facts.reads_stages
+        hint = (
+            "; stepwell compare sets the logits alone beside it, for as long as costs the same"
+            if dear
+            else ""
+        )
         raise ConfigError(
             f"--path {options.path} is a single step from the teacher, so it is its own control: leave "
-            f"--control {options.control} out; stepwell compare sets cheaper losses beside it"
+            f"--control {options.control} out{hint}"
         )
     if options.student_size is not None and path.cuts(options):
         raise ConfigError(

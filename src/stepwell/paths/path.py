@@ -89,6 +89,7 @@ def say_what_does_nothing(options: CompressConfig) -> None:
         "--uniform": options.uniform or None,
         "--shares": options.shares if options.shares != "equal" else None,
         "--drop-blocks": options.drop_blocks or None,
+        "--project-states": options.project_states or None,
     }
     for flag in (flag for flag, value in given.items() if value is not None):
         told = f"the student is {options.student}, whatever its size"

@@ -1,8 +1,9 @@
 """A fault of oneDNN, which computes torch's convolutions on a CPU, and how it is kept away from.
 
-Where channels come last in memory, the gradient of the weights of a strided 1 x 1 convolution of few input
-channels is written past its room: it crashes, hangs or is wrong (oneDNN issue 6035, open in torch 2.15). The
-shortcuts of narrow students are such convolutions. Where channels come first, another kernel is taken.
+Where channels come last in memory, the pass that makes the gradient of the weights of a strided 1 x 1
+convolution of few input channels writes past its workspace: it crashes, hangs or is wrong (oneDNN issue 6035,
+open in torch 2.15). The shortcuts of narrow students are such convolutions. Where channels come first,
+another kernel is taken.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+FAULTY = "strided 1 x 1 convolutions of fewer than 16 channels"
+"""For people."""
 _ENOUGH = 16
 """Channels in a block of oneDNN's with AVX-512; with AVX2 it is half of that."""
 

@@ -42,8 +42,9 @@ def output_layers(model: nn.Module, groups: Sequence[Group]) -> list[str]:
     """The layers that lose inputs, and whose outputs are whole or the channels of a stream, in the order of
     the model.
 
-    Those of attention and FFNs, convolutions at the end of a block, and of a stream that is cut what leads to
-    the next one and the classifier. A layer whose outputs are units inside a block is not among them.
+    Those of attention and FFNs, convolutions at the end of a block, and whatever else reads a stream that is
+    cut: what leads to the next one, the classifier, a squeeze of the channels. A layer whose outputs are
+    units inside a block is not among them.
     """
     inside = {layer for group in groups if group.kind != "channel" for layer in _layers_of(group, dim=0)}
     found = set()

@@ -13,6 +13,8 @@ from torch.func import functional_call
 from stepwell.losses.observe import Observed, Seen
 from stepwell.losses.output import Output
 from stepwell.run.graphs import one_graph
+from stepwell.run.onednn import FAULTY
+from stepwell.run.progress import say
 
 
 class Compiled(Observed):
@@ -43,6 +45,11 @@ class Compiled(Observed):
         def given_weights(weights: Mapping[str, Tensor], images: Tensor) -> Output:
             return seen.output(functional_call(twin, dict(weights), (images,)))
 
+        if self._narrow and next(model.parameters()).device.type == "cpu":
+            # A graph chooses layouts by itself.
+            say(f"--compile: {name} runs as it is: on a CPU its {FAULTY} may crash in a graph")
+            self._run, self._run_with = observed.forward, observed.with_weights
+            return
         self._run = one_graph(own_weights, observed.forward, name)
         self._run_with = one_graph(given_weights, observed.with_weights, name)
 
