@@ -104,6 +104,7 @@ STUDENTS = {
 OTHER_TEACHERS = {
     "vit-few-other-teacher": "The ViT to 10 %, its teacher trained on a GPU",
     "vit-few-keep-0.05-other-teacher": "The ViT to 5 %, another teacher",
+    "vit-cifar10-other-teacher": "ViT to 10 %, 1,000 images a class of CIFAR-10, another teacher",
     "digits-other-teachers": "ViT to 10 %, digits, other teachers",
     "digits-keep-0.05-other-teachers": "ViT to 5 %, digits, other teachers",
 }
