@@ -90,9 +90,8 @@ def arms_of(config: CompareConfig) -> list[Arm]:
         for logit in config.logit_losses or (config.logit_loss,):
             for feature in config.feature_losses or (config.feature_loss,):
                 # Named even if there is one of them: a second that is added later leaves the cells valid.
-                losses = [path]
-                losses += [_short(logit)] if config.logit_losses else []
-                losses += [_short(feature)] if config.feature_losses else []
+                before = [path, *([_short(logit)] if config.logit_losses else [])]
+                losses = [*before, *([_short(feature)] if config.feature_losses else [])]
                 options = {"path": path, "logit_loss": logit, "feature_loss": feature}
                 # Some come with a loss of their own, or a share.
                 asked = {*given(config), *(("feature_loss",) if config.feature_losses else ())}
@@ -101,8 +100,7 @@ def arms_of(config: CompareConfig) -> list[Arm]:
                 arm = Arm(", ".join(losses), options)
                 weights = config.logit_weight and config.feature_weight
                 if config.controls and weights and arm.is_single_step and _is_dear(arm):
-                    name = ", ".join([*losses[: 1 + bool(config.logit_losses)], "logits alone"])
-                    cheap = _with_logits_alone(arm, name, asked)
+                    cheap = _with_logits_alone(arm, ", ".join([*before, "logits alone"]), asked)
                     arms.append(cheap)
                     arm = replace(arm, instead=cheap.name)
                 arms.append(arm)

@@ -7,7 +7,6 @@ of the losses' papers. At the scales `cpu` and `gpu` the data, the models and th
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -237,16 +236,14 @@ ARMS: dict[Suite, tuple[Arm, ...]] = {
     # The size stands where the teacher's folder comes to stand (teacher_sizes.py).
     TEACHER_SIZE: (
         Arm("labels alone", _LABELS_ALONE),
-        *itertools.chain.from_iterable(
-            (
-                Arm(f"KD, {size} teacher", {**_KD, "teacher": size}),
-                Arm(
-                    f"ScaleKD, {size} teacher",
-                    {**_WITH_LOGITS, "teacher": size},
-                    instead=f"KD, {size} teacher",
-                ),
+        *(
+            Arm(
+                f"{name}, {size} teacher",
+                {**options, "teacher": size},
+                instead=instead and f"{instead}, {size} teacher",
             )
             for size in TEACHER_SIZES
+            for name, options, instead in (("KD", _KD, None), ("ScaleKD", _WITH_LOGITS, "KD"))
         ),
     ),
     # Table 8.

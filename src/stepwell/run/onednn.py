@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-FAULTY = "strided 1 x 1 convolutions of fewer than 16 channels"
-"""For people."""
 _ENOUGH = 16
 """Channels in a block of oneDNN's with AVX-512; with AVX2 it is half of that."""
+FAULTY = f"strided 1 x 1 convolutions of fewer than {_ENOUGH} channels"
+"""For people."""
 
 
 def narrow_convolutions(model: nn.Module) -> list[nn.Conv2d]:
