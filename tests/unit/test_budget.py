@@ -14,8 +14,9 @@ from tests.tiny import tiny_vit
 from stepwell.config.commands import CompressConfig
 from stepwell.config.files import make_config
 from stepwell.errors import ConfigError
-from stepwell.measure.budget import Budget, amount, meet, student_widths
+from stepwell.measure.budget import amount, student_widths
 from stepwell.measure.clock import Timing
+from stepwell.measure.meet import Budget, meet
 from stepwell.measure.size import count_macs, num_params
 from stepwell.models.input import input_spec
 from stepwell.pruning.channels import channel_groups

@@ -13,7 +13,8 @@ from stepwell.config.commands import CompressConfig
 from stepwell.config.options import TaskOptions
 from stepwell.data.spec import InputSpec
 from stepwell.errors import ConfigError
-from stepwell.measure.budget import budget_and_cost, meet
+from stepwell.measure.budget import budget_and_cost
+from stepwell.measure.meet import meet
 from stepwell.measure.size import count_macs, macs_by_module, num_params
 from stepwell.pruning.channels import channel_groups
 from stepwell.pruning.ranking import uniform_scores, widths_at
